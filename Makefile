@@ -1,0 +1,65 @@
+# `make` alone lists the targets. Everything runs in .venv, which `make setup` creates with venv and pip.
+
+VENV ?= .venv
+PYTHON ?= python3
+# What pip installs for torch where the environment has none. Elsewhere than the default index:
+#   make setup TORCH="torch --index-url ADDRESS"
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The models under test are tiny: beyond two threads torch spends its time waking them up.
+export OMP_NUM_THREADS ?= 2
+
+# Real task data and small models for the tests; without them those tests are skipped.
+ifndef AFT_TEST_DATA
+ifneq ($(and $(wildcard ../shared/hub/.),$(wildcard ../shared/models/.)),)
+export AFT_TEST_DATA := $(abspath ../shared)
+endif
+endif
+
+# Tests never touch the network.
+PYTEST = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=10
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-full check format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install the package in it, editable, with the development tools
+
+# torch comes first and alone so that TORCH decides which build it is; pip learnt `--group` in 25.1.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip show --quiet torch 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	@touch $@
+
+demo: setup ## train and evaluate a vector for the embedded model, and write the report to demo-results
+	$(BIN)/aft demo --output demo-results
+
+test: setup ## unit and integration tests
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: setup ## tests that take minutes
+	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-full: setup ## the long matrix of tests
+	$(PYTEST) -m "full and not gpu" $(PYTEST_ARGS)
+
+check: setup ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## apply the formatter and the lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what builds, tests and the demo leave behind (not .venv)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-results
+	find lm_eval_aft tasks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,98 @@
+"""Where a Hugging Face causal language model keeps its decoder blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lm_eval_aft.errors import AFTError
+
+# The last part of the names under which transformers keeps decoder blocks.
+_USUAL_NAMES = {"layers", "h", "blocks", "block", "decoder_layers"}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The parts of a model that steering needs.
+
+    Attributes:
+        name: dotted path of the block list inside the model, e.g. ``model.layers``.
+        blocks: the decoder blocks in order; ``blocks[L]`` is layer L.
+        hidden_size: width of the residual stream.
+    """
+
+    name: str
+    blocks: Sequence[nn.Module]
+    hidden_size: int
+
+    def check_layer(self, layer: int) -> None:
+        """Raise `AFTError` unless ``layer`` is a block of this model."""
+        if not 0 <= layer < len(self.blocks):
+            raise AFTError(
+                f"Layer {layer} is out of range: this model has blocks 0 to {len(self.blocks) - 1}.",
+                "Layers are counted from 0.",
+            )
+
+
+def find_backbone(model: nn.Module, blocks: str | None = None) -> Backbone:
+    """Find a causal LM's decoder blocks by structure, through PEFT and other wrappers.
+
+    The blocks are the outermost ``ModuleList`` with as many entries as the (text) config says the
+    model has layers; where several fit, the one with a usual name wins.
+
+    Args:
+        model: a transformers causal LM, possibly wrapped (PEFT).
+        blocks: dotted path of the block list for architectures this cannot work out.
+
+    Raises:
+        AFTError: encoder-decoder model, no such list, or more than one equally good.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise AFTError("Encoder-decoder models are not supported.", "Use a decoder-only (causal) model.")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden_size = getattr(text, "hidden_size", None)
+    if blocks is not None:
+        name, found = blocks, _by_path(model, blocks)
+    else:
+        name, found = _by_structure(model, getattr(text, "num_hidden_layers", None))
+    if not isinstance(hidden_size, int):
+        raise AFTError(f"The config of {type(model).__name__} names no hidden_size.")
+    return Backbone(name, list(found), hidden_size)
+
+
+def _by_path(model: nn.Module, path: str) -> nn.ModuleList:
+    try:
+        found = model.get_submodule(path)
+    except AttributeError as error:
+        raise AFTError(
+            f"{type(model).__name__} has no module {path!r}.", "Check the path with print(model)."
+        ) from error
+    if not isinstance(found, nn.ModuleList) or len(found) == 0:
+        raise AFTError(f"{path!r} is a {type(found).__name__}, not a non-empty list of blocks.")
+    return found
+
+
+def _by_structure(model: nn.Module, depth: int | None) -> tuple[str, nn.ModuleList]:
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and not nested:
+            lists.append((name, module))
+    fitting = [item for item in lists if depth is None or len(item[1]) == depth]
+    named = [item for item in fitting if item[0].rpartition(".")[2] in _USUAL_NAMES]
+    candidates = named or fitting
+    if depth is None and candidates:
+        longest = max(len(blocks) for _, blocks in candidates)
+        candidates = [item for item in candidates if len(item[1]) == longest]
+    if len(candidates) != 1:
+        seen = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists) or "none"
+        why = "several lists of modules fit" if candidates else f"no list of {depth} blocks was found"
+        raise AFTError(
+            f"Cannot tell where {type(model).__name__} keeps its decoder blocks: {why}. Lists seen: {seen}.",
+            'Name the list yourself: blocks="path.to.layers".',
+        )
+    return candidates[0]

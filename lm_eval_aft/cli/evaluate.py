@@ -1,0 +1,82 @@
+"""``aft eval``: baseline, vectors and placebos on the same tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lm_eval_aft.cli.options import parse_model_args, print_table, quiet_libraries
+
+
+@click.command(
+    "eval",
+    context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
+)
+@click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
+@click.option("--vector", "vectors", required=True, multiple=True, help="Vector folder; may repeat.")
+@click.option("--tasks", required=True, help="Harness tasks, comma-separated.")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder for the result folders."
+)
+@click.option("--placebo", default="none", show_default=True, help="random:N scores N random directions too.")
+@click.option("--all-seeds", is_flag=True, help="Score the other finalists under each vector's seeds/ too.")
+@click.option("--device", help="cuda, cuda:1, cpu, ...  [default: cuda where there is one]")
+@click.option("--dtype", help="float32, bfloat16, float16.  [default: the checkpoint's]")
+@click.option("--model-args", help="Further arguments of lm-eval's hf model: revision=...,peft=...")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def evaluate(
+    model: str,
+    vectors: tuple[str, ...],
+    tasks: str,
+    output: Path,
+    placebo: str,
+    all_seeds: bool,
+    device: str | None,
+    dtype: str | None,
+    model_args: str | None,
+    flags: tuple[str, ...],
+) -> None:
+    """Score the baseline and steered model with lm-eval, and compare them pair by pair.
+
+    Writes ordinary lm-eval result folders: OUTPUT/baseline, OUTPUT/steered/NAME and
+    OUTPUT/placebo/NAME. Flags after `--` go to lm-eval unchanged.
+
+    \b
+    Examples:
+      aft eval --model EleutherAI/pythia-160m --vector arc --tasks arc_challenge --output results
+      aft eval --model demo --vector v --tasks aft_demo_choice --placebo random:3 --output r \\
+               -- --limit 200 --batch_size 16
+    """
+    quiet_libraries()
+    from lm_eval_aft.evaluation import compare_to_baseline, evaluate_pair
+
+    results = evaluate_pair(
+        model,
+        vectors,
+        [name.strip() for name in tasks.split(",")],
+        output,
+        placebo=placebo,
+        all_seeds=all_seeds,
+        model_args=parse_model_args(model_args, device=device, dtype=dtype),
+        flags=flags,
+    )
+    if not results[0].results:
+        return  # a helper process of a distributed run
+    rows = [
+        (
+            c.task,
+            c.metric,
+            c.run,
+            str(c.paired.n),
+            f"{c.paired.baseline:.2%}",
+            f"{c.paired.steered:.2%}",
+            f"{100 * c.paired.difference:+.2f}",
+            f"{c.paired.wins}/{c.paired.losses}",
+            f"{c.paired.p_value:.2g}",
+        )
+        for c in sorted(compare_to_baseline(results), key=lambda c: (c.task, c.metric))
+    ]
+    columns = ("task", "metric", "run", "n", "baseline", "steered", "points", "wins/losses", "McNemar p")
+    print_table("Against the baseline, document by document", columns, rows)
+    click.echo(f"Results lie in {output}.")

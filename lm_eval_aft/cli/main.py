@@ -1,0 +1,32 @@
+"""The ``aft`` group of commands."""
+
+from __future__ import annotations
+
+import click
+
+from lm_eval_aft import __version__
+from lm_eval_aft.cli.evaluate import evaluate
+from lm_eval_aft.cli.lm_eval import lm_eval
+from lm_eval_aft.cli.tasks import tasks, tasks_path_command
+from lm_eval_aft.cli.train import train_vector
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="lm-eval-aft")
+def aft() -> None:
+    """Activation Fine-Tuning for lm-evaluation-harness.
+
+    Train one steering vector on a task's training split, score it on the evaluation split with
+    stock lm_eval, and see whether it made a difference.
+
+    \b
+      aft train --model EleutherAI/pythia-160m --task arc_challenge --output arc
+      aft eval  --model EleutherAI/pythia-160m --vector arc --tasks arc_challenge --output results
+    """
+
+
+aft.add_command(train_vector, "train")
+aft.add_command(evaluate)
+aft.add_command(lm_eval)
+aft.add_command(tasks)
+aft.add_command(tasks_path_command)

@@ -1,0 +1,58 @@
+"""What several commands share: quiet libraries, model arguments, printing tables."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lm_eval_aft.errors import AFTError
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' notices and progress bars out of our output; call before heavy imports."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for name in ("lm_eval", "datasets", "transformers", "accelerate", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lm_eval_aft").setLevel(logging.INFO)
+    import transformers.utils.logging
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
+    """``key=value,key=value`` as lm-eval reads it, plus the options that were given.
+
+    Raises:
+        AFTError: not of that form.
+    """
+    if not text:
+        found: dict[str, Any] = {}
+    else:
+        from lm_eval.utils import simple_parse_args_string
+
+        try:
+            found = dict(simple_parse_args_string(text))
+        except ValueError as error:
+            raise AFTError(
+                f"Cannot read model arguments {text!r}: {error}.", "Write key=value,key=value."
+            ) from error
+    return found | {key: value for key, value in overrides.items() if value is not None}
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], mark: int = -1) -> None:
+    """Print a table; the row numbered ``mark`` is set in bold."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for i, row in enumerate(rows):
+        table.add_row(*row, style="bold" if i == mark else None)
+    Console().print(table)

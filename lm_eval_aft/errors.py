@@ -1,0 +1,47 @@
+"""The one error class users meet."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+import click
+
+
+class AFTError(click.ClickException):
+    """Bad input, told in one message: what happened, why, and what to do.
+
+    Click commands print it without a traceback and exit with code 1; Python callers catch it
+    like any exception.
+
+    Args:
+        what: one sentence saying what happened and why.
+        hint: one sentence saying what to do about it, or ``""``.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(f"{what}\n{hint}" if hint else what)
+        self.what = what
+        self.hint = hint
+
+
+def print_errors_plainly() -> None:
+    """Let an uncaught ``AFTError`` end a foreign program with its message alone.
+
+    The stock ``lm_eval`` command has no handler of its own, so without this a wrong vector path
+    would show forty lines of traceback before the one line that helps. Idempotent.
+    """
+    if getattr(sys.excepthook, "_aft", False):
+        return
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, AFTError):
+            error.show()
+        else:
+            previous(kind, error, trace)
+
+    hook._aft = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

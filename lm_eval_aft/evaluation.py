@@ -1,0 +1,234 @@
+"""Scoring baseline, vectors and placebos on the same tasks, into ordinary lm-eval result folders."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.harness import task_manager_for
+from lm_eval_aft.library import load_vector
+from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.reporting.stats import PairedComparison, compare_binary
+from lm_eval_aft.training.controls import random_like
+from lm_eval_aft.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model state to score: ``name`` is also its folder below the output."""
+
+    name: str
+    spec: str | None
+    vector: SteeringVector | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What lm-eval returned for a run: its results and, by task, its samples."""
+
+    run: Run
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """A run against the baseline on one task, filter and metric."""
+
+    run: str
+    task: str
+    metric: str
+    paired: PairedComparison
+
+
+def plan_runs(vectors: Sequence[str], placebo: str = "none", all_seeds: bool = False) -> list[Run]:
+    """The runs that an evaluation needs: the baseline first, then vectors, then placebos.
+
+    Args:
+        vectors: vector folders or files.
+        placebo: ``none`` or ``random:N``, N directions of the vector's norm at its layers.
+        all_seeds: score every finalist of each vector folder, not only the chosen one.
+
+    Raises:
+        AFTError: a vector that cannot be read, or an unknown placebo.
+    """
+    match = re.fullmatch(r"none|random(?::(\d+))?", placebo)
+    if not match:
+        raise AFTError(f"There is no placebo {placebo!r}.", "Use none or random:N, for example random:3.")
+    draws = 0 if placebo == "none" else int(match[1] or 3)
+    runs = [Run("baseline", None, None)]
+    placebos = []
+    for spec in vectors:
+        path = Path(spec)
+        stem = path.stem if path.suffix == ".safetensors" else path.resolve().name
+        name = _unique(f"steered/{stem}", runs)
+        vector = load_vector(spec)
+        runs.append(Run(name, spec, vector))
+        if all_seeds:
+            finalists = sorted((path / "seeds").glob("*.safetensors"))
+            if not finalists:
+                raise AFTError(f"{path} has no seeds/ with other finalists.", "Leave out --all-seeds.")
+            runs += [Run(f"{name}-{seed.stem}", str(seed), load_vector(seed)) for seed in finalists]
+        for seed in range(draws):
+            placebos.append(
+                Run(f"placebo/{name.removeprefix('steered/')}-random-{seed}", None, random_like(vector, seed))
+            )
+    return [*runs, *placebos]
+
+
+def evaluate_pair(
+    model: str,
+    vectors: str | Sequence[str],
+    tasks: Sequence[str],
+    output: str | Path,
+    *,
+    placebo: str = "none",
+    all_seeds: bool = False,
+    model_args: dict[str, Any] | None = None,
+    flags: Sequence[str] = (),
+) -> list[RunResult]:
+    """Score the baseline and every vector (and placebos) with lm-eval, one run after another.
+
+    Each run lands in ``output/<name>`` exactly as ``lm_eval --model aft --log_samples`` would
+    write it. Log-softmax is taken in fp32 on every side unless ``model_args`` says otherwise.
+
+    Args:
+        flags: further flags of ``lm_eval run``, for example ``["--limit", "50"]``.
+
+    Raises:
+        AFTError: bad input; or an output folder that already holds such runs.
+    """
+    runs = plan_runs([vectors] if isinstance(vectors, str) else vectors, placebo, all_seeds)
+    folder = Path(output)
+    taken = [run.name for run in runs if (folder / run.name).exists()]
+    if taken:
+        raise AFTError(f"{folder} already holds {', '.join(taken)}.", "Choose another output folder.")
+    arguments = {"softmax_dtype": "float32", **(model_args or {})}
+    config = _parse(tasks, folder, flags)
+    lm = AFTLM(
+        model,
+        **arguments,
+        batch_size=config.batch_size,
+        max_batch_size=config.max_batch_size or 64,
+        device=None if config.device == "cuda:0" else config.device,
+    )
+    results = []
+    for run in runs:
+        print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
+        lm.steer(run.vector, allow_mismatch=bool(arguments.get("allow_mismatch", False)))
+        results.append(_score(lm, run, config, folder / run.name, {"pretrained": model, **arguments}))
+    return results
+
+
+def compare_to_baseline(results: Sequence[RunResult]) -> list[TaskComparison]:
+    """Every run against the first one, on each task's right-or-wrong metrics, per filter."""
+    baseline, *others = results
+    found = []
+    for other in others:
+        for task, samples in other.samples.items():
+            before = {(s["filter"], s["doc_id"]): s for s in baseline.samples[task]}
+            for filter_name in dict.fromkeys(s["filter"] for s in samples):
+                after = [s for s in samples if s["filter"] == filter_name]
+                for metric in after[0]["metrics"]:
+                    pairs: list[tuple[Any, Any]] = [
+                        (before[filter_name, s["doc_id"]].get(metric), s.get(metric)) for s in after
+                    ]
+                    if not all(a in (0, 1) and b in (0, 1) for a, b in pairs):
+                        continue
+                    label = metric if filter_name == "none" else f"{metric},{filter_name}"
+                    paired = compare_binary([float(a) for a, _ in pairs], [float(b) for _, b in pairs])
+                    found.append(TaskComparison(other.run.name, task, label, paired))
+    return found
+
+
+def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> EvaluatorConfig:
+    """Read lm-eval's own flags with lm-eval's own parser."""
+    from lm_eval._cli.run import Run as StockRun
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    parser = argparse.ArgumentParser(prog="lm_eval")
+    StockRun.create(parser.add_subparsers())
+    ours = ["--model", "aft", "--tasks", ",".join(tasks), "--log_samples", "--output_path", str(folder)]
+    try:
+        config = EvaluatorConfig.from_cli(parser.parse_args(["run", *ours, *flags]))
+    except ValueError as error:
+        raise AFTError(f"lm-eval refuses these flags: {error}", "See `lm_eval run --help`.") from error
+    if config.model_args:
+        raise AFTError("Model arguments belong before the `--`.", "Use --model-args of `aft eval`.")
+    return config
+
+
+def _score(
+    lm: AFTLM, run: Run, config: EvaluatorConfig, folder: Path, model_args: dict[str, Any]
+) -> RunResult:
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+
+    if run.spec is not None:
+        model_args = {**model_args, "vector": run.spec}
+    includes = [config.include_path] if config.include_path else []
+    tasks = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
+    seeds = config.seed or [None] * 4
+    tracker = EvaluationTracker(output_path=str(folder))
+    results: Any = simple_evaluate(
+        model=lm,
+        tasks=tasks,
+        num_fewshot=config.num_fewshot,
+        batch_size=config.batch_size,
+        max_batch_size=config.max_batch_size,
+        device=str(lm.device),
+        use_cache=config.use_cache,
+        limit=config.limit,
+        samples=config.samples,
+        write_out=config.write_out,
+        log_samples=True,
+        system_instruction=config.system_instruction,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
+        gen_kwargs=config.gen_kwargs or None,
+        task_manager=task_manager_for(tasks, includes),
+        evaluation_tracker=tracker,
+        random_seed=seeds[0],
+        numpy_random_seed=seeds[1],
+        torch_random_seed=seeds[2],
+        fewshot_random_seed=seeds[3],
+        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+    )
+    if results is None:  # not the main process
+        return RunResult(run, {}, {})
+    samples = results.pop("samples")
+    results["config"] |= {"model": "aft", "model_args": model_args}
+    tracker.general_config_tracker.log_experiment_args(
+        "aft",
+        model_args,
+        config.system_instruction,
+        lm.chat_template(config.apply_chat_template) if config.apply_chat_template else None,
+        bool(config.fewshot_as_multiturn),
+    )
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    written = list(folder.rglob("*.json*"))
+    if len(written) < 1 + len(results["configs"]):
+        # The tracker logs failures to write, and goes on.
+        raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
+    return RunResult(run, results, samples)
+
+
+def _unique(name: str, runs: Sequence[Run]) -> str:
+    taken = {run.name for run in runs}
+    candidate, count = name, 2
+    while candidate in taken:
+        candidate, count = f"{name}-{count}", count + 1
+    return candidate

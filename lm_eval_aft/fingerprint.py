@@ -1,0 +1,174 @@
+"""Which base model a vector belongs to: an identity that survives a change of dtype."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lm_eval_aft.errors import AFTError
+
+logger = logging.getLogger(__name__)
+
+# Config keys that define the computation. A positive list, because a config's other keys and
+# their defaults change from one transformers release to the next.
+_CONFIG_KEYS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "hidden_act",
+    "activation_function",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_parallel_residual",
+    "residual_multiplier",
+)
+_ENTRIES = 16
+_COARSENESS = {"float64": 0, "float32": 0, "float16": 1, "bfloat16": 1}
+
+
+def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
+    """Identify a base model by its architecture, its vocabulary and a sketch of its weights.
+
+    The sketch holds 16 evenly spaced entries of *every* parameter, in fp32: a merged LoRA may
+    touch nothing but the query and value projections, so no matrix is left out.
+
+    Args:
+        model: a transformers causal LM.
+        tokenizer: its tokenizer; without one the vocabulary is not part of the identity.
+
+    Returns:
+        JSON-serialisable: ``config`` and ``parameters`` and ``vocabulary`` (SHA-256 each, the last
+        possibly ``None``), ``dtype``, ``quantized``, ``sketch`` (base64 of little-endian fp32).
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    described = {key: getattr(text, key, None) for key in _CONFIG_KEYS}
+    rope = getattr(text, "rope_parameters", None)
+    described["rope_theta"] = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+    parameters = list(model.named_parameters())
+    shapes = [(name, list(parameter.shape)) for name, parameter in parameters]
+    vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else None
+    quantized = _is_quantized(model)
+    dtypes = {str(p.dtype).removeprefix("torch.") for _, p in parameters if p.is_floating_point()}
+    return {
+        "config": _sha256(described),
+        "parameters": _sha256(shapes),
+        "vocabulary": None if vocabulary is None else _sha256(vocabulary),
+        "dtype": max(dtypes, key=lambda name: _COARSENESS.get(name, 2), default="float32"),
+        "quantized": quantized,
+        "sketch": None if quantized else _encode(_sketch([p for _, p in parameters])),
+    }
+
+
+def compare_fingerprints(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Say in what two fingerprints differ; an empty list means they name the same model.
+
+    Sketches are compared after rounding both to the coarser of the two dtypes; fp16 against bf16,
+    where neither is coarser, with a relative tolerance of 2**-8. Quantised weights have no sketch
+    and other shapes, so there only config and vocabulary count.
+    """
+    differences = []
+    if recorded["config"] != present["config"]:
+        differences.append("architecture")
+    quantized = recorded["quantized"] or present["quantized"]
+    if not quantized and recorded["parameters"] != present["parameters"]:
+        differences.append("parameter names or shapes")
+    vocabularies = (recorded["vocabulary"], present["vocabulary"])
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        differences.append("tokenizer vocabulary")
+    if not differences and not quantized and not _same_weights(recorded, present):
+        differences.append("weights")
+    return differences
+
+
+def check_fingerprint(
+    metadata: Mapping[str, Any], model: nn.Module, tokenizer: Any = None, *, allow_mismatch: bool = False
+) -> None:
+    """Refuse a vector that was trained on another model than ``model``.
+
+    Raises:
+        AFTError: the fingerprints differ; both models are named. With ``allow_mismatch`` this is
+            a warning. A vector without a fingerprint (made by hand) passes.
+    """
+    recorded = metadata.get("fingerprint")
+    if recorded is None:
+        return
+    present = fingerprint(model, tokenizer)
+    try:
+        differences = compare_fingerprints(recorded, present)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AFTError(f"The vector's fingerprint is damaged ({error!r}).", "Train it again.") from error
+    trained_on = (metadata.get("base_model") or {}).get("name", "an unnamed model")
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    if differences:
+        what = f"The vector was trained on {trained_on!r}, not on {name!r}: {', '.join(differences)} differ."
+        if not allow_mismatch:
+            raise AFTError(
+                what, "Load the model it was trained on, or pass allow_mismatch=true to try it all the same."
+            )
+        logger.warning("%s Going on, as allow_mismatch is set.", what)
+    elif recorded["quantized"] or present["quantized"]:
+        logger.warning(
+            "Quantised weights cannot be compared: the vector was trained on %r, this is %r.",
+            trained_on,
+            name,
+        )
+
+
+def _same_weights(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
+    ours, theirs = _decode(recorded["sketch"]), _decode(present["sketch"])
+    if ours.shape != theirs.shape:
+        return False
+    readable = ~(torch.isnan(ours) | torch.isnan(theirs))  # offloaded weights cannot be sampled
+    ours, theirs = ours[readable], theirs[readable]
+    dtypes = {recorded["dtype"], present["dtype"]}
+    if {"float16", "bfloat16"} <= dtypes:
+        tiny = 2.0**-24  # the smallest subnormal of fp16
+        return bool(torch.allclose(ours, theirs, rtol=2.0**-8, atol=tiny))
+    coarser = getattr(torch, max(dtypes, key=lambda name: _COARSENESS.get(name, 2)))
+    return bool(torch.equal(ours.to(coarser), theirs.to(coarser)))
+
+
+def _sketch(parameters: list[nn.Parameter]) -> torch.Tensor:
+    pieces = []
+    for parameter in parameters:
+        if parameter.device.type == "meta":
+            pieces.append(torch.full((_ENTRIES,), torch.nan))
+            continue
+        flat = parameter.detach().reshape(-1)
+        # The middle of 16 equal stretches: the first entries of an embedding are often
+        # unused tokens, whose rows no training changes.
+        step = torch.arange(_ENTRIES, dtype=torch.float64).add(0.5).mul(flat.numel() / _ENTRIES)
+        pieces.append(flat[step.long().to(flat.device)].to("cpu", torch.float32))
+    return torch.cat(pieces) if pieces else torch.zeros(0)
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        return True
+    return any(not p.is_floating_point() for p in model.parameters())
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _encode(values: torch.Tensor) -> str:
+    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").copy())

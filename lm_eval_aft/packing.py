@@ -1,0 +1,277 @@
+"""Rows of one context and many continuations, scored in one pass, and passes that start at block L.
+
+A *packed* row holds a context once, followed by every continuation; a tree mask lets each
+continuation see the context and itself only, and its position ids start again after the context.
+An *unpacked* row is one context with one continuation, padded on the right, as lm-eval's `hf` does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.steering import hidden_states, with_hidden_states
+
+logger = logging.getLogger(__name__)
+
+# Families whose attention a 4-D mask cannot express, whatever a check on short rows would say.
+UNPACKABLE = {
+    "bloom": "ALiBi positions follow the row, not the position ids",
+    "falcon": "its ALiBi variants refuse 4-D masks",
+    "gpt_neo": "local attention layers ignore a supplied mask",
+    "gemma2": "alternating sliding windows need masks of their own",
+    "mpt": "ALiBi positions follow the row, not the position ids",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of one document: ``pairs`` of (context, continuation), one per option.
+
+    Neither part is empty. ``gold`` holds the indices of the right options and ``lengths`` each
+    option's length in characters (the unit lm-eval normalises by).
+    """
+
+    pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    gold: tuple[int, ...] = (0,)
+    lengths: tuple[float, ...] = (1.0,)
+
+    def groups(self) -> dict[tuple[int, ...], list[int]]:
+        """Option indices by context: usually one context shared by all options."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for index, (context, _) in enumerate(self.pairs):
+            found.setdefault(context, []).append(index)
+        return found
+
+    def tokens(self, packed: bool) -> int:
+        """Length of the longest row this document needs, in tokens."""
+        if not packed:
+            return max(len(context) + len(continuation) - 1 for context, continuation in self.pairs)
+        return max(
+            len(context) + sum(len(self.pairs[i][1]) - 1 for i in options)
+            for context, options in self.groups().items()
+        )
+
+    def rows(self, packed: bool) -> int:
+        """How many rows this document needs."""
+        return len(self.groups()) if packed else len(self.pairs)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors for one forward pass over several documents.
+
+    Attributes:
+        inputs: keyword arguments of the model: ``input_ids`` (rows, tokens), and for packed rows
+            ``attention_mask`` (rows, 1, tokens, tokens; additive) and ``position_ids``.
+        scored: (N,) flat positions in rows x tokens whose logits predict a continuation token.
+        targets: (N,) those tokens.
+        option: (N,) the option each belongs to, numbered through the batch.
+        document: (options,) the document each option belongs to.
+        documents: the documents themselves, in order.
+    """
+
+    inputs: dict[str, Tensor]
+    scored: Tensor
+    targets: Tensor
+    option: Tensor
+    document: Tensor
+    documents: tuple[Document, ...]
+
+
+def make_batch(
+    documents: Sequence[Document], packed: bool, device: torch.device, dtype: torch.dtype
+) -> Batch:
+    """Lay documents out in rows, padded on the right. ``dtype`` is the mask's, the model's own."""
+    starts = [0]
+    for document in documents:
+        starts.append(starts[-1] + len(document.pairs))
+    rows: list[tuple[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]] = []
+    for start, document in zip(starts, documents, strict=False):
+        if packed:
+            for context, options in document.groups().items():
+                rows.append((context, [(start + i, document.pairs[i][1]) for i in options]))
+        else:
+            rows += [(context, [(start + i, tail)]) for i, (context, tail) in enumerate(document.pairs)]
+    width = max(len(context) + sum(len(tail) - 1 for _, tail in tails) for context, tails in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    # Padding sees itself, so that no row of the softmax is empty.
+    visible = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1) if packed else None
+    scored: list[int] = []
+    targets: list[int] = []
+    option: list[int] = []
+    for r, (context, tails) in enumerate(rows):
+        n = len(context)
+        ids[r, :n] = torch.tensor(context)
+        positions[r, :n] = torch.arange(n)
+        if visible is not None:
+            visible[r, :n, :n] = torch.ones(n, n, dtype=torch.bool).tril()
+        at = n
+        for index, tail in tails:
+            k = len(tail) - 1
+            ids[r, at : at + k] = torch.tensor(tail[:-1], dtype=torch.long)
+            positions[r, at : at + k] = torch.arange(n, n + k)
+            if visible is not None:
+                visible[r, at : at + k, :n] = True
+                visible[r, at : at + k, at : at + k] = torch.ones(k, k, dtype=torch.bool).tril()
+            # The context's last token predicts the first token of every continuation.
+            scored += [r * width + n - 1, *range(r * width + at, r * width + at + k)]
+            targets += tail
+            option += [index] * (k + 1)
+            at += k
+    inputs = {"input_ids": ids.to(device)}
+    if visible is not None:
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        inputs |= {"attention_mask": mask.unsqueeze(1).to(device), "position_ids": positions.to(device)}
+    owners = [d for d, document in enumerate(documents) for _ in document.pairs]
+    place = {"dtype": torch.long, "device": device}
+    return Batch(
+        inputs,
+        torch.tensor(scored, **place),  # type: ignore[arg-type]
+        torch.tensor(targets, **place),  # type: ignore[arg-type]
+        torch.tensor(option, **place),  # type: ignore[arg-type]
+        torch.tensor(owners, **place),  # type: ignore[arg-type]
+        tuple(documents),
+    )
+
+
+def continuation_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (N, vocabulary) at the batch's scored positions; the head sees no other position."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def keep_scored(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return (flat[batch.scored.to(flat.device)].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(keep_scored) if isinstance(head, nn.Module) else None
+    try:
+        logits: Tensor = model(**batch.inputs, use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    if logits.shape[:2] != (1, len(batch.scored)) or handle is None:
+        logits = logits.reshape(-1, logits.shape[-1])[batch.scored.to(logits.device)]
+    return logits.reshape(len(batch.scored), -1)
+
+
+def option_logprobs(logits: Tensor, batch: Batch) -> Tensor:
+    """Summed log-likelihood (options,) in nats of every option, in fp32 or better."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = F.cross_entropy(wide, batch.targets.to(wide.device), reduction="none")
+    sums = torch.zeros(len(batch.document), dtype=nll.dtype, device=nll.device)
+    return sums.index_add(0, batch.option.to(nll.device), -nll)
+
+
+def token_budget_batches(
+    documents: Sequence[Document], packed: bool, budget: int
+) -> Iterator[tuple[int, ...]]:
+    """Group document indices, in the order given, so that rows x width stays within ``budget``.
+
+    A document that alone exceeds the budget gets a batch of its own.
+    """
+    group: list[int] = []
+    rows = width = 0
+    for index, document in enumerate(documents):
+        more_rows = rows + document.rows(packed)
+        wider = max(width, document.tokens(packed))
+        if group and more_rows * wider > budget:
+            yield tuple(group)
+            group, more_rows, wider = [], document.rows(packed), document.tokens(packed)
+        group.append(index)
+        rows, width = more_rows, wider
+    if group:
+        yield tuple(group)
+
+
+@contextmanager
+def capture(backbone: Backbone, layers: Sequence[int]) -> Iterator[dict[int, Any]]:
+    """Collect the outputs of the given blocks during the passes made inside the block."""
+    outputs: dict[int, Any] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[layer] = with_hidden_states(output, hidden_states(output).detach())
+
+        return hook
+
+    handles = [backbone.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resumed(backbone: Backbone, layer: int, output: Any) -> Iterator[None]:
+    """Make passes start at block ``layer``: blocks below do nothing, it answers with ``output``.
+
+    Everything around the blocks (masks, rotary tables, final norm, head, logit scaling) runs as
+    the model defines it, so no family needs code of its own. Hooks on block ``layer`` still fire.
+    """
+    saved = [block.__dict__.get("forward") for block in backbone.blocks[: layer + 1]]
+
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        return with_hidden_states(output, args[0] if args else kwargs["hidden_states"])
+
+    def answering(*_args: Any, **_kwargs: Any) -> Any:
+        return output
+
+    try:
+        for block in backbone.blocks[:layer]:
+            block.forward = passing
+        backbone.blocks[layer].forward = answering
+        yield
+    finally:
+        for block, forward in zip(backbone.blocks, saved, strict=False):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
+
+
+def may_pack(model: nn.Module, documents: Sequence[Document]) -> str:
+    """Why ``documents`` cannot be packed for this model; ``""`` when they can.
+
+    Checks the family table and sliding windows, then compares packed with unpacked
+    log-likelihoods on the two longest documents. In 16 bits only gross errors can be told from
+    rounding (0.1 nats a token), in fp32 the bar is 1e-4.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    family = str(getattr(text, "model_type", ""))
+    if family in UNPACKABLE:
+        return f"{family}: {UNPACKABLE[family]}"
+    probe = sorted(documents, key=lambda document: -document.tokens(True))[:2]
+    if all(document.rows(True) == document.rows(False) for document in documents):
+        return "every document has one continuation per context"
+    window = getattr(text, "sliding_window", None)
+    if window and getattr(text, "use_sliding_window", True) and probe[0].tokens(True) > window:
+        return f"rows are longer than the sliding window of {window} tokens"
+    parameter = next(model.parameters())
+    scores = []
+    try:
+        for packed in (True, False):
+            batch = make_batch(probe, packed, parameter.device, parameter.dtype)
+            with torch.no_grad():
+                scores.append(option_logprobs(continuation_logits(model, batch), batch))
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        return f"{family} refuses a 4-D mask ({type(error).__name__})"
+    difference = (scores[0] - scores[1]).abs()
+    if parameter.dtype in (torch.float32, torch.float64):
+        bar = torch.maximum(torch.full_like(difference, 1e-4), 1e-6 * scores[1].abs())
+    else:
+        bar = 0.1 * torch.bincount(batch.option, minlength=len(difference)).to(difference)
+    if bool((difference <= bar).all()):
+        return ""
+    return f"packed and unpacked rows differ by {float(difference.max()):.2g} nats on {family}"

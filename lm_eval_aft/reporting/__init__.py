@@ -1,0 +1,1 @@
+"""Comparing runs: statistics on paired documents."""

@@ -1,0 +1,114 @@
+"""Putting a vector on a model: a context manager, or a handle to remove later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_aft.backbone import Backbone, find_backbone
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.fingerprint import check_fingerprint
+from lm_eval_aft.vector import SteeringVector
+
+
+class SteeringHandle:
+    """A vector in force on a model. ``remove()`` takes it off; removing twice does no harm."""
+
+    def __init__(self, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        """Take the vector off the model."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def __enter__(self) -> SteeringHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def attach(
+    model: nn.Module,
+    vector: SteeringVector,
+    *,
+    coefficient: float | None = None,
+    tokenizer: Any = None,
+    allow_mismatch: bool = False,
+    blocks: str | None = None,
+) -> SteeringHandle:
+    """Add ``coefficient * vector`` at each of its layers' outputs from now on.
+
+    One forward hook per layer covers plain forward passes, generation (it fires at each decode
+    step) and wrapped (PEFT) models. ``h <- h + (coefficient * v)``: the product is formed in fp32,
+    cast to the activation's dtype and moved to its device; nothing is written in place.
+
+    Args:
+        model: a transformers causal LM.
+        vector: what to add.
+        coefficient: replaces the vector's own coefficient. At 0 no hook is set at all, so the
+            model stays bit-identical to the unsteered one.
+        tokenizer: when given, its vocabulary is checked against the fingerprint as well.
+        allow_mismatch: warn, rather than refuse, when the vector was trained on another model.
+        blocks: dotted path of the model's block list, for unknown architectures.
+
+    Raises:
+        AFTError: another hidden size, a layer out of range, or another base model.
+    """
+    backbone = find_backbone(model, blocks)
+    check_fits(vector, backbone)
+    check_fingerprint(vector.metadata, model, tokenizer, allow_mismatch=allow_mismatch)
+    factor = vector.coefficient if coefficient is None else float(coefficient)
+    if factor == 0:
+        return SteeringHandle([])
+    return SteeringHandle(
+        [add_at(backbone.blocks[layer], values * factor) for layer, values in vector.layers.items()]
+    )
+
+
+def check_fits(vector: SteeringVector, backbone: Backbone) -> None:
+    """Raise `AFTError` unless the vector's layers and width exist in the model."""
+    if vector.hidden_size != backbone.hidden_size:
+        raise AFTError(
+            f"The vector has hidden size {vector.hidden_size}, the model {backbone.hidden_size}.",
+            "A vector only fits the model it was trained on (or a sibling of the same width).",
+        )
+    for layer in vector.layers:
+        backbone.check_layer(layer)
+
+
+def add_at(block: nn.Module, delta: Tensor) -> torch.utils.hooks.RemovableHandle:
+    """Hook ``block`` so that ``delta``, shape ``(hidden_size,)``, is added to its output.
+
+    Gradients flow to ``delta`` where it requires them.
+    """
+    placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = hidden_states(output)
+        if delta.requires_grad:
+            shift = delta.to(hidden.device, hidden.dtype)
+        else:
+            key = (hidden.device, hidden.dtype)
+            if key not in placed:
+                placed[key] = delta.to(hidden.device, hidden.dtype)
+            shift = placed[key]
+        return with_hidden_states(output, hidden + shift)
+
+    return block.register_forward_hook(hook)
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The residual stream in a block's output: itself, or the first entry of a tuple."""
+    found = output[0] if isinstance(output, tuple) else output
+    if not isinstance(found, Tensor):
+        raise AFTError(f"A decoder block returned {type(found).__name__}, not a tensor of hidden states.")
+    return found
+
+
+def with_hidden_states(output: Any, hidden: Tensor) -> Any:
+    """``output`` with its residual stream replaced by ``hidden``."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

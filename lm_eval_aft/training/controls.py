@@ -1,0 +1,67 @@
+"""Placebos: what a vector must beat before its gain means anything."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.training.examples import Example
+from lm_eval_aft.vector import SteeringVector
+
+CONTROLS = ("random", "shuffled", "format")
+
+
+def check_control(control: str | None, objective: str) -> None:
+    """Raise `AFTError` for a control that does not exist or does not fit the objective."""
+    if control is None or control == "random":
+        return
+    fits = {"shuffled": "choice", "format": "lm"}
+    if control not in fits:
+        raise AFTError(f"There is no control {control!r}.", f"Choose one of: {', '.join(CONTROLS)}.")
+    if fits[control] != objective:
+        raise AFTError(
+            f"The control {control!r} is for the objective {fits[control]!r}, this task uses {objective!r}.",
+            "Use random, which fits every task.",
+        )
+
+
+def spoil(examples: Sequence[Example], control: str | None, seed: int) -> list[Example]:
+    """The training examples of a control; other controls than these leave them as they are.
+
+    ``shuffled`` permutes the gold labels among the documents (a label beyond a document's options
+    wraps round); ``format`` deals each document the gold continuation of another one.
+    """
+    if control not in ("shuffled", "format") or len(examples) < 2:
+        return list(examples)
+    order = list(range(len(examples)))
+    random.Random(f"{control}|{seed}").shuffle(order)
+    spoiled = []
+    for place, index in enumerate(order):
+        example = examples[index]
+        # The neighbour in a random circle: nobody is dealt their own.
+        other = examples[order[(place + 1) % len(order)]]
+        if control == "shuffled":
+            n = len(example.requests)
+            spoiled.append(replace(example, gold=tuple(sorted({gold % n for gold in other.gold}))))
+        else:
+            context = example.requests[0][0]
+            spoiled.append(
+                replace(example, requests=((context, other.requests[0][1]),), lengths=other.lengths)
+            )
+    back = dict(zip(order, spoiled, strict=True))
+    return [back[i] for i in range(len(examples))]
+
+
+def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
+    """A vector in a random direction with the same norm at each layer and the same coefficient."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for layer, values in vector.layers.items():
+        direction = torch.randn(values.shape, generator=generator)
+        layers[layer] = direction * (values.norm() / direction.norm())
+    metadata = {**vector.metadata, "control": "random", "control_seed": seed}
+    return SteeringVector(layers, vector.coefficient, vector.positions, vector.method, metadata)

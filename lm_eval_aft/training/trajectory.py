@@ -1,0 +1,183 @@
+"""The fast engine: one frozen pass per batch, every candidate resumed from its own layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.packing import (
+    Batch,
+    Document,
+    capture,
+    continuation_logits,
+    make_batch,
+    may_pack,
+    option_logprobs,
+    resumed,
+    token_budget_batches,
+)
+from lm_eval_aft.steering import add_at
+from lm_eval_aft.training.fit import Candidate, Engine, Recipe, Tick
+from lm_eval_aft.training.objectives import Objective, Score
+from lm_eval_aft.training.reference import Reference
+
+logger = logging.getLogger(__name__)
+# Tokens in one pass. A CPU is already busy with a few hundred; padding only costs it.
+TOKEN_BUDGET = {"cpu": 1024}
+DEFAULT_TOKEN_BUDGET = 16384
+
+
+class Trajectory:
+    """Engine that shares the frozen part of every pass among candidates.
+
+    Below a candidate's layer nothing depends on its vector, so one baseline pass per batch gives
+    the output of every block, and a candidate at layer L runs blocks L+1 and up only, forwards
+    and backwards. The options of a document share their context in one packed row where the
+    model allows it, and the head sees continuation positions only.
+
+    Args:
+        packed: whether to pack rows; see `lm_eval_aft.packing.may_pack`.
+        budget: most tokens (rows x width) in one pass; by default what suits the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        objective: Objective,
+        *,
+        packed: bool,
+        budget: int | None = None,
+    ) -> None:
+        self.model = model.requires_grad_(False)
+        self.backbone = backbone
+        self.objective = objective
+        self.packed = packed
+        device = next(model.parameters()).device.type
+        self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
+
+    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+        for step in steps:
+            live = [candidate for candidate in candidates if not candidate.stopped]
+            for _, batch in self._batches(step):
+                outputs = self._outputs(batch, live)
+                for candidate in live:
+                    block = self.backbone.blocks[candidate.layer]
+                    with (
+                        add_at(block, candidate.vector),
+                        resumed(self.backbone, candidate.layer, outputs[candidate.layer]),
+                    ):
+                        logits = continuation_logits(self.model, batch)
+                    candidate.backward(self.objective.losses(logits, batch).sum() / len(step))
+                tick(len(live) * len(batch.documents))
+            for candidate in live:
+                candidate.step()
+
+    @torch.no_grad()
+    def evaluate(
+        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+    ) -> list[Score]:
+        outcomes: list[list[NDArray[np.float64]]] = [[] for _ in candidates]
+        for _, batch in self._batches(_by_length(documents, self.packed)):
+            outputs = self._outputs(batch, candidates)
+            for candidate, its_outcomes in zip(candidates, outcomes, strict=True):
+                block = self.backbone.blocks[candidate.layer]
+                with (
+                    add_at(block, candidate.vector),
+                    resumed(self.backbone, candidate.layer, outputs[candidate.layer]),
+                ):
+                    logits = continuation_logits(self.model, batch)
+                its_outcomes += self.objective.outcomes(logits, batch)
+            tick(len(candidates) * len(batch.documents))
+        return [self.objective.summarise(its_outcomes) for its_outcomes in outcomes]
+
+    @torch.no_grad()
+    def baseline(self, documents: Sequence[Document], tick: Tick) -> Score:
+        outcomes: list[NDArray[np.float64]] = []
+        for _, batch in self._batches(_by_length(documents, self.packed)):
+            outcomes += self.objective.outcomes(continuation_logits(self.model, batch), batch)
+            tick(len(batch.documents))
+        return self.objective.summarise(outcomes)
+
+    def _batches(self, documents: Sequence[Document]) -> Iterator[tuple[tuple[int, ...], Batch]]:
+        parameter = next(self.model.parameters())
+        for indices in token_budget_batches(documents, self.packed, self.budget):
+            chosen = [documents[i] for i in indices]
+            yield indices, make_batch(chosen, self.packed, parameter.device, parameter.dtype)
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch, candidates: Sequence[Candidate]) -> dict[int, object]:
+        layers = sorted({candidate.layer for candidate in candidates})
+        with capture(self.backbone, layers) as outputs:
+            continuation_logits(self.model, batch)
+        return outputs
+
+
+def make_engine(
+    model: nn.Module, backbone: Backbone, objective: Objective, documents: Sequence[Document]
+) -> tuple[Engine, str]:
+    """The fastest engine that agrees with the plain one on these documents, and its name.
+
+    Tries packed rows, then unpacked rows resumed from a layer, then the plain engine.
+    """
+    reason = may_pack(model, documents)
+    if reason:
+        logger.info("Rows are not packed: %s.", reason)
+    engine = Trajectory(model, backbone, objective, packed=not reason)
+    reference = Reference(model, backbone, objective)
+    reason = _resuming_differs(engine, reference, min(documents, key=lambda d: d.tokens(False)))
+    if reason:
+        logger.warning("The plain engine is used, which is slow: %s.", reason)
+        return reference, "reference"
+    return engine, "packed" if engine.packed else "unpacked"
+
+
+@torch.no_grad()
+def _resuming_differs(engine: Trajectory, reference: Reference, document: Document) -> str:
+    """Compare both engines on one document under a vector as long as a typical hidden state."""
+    layer = (len(engine.backbone.blocks) - 1) // 2
+    parameter = next(engine.model.parameters())
+    batch = make_batch([document], engine.packed, parameter.device, parameter.dtype)
+    with capture(engine.backbone, [layer]) as outputs:
+        continuation_logits(engine.model, batch)
+    hidden = outputs[layer][0] if isinstance(outputs[layer], tuple) else outputs[layer]
+    size = float(hidden.float().norm(dim=-1).median()) / engine.backbone.hidden_size**0.5
+    vector = torch.linspace(-1, 1, engine.backbone.hidden_size, device=parameter.device) * 0.1 * size
+    probe = Candidate(layer, 0, Recipe(), vector.to(_master_dtype(parameter.dtype)))
+    try:
+        with (
+            add_at(engine.backbone.blocks[layer], probe.vector),
+            resumed(engine.backbone, layer, outputs[layer]),
+        ):
+            fast = option_logprobs(continuation_logits(engine.model, batch), batch)
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        return f"this model cannot be resumed from a block ({error})"
+    logits, plain = reference._logits(document, probe)
+    slow = option_logprobs(logits, plain)
+    bar = 1e-4 if parameter.dtype in (torch.float32, torch.float64) else 0.1 * float(len(batch.targets))
+    worst = float((fast - slow).abs().max())
+    return (
+        ""
+        if worst <= max(bar, 1e-6 * float(slow.abs().max()))
+        else f"resumed passes differ by {worst:.2g} nats"
+    )
+
+
+def new_vector(model: nn.Module, backbone: Backbone) -> torch.Tensor:
+    """A zero vector (hidden_size,) in the precision candidates are trained in."""
+    parameter = next(model.parameters())
+    return torch.zeros(backbone.hidden_size, dtype=_master_dtype(parameter.dtype), device=parameter.device)
+
+
+def _master_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _by_length(documents: Sequence[Document], packed: bool) -> list[Document]:
+    return sorted(documents, key=lambda document: -document.tokens(packed))

@@ -1,0 +1,236 @@
+"""The steering vector: its tensors, its metadata, and the file they live in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lm_eval_aft.errors import AFTError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FORMAT = "aft/1"
+FILE_NAME = "vector.safetensors"
+POSITIONS = ("all",)
+METHODS = ("static",)
+
+
+@dataclass
+class SteeringVector:
+    """One vector (or several, one per layer) to add to a model's residual stream.
+
+    Attributes:
+        layers: 0-based block index -> float32 tensor of shape ``(hidden_size,)``, added at the
+            *output* of that block, in the units of the residual stream.
+        coefficient: dimensionless factor applied when the vector is used.
+        positions: which token positions are steered; ``"all"``.
+        method: how the intervention is parametrised; ``"static"``.
+        metadata: everything else the file keeps: base model and fingerprint, task, protocol,
+            scores, versions (JSON-serialisable).
+    """
+
+    layers: dict[int, Tensor]
+    coefficient: float = 1.0
+    positions: str = "all"
+    method: str = "static"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.layers = {int(k): v.detach().to("cpu", torch.float32) for k, v in sorted(self.layers.items())}
+        self._check("vector")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream the vector fits."""
+        return int(next(iter(self.layers.values())).shape[0])
+
+    def norm(self) -> float:
+        """Euclidean norm over all layers, in residual-stream units, coefficient excluded."""
+        return math.sqrt(sum(float(v.double().square().sum()) for v in self.layers.values()))
+
+    def digest(self) -> str:
+        """SHA-256 of what the vector *does*: layers, values, coefficient, positions, method."""
+        sha = hashlib.sha256(f"{self.method}|{self.positions}|{self.coefficient!r}".encode())
+        for layer, values in self.layers.items():
+            sha.update(f"|{layer}|".encode())
+            sha.update(values.contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    @contextmanager
+    def applied_to(self, model: nn.Module, **options: Any) -> Iterator[None]:
+        """Steer ``model`` inside a ``with`` block; see `lm_eval_aft.steering.attach`."""
+        from lm_eval_aft.steering import attach
+
+        handle = attach(model, self, **options)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the vector to a file (``*.safetensors``) or into a folder; return the file's path.
+
+        The file appears whole or not at all.
+
+        Raises:
+            AFTError: the place cannot be written.
+        """
+        target = Path(path)
+        if target.suffix != ".safetensors":
+            target = target / FILE_NAME
+        header = {
+            **self.metadata,
+            "method": self.method,
+            "layers": list(self.layers),
+            "coefficient": self.coefficient,
+            "positions": self.positions,
+            "hidden_size": self.hidden_size,
+        }
+        tensors = {f"layers.{layer}": values.contiguous() for layer, values in self.layers.items()}
+        with replacing(target) as temporary:
+            save_file(tensors, temporary, metadata={"format": FORMAT, "aft": canonical_json(header)})
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
+        """Read a vector from a ``.safetensors`` file or from a vector folder.
+
+        Raises:
+            AFTError: missing, truncated, not safetensors, not a vector, mis-shaped or not finite.
+        """
+        source = Path(path)
+        if source.is_dir():
+            source = source / FILE_NAME
+        if not source.is_file():
+            raise AFTError(
+                f"No steering vector at {source}.",
+                "Give a .safetensors file or a folder that holds vector.safetensors.",
+            )
+        tensors, metadata = _read(source)
+        layers = {}
+        for name, tensor in tensors.items():
+            prefix, _, index = name.partition(".")
+            if prefix != "layers" or not index.isdigit():
+                raise AFTError(f"{source} holds a tensor named {name!r}, which no vector of {FORMAT} has.")
+            layers[int(index)] = tensor
+        header = {k: metadata.pop(k, None) for k in ("method", "coefficient", "positions", "layers")}
+        hidden_size = metadata.pop("hidden_size", None)
+        if not layers:
+            raise AFTError(f"{source} holds no layers.", "Train or download the vector again.")
+        if header["layers"] != sorted(layers):
+            raise AFTError(f"{source} declares layers {header['layers']} but holds {sorted(layers)}.")
+        if any(tensor.shape != (hidden_size,) for tensor in layers.values()):
+            shapes = sorted({tuple(tensor.shape) for tensor in layers.values()})
+            raise AFTError(
+                f"{source} declares hidden_size {hidden_size} but holds tensors of shape {shapes}."
+            )
+        coefficient = header["coefficient"]
+        if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
+            raise AFTError(f"{source} declares coefficient {coefficient!r}, which is not a number.")
+        vector = cls.__new__(cls)
+        vector.layers = {k: layers[k].to(torch.float32) for k in sorted(layers)}
+        vector.coefficient = float(coefficient)
+        vector.positions, vector.method, vector.metadata = header["positions"], header["method"], metadata
+        vector._check(str(source))
+        return vector
+
+    def _check(self, name: str) -> None:
+        if not self.layers:
+            raise AFTError(f"{name} has no layers.")
+        if self.method not in METHODS:
+            raise AFTError(
+                f"{name} uses method {self.method!r}; this version knows {', '.join(METHODS)}.",
+                "A newer lm-eval-aft may have written it: upgrade.",
+            )
+        if self.positions not in POSITIONS:
+            raise AFTError(f"{name} uses positions {self.positions!r}; this version knows {POSITIONS}.")
+        if not math.isfinite(self.coefficient):
+            raise AFTError(f"{name} has coefficient {self.coefficient}, which is not a finite number.")
+        for layer, values in self.layers.items():
+            if layer < 0:
+                raise AFTError(f"{name} has layer {layer}; layers are numbered from 0.")
+            if values.ndim != 1 or values.shape[0] != self.hidden_size:
+                raise AFTError(
+                    f"{name} has shape {tuple(values.shape)} at layer {layer}; one axis is wanted."
+                )
+            if not bool(torch.isfinite(values).all()):
+                raise AFTError(
+                    f"{name} holds NaN or infinite values at layer {layer}.",
+                    "The training run diverged or the file is damaged: train it again.",
+                )
+
+
+def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and the decoded ``aft`` header of a safetensors file. Never unpickles."""
+    with source.open("rb") as stream:
+        start = stream.read(2)
+    if start[:1] == b"\x80" or start == b"PK":
+        raise AFTError(
+            f"{source} is a pickle or a torch.save archive, whatever its name says.",
+            "Pickles can run code, so they are never opened: ask for the vector as safetensors.",
+        )
+    try:
+        with safe_open(source, framework="pt", device="cpu") as file:
+            raw = file.metadata() or {}
+            if raw.get("format") != FORMAT:
+                raise AFTError(
+                    f"{source} is a safetensors file but not a steering vector "
+                    f"(format {raw.get('format')!r}, wanted {FORMAT!r}).",
+                    "Give a file written by train-vector.",
+                )
+            header = json.loads(raw.get("aft", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AFTError(
+            f"{source} cannot be read: truncated or not a safetensors file ({error}).",
+            "Copy or train it again.",
+        ) from error
+    if not isinstance(header, dict):
+        raise AFTError(f"{source} has no 'aft' header.", "Give a file written by train-vector.")
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise AFTError(f"{source} holds tensors that are not floating point.")
+    return tensors, header
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """JSON with sorted keys and no spaces, so that equal contents give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; rename it there if the block succeeds.
+
+    Raises:
+        AFTError: the place cannot be written (missing rights, no space).
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise AFTError(f"Cannot write {target}: {error.strerror}.", "Choose another place.") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600, which would not survive sharing
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise AFTError(f"Cannot write {target}: {error}.", "Free space or choose another place.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
