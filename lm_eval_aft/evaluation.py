@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.harness import task_manager_for
+from lm_eval_aft.harness import check_names, task_manager_for
 from lm_eval_aft.library import load_vector
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.reporting.stats import PairedComparison, compare_binary
@@ -20,6 +20,7 @@ from lm_eval_aft.vector import SteeringVector
 
 if TYPE_CHECKING:
     from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,8 @@ def evaluate_pair(
         raise AFTError(f"{folder} already holds {', '.join(taken)}.", "Choose another output folder.")
     arguments = {"softmax_dtype": "float32", **(model_args or {})}
     config = _parse(tasks, folder, flags)
+    manager = task_manager_for(tasks, [config.include_path] if config.include_path else [])
+    check_names(tasks, manager)
     lm = AFTLM(
         model,
         **arguments,
@@ -123,11 +126,16 @@ def evaluate_pair(
         max_batch_size=config.max_batch_size or 64,
         device=None if config.device == "cuda:0" else config.device,
     )
+    mismatch = bool(arguments.get("allow_mismatch", False))
+    for run in runs:  # every vector must fit before hours are spent on the first
+        lm.steer(run.vector, allow_mismatch=mismatch)
     results = []
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
-        lm.steer(run.vector, allow_mismatch=bool(arguments.get("allow_mismatch", False)))
-        results.append(_score(lm, run, config, folder / run.name, {"pretrained": model, **arguments}))
+        lm.steer(run.vector, allow_mismatch=mismatch)
+        results.append(
+            _score(lm, run, config, manager, folder / run.name, {"pretrained": model, **arguments})
+        )
     return results
 
 
@@ -170,14 +178,18 @@ def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> Evaluato
 
 
 def _score(
-    lm: AFTLM, run: Run, config: EvaluatorConfig, folder: Path, model_args: dict[str, Any]
+    lm: AFTLM,
+    run: Run,
+    config: EvaluatorConfig,
+    manager: TaskManager,
+    folder: Path,
+    model_args: dict[str, Any],
 ) -> RunResult:
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
     if run.spec is not None:
         model_args = {**model_args, "vector": run.spec}
-    includes = [config.include_path] if config.include_path else []
     tasks = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
     seeds = config.seed or [None] * 4
     tracker = EvaluationTracker(output_path=str(folder))
@@ -197,7 +209,7 @@ def _score(
         apply_chat_template=config.apply_chat_template,
         fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
         gen_kwargs=config.gen_kwargs or None,
-        task_manager=task_manager_for(tasks, includes),
+        task_manager=manager,
         evaluation_tracker=tracker,
         random_seed=seeds[0],
         numpy_random_seed=seeds[1],

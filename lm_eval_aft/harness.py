@@ -56,12 +56,7 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
         name = next((k for k, entry in manager.task_index.items() if entry.yaml_path == definition), name)
     else:
         manager = task_manager_for([name], include_path)
-    if name not in manager.all_tasks:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=5)
-        raise AFTError(
-            f"There is no harness task {name!r}.",
-            f"Nearest names: {', '.join(near)}." if near else "`aft tasks` lists them all.",
-        )
+    check_names([name], manager)
     if name not in manager.all_subtasks:
         members = ", ".join(list(manager.load(name)["tasks"])[:20])
         raise AFTError(
@@ -83,6 +78,17 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
             "Only YAML-style tasks can be trained on.",
         )
     return task
+
+
+def check_names(names: Sequence[str], manager: TaskManager) -> None:
+    """Raise `AFTError` with the nearest names for a task the manager does not know."""
+    for name in names:
+        if not manager.match_tasks([name]):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5)
+            raise AFTError(
+                f"There is no harness task {name!r}.",
+                f"Nearest names: {', '.join(near)}." if near else "`aft tasks` lists them all.",
+            )
 
 
 def task_manager_for(names: Sequence[str], include_path: Sequence[str | Path] = ()) -> TaskManager:

@@ -30,3 +30,6 @@ aft.add_command(evaluate)
 aft.add_command(lm_eval)
 aft.add_command(tasks)
 aft.add_command(tasks_path_command)
+
+if __name__ == "__main__":
+    aft()

@@ -39,12 +39,9 @@ def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
     else:
         from lm_eval.utils import simple_parse_args_string
 
-        try:
-            found = dict(simple_parse_args_string(text))
-        except ValueError as error:
-            raise AFTError(
-                f"Cannot read model arguments {text!r}: {error}.", "Write key=value,key=value."
-            ) from error
+        if not all("=" in part for part in text.split(",")):
+            raise AFTError(f"Cannot read model arguments {text!r}.", "Write key=value,key=value.")
+        found = dict(simple_parse_args_string(text))
     return found | {key: value for key, value in overrides.items() if value is not None}
 
 

@@ -18,6 +18,9 @@ from lm_eval_aft.errors import AFTError
 from lm_eval_aft.packing import Batch, option_logprobs
 
 CHOICE_METRICS = ("acc", "acc_norm")
+# Logarithms of the inverse temperatures tried first: 1/e^7 to e^7.
+_LOG_BETA_STEP = 0.35
+_LOG_BETAS = tuple(_LOG_BETA_STEP * i for i in range(-20, 21))
 # Inverse temperatures at which token losses are kept; the minimum is interpolated between them.
 _GRID = np.exp(np.linspace(np.log(0.25), np.log(4.0), 13))
 
@@ -106,8 +109,10 @@ class Choice:
             beta = np.exp(log_beta)
             return float(np.mean(logsumexp(beta * scores, axis=1) - logsumexp(beta * right, axis=1)))
 
-        # Convex in beta, hence with a single minimum in log(beta).
-        fitted = minimize_scalar(mean_loss, bounds=(np.log(1e-3), np.log(1e3)), method="bounded")
+        # With several right options there may be more than one dip: find the lowest on a grid first.
+        rough = min(_LOG_BETAS, key=mean_loss)
+        near = (rough - _LOG_BETA_STEP, rough + _LOG_BETA_STEP)
+        fitted = minimize_scalar(mean_loss, bounds=near, method="bounded", options={"xatol": 1e-6})
         hits = gold[np.arange(len(outcomes)), scores.argmax(axis=1)]
         return Score(
             float(fitted.fun), mean_loss(0.0), float(hits.mean()), float(np.exp(-fitted.x)), len(outcomes)

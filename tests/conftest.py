@@ -1,0 +1,227 @@
+"""Fixtures: tiny random models of many families, a tiny tokenizer, small tasks, and the test data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+WORDS = (
+    "the a cat dog bird fish tree stone river sees eats likes finds red blue green small large one two "  # noqa: SIM905
+    "three four five six seven eight nine ten Question Answer is not and or : . ? , # yes no up down"
+).split()
+
+# family -> config class and what makes it tiny beyond hidden size, depth and heads
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8}),
+    "phi": ("PhiConfig", {}),
+    "stablelm": ("StableLmConfig", {"num_key_value_heads": 2}),
+    "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral-window": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 6}),
+    "gpt2": ("GPT2Config", {}),
+    "opt": ("OPTConfig", {"word_embed_proj_dim": 32, "ffn_dim": 64}),
+    "gemma2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6}),
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {"residual_multiplier": 0.5}),
+    "falcon": ("FalconConfig", {"alibi": True}),
+    "bloom": ("BloomConfig", {}),
+    "gpt_neo": ("GPTNeoConfig", {"attention_types": [[["global", "local"], 2]], "window_size": 6}),
+    "smollm3": ("SmolLM3Config", {"num_key_value_heads": 2}),
+}
+
+
+def tiny_model(family: str, seed: int = 0, dtype: Any = None, layers: int = 4) -> Any:
+    """A random model of a family: hidden size 32, 4 blocks, vocabulary of the tiny tokenizer."""
+    import torch
+    import transformers
+
+    name, extra = FAMILIES[family]
+    cls = getattr(transformers, name)
+    common = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    config = cls(**common, **extra)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # The default initialisation is so small that every answer looks alike.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4)
+    return model.to(dtype or torch.float32).eval()
+
+
+def tiny_tokenizer() -> Any:
+    """A word-level tokenizer over 64 tokens, white space kept as a token of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<eos>", "<pad>", "<unk>", " ", "\n", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(" ", behavior="isolated"),
+            pre_tokenizers.Split("\n", behavior="isolated"),
+            pre_tokenizers.Punctuation(),
+        ]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} \n {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    return fast
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """``checkpoint(family, seed=0)``: folder of a saved tiny model with its tokenizer."""
+    made: dict[tuple[str, int], str] = {}
+
+    def make(family: str = "llama", seed: int = 0) -> str:
+        if (family, seed) not in made:
+            folder = tmp_path_factory.mktemp(f"{family}-{seed}")
+            tiny_model(family, seed).save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
+            made[family, seed] = str(folder)
+        return made[family, seed]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with ``hub/`` and ``models/``; skips without it, but fails under CI."""
+    root = os.environ.get("AFT_TEST_DATA")
+    if root and (Path(root) / "hub").is_dir() and (Path(root) / "models").is_dir():
+        return Path(root).resolve()
+    message = "AFT_TEST_DATA names no folder with hub/ and models/"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture
+def test_data(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``data_root``, with its ``hub`` as working directory so that stock tasks find their data."""
+    monkeypatch.chdir(data_root / "hub")
+    return data_root
+
+
+def toy_documents(n: int, start: int = 0) -> list[dict[str, Any]]:
+    """Distinct small questions with four options each and one right one."""
+    subjects, verbs = (
+        ["cat", "dog", "bird", "fish", "tree", "stone", "river"],
+        ["sees", "eats", "likes", "finds"],
+    )
+    numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    documents = []
+    for i in range(start, start + n):
+        parts = (
+            numbers[i % 10],
+            subjects[i // 10 % 7],
+            verbs[i // 70 % 4],
+            ["red", "blue", "green"][i // 280 % 3],
+        )
+        options = [
+            f"the {colour} {subjects[(i + k) % 7]}"
+            for k, colour in enumerate(["red", "blue", "green", "small"])
+        ]
+        documents.append(
+            {
+                "question": " ".join(parts),
+                "choices": options,
+                "gold": i * 7 % 4,
+                "answer": f"{numbers[i * 3 % 10]} # yes",
+            }
+        )
+    return documents
+
+
+CHOICE_YAML = """\
+task: toy_choice
+dataset_path: json
+dataset_kwargs:
+  data_files: {files}
+output_type: multiple_choice
+training_split: train
+test_split: test
+fewshot_split: train
+doc_to_text: "Question : {{{{question}}}} ? \\nAnswer :"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+GENERATE_YAML = """\
+task: toy_generate
+dataset_path: json
+dataset_kwargs:
+  data_files: {files}
+output_type: generate_until
+training_split: train
+test_split: test
+fewshot_split: train
+doc_to_text: "Question : {{{{question}}}} ? \\nAnswer :"
+doc_to_target: answer
+generation_kwargs:
+  until: ["Question"]
+  do_sample: false
+  max_gen_toks: 8
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+@pytest.fixture
+def toy_tasks(tmp_path: Path) -> Callable[..., str]:
+    """``toy_tasks(train=…, test=…)``: folder with toy_choice and toy_generate over those documents."""
+
+    def make(train: list[dict[str, Any]] | None = None, test: list[dict[str, Any]] | None = None) -> str:
+        folder = tmp_path / "tasks"
+        folder.mkdir(exist_ok=True)
+        parts = {"train": train or toy_documents(60), "test": test or toy_documents(20, start=200)}
+        files = {}
+        for split, documents in parts.items():
+            path = folder / f"{split}.jsonl"
+            path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+            files[split] = str(path)
+        (folder / "toy_choice.yaml").write_text(CHOICE_YAML.format(files=json.dumps(files)))
+        (folder / "toy_generate.yaml").write_text(GENERATE_YAML.format(files=json.dumps(files)))
+        return str(folder)
+
+    return make

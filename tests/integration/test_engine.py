@@ -1,0 +1,275 @@
+"""The fast engine against the plain one: same numbers, same gradients, same vectors, any family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.packing import (
+    Document,
+    continuation_logits,
+    make_batch,
+    may_pack,
+    option_logprobs,
+    token_budget_batches,
+)
+from lm_eval_aft.training.fit import Candidate, Engine, Recipe, in_steps
+from lm_eval_aft.training.objectives import LM, Choice, Objective
+from lm_eval_aft.training.reference import Reference
+from lm_eval_aft.training.trajectory import Trajectory, make_engine, new_vector
+from tests.conftest import FAMILIES, tiny_model
+
+PACKED = {
+    "gpt_neox",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "phi",
+    "stablelm",
+    "mistral",
+    "gpt2",
+    "opt",
+    "granite",
+    "olmo2",
+    "smollm3",
+}
+
+
+def documents(
+    n: int = 6, seed: int = 0, options: Sequence[int] = (4, 2, 3), context: int = 9
+) -> list[Document]:
+    """Random documents of uneven sizes, some options one token long."""
+    draw = np.random.default_rng(seed)
+
+    def ids(k: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in draw.integers(5, 60, k))
+
+    made = []
+    for i in range(n):
+        count = options[i % len(options)]
+        shared = ids(int(draw.integers(2, context + 1)))
+        tails = [ids(int(draw.integers(1, 6))) for _ in range(count)]
+        lengths = tuple(float(draw.integers(1, 30)) for _ in range(count))
+        made.append(Document(tuple((shared, tail) for tail in tails), (int(draw.integers(count)),), lengths))
+    return made
+
+
+def single(n: int = 6) -> list[Document]:
+    return [Document((document.pairs[0],)) for document in documents(n)]
+
+
+def candidate(
+    model: Any, layer: int, recipe: Recipe | None = None, seed: int = 0, scale: float = 0.1
+) -> Candidate:
+    backbone = find_backbone(model)
+    made = Candidate(layer, seed, recipe or Recipe(), new_vector(model, backbone))
+    with torch.no_grad():
+        made.vector.add_(scale * torch.randn(32, generator=torch.Generator().manual_seed(layer)))
+    return made
+
+
+def nothing(_done: int) -> None:
+    pass
+
+
+def gradient(engine: Engine, model: Any, layer: int, docs: Sequence[Document]) -> torch.Tensor:
+    """The gradient of the mean loss over ``docs``, read off just before the optimiser uses it."""
+    probe = candidate(model, layer)
+    seen: list[torch.Tensor] = []
+    probe.step = lambda: seen.append(probe.vector.grad.clone())  # type: ignore[method-assign, union-attr]
+    engine.train([probe], [docs], nothing)
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    "objective", [Choice("acc"), Choice("acc_norm"), LM()], ids=lambda o: f"{o.name}-{o.metric}"
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_equals_reference(family: str, objective: Objective) -> None:
+    model = tiny_model(family)
+    backbone = find_backbone(model)
+    docs = single() if objective.name == "lm" else documents()
+    engine, name = make_engine(model, backbone, objective, docs)
+    if objective.name == "choice":
+        assert name == ("packed" if family in PACKED else "unpacked")
+    reference = Reference(model, backbone, objective)
+    for layer in range(4):
+        fast, slow = (gradient(e, model, layer, docs) for e in (engine, reference))
+        assert float((fast - slow).norm() / slow.norm()) <= 1e-5
+    probes = [candidate(model, layer) for layer in range(4)]
+    for fast_score, slow_score in zip(
+        engine.evaluate(probes, docs, nothing), reference.evaluate(probes, docs, nothing), strict=True
+    ):
+        assert fast_score.cross_entropy == pytest.approx(slow_score.cross_entropy, rel=1e-5)
+        assert fast_score.score == pytest.approx(slow_score.score, rel=1e-4)
+        assert fast_score.accuracy == slow_score.accuracy
+    assert engine.baseline(docs, nothing).score == pytest.approx(
+        reference.baseline(docs, nothing).score, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("family", sorted(PACKED))
+def test_packed_log_likelihoods_equal_unpacked(family: str) -> None:
+    model = tiny_model(family)
+    docs = documents(9)
+    assert may_pack(model, docs) == ""
+    scores = []
+    for packed in (True, False):
+        batch = make_batch(docs, packed, torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            scores.append(option_logprobs(continuation_logits(model, batch), batch))
+    assert float((scores[0] - scores[1]).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - PACKED))
+def test_families_that_cannot_pack_say_why(family: str) -> None:
+    assert may_pack(tiny_model(family), documents(9))
+
+
+def test_a_wrong_mask_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-check fails for a model that ignores the tree mask."""
+    model = tiny_model("llama")
+    forward = model.model.forward
+    model.model.forward = lambda *a, attention_mask=None, **k: forward(*a, **k)
+    assert "differ by" in may_pack(model, documents(9))
+
+
+def test_a_model_that_cannot_resume_falls_back_to_the_plain_engine() -> None:
+    model = tiny_model("llama")
+    embed = model.model.embed_tokens
+    # Something outside the blocks that makes a resumed pass differ: it looks at whether block 0 ran.
+    block = model.model.layers[0]
+    ran = []
+    original = block.mlp.forward
+    block.mlp.forward = lambda x: (ran.append(1), original(x))[1]
+    final = model.model.norm.forward
+    model.model.norm.forward = lambda x: final(x) * (1.0 if ran else 2.0)
+    embed.register_forward_hook(lambda *_: ran.clear())
+    docs = documents()
+    engine, name = make_engine(model, find_backbone(model), Choice("acc"), docs)
+    assert name == "reference"
+    assert isinstance(engine, Reference)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "bloom", "mistral-window"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_same_vector_after_three_epochs(family: str, batch_size: int) -> None:
+    model = tiny_model(family)
+    backbone = find_backbone(model)
+    docs = documents(8)
+    recipe = Recipe(lr=1e-2, l2=1e-3, epochs=3, batch_size=batch_size)
+    engine, _ = make_engine(model, backbone, Choice("acc_norm"), docs)
+    vectors = []
+    for each in (engine, Reference(model, backbone, Choice("acc_norm"))):
+        ours = [candidate(model, layer, recipe, scale=0) for layer in range(4)]
+        for _ in range(3):
+            each.train(ours, list(in_steps(docs, batch_size)), nothing)
+        vectors.append(torch.stack([c.vector.detach() for c in ours]))
+    difference = (vectors[0] - vectors[1]).norm(dim=1) / vectors[1].norm(dim=1)
+    assert float(difference.max()) <= 1e-5 * 10  # Adam's first steps divide by the gradient's size
+
+
+def fp64(objective: Objective, budget: int = 4096, packed: bool = True) -> tuple[Any, Trajectory]:
+    # Llama's RMSNorm computes in fp32 whatever the model's dtype; LayerNorm does not.
+    model = tiny_model("gpt_neox", dtype=torch.float64)
+    return model, Trajectory(model, find_backbone(model), objective, packed=packed, budget=budget)
+
+
+@pytest.mark.parametrize(
+    "objective", [Choice("acc"), Choice("acc_norm"), LM()], ids=lambda o: f"{o.name}-{o.metric}"
+)
+@pytest.mark.parametrize("layer", [0, 3])
+def test_gradient_equals_finite_differences(objective: Objective, layer: int) -> None:
+    model, engine = fp64(objective)
+    docs = single(4) if objective.name == "lm" else documents(4)
+    analytic = gradient(engine, model, layer, docs)
+    probe = candidate(model, layer)
+    step = 1e-6
+    for index in range(0, 32, 5):
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                probe.vector[index] += sign * step
+                losses.append(engine.evaluate([probe], docs, nothing)[0].cross_entropy)
+                probe.vector[index] -= sign * step
+        numeric = (losses[0] - losses[1]) / (2 * step)
+        assert numeric == pytest.approx(float(analytic[index]), rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("objective", [Choice("acc_norm"), LM()], ids=["choice", "lm"])
+def test_losses_do_not_depend_on_padding_batch_or_order(objective: Objective) -> None:
+    docs = single(9) if objective.name == "lm" else documents(9)
+    found = []
+    for packed, budget, order in [
+        (True, 4096, 1),
+        (True, 1, 1),
+        (False, 4096, 1),
+        (False, 30, -1),
+        (True, 64, -1),
+    ]:
+        model, engine = fp64(objective, budget, packed)
+        score = engine.evaluate([candidate(model, 1)], docs[::order], nothing)[0]
+        found.append((score.cross_entropy, score.score, score.accuracy))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-6)
+
+
+def test_gradients_gathered_over_small_passes_equal_one_big_pass() -> None:
+    docs = documents(9)
+    gradients = []
+    for budget in (4096, 1):
+        model, engine = fp64(Choice("acc_norm"), budget)
+        gradients.append(gradient(engine, model, 2, docs))
+    assert torch.allclose(*gradients, atol=1e-10)
+
+
+def test_budget_is_kept_and_everything_is_served() -> None:
+    docs = documents(20)
+    for budget in (1, 50, 200):
+        groups = list(token_budget_batches(docs, True, budget))
+        assert [i for group in groups for i in group] == list(range(20))
+        for group in groups:
+            size = sum(docs[i].rows(True) for i in group) * max(docs[i].tokens(True) for i in group)
+            assert len(group) == 1 or size <= budget
+
+
+def test_options_with_contexts_of_their_own_get_rows_of_their_own() -> None:
+    shared, other = documents(2, options=(2,))
+    mixed = Document((shared.pairs[0], other.pairs[0], shared.pairs[1]), (1,), (3.0, 4.0, 5.0))
+    assert (mixed.rows(True), mixed.rows(False)) == (2, 3)
+    model = tiny_model("llama")
+    for packed in (True, False):
+        batch = make_batch([mixed], packed, torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            scores = option_logprobs(continuation_logits(model, batch), batch)
+        expected = []
+        for context, tail in mixed.pairs:
+            logits = model(torch.tensor([context + tail])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+            expected.append(float(logits[range(len(tail)), list(tail)].sum().detach()))
+        assert scores.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_training_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine, _ = make_engine(model, find_backbone(model), Choice("acc"), documents())
+    engine.train([candidate(model, 1)], [documents()], nothing)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all("forward" not in block.__dict__ and not block._forward_hooks for block in model.model.layers)
+
+
+def test_nan_stops_a_candidate_and_no_other() -> None:
+    model = tiny_model("llama")
+    engine, _ = make_engine(model, find_backbone(model), Choice("acc"), documents())
+    good, bad = candidate(model, 1), candidate(model, 2)
+    with torch.no_grad():
+        bad.vector[0] = float("nan")
+    engine.train([good, bad], list(in_steps(documents(), 2)), nothing)
+    assert bad.stopped == "gradient not finite"
+    assert not good.stopped
+    assert bool(torch.isfinite(good.vector).all())

@@ -1,0 +1,335 @@
+"""The main job on toy tasks: what it writes, that it learns, that it resumes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from lm_eval_aft import AFTError, SteeringVector, load_vector, train_vector
+from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.training import sweep as sweep_module
+from lm_eval_aft.training.controls import random_like, spoil
+from lm_eval_aft.training.examples import Example
+from lm_eval_aft.training.fit import Candidate, Recipe
+from lm_eval_aft.training.objectives import Score
+from lm_eval_aft.training.sweep import choose, parse_layers
+
+RECIPE = Recipe(lr=3e-2, epochs=4, patience=2, batch_size=4)
+
+
+@pytest.fixture
+def settings(toy_tasks: Callable[..., str]) -> dict[str, Any]:
+    return {
+        "include_path": (toy_tasks(),),
+        "seeds": 2,
+        "layers": "1-2",
+        "train_docs": 20,
+        "selection_docs": 20,
+        "recipe": RECIPE,
+        "progress": False,
+    }
+
+
+@pytest.fixture
+def lm(checkpoint: Callable[..., str]) -> AFTLM:
+    return AFTLM(checkpoint("llama"), device="cpu", batch_size=4)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("task", ["toy_choice", "toy_generate"])
+def test_folder_and_choice(task: str, lm: AFTLM, settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    result = train_vector(lm, task, folder, **settings)
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert found == {
+        "vector.safetensors", "README.md", "training.jsonl", "seeds/seed-0.safetensors", "seeds/seed-1.safetensors",
+    }  # fmt: skip
+    vector = load_vector(folder)
+    meta = vector.metadata
+    assert (meta["task"], meta["num_fewshot"], meta["control"]) == (task, 0, None)
+    assert meta["splits"]["train"] == meta["splits"]["selection"] == 20
+    assert vector.digest() == result.vector.digest()
+    # The layer has the best mean over seeds; the vector is that layer's median (here: worse) seed.
+    lines = [line for line in events(folder) if line["event"] == "epoch"]
+    best: dict[tuple[int, int], float] = {}
+    for line in lines:
+        key = (line["layer"], line["seed"])
+        best[key] = min(best.get(key, 9e9), line["score"])
+    means = {layer: (best[layer, 0] + best[layer, 1]) / 2 for layer in (1, 2)}
+    (layer,) = vector.layers
+    assert means[layer] == min(means.values())
+    assert best[layer, meta["seed"]] == max(best[layer, 0], best[layer, 1])
+    assert meta["selection"]["layers"] == {
+        str(k): {
+            "score": pytest.approx(v),
+            "accuracy": pytest.approx(meta["selection"]["layers"][str(k)]["accuracy"]),
+        }
+        for k, v in means.items()
+    }
+    card = ModelCard.load(folder / "README.md")
+    card_data = card.data.to_dict()
+    assert card_data["library_name"] == "lm-eval-aft"
+    # And it fits its model, checked with the tokenizer.
+    lm.steer(vector)
+
+
+def test_training_improves_the_training_loss(lm: AFTLM, settings: dict[str, Any]) -> None:
+    """On documents it was trained on, a vector must beat the baseline clearly."""
+    from lm_eval_aft.training.train import TrainingPlan, prepare
+    from lm_eval_aft.training.trajectory import make_engine
+
+    settings.pop("progress")
+    prepared = prepare(lm, TrainingPlan("toy_choice", **settings))
+    from lm_eval_aft.training.examples import encode
+    from lm_eval_aft.training.fit import in_steps
+
+    documents = encode(prepared.splits.train(0), lm)
+    engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, documents)
+    candidate = prepared.candidates()[0]
+    before = engine.baseline(documents, lambda _: None)
+    for _ in range(6):
+        engine.train([candidate], list(in_steps(documents, 4)), lambda _: None)
+    after = engine.evaluate([candidate], documents, lambda _: None)[0]
+    assert after.score < before.score - 0.1
+
+
+def test_equal_plans_give_equal_vectors(lm: AFTLM, settings: dict[str, Any]) -> None:
+    one, two = (train_vector(lm, "toy_choice", **settings) for _ in range(2))
+    assert one.vector.digest() == two.vector.digest()
+    assert one.finalists[0].digest() != one.finalists[1].digest()
+
+
+def test_killed_runs_resume_to_the_same_vector(
+    checkpoint: Callable[..., str], settings: dict[str, Any], lm: AFTLM, tmp_path: Path
+) -> None:
+    """A process killed without warning after its second epoch, and one more while resuming."""
+    settings["recipe"] = replace(RECIPE, patience=None)
+    whole = train_vector(lm, "toy_choice", tmp_path / "whole", **settings)
+    program = f"""
+import os, signal, sys
+from lm_eval_aft import train_vector
+from lm_eval_aft.training import train
+from lm_eval_aft.training.fit import Recipe
+saves = 0
+original = train.save_state
+def save(*arguments):
+    global saves
+    original(*arguments)
+    saves += 1
+    if saves == int(sys.argv[1]):
+        with open({str(tmp_path / "killed" / "training.jsonl")!r}, "a") as ledger:
+            ledger.write('{{"event": "epo')  # as if killed in the middle of a line
+        os.kill(os.getpid(), signal.SIGKILL)
+train.save_state = save
+settings = {settings!r}
+train_vector({checkpoint("llama")!r}, "toy_choice", {str(tmp_path / "killed")!r}, resume=True,
+             model_args={{"device": "cpu", "batch_size": 4}}, **settings)
+"""
+    for saves, expected in (("3", -signal.SIGKILL), ("1", -signal.SIGKILL), ("99", 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, saves], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == expected, done.stderr[-2000:]
+    resumed = load_vector(tmp_path / "killed")
+    assert resumed.digest() == whole.vector.digest()
+    assert not (tmp_path / "killed" / "state.safetensors").exists()
+
+    def comparable(folder: str) -> list[dict[str, Any]]:
+        return [{k: v for k, v in e.items() if k != "time"} for e in events(tmp_path / folder)]
+
+    assert comparable("killed") == comparable("whole")
+
+
+def test_ctrl_c_leaves_a_ledger_to_resume_from(
+    checkpoint: Callable[..., str], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "lm_eval_aft.cli.main", "train", "--model", checkpoint("llama")),
+        *("--task", "toy_choice", "--include-path", settings["include_path"][0], "--output", str(folder)),
+        *("--train-docs", "20", "--selection-docs", "20", "--epochs", "5000", "--patience", "0"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (folder / "training.jsonl").exists() and len(events_so_far(folder)) > 5:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with --resume" in errors
+    assert "Traceback" not in errors
+    assert events(folder)[0]["event"] == "start"
+    assert not (folder / "vector.safetensors").exists()
+
+
+def events_so_far(folder: Path) -> list[str]:
+    return (folder / "training.jsonl").read_text().splitlines()
+
+
+def test_resume_refuses_other_settings(
+    lm: AFTLM, settings: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = tmp_path / "out"
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep_module, "choose", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_vector(lm, "toy_choice", folder, **settings)
+    with pytest.raises(AFTError, match="layers differ"):
+        train_vector(lm, "toy_choice", folder, resume=True, **{**settings, "layers": "1"})
+    assert train_vector(lm, "toy_choice", folder, resume=True, **settings).vector
+    with pytest.raises(AFTError, match="finished"):
+        train_vector(lm, "toy_choice", folder, resume=True, **settings)
+    with pytest.raises(AFTError, match="not empty"):
+        train_vector(lm, "toy_choice", folder, **settings)
+    train_vector(lm, "toy_choice", folder, overwrite=True, **settings)
+
+
+def test_a_diverging_seed_is_dropped_with_its_reason(
+    lm: AFTLM, settings: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    step = Candidate.step
+
+    def explode(self: Candidate) -> None:
+        if self.layer == 2 and self.seed == 1 and self.vector.grad is not None:
+            self.vector.grad[0] = float("nan")
+        step(self)
+
+    monkeypatch.setattr(Candidate, "step", explode)
+    result = train_vector(lm, "toy_choice", tmp_path / "out", **settings)
+    assert [layer.layer for layer in result.sweep.layers] == [1]
+    (dropped,) = [event for event in events(tmp_path / "out") if event["event"] == "dropped"]
+    assert (dropped["candidate"].startswith("layer2-seed1"), dropped["reason"]) == (
+        True,
+        "gradient not finite",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all", list(range(24))),
+        ("3", [3]),
+        ("5,2", [2, 5]),
+        ("4-6,20", [4, 5, 6, 20]),
+        ("25%-75%:4", [6, 10, 14]),
+        ("0%", [0]),
+        ("100%", [23]),
+        ("1-9:3", [1, 4, 7]),
+    ],
+)
+def test_layers(text: str, expected: list[int]) -> None:
+    assert parse_layers(text, 24) == expected
+
+
+@pytest.mark.parametrize("text", ["24", "x", "", "5-3", "101%", "1-30", "2:0", "-1"])
+def test_wrong_layers(text: str) -> None:
+    with pytest.raises(AFTError):
+        parse_layers(text, 24)
+
+
+def candidate(layer: int, seed: int, score: float) -> Candidate:
+    made = Candidate(layer, seed, Recipe(), torch.zeros(4))
+    made.record(Score(score, score, 0.5, 1.0, 10))
+    return made
+
+
+def test_choice_is_by_the_mean_not_by_the_luckiest_seed() -> None:
+    lucky = [candidate(0, 0, 0.1), candidate(0, 1, 0.9), candidate(0, 2, 0.9)]
+    steady = [candidate(1, 0, 0.5), candidate(1, 1, 0.6), candidate(1, 2, 0.4)]
+    result = choose([*lucky, *steady], Score(1, 1, 0.5, 1, 10))
+    assert result.chosen.layer == 1
+    assert result.finalist.seed == 0  # the median of 0.4, 0.5, 0.6
+
+
+def test_best_epoch_is_kept_and_patience_stops() -> None:
+    made = Candidate(0, 0, Recipe(patience=2), torch.zeros(2))
+    for step, score in enumerate([3.0, 1.0, 2.0, 2.0]):
+        with torch.no_grad():
+            made.vector.fill_(step)
+        made.record(Score(score, score, 0.5, 1.0, 10))
+    assert made.best is not None
+    assert made.best.tolist() == [1.0, 1.0]
+    assert (made.best_epoch, made.stopped) == (2, "no better for 2 epochs")
+
+
+def test_adam_step_with_l2_and_clip_equals_torchs_own() -> None:
+    torch.manual_seed(0)
+    start, target = torch.randn(6), torch.randn(6)
+    ours = Candidate(0, 0, Recipe(lr=0.1, l2=0.3, clip=0.7), start.clone())
+    theirs = start.clone().requires_grad_()
+    adam = torch.optim.Adam([theirs], lr=0.1)
+    for _ in range(5):
+        ours.backward(((ours.vector - target) ** 4).sum())
+        ours.step()
+        adam.zero_grad()
+        (((theirs - target) ** 4).sum() + 0.3 * theirs.square().sum()).backward()
+        torch.nn.utils.clip_grad_norm_([theirs], 0.7)
+        adam.step()
+    assert torch.allclose(ours.vector, theirs, atol=1e-6)
+
+
+def examples(n: int) -> list[Example]:
+    return [
+        Example(i, ((f"q{i}", f"a{i}"), (f"q{i}", "x"), (f"q{i}", "y")), (i % 3,), (1.0, 1.0, 1.0))
+        for i in range(n)
+    ]
+
+
+def test_shuffled_permutes_the_labels_and_nothing_else() -> None:
+    before = examples(30)
+    after = spoil(before, "shuffled", 0)
+    assert sorted(e.gold for e in after) == sorted(e.gold for e in before)
+    assert [e.gold for e in after] != [e.gold for e in before]
+    assert [replace(e, gold=(0,)) for e in after] == [replace(e, gold=(0,)) for e in before]
+    assert spoil(before, "shuffled", 1) != after
+    assert spoil(before, None, 0) == before
+
+
+def test_format_deals_everybody_another_answer() -> None:
+    before = [Example(i, ((f"q{i}", f"a{i}"),), (0,), (1.0,)) for i in range(20)]
+    after = spoil(before, "format", 3)
+    assert [e.requests[0][0] for e in after] == [f"q{i}" for i in range(20)]
+    assert sorted(e.requests[0][1] for e in after) == sorted(f"a{i}" for i in range(20))
+    assert all(e.requests[0][1] != f"a{i}" for i, e in enumerate(after))
+
+
+def test_random_control_keeps_norm_layers_and_coefficient() -> None:
+    vector = SteeringVector({1: torch.randn(500), 3: 5 * torch.randn(500)}, 0.7)
+    placebo = random_like(vector, 0)
+    assert (list(placebo.layers), placebo.coefficient) == ([1, 3], 0.7)
+    for layer, values in vector.layers.items():
+        assert float(placebo.layers[layer].norm()) == pytest.approx(float(values.norm()), rel=1e-5)
+        assert abs(float(torch.cosine_similarity(placebo.layers[layer], values, dim=0))) < 0.2
+    assert random_like(vector, 0).digest() == placebo.digest() != random_like(vector, 1).digest()
+
+
+def test_controls_run_through(lm: AFTLM, settings: dict[str, Any]) -> None:
+    plain = train_vector(lm, "toy_choice", **settings)
+    shuffled = train_vector(lm, "toy_choice", control="shuffled", **settings)
+    drawn = train_vector(lm, "toy_choice", control="random", **settings)
+    assert shuffled.vector.metadata["control"] == "shuffled"
+    assert shuffled.vector.digest() != plain.vector.digest()
+    assert drawn.vector.norm() == pytest.approx(plain.vector.norm(), rel=1e-5)
+    with pytest.raises(AFTError, match="'format' is for the objective 'lm'"):
+        train_vector(lm, "toy_choice", control="format", **settings)
+    assert train_vector(lm, "toy_generate", control="format", **settings).vector

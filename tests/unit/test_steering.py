@@ -1,0 +1,137 @@
+"""Applying a vector: exactly an addition at a block's output, and gone when removed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lm_eval_aft import AFTError, SteeringVector, attach
+from lm_eval_aft.backbone import find_backbone
+from tests.conftest import FAMILIES, tiny_model
+
+IDS = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def block_inputs(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What each block is given, and last what the final norm is: seen by hooks of the test's own."""
+    blocks = find_backbone(model).blocks
+    seen: list[torch.Tensor] = []
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        for block in blocks
+    ]
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_found_and_outputs_shifted(family: str) -> None:
+    model = tiny_model(family)
+    backbone = find_backbone(model)
+    assert len(backbone.blocks) == 4
+    assert backbone.hidden_size == 32
+    before = block_inputs(model)
+    vector = SteeringVector({1: torch.randn(32)})
+    with vector.applied_to(model):
+        steered = block_inputs(model)
+    after = block_inputs(model)
+    assert torch.equal(steered[1], before[1])
+    assert torch.equal(steered[2], before[2] + vector.layers[1])
+    assert not torch.allclose(steered[3], before[3] + vector.layers[1])
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_naive_hook_gives_the_same_logits() -> None:
+    model = tiny_model("qwen2")
+    v, w = torch.randn(32), torch.randn(32)
+    handles = [
+        block.register_forward_hook(lambda _m, _i, out, add=add: out + add)
+        for block, add in zip((model.model.layers[0], model.model.layers[2]), (0.5 * v, 0.5 * w), strict=True)
+    ]
+    expected = model(IDS).logits
+    for handle in handles:
+        handle.remove()
+    handle = attach(model, SteeringVector({0: v, 2: w}), coefficient=0.5)
+    assert torch.equal(model(IDS).logits, expected)
+    handle.remove()
+    handle.remove()
+    assert not torch.equal(model(IDS).logits, expected)
+
+
+def test_generation_steers_every_decode_step() -> None:
+    model = tiny_model("llama")
+    vector = SteeringVector({2: 3 * torch.randn(32)})
+    generate: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
+    with vector.applied_to(model):
+        cached = model.generate(IDS, **generate)
+        plain = model.generate(IDS, use_cache=False, **generate)
+    assert torch.equal(cached, plain)
+    assert not torch.equal(cached, model.generate(IDS, **generate))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_product_is_formed_in_fp32_then_cast(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    vector = SteeringVector({0: torch.randn(32)}, coefficient=0.3)
+    before = block_inputs(model)[1]
+    with vector.applied_to(model):
+        after = block_inputs(model)[1]
+    assert torch.equal(after, before + (vector.layers[0] * 0.3).to(dtype))
+
+
+def test_coefficient_zero_sets_no_hook() -> None:
+    model = tiny_model("llama")
+    with SteeringVector({0: torch.randn(32)}).applied_to(model, coefficient=0):
+        assert not find_backbone(model).blocks[0]._forward_hooks
+
+
+def test_peft_wrapped_model() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("llama")
+    vector = SteeringVector({1: torch.randn(32)})
+    with vector.applied_to(model):
+        expected = model(IDS).logits
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
+    with vector.applied_to(wrapped):
+        assert torch.allclose(wrapped(input_ids=IDS).logits, expected, atol=1e-5)
+
+
+def test_refusals() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(AFTError, match="hidden size 16, the model 32"):
+        attach(model, SteeringVector({0: torch.ones(16)}))
+    with pytest.raises(AFTError, match="Layer 9 is out of range: this model has blocks 0 to 3"):
+        attach(model, SteeringVector({9: torch.ones(32)}))
+    with pytest.raises(AFTError, match="has no module 'model.nothing'"):
+        attach(model, SteeringVector({0: torch.ones(32)}), blocks="model.nothing")
+    assert not any(block._forward_hooks for block in find_backbone(model).blocks)
+
+
+def test_unknown_structure_says_how_to_name_the_blocks() -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = tiny_model("llama").config
+            self.left = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
+            self.right = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
+
+    with pytest.raises(AFTError, match='blocks="path.to.layers"'):
+        find_backbone(Odd())
+    assert find_backbone(Odd(), "left").name == "left"
+
+
+def test_encoder_decoder_is_refused() -> None:
+    import transformers
+
+    config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)
+    with pytest.raises(AFTError, match="Encoder-decoder"):
+        find_backbone(transformers.T5ForConditionalGeneration(config))
