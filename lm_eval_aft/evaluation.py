@@ -133,9 +133,8 @@ def evaluate_pair(
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
         lm.steer(run.vector, allow_mismatch=mismatch)
-        results.append(
-            _score(lm, run, config, manager, folder / run.name, {"pretrained": model, **arguments})
-        )
+        described = {"pretrained": model, **arguments}
+        results.append(_score(lm, run, config, manager, folder / run.name, described))
     return results
 
 

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 WORDS = (
-    "the a cat dog bird fish tree stone river sees eats likes finds red blue green small large one two "  # noqa: SIM905
+    "the a cat dog bird fish tree stone river sees eats likes finds red blue green small large one two "
     "three four five six seven eight nine ten Question Answer is not and or : . ? , # yes no up down"
 ).split()
 

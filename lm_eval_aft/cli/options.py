@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,4 +53,5 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if i == 0 else "right")
     for i, row in enumerate(rows):
         table.add_row(*row, style="bold" if i == mark else None)
-    Console().print(table)
+    # Without a terminal rich assumes 80 columns and cuts cells; logs have room.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

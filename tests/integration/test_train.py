@@ -56,8 +56,12 @@ def test_folder_and_choice(task: str, lm: AFTLM, settings: dict[str, Any], tmp_p
     result = train_vector(lm, task, folder, **settings)
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert found == {
-        "vector.safetensors", "README.md", "training.jsonl", "seeds/seed-0.safetensors", "seeds/seed-1.safetensors",
-    }  # fmt: skip
+        "vector.safetensors",
+        "README.md",
+        "training.jsonl",
+        "seeds/seed-0.safetensors",
+        "seeds/seed-1.safetensors",
+    }
     vector = load_vector(folder)
     meta = vector.metadata
     assert (meta["task"], meta["num_fewshot"], meta["control"]) == (task, 0, None)
@@ -104,7 +108,7 @@ def test_training_improves_the_training_loss(lm: AFTLM, settings: dict[str, Any]
     for _ in range(6):
         engine.train([candidate], list(in_steps(documents, 4)), lambda _: None)
     after = engine.evaluate([candidate], documents, lambda _: None)[0]
-    assert after.score < before.score - 0.1
+    assert after.cross_entropy < before.cross_entropy - 0.5
 
 
 def test_equal_plans_give_equal_vectors(lm: AFTLM, settings: dict[str, Any]) -> None:
