@@ -14,7 +14,6 @@ from lm_eval_aft.errors import AFTError
 from lm_eval_aft.harness import check_names, task_manager_for
 from lm_eval_aft.library import load_vector
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.reporting.stats import PairedComparison, compare_binary
 from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.vector import SteeringVector
 
@@ -32,25 +31,6 @@ class Run:
     name: str
     spec: str | None
     vector: SteeringVector | None
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What lm-eval returned for a run: its results and, by task, its samples."""
-
-    run: Run
-    results: dict[str, Any]
-    samples: dict[str, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class TaskComparison:
-    """A run against the baseline on one task, filter and metric."""
-
-    run: str
-    task: str
-    metric: str
-    paired: PairedComparison
 
 
 def plan_runs(vectors: Sequence[str], placebo: str = "none", all_seeds: bool = False) -> list[Run]:
@@ -98,8 +78,10 @@ def evaluate_pair(
     all_seeds: bool = False,
     model_args: dict[str, Any] | None = None,
     flags: Sequence[str] = (),
-) -> list[RunResult]:
+) -> list[Run]:
     """Score the baseline and every vector (and placebos) with lm-eval, one run after another.
+
+    Returns the runs, baseline first; compare them with `lm_eval_aft.reporting.results`.
 
     Each run lands in ``output/<name>`` exactly as ``lm_eval --model aft --log_samples`` would
     write it. Log-softmax is taken in fp32 on every side unless ``model_args`` says otherwise.
@@ -129,34 +111,12 @@ def evaluate_pair(
     mismatch = bool(arguments.get("allow_mismatch", False))
     for run in runs:  # every vector must fit before hours are spent on the first
         lm.steer(run.vector, allow_mismatch=mismatch)
-    results = []
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
         lm.steer(run.vector, allow_mismatch=mismatch)
         described = {"pretrained": model, **arguments}
-        results.append(_score(lm, run, config, manager, folder / run.name, described))
-    return results
-
-
-def compare_to_baseline(results: Sequence[RunResult]) -> list[TaskComparison]:
-    """Every run against the first one, on each task's right-or-wrong metrics, per filter."""
-    baseline, *others = results
-    found = []
-    for other in others:
-        for task, samples in other.samples.items():
-            before = {(s["filter"], s["doc_id"]): s for s in baseline.samples[task]}
-            for filter_name in dict.fromkeys(s["filter"] for s in samples):
-                after = [s for s in samples if s["filter"] == filter_name]
-                for metric in after[0]["metrics"]:
-                    pairs: list[tuple[Any, Any]] = [
-                        (before[filter_name, s["doc_id"]].get(metric), s.get(metric)) for s in after
-                    ]
-                    if not all(a in (0, 1) and b in (0, 1) for a, b in pairs):
-                        continue
-                    label = metric if filter_name == "none" else f"{metric},{filter_name}"
-                    paired = compare_binary([float(a) for a, _ in pairs], [float(b) for _, b in pairs])
-                    found.append(TaskComparison(other.run.name, task, label, paired))
-    return found
+        _score(lm, run, config, manager, folder / run.name, described)
+    return runs
 
 
 def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> EvaluatorConfig:
@@ -183,7 +143,7 @@ def _score(
     manager: TaskManager,
     folder: Path,
     model_args: dict[str, Any],
-) -> RunResult:
+) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
@@ -217,7 +177,7 @@ def _score(
         confirm_run_unsafe_code=config.confirm_run_unsafe_code,
     )
     if results is None:  # not the main process
-        return RunResult(run, {}, {})
+        return
     samples = results.pop("samples")
     results["config"] |= {"model": "aft", "model_args": model_args}
     tracker.general_config_tracker.log_experiment_args(
@@ -234,7 +194,6 @@ def _score(
     if len(written) < 1 + len(results["configs"]):
         # The tracker logs failures to write, and goes on.
         raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
-    return RunResult(run, results, samples)
 
 
 def _unique(name: str, runs: Sequence[Run]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
-from lm_eval_aft.cli.options import parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.cli.options import parse_model_args, quiet_libraries
 
 
 @click.command(
@@ -49,9 +50,10 @@ def evaluate(
                -- --limit 200 --batch_size 16
     """
     quiet_libraries()
-    from lm_eval_aft.evaluation import compare_to_baseline, evaluate_pair
+    from lm_eval_aft.cli.report import print_comparison
+    from lm_eval_aft.evaluation import evaluate_pair
 
-    results = evaluate_pair(
+    runs = evaluate_pair(
         model,
         vectors,
         [name.strip() for name in tasks.split(",")],
@@ -61,22 +63,6 @@ def evaluate(
         model_args=parse_model_args(model_args, device=device, dtype=dtype),
         flags=flags,
     )
-    if not results[0].results:
-        return  # a helper process of a distributed run
-    rows = [
-        (
-            c.task,
-            c.metric,
-            c.run,
-            str(c.paired.n),
-            f"{c.paired.baseline:.2%}",
-            f"{c.paired.steered:.2%}",
-            f"{100 * c.paired.difference:+.2f}",
-            f"{c.paired.wins}/{c.paired.losses}",
-            f"{c.paired.p_value:.2g}",
-        )
-        for c in sorted(compare_to_baseline(results), key=lambda c: (c.task, c.metric))
-    ]
-    columns = ("task", "metric", "run", "n", "baseline", "steered", "points", "wins/losses", "McNemar p")
-    print_table("Against the baseline, document by document", columns, rows)
-    click.echo(f"Results lie in {output}.")
+    if int(os.environ.get("RANK", "0")) == 0:
+        print_comparison([(output / run.name, run.name) for run in runs])
+        click.echo(f"Results lie in {output}.")
