@@ -102,7 +102,7 @@ def _require_same(
 ) -> None:
     if set(before) != set(after):
         raise AFTError(
-            f"On {task}, {first} answered {len(before)} documents, {second} {len(after)}, and not the same ones.",
+            f"On {task}, {first} answered {len(before)} documents and {second} {len(after)} others.",
             "Run both with the same limit and samples.",
         )
     for key in before:
