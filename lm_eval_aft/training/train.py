@@ -26,7 +26,7 @@ from lm_eval_aft.training.card import write_card
 from lm_eval_aft.training.controls import check_control, random_like, spoil
 from lm_eval_aft.training.examples import Extractor, PromptSettings, Splits, encode, split_task
 from lm_eval_aft.training.fit import Candidate, Recipe
-from lm_eval_aft.training.ledger import Ledger, drop_state, load_state, save_state
+from lm_eval_aft.training.ledger import LEDGER, Ledger, drop_state, load_state, save_state
 from lm_eval_aft.training.objectives import Objective, make_objective
 from lm_eval_aft.training.sweep import SweepResult, parse_layers, run_sweep
 from lm_eval_aft.training.trajectory import make_engine, new_vector
@@ -171,13 +171,23 @@ def train_vector(
 
 
 def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse an output folder that holds something, unless told what to do with it."""
+    """Refuse an output folder that holds something, unless told what to do with it.
+
+    Even then only a folder that a training run began is touched: overwriting empties it.
+    """
     if folder.exists() and not folder.is_dir():
         raise AFTError(f"The output {folder} is a file.", "Give a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (resume or overwrite):
         raise AFTError(
             f"The output folder {folder} is not empty.",
             "Choose another one, go on with --resume, or replace it with --overwrite.",
+        )
+    if not (folder / LEDGER).exists():
+        raise AFTError(
+            f"The output folder {folder} is not empty, and no training run wrote what is in it.",
+            "Choose another folder.",
         )
 
 
@@ -252,6 +262,7 @@ def _open_run(
 ) -> Ledger | None:
     if folder is None:
         return None
+    check_output(folder, resume=True)
     ledger = Ledger(folder)
     if resume and folder.exists():
         if load_state(folder, settings, ledger, candidates):

@@ -154,6 +154,9 @@ def test_bad_training_input(
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
     refused(train(), "is not empty", "--overwrite")
+    for flag in ("--overwrite", "--resume"):
+        words = [word for pair in good.items() for word in pair]
+        refused(call("train", *words, flag), "no training run wrote what is in it")
     assert (out / "mine.txt").read_text() == "keep me"
 
 
