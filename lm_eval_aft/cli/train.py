@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the vector, card and ledger.")
 @click.option("--layers", default="all", show_default=True, help="all, or like 3,5-8,25%-75%:2 (from 0).")
 @click.option("--seeds", default=3, show_default=True, help="How many seeds each layer is trained with.")
+@click.option("--first-seed", default=0, show_default=True, help="The first of them.")
 @click.option("--train-docs", type=int, help="Documents gradients see.  [default: up to 500]")
 @click.option("--selection-docs", type=int, help="Documents choices are made on.  [default: up to 500]")
 @click.option("--train-split", help="Split both are carved from.  [default: the task's training split]")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lm_eval_aft.vector import SteeringVector, replacing
 
@@ -18,7 +19,7 @@ A steering vector for [lm-evaluation-harness](https://github.com/EleutherAI/lm-e
 ({shots}-shot, objective `{objective}`, {train} documents).{control}
 
     lm_eval --model aft --model_args pretrained={model},vector=FOLDER --tasks {task}
-
+{results}
 ## Selection split
 
 These scores chose the layer and the epoch, so they flatter the vector: **they are not results**.
@@ -31,22 +32,60 @@ temperature; mean over {seeds} seed(s); {n} documents.
 """
 
 
-def write_card(folder: Path, vector: SteeringVector) -> None:
-    """Write ``README.md`` into a vector folder, from the vector's metadata alone."""
+def write_card(folder: Path, vector: SteeringVector, results: Sequence[dict[str, Any]] = ()) -> None:
+    """Write ``README.md`` into a vector folder, from the vector's metadata and its results, if any.
+
+    Args:
+        results: rows of a comparison with the baseline on evaluation documents, as
+            `lm_eval_aft.reporting.cards.card_results` gives them.
+    """
     meta = vector.metadata
     data = ModelCardData(
         library_name="lm-eval-aft",
         base_model=_hub_name(meta),
         tags=["activation-steering", "steering-vector", "lm-eval-aft", f"task:{meta['task']}"],
+        datasets=list(dict.fromkeys(r["dataset"] for r in results if _is_hub_name(r["dataset"]))) or None,
+        model_name=_title(meta) if results else None,
+        eval_results=[_eval_result(result) for result in results] or None,
     )
     if data.base_model:
         data["base_model_relation"] = "adapter"
-    text = f"---\n{data.to_yaml()}\n---\n\n{_text(vector)}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_text(vector, results)}"
     with replacing(folder / "README.md") as temporary:
         ModelCard(text).save(temporary)
 
 
-def _text(vector: SteeringVector) -> str:
+def _eval_result(result: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=result["dataset"] or result["task"],
+        dataset_name=result["task"],
+        metric_type=result["metric"],
+        metric_name=f"{result['metric']} ({result['num_fewshot']}-shot)",
+        metric_value=result["value"],
+    )
+
+
+def _result_table(results: Sequence[dict[str, Any]]) -> str:
+    if not results:
+        return ""
+    lines = [
+        "\n## Results\n",
+        "Baseline and steered model on the same evaluation documents; differences in percentage points",
+        "with their paired 95 % interval; p is Holm-adjusted where there is a verdict.\n",
+        "| task | metric | n-shot | n | baseline | steered | difference | 95 % interval | p | verdict |",
+        f"|{'---|' * 10}",
+    ]
+    names = (
+        *("task", "metric", "num_fewshot", "n", "baseline", "steered"),
+        *("difference", "interval", "p", "verdict"),
+    )
+    for result in results:
+        lines.append("| " + " | ".join(str(result[name]).replace("|", "\\|") for name in names) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
     meta: dict[str, Any] = vector.metadata
     selection = meta["selection"]
     baseline = selection["baseline"]
@@ -56,7 +95,8 @@ def _text(vector: SteeringVector) -> str:
         rows.append(f"| {layer}{mark} | {result['score']:.4f} | {result['accuracy']:.4f} |")
     control = meta.get("control")
     return _BODY.format(
-        title=f"{meta['task']} for {Path(meta['base_model']['name']).name}",
+        title=_title(meta),
+        results=_result_table(results),
         width=vector.hidden_size,
         model=meta["base_model"]["name"],
         layer=", ".join(map(str, vector.layers)),
@@ -72,7 +112,15 @@ def _text(vector: SteeringVector) -> str:
     )
 
 
+def _title(meta: dict[str, Any]) -> str:
+    return f"{meta['task']} for {Path(meta['base_model']['name']).name}"
+
+
 def _hub_name(meta: dict[str, Any]) -> str | None:
     """The base model's name if it is one the Hub could know; a local path is not."""
     name = str(meta["base_model"]["name"])
-    return name if name.count("/") <= 1 and not name.startswith((".", "/")) and name else None
+    return name if _is_hub_name(name) else None
+
+
+def _is_hub_name(name: str | None) -> bool:
+    return bool(name) and str(name).count("/") <= 1 and not str(name).startswith((".", "/"))

@@ -42,6 +42,7 @@ class TrainingPlan:
     task: str
     layers: str = "all"
     seeds: int = 3
+    first_seed: int = 0
     train_docs: int | None = None
     selection_docs: int | None = None
     train_split: str | None = None
@@ -51,6 +52,10 @@ class TrainingPlan:
     control: str | None = None
     recipe: Recipe = field(default_factory=Recipe)
     include_path: tuple[str, ...] = ()
+
+    def seed_range(self) -> range:
+        """The seeds themselves."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for ledgers and headers."""
@@ -72,7 +77,7 @@ class Prepared:
         """One candidate per layer and seed, at zero."""
         return [
             Candidate(layer, seed, self.plan.recipe, new_vector(self.lm.model, self.backbone))
-            for seed in range(self.plan.seeds)
+            for seed in self.plan.seed_range()
             for layer in self.layers
         ]
 
@@ -198,12 +203,13 @@ def run(
     started = time.monotonic()
     plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
     selection = encode(splits.selection, lm)
-    train = {seed: encode(spoil(splits.train(seed), plan.control, seed), lm) for seed in range(plan.seeds)}
+    train = {seed: encode(spoil(splits.train(seed), plan.control, seed), lm) for seed in plan.seed_range()}
     engine, engine_name = make_engine(lm.model, prepared.backbone, prepared.objective, selection)
     candidates = prepared.candidates()
     settings = {**plan.to_dict(), "fingerprint": fingerprint(lm.model, lm.tokenizer)}
     ledger = _open_run(folder, settings, candidates, resume)
-    per_epoch = len(train[0]) + len(selection)
+    drawn = len(train[plan.first_seed])
+    per_epoch = drawn + len(selection)
     left = [c for c in candidates if not c.stopped]
     bar = tqdm(
         total=sum((plan.recipe.epochs - c.epoch) * per_epoch for c in left) + len(selection),
@@ -248,7 +254,7 @@ def run(
             engine, candidates, train, selection, baseline, tick=tick, after_epoch=after_epoch, save=save
         )
     seconds = time.monotonic() - started
-    metadata = _metadata(prepared, sweep, settings["fingerprint"], engine_name, seconds, len(train[0]))
+    metadata = _metadata(prepared, sweep, settings["fingerprint"], engine_name, seconds, drawn)
     finalists = {c.seed: _vector(c, metadata, plan.control) for c in sweep.chosen.candidates}
     vector = finalists[sweep.finalist.seed]
     result = TrainingResult(vector, finalists, sweep, folder, seconds, engine_name, splits.counts)
