@@ -3,7 +3,7 @@
     python scripts/demo_study.py --output demo-study
 
 trains a vector on each demo task; five controls with permuted labels (multiple choice) and one with others'
-answers (sums); draws five random directions per vector; scores them all with lm-eval on both tasks' evaluation
+answers (sums); draws five random directions per vector; scores them all with lm-eval on both evaluation
 splits and prints one table. About half an hour on one core. Finished training is kept: run it again to go on.
 """
 

@@ -72,7 +72,8 @@ def train_vector(**options: Any) -> None:
     from lm_eval_aft.lm import AFTLM
     from lm_eval_aft.training.examples import PromptSettings
     from lm_eval_aft.training.fit import Recipe
-    from lm_eval_aft.training.train import TrainingPlan, check_output, prepare, run
+    from lm_eval_aft.training.plan import TrainingPlan, prepare
+    from lm_eval_aft.training.train import check_output, run
 
     resume, overwrite = from_user("resume"), from_user("overwrite")
     if output is not None and not dry_run:

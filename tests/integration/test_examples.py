@@ -12,7 +12,8 @@ import pytest
 from lm_eval_aft import AFTError
 from lm_eval_aft.harness import load_task
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.training.examples import Extractor, PromptSettings, encode, split_task
+from lm_eval_aft.training.examples import Extractor, PromptSettings, encode
+from lm_eval_aft.training.splits import split_task
 from tests.conftest import toy_documents
 
 CHAT = PromptSettings(apply_chat_template=True, system_instruction="the answer is one or two")

@@ -93,7 +93,7 @@ def test_folder_and_choice(task: str, lm: AFTLM, settings: dict[str, Any], tmp_p
 
 def test_training_improves_the_training_loss(lm: AFTLM, settings: dict[str, Any]) -> None:
     """On documents it was trained on, a vector must beat the baseline clearly."""
-    from lm_eval_aft.training.train import TrainingPlan, prepare
+    from lm_eval_aft.training.plan import TrainingPlan, prepare
     from lm_eval_aft.training.trajectory import make_engine
 
     settings.pop("progress")
