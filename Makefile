@@ -24,7 +24,7 @@ endif
 # Tests never touch the network.
 PYTEST = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=10
 
-DEMO_TRAINING = --train-docs 300 --selection-docs 500 --seeds 3 --epochs 6 --lr 3e-2 --batch-size 4
+DEMO_TRAINING = --train-docs 300 --selection-docs 500 --seeds 3 --epochs 4 --lr 1e-2 --l2 0.02 --batch-size 4
 DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math --include_path tasks \
 	--device cpu --batch_size 32 --log_samples
 
@@ -50,8 +50,8 @@ demo: setup ## train a vector for the embedded model, score it with stock lm_eva
 	$(DEMO_SCORING) --model_args pretrained=demo,softmax_dtype=float32 --output_path demo-results/baseline
 	$(DEMO_SCORING) --model_args pretrained=demo,softmax_dtype=float32,vector=demo-results/vector \
 		--output_path demo-results/steered
-	$(BIN)/aft report demo-results/baseline demo-results/steered
-	@echo "Results lie in demo-results."
+	$(BIN)/aft report demo-results/baseline demo-results/steered --output demo-results/report --card
+	@echo "Results lie in demo-results; the report is demo-results/report/report.html."
 
 test: setup ## unit and integration tests
 	$(PYTEST) $(PYTEST_ARGS)

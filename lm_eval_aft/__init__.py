@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lm_eval_aft.errors import AFTError
     from lm_eval_aft.evaluation import evaluate_pair
     from lm_eval_aft.library import load_vector
+    from lm_eval_aft.reporting.report import compare
     from lm_eval_aft.steering import attach
     from lm_eval_aft.training import train_vector
     from lm_eval_aft.vector import SteeringVector
@@ -22,6 +23,7 @@ __all__ = [
     "SteeringVector",
     "__version__",
     "attach",
+    "compare",
     "evaluate_pair",
     "load_vector",
     "train_vector",
@@ -32,6 +34,7 @@ _HOMES = {
     "AFTError": "lm_eval_aft.errors",
     "SteeringVector": "lm_eval_aft.vector",
     "attach": "lm_eval_aft.steering",
+    "compare": "lm_eval_aft.reporting.report",
     "evaluate_pair": "lm_eval_aft.evaluation",
     "load_vector": "lm_eval_aft.library",
     "train_vector": "lm_eval_aft.training",

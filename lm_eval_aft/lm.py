@@ -139,6 +139,8 @@ class AFTLM(HFLM):
                 "task": vector.metadata.get("task"),
                 "num_fewshot": vector.metadata.get("num_fewshot"),
                 "control": vector.metadata.get("control"),
+                # Chosen on evaluation documents, by its own word: no report may take it for a result.
+                "biased": bool((vector.metadata.get("protocol") or {}).get("biased")),
                 "base_model": vector.metadata.get("base_model"),
             }
         return info

@@ -50,7 +50,7 @@ def evaluate(
                -- --limit 200 --batch_size 16
     """
     quiet_libraries()
-    from lm_eval_aft.cli.report import print_comparison
+    from lm_eval_aft.cli.report import print_report
     from lm_eval_aft.evaluation import evaluate_pair
 
     runs = evaluate_pair(
@@ -64,5 +64,9 @@ def evaluate(
         flags=flags,
     )
     if int(os.environ.get("RANK", "0")) == 0:
-        print_comparison([(output / run.name, run.name) for run in runs])
-        click.echo(f"Results lie in {output}.")
+        from lm_eval_aft.reporting.report import build_report
+        from lm_eval_aft.reporting.results import read_run
+
+        found = [read_run(output / run.name, run.name, run.name.partition("/")[0]) for run in runs]
+        print_report(build_report(found))
+        click.echo(f"Results lie in {output}; `aft report {output} -o FOLDER` writes the full report.")

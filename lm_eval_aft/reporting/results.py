@@ -1,131 +1,272 @@
-"""Reading lm-eval result folders, and pairing two runs document by document."""
+"""Reading the result folders that lm-eval writes with ``--log_samples``, by any model type."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.reporting.stats import PairedComparison, compare_binary
+from lm_eval_aft.reporting.samples import AGAIN, Sample, decode, mean_metrics, read_samples
 
-Sample = dict[str, Any]
-# What must be equal for two runs to have answered the same questions.
-_SAME = ("doc_hash", "target_hash", "arguments")
+_MAPPINGS = (
+    "config",
+    "configs",
+    "versions",
+    "n-shot",
+    "n-samples",
+    "higher_is_better",
+    "groups",
+    "task_hashes",
+)
 
 
-@dataclass(frozen=True)
-class ResultRun:
-    """One run in a result folder.
+@dataclass
+class TaskRun:
+    """One task as one run answered it.
 
     Attributes:
-        name: how the run is called in tables.
-        results: the ``results_*.json`` file, decoded.
-        samples: task -> (filter, doc_id) -> logged sample.
+        results: the whole ``results_*.json`` file, decoded.
+        file: where that file lies.
+        samples_file: the samples beside it.
+        samples: filter -> doc_id -> sample.
+    """
+
+    task: str
+    results: dict[str, Any]
+    file: Path
+    samples_file: Path
+    samples: dict[str, dict[int, Sample]]
+
+    def document(self, filter_name: str, doc_id: int) -> dict[str, Any]:
+        """The logged line of a document, whole."""
+        with self.samples_file.open("rb") as stream:
+            stream.seek(self.samples[filter_name][doc_id].offset)
+            return decode(stream.readline(), str(self.samples_file))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The task's configuration as lm-eval logged it."""
+        return dict(self.results.get("configs", {}).get(self.task, {}))
+
+
+@dataclass
+class Run:
+    """One model state, scored on one or more tasks (possibly by several calls of lm-eval).
+
+    Attributes:
+        name: how it is called in tables.
+        kind: ``baseline``, ``steered`` or ``placebo``.
     """
 
     name: str
-    results: dict[str, Any]
-    samples: dict[str, dict[tuple[str, int], Sample]]
+    kind: str
+    tasks: dict[str, TaskRun]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def any(self) -> dict[str, Any]:
+        """One of the results files, for what all of them share."""
+        return next(iter(self.tasks.values())).results
+
+    @property
+    def vector(self) -> dict[str, Any] | None:
+        """What steered the run, as ``--model aft`` logged it."""
+        return self.any.get("config", {}).get("aft", {}).get("vector") or None
+
+    @property
+    def vector_path(self) -> str | None:
+        """The vector as it was given to lm-eval."""
+        path = model_args(self.any).get("vector")
+        return None if path in (None, "") else str(path)  # lm-eval reads "3" as a number
 
 
-@dataclass(frozen=True)
-class TaskComparison:
-    """A run against the baseline on one task, filter and metric."""
+def read_run(path: str | Path, name: str | None = None, kind: str | None = None) -> Run:
+    """Read a result folder, or one ``results_*.json`` file with its samples.
 
-    run: str
-    task: str
-    metric: str
-    paired: PairedComparison
-
-
-def read_run(folder: str | Path, name: str | None = None) -> ResultRun:
-    """Read the newest run that lm-eval wrote below ``folder`` with ``--log_samples``.
+    Several runs of one model in a folder count as one; of a task scored twice the newest counts.
 
     Raises:
-        AFTError: no results, no samples, or a damaged line (its number is named).
+        AFTError: no results, no samples, a damaged line (its number is named), samples that do not
+            add up to the results, or several models in one folder.
+    """
+    source = Path(path)
+    groups = group_results(find_results(source))
+    if len(groups) > 1:
+        names = "; ".join(str(files[0]) for files in groups)
+        raise AFTError(
+            f"{source} holds runs of {len(groups)} different models or vectors.",
+            f"Name one results file of each instead: {names}",
+        )
+    return load_run(groups[0], name or (source.parent if source.is_file() else source).name, kind)
+
+
+def discover(folder: str | Path) -> list[Run]:
+    """All runs below a folder written by ``aft eval``, or holding one baseline and steered runs.
+
+    Returns the baseline first, then steered runs, then placebos.
+
+    Raises:
+        AFTError: see `read_run`; or no baseline, or several.
     """
     root = Path(folder)
-    found = sorted(root.rglob("results_*.json"), key=lambda path: path.name)
-    if not found:
-        raise AFTError(f"No lm-eval results below {root}.", "Give the folder named by --output_path.")
-    newest = found[-1]
-    stamp = newest.stem.removeprefix("results_")
-    results = _decode(newest.read_text(encoding="utf-8"), str(newest))
-    samples = {}
-    for path in sorted(newest.parent.glob(f"samples_*_{stamp}.jsonl")):
-        match = re.fullmatch(rf"samples_(.+)_{re.escape(stamp)}", path.stem)
-        if match:
-            samples[match[1]] = {(s["filter"], int(s["doc_id"])): s for s in _lines(path)}
-    if not samples:
-        raise AFTError(f"{newest} has no samples beside it.", "Run lm_eval with --log_samples.")
-    return ResultRun(name or root.name, results, samples)
+    kinds: dict[tuple[str, str], list[Path]] = {}
+    for number, files in enumerate(group_results(find_results(root))):
+        for file in files:
+            parts = file.relative_to(root).parts if root.is_dir() else ()
+            if parts and parts[0] in ("baseline", "steered", "placebo"):
+                name = "/".join(parts[:2]) if len(parts) > 3 else parts[0]
+                kinds.setdefault((parts[0], name), []).append(file)
+            else:
+                kinds.setdefault(("", f"{number}"), []).append(file)
+    runs = []
+    for (kind, name), files in kinds.items():
+        if kind:
+            runs.append(load_run(files, name, kind))
+        else:
+            run = load_run(files, "")
+            stem = Path(run.vector_path).name.removesuffix(".safetensors") if run.vector_path else name
+            run.name = "baseline" if run.kind == "baseline" else f"{run.kind}/{stem}"
+            runs.append(run)
+    baselines = [run for run in runs if run.kind == "baseline"]
+    if len(baselines) != 1 or len(runs) < 2:
+        found = ", ".join(f"{run.name} ({run.kind})" for run in runs)
+        raise AFTError(
+            f"{root} should hold one baseline and at least one steered run; it holds: {found}.",
+            "Give the folders one by one, the baseline first.",
+        )
+    return sorted(runs, key=lambda run: ("baseline", "steered", "placebo").index(run.kind))
 
 
-def compare_runs(baseline: ResultRun, others: list[ResultRun]) -> list[TaskComparison]:
-    """Every run against the baseline, on each task's right-or-wrong metrics, per filter.
+def find_results(source: Path) -> list[Path]:
+    """Every results file below a folder, oldest first.
 
     Raises:
-        AFTError: a run did not answer the baseline's questions (the first difference is named).
+        AFTError: there is none.
     """
-    found = []
-    for other in others:
-        for task in other.samples:
-            if task not in baseline.samples:
-                raise AFTError(
-                    f"{other.name} has task {task!r}, {baseline.name} has not.", "Score both on it."
-                )
-            before, after = baseline.samples[task], other.samples[task]
-            _require_same(task, baseline.name, before, other.name, after)
-            for filter_name in dict.fromkeys(key[0] for key in after):
-                keys = sorted(key for key in after if key[0] == filter_name)
-                for metric in after[keys[0]]["metrics"]:
-                    pairs: list[tuple[Any, Any]] = [
-                        (before[key].get(metric), after[key].get(metric)) for key in keys
-                    ]
-                    if all(a in (0, 1) and b in (0, 1) for a, b in pairs):
-                        label = metric if filter_name == "none" else f"{metric},{filter_name}"
-                        paired = compare_binary([float(a) for a, _ in pairs], [float(b) for _, b in pairs])
-                        found.append(TaskComparison(other.name, task, label, paired))
+    if source.is_file() and source.suffix == ".json":
+        return [source]
+    found = sorted(source.rglob("results_*.json"), key=lambda path: (path.name, str(path)))
+    if not found:
+        raise AFTError(f"No lm-eval results below {source}.", "Give the folder named by --output_path.")
     return found
 
 
-def _require_same(
-    task: str,
-    first: str,
-    before: dict[tuple[str, int], Sample],
-    second: str,
-    after: dict[tuple[str, int], Sample],
-) -> None:
-    if set(before) != set(after):
-        raise AFTError(
-            f"On {task}, {first} answered {len(before)} documents and {second} {len(after)} others.",
-            "Run both with the same limit and samples.",
-        )
-    for key in before:
-        for name in _SAME:
-            if before[key].get(name) != after[key].get(name):
-                raise AFTError(
-                    f"On {task}, {first} and {second} differ in {name} at document {key[1]}: "
-                    "they were not asked the same.",
-                    "Run both with the same task version, prompts and number of examples.",
-                )
+def group_results(files: list[Path]) -> list[list[Path]]:
+    """Results files by what was scored: model, its arguments, vector."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        results = read_results(file)
+        config = results.get("config", {})
+        info = (config.get("aft") or {}).get("vector") or {}
+        identity = (config.get("model"), sorted(map(str, model_args(results).items())), info.get("sha256"))
+        groups.setdefault(repr(identity), []).append(file)
+    return list(groups.values())
 
 
-def _lines(path: Path) -> Iterator[Sample]:
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            yield _decode(line, f"{path}, line {number}")
+def load_run(files: list[Path], name: str, kind: str | None = None) -> Run:
+    """Read results files of one model as one run; see `read_run`."""
+    tasks: dict[str, TaskRun] = {}
+    notes = []
+    for file in reversed(files):
+        results, stamp = read_results(file), file.stem.removeprefix("results_")
+        beside = {}
+        for path in sorted(file.parent.glob(f"samples_*_{stamp}.jsonl")):
+            match = re.fullmatch(rf"samples_(.+)_{re.escape(stamp)}", path.stem)
+            if match:
+                beside[match[1]] = path
+        wanted = set(results.get("configs", {}))
+        if not wanted or wanted - set(beside):
+            what = ", ".join(sorted(wanted - set(beside))) or "anything"
+            raise AFTError(f"{file} has no samples of {what} beside it.", "Run lm_eval with --log_samples.")
+        for task in sorted(wanted):
+            if task in tasks:
+                notes.append(f"{task} was scored more than once in {name or file.parent}: the newest counts.")
+                continue
+            tasks[task] = TaskRun(
+                task, results, file, beside[task], read_samples(beside[task], results["configs"][task])
+            )
+            _check_sums(tasks[task])
+    run = Run(name, kind or "steered", dict(sorted(tasks.items())), sorted(set(notes)))
+    if kind is None:
+        run.kind = "baseline" if not run.vector and not run.vector_path else "steered"
+        if (run.vector or {}).get("control"):
+            run.kind = "placebo"
+    return run
 
 
-def _decode(text: str, where: str) -> Sample:
+def read_results(file: Path) -> dict[str, Any]:
+    """Decode a results file.
+
+    Raises:
+        AFTError: unreadable, damaged, or not such a file.
+    """
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise AFTError(f"{where} is damaged: {error}.", "Run the evaluation again.") from error
-    if not isinstance(value, dict):
-        raise AFTError(f"{where} holds no object.", "Run the evaluation again.")
-    return value
+        results = decode(file.read_bytes(), str(file))
+    except OSError as error:
+        raise AFTError(f"{file} cannot be read: {error.strerror}.", "Check the path.") from error
+    if not isinstance(results.get("results"), dict):
+        raise AFTError(f"{file} holds no lm-eval results.", "Give a results_*.json that lm_eval wrote.")
+    for key in _MAPPINGS:
+        _require_mapping(results, key, file)
+    for parent in ("results", "configs"):
+        for task in results[parent]:
+            _require_mapping(results[parent], task, file)
+    info = _require_mapping(results["config"], "aft", file)
+    for key in ("fingerprint", "vector"):
+        _require_mapping(info, key, file)
+    return results
+
+
+def _require_mapping(parent: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
+    """A part of a results file; missing or null counts as empty."""
+    parent[key] = parent.get(key) or {}
+    if not isinstance(parent[key], dict):
+        raise AFTError(f"{file} is damaged: {key!r} is no mapping.", AGAIN)
+    found: dict[str, Any] = parent[key]
+    return found
+
+
+def model_args(results: dict[str, Any]) -> dict[str, Any]:
+    """The model arguments of a run, which lm-eval logs as a mapping or as text."""
+    found = results.get("config", {}).get("model_args") or {}
+    if isinstance(found, dict):
+        return found
+    return dict(part.partition("=")[::2] for part in str(found).split(",") if part)
+
+
+def _check_sums(run: TaskRun) -> None:
+    """Samples that do not add up to the stated score belong to another run or were cut between lines.
+
+    Of a metric whose aggregation is not said, a sum that differs only shows that it is no mean: it
+    counts as a metric of the whole corpus.
+    """
+    stated = run.results["results"].get(run.task, {})
+    # Not n-samples: older versions of lm-eval count it without regard to --samples.
+    expected = stated.get("sample_len")
+    means = mean_metrics(run.config)
+    for filter_name, rows in run.samples.items():
+        if isinstance(expected, int) and len(rows) != expected:
+            raise AFTError(
+                f"{run.samples_file} holds {len(rows)} documents of filter {filter_name!r}; {run.file.name} "
+                f"counts {expected}.",
+                AGAIN,
+            )
+        for metric in sorted({metric for sample in rows.values() for metric in sample.metrics}):
+            score = stated.get(f"{metric},{filter_name}")
+            values = [s.metrics[metric] for s in rows.values() if metric in s.metrics]
+            if not isinstance(score, int | float) or len(values) < len(rows):
+                continue
+            mean = math.fsum(values) / len(values)
+            if abs(mean - score) <= 1e-6 * max(1.0, abs(score)):
+                continue
+            if means.get(metric):
+                raise AFTError(
+                    f"{run.samples_file} averages {mean:.6f} in {metric}; {run.file.name} states "
+                    f"{score:.6f}.",
+                    "The files belong to different runs: run the evaluation again.",
+                )
+            for sample in rows.values():
+                del sample.metrics[metric]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ class Splits:
         pool: documents training may draw from, by id.
         counts: what was dropped and why, and the sizes.
         selection_digest: SHA-256 over the selection documents' keys.
+        selection_documents: first 16 digits of lm-eval's ``doc_hash`` of each of them, by which a
+            report knows them again.
     """
 
     extractor: Extractor
@@ -34,6 +37,7 @@ class Splits:
     train_docs: int
     counts: dict[str, int]
     selection_digest: str
+    selection_documents: tuple[str, ...] = ()
     _fewshot: list[tuple[dict[str, Any], str]] = field(repr=False, default_factory=list)
     _built: dict[int, Example | None] = field(repr=False, default_factory=dict)
 
@@ -102,7 +106,16 @@ def split_task(
         raise AFTError(f"No document of split {name!r} has a usable gold answer.", "Check the task's YAML.")
     counts |= {"pool": len(pool), "selection": len(selection)}
     digest = hashlib.sha256("".join(key for _, _, key in chosen).encode()).hexdigest()
-    return Splits(extractor, selection, pool, train_docs, counts, digest, fewshot)
+    documents_chosen = tuple(_doc_hash(doc)[:16] for _, doc, _ in chosen)
+    return Splits(extractor, selection, pool, train_docs, counts, digest, documents_chosen, fewshot)
+
+
+def _doc_hash(doc: dict[str, Any]) -> str:
+    """``doc_hash`` as lm-eval logs it with samples (``lm_eval.evaluator.evaluate``)."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    text = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return str(hash_string(text))
 
 
 def _training_split(task: ConfigurableTask, wanted: str | None) -> str:

@@ -235,7 +235,12 @@ def _metadata(
             **plan.recipe.to_dict(),
         },
         "engine": engine,
-        "splits": {**splits.counts, "train": drawn, "selection_sha256": splits.selection_digest},
+        "splits": {
+            **splits.counts,
+            "train": drawn,
+            "selection_sha256": splits.selection_digest,
+            "selection_documents": list(splits.selection_documents),
+        },
         "selection": {
             "baseline": sweep.baseline.to_dict(),
             "layers": {

@@ -1,0 +1,94 @@
+"""How numbers are written: one place, so that every format shows the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lm_eval_aft.reporting.verdicts import Row
+
+COLUMNS = (
+    "task",
+    "metric",
+    "run",
+    "n",
+    "baseline",
+    "steered",
+    "difference",
+    "95 % interval",
+    "wins / losses",
+    "p",
+    "p (Holm)",
+    "detectable",
+    "verdict",
+)
+
+
+def metric_name(metric: str, filter_name: str) -> str:
+    """``acc_norm``, or ``exact_match,strict-match`` where the filter is not lm-eval's only one."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
+def score(value: float | None, share: bool) -> str:
+    """A score: percent where it is a share."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.2f} %" if share else f"{value:.4f}"
+
+
+def points(value: float | None, share: bool) -> str:
+    """A difference with its sign: percentage points where it is one of shares."""
+    if value is None:
+        return "–"
+    text = f"{100 * value if share else value:+.{2 if share else 4}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
+
+
+def interval(low: float | None, high: float | None, share: bool) -> str:
+    """An interval of a difference."""
+    return "–" if low is None or high is None else f"{points(low, share)} to {points(high, share)}"
+
+
+def p_text(value: float | None) -> str:
+    """A p-value, two significant digits."""
+    if value is None:
+        return "–"
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
+
+
+def with_error(value: float, error: float | None, share: bool) -> str:
+    """A score and its standard error, as in lm-eval's own table but in percent for shares."""
+    if error is None:
+        return score(value, share)
+    return f"{100 * value:.2f} ± {100 * error:.2f} %" if share else f"{value:.4f} ± {error:.4f}"
+
+
+def row_cells(row: Row) -> tuple[str, ...]:
+    """A comparison's cells, in the order of ``COLUMNS``."""
+    note = row.verdict or ("placebo" if row.kind == "placebo" else "secondary")
+    return (
+        row.task,
+        metric_name(row.metric, row.filter),
+        row.run,
+        str(row.n),
+        with_error(row.baseline, row.baseline_stderr, row.share),
+        with_error(row.steered, row.steered_stderr, row.share),
+        points(row.difference, row.share),
+        interval(row.low, row.high, row.share),
+        f"{row.wins} / {row.losses}",
+        p_text(row.p_value),
+        p_text(row.p_adjusted),
+        "–" if row.mde is None else f"±{score(row.mde, row.share).removesuffix(' %')}",
+        note,
+    )
+
+
+def blocks(rows: Sequence[Row]) -> list[tuple[Row, list[tuple[Row, tuple[str, ...]]]]]:
+    """Rows with their cells, gathered by task and metric, each task's primary metric first.
+
+    Each block comes with one of its rows, which speaks for the baseline too.
+    """
+    found: dict[tuple[str, str, str], list[tuple[Row, tuple[str, ...]]]] = {}
+    for row in rows:
+        found.setdefault((row.task, row.metric, row.filter), []).append((row, row_cells(row)))
+    ordered = sorted(found.values(), key=lambda block: (block[0][0].task, not block[0][0].primary))
+    return [(block[0][0], block) for block in ordered]

@@ -1,0 +1,111 @@
+"""What a report tells besides its verdicts: warnings, scores without a test, intervals over seeds."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lm_eval_aft.reporting.results import Run
+from lm_eval_aft.reporting.settings import fingerprint_text
+from lm_eval_aft.reporting.stats import mean_stderr
+from lm_eval_aft.reporting.vectors import VectorInfo
+from lm_eval_aft.reporting.verdicts import Row
+
+
+def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: list[Row]) -> list[str]:
+    """What a reader should know before believing a row; ``vectors`` in the order of ``others``."""
+    found = [note for run in (baseline, *others) for note in run.notes]
+    identity = (baseline.any.get("config", {}).get("aft") or {}).get("fingerprint")
+    for run, info in zip(others, vectors, strict=True):
+        found += info.warnings
+        logged, results = run.vector or {}, run.any
+        own = (results.get("config", {}).get("aft") or {}).get("fingerprint")
+        if identity and own and fingerprint_text(own) != fingerprint_text(identity):
+            found.append(f"{run.name}: its base model is not the baseline's (fingerprints differ).")
+        for task in run.tasks if logged.get("num_fewshot") is not None else ():
+            shots = run.tasks[task].results.get("n-shot", {}).get(task)
+            if task == logged.get("task") and shots != logged["num_fewshot"]:
+                found.append(
+                    f"{run.name}: trained on {logged['num_fewshot']}-shot prompts of {task}, "
+                    f"scored {shots}-shot."
+                )
+        if info.facts and bool(info.facts.get("chat_template")) != bool(results.get("chat_template_sha")):
+            found.append(f"{run.name}: trained with a chat template and scored without one, or the reverse.")
+        for library in ("lm_eval", "transformers"):
+            used, old = results.get(f"{library}_version"), baseline.any.get(f"{library}_version")
+            if used != old:
+                found.append(f"{run.name}: {library} {used}, baseline {old}.")
+    for run in (baseline, *others):
+        config = run.any.get("config", {})
+        if config.get("use_cache") and config.get("model") != "aft":
+            found.append(
+                f"{run.name}: scored with --use_cache, which {config.get('model')} does not key by model."
+            )
+    return list(dict.fromkeys([*found, *(f"{row.task}: {row.clusters}." for row in rows if row.clusters)]))
+
+
+def corpus_scores(baseline: Run, others: list[Run], rows: list[Row]) -> list[dict[str, Any]]:
+    """Scores without a value per document (perplexities, F1 over the corpus, ...)."""
+    tested = {(row.run, row.task, f"{row.metric},{row.filter}") for row in rows}
+    found = []
+    for run in others:
+        for task, each in run.tasks.items():
+            before = baseline.tasks[task].results["results"].get(task, {})
+            after = each.results["results"].get(task, {})
+            for key, value in after.items():
+                if "," not in key or "_stderr," in key or (run.name, task, key) in tested:
+                    continue
+                if isinstance(value, int | float) and isinstance(before.get(key), int | float):
+                    found.append(
+                        {
+                            "run": run.name,
+                            "task": task,
+                            "metric": key,
+                            "baseline": before[key],
+                            "steered": value,
+                        }
+                    )
+    return found
+
+
+def group_scores(baseline: Run, others: list[Run]) -> list[dict[str, Any]]:
+    """lm-eval's own scores of groups of tasks: both values, no test."""
+    found = []
+    for run in others:
+        before, after = baseline.any.get("groups") or {}, run.any.get("groups") or {}
+        for group in (name for name in after if name in before):
+            for key, value in after[group].items():
+                if "," in key and "_stderr," not in key and isinstance(value, int | float):
+                    old = before[group].get(key)
+                    if isinstance(old, int | float):
+                        found.append(
+                            {"run": run.name, "task": group, "metric": key, "baseline": old, "steered": value}
+                        )
+    return found
+
+
+def over_seeds(rows: list[Row]) -> list[dict[str, Any]]:
+    """Over the finalists of one vector (``NAME-seed-N``): what the method does, not one vector."""
+    from scipy.special import stdtrit
+
+    groups: dict[tuple[str, str, bool], list[float]] = {}
+    for row in rows:
+        if row.primary and (match := re.fullmatch(r"(.+)-seed-\d+", row.run)):
+            groups.setdefault((match[1], row.task, row.share), []).append(row.difference)
+    found: list[dict[str, Any]] = []
+    for (run, task, share), values in groups.items():
+        error = mean_stderr(values)
+        if len(values) >= 3 and error is not None:
+            mean, half = sum(values) / len(values), float(stdtrit(len(values) - 1, 0.975)) * error
+            found.append(
+                {
+                    "run": run,
+                    "task": task,
+                    "share": share,
+                    "seeds": len(values),
+                    "mean": mean,
+                    "low": mean - half,
+                    "high": mean + half,
+                }
+            )
+    return found

@@ -1,0 +1,173 @@
+"""What a vector folder tells a report: how the vector was chosen, and how its training went."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.reporting.results import Run
+
+# Digits of lm-eval's doc_hash that a vector keeps of each selection document.
+HASH_DIGITS = 16
+
+
+@dataclass
+class VectorInfo:
+    """A vector as a report describes it.
+
+    Attributes:
+        biased: chosen on the very documents reported, by its own word.
+        selection_documents: first digits of the ``doc_hash`` of each document it was chosen on.
+        baseline: selection scores of the model without a vector, if any vector was trained.
+        layers: per layer its selection scores: ``{"layer", "score", "accuracy", "chosen"}``.
+        curves: per candidate its scores by epoch:
+            ``{"name", "layer", "seed", "chosen", "points": [{"epoch", "score", "accuracy"}]}``.
+    """
+
+    run: str
+    path: str | None
+    sha256: str | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    biased: bool = False
+    selection_documents: list[str] = field(default_factory=list)
+    baseline: dict[str, Any] | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    command: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; of the selection documents only how many."""
+        return asdict(self) | {"selection_documents": len(self.selection_documents)}
+
+
+def describe_vector(run: Run) -> VectorInfo:
+    """Read the vector that steered a run, where it still lies, and check that it is the same one."""
+    logged = run.vector or {}
+    info = VectorInfo(run.name, run.vector_path, logged.get("sha256"), biased=bool(logged.get("biased")))
+    if run.vector_path is None:
+        if run.kind == "steered":
+            info.warnings.append(
+                f"{run.name}: what was changed and how it was chosen is not logged; the verdict holds only "
+                "if it was not chosen on these documents."
+            )
+        return info
+    from lm_eval_aft.vector import SteeringVector  # torch
+
+    path = Path(run.vector_path)
+    try:
+        vector = SteeringVector.load(path)
+    except AFTError as error:
+        info.warnings.append(f"{run.name}: {error.what} How it was chosen cannot be checked.")
+        return info
+    vector.coefficient = float(logged.get("coefficient", vector.coefficient))
+    if info.sha256 and vector.digest() != info.sha256:
+        info.warnings.append(
+            f"{run.name}: the vector at {path} is no longer the one that was scored; it is left out."
+        )
+        return info
+    _fill(info, vector.metadata, list(vector.layers))
+    info.facts |= {
+        "layers": list(vector.layers),
+        "norm": round(vector.norm(), 4),
+        "coefficient": vector.coefficient,
+    }
+    _read_ledger(info, path if path.is_dir() else path.parent, vector.metadata, list(vector.layers))
+    return info
+
+
+def _fill(info: VectorInfo, meta: dict[str, Any], layers: list[int]) -> None:
+    protocol, splits, selection = (meta.get(key) or {} for key in ("protocol", "splits", "selection"))
+    info.biased = info.biased or bool(protocol.get("biased") or protocol.get("name") == "biased")
+    info.selection_documents = [str(each)[:HASH_DIGITS] for each in splits.get("selection_documents") or []]
+    info.facts = {
+        "task": meta.get("task"),
+        "base model": (meta.get("base_model") or {}).get("name"),
+        "num_fewshot": meta.get("num_fewshot"),
+        "chat_template": meta.get("chat_template"),
+        "objective": meta.get("objective"),
+        "metric": meta.get("metric"),
+        "control": meta.get("control"),
+        "protocol": protocol.get("name"),
+        "seed": meta.get("seed"),
+        "epoch": meta.get("epoch"),
+        "train documents": splits.get("train"),
+        "selection documents": splits.get("selection"),
+        "selection_sha256": splits.get("selection_sha256"),
+        "created": meta.get("created"),
+    }
+    info.baseline = selection.get("baseline")
+    info.layers = [
+        {
+            "layer": int(layer),
+            "score": each["score"],
+            "accuracy": each["accuracy"],
+            "chosen": int(layer) in layers,
+        }
+        for layer, each in sorted((selection.get("layers") or {}).items(), key=lambda item: int(item[0]))
+    ]
+
+
+def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: list[int]) -> None:
+    """Training curves from ``training.jsonl``; a ledger that is missing or damaged gives none."""
+    ledger = folder / "training.jsonl"
+    if not ledger.is_file():
+        return
+    curves: dict[str, dict[str, Any]] = {}
+    try:
+        for line in ledger.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry.get("event") == "start":
+                info.command = _training_command(entry["settings"], info.facts.get("base model"))
+            elif entry.get("event") == "epoch":
+                own = curves.setdefault(
+                    entry["candidate"],
+                    {
+                        "name": entry["candidate"],
+                        "layer": entry["layer"],
+                        "seed": entry["seed"],
+                        "points": [],
+                    },
+                )
+                own["points"].append({key: entry[key] for key in ("epoch", "score", "accuracy")})
+    except (ValueError, KeyError, TypeError) as error:
+        info.warnings.append(f"{info.run}: {ledger} is damaged ({error!r}); training curves are left out.")
+        return
+    for curve in curves.values():
+        curve["chosen"] = curve["layer"] in layers and curve["seed"] == meta.get("seed")
+    info.curves = list(curves.values())
+
+
+def _training_command(settings: dict[str, Any], model: Any) -> str:
+    """The ``aft train`` call that trains this vector again."""
+    recipe = settings.get("recipe") or {}
+    prompts = settings.get("prompts") or {}
+    words = ["aft", "train", "--model", str(model), "--task", str(settings["task"])]
+    plain = (
+        "layers",
+        "seeds",
+        "train_docs",
+        "selection_docs",
+        "train_split",
+        "objective",
+        "metric",
+        "control",
+    )
+    options = {key: settings.get(key) for key in plain} | recipe
+    options |= {key: prompts.get(key) for key in ("num_fewshot", "system_instruction")}
+    for key, value in options.items():
+        if value is not None:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    if prompts.get("apply_chat_template"):
+        words.append("--apply-chat-template")
+    if prompts.get("fewshot_as_multiturn") is not None:
+        words.append(
+            "--fewshot-as-multiturn" if prompts["fewshot_as_multiturn"] else "--no-fewshot-as-multiturn"
+        )
+    for path in settings.get("include_path") or ():
+        words += ["--include-path", str(path)]
+    return shlex.join([*words, "--output", "VECTOR"])
