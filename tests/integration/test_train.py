@@ -167,7 +167,14 @@ def test_ctrl_c_leaves_a_ledger_to_resume_from(
         *("--task", "toy_choice", "--include-path", settings["include_path"][0], "--output", str(folder)),
         *("--train-docs", "20", "--selection-docs", "20", "--epochs", "5000", "--patience", "0"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells start background jobs with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (folder / "training.jsonl").exists() and len(events_so_far(folder)) > 5:
