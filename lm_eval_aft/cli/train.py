@@ -112,10 +112,10 @@ def train_vector(**options: Any) -> None:
             f"\nInterrupted. Finished epochs are kept: go on with --resume --output {output}.", err=True
         )
         raise SystemExit(130) from None
-    _print_result(result, model)
+    _print_result(result, model, plan.include_path)
 
 
-def _print_result(result: TrainingResult, model: str) -> None:
+def _print_result(result: TrainingResult, model: str, include_path: tuple[str, ...]) -> None:
     baseline, vector = result.sweep.baseline, result.vector
     rows = [("baseline", f"{baseline.score:.4f}", "", f"{baseline.accuracy:.1%}", "", "")]
     mark = 0
@@ -142,7 +142,8 @@ def _print_result(result: TrainingResult, model: str) -> None:
     if dropped:
         click.echo(f"Dropped {dropped} training document(s) that also occur in the evaluation split.")
     click.echo(f"Wrote {result.folder} ({result.seconds:.0f} s, engine: {result.engine}). Score it:")
+    own_tasks = f" -- --include_path {include_path[0]}" if include_path else ""
     click.echo(
         f"  aft eval --model {model} --vector {result.folder} "
-        f"--tasks {vector.metadata['task']} --output {result.folder}-results"
+        f"--tasks {vector.metadata['task']} --output {result.folder}-results{own_tasks}"
     )

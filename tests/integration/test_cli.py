@@ -47,6 +47,7 @@ def trained(
     assert result.exit_code == 0, result.output
     assert "baseline" in result.output
     assert "the numbers above are not results" in result.output
+    assert f"--output {folder}-results -- --include_path {tasks}" in result.output
     return model, tasks, folder
 
 
