@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import TracebackType
 
 import click
@@ -45,3 +46,17 @@ def print_errors_plainly() -> None:
 
     hook._aft = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+
+
+def refuse_pickle(source: Path, start: bytes) -> None:
+    """Raise `AFTError` if a file that should be safetensors is a pickle or a torch.save archive.
+
+    Args:
+        start: its first nine bytes. A safetensors file begins with the length of its header in
+            eight bytes, of any value, and the header's ``{``.
+    """
+    if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):
+        raise AFTError(
+            f"{source} is a pickle or a torch.save archive, whatever its name says.",
+            "Pickles can run code, so they are never opened: ask for the vector as safetensors.",
+        )

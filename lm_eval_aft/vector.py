@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lm_eval_aft.errors import AFTError
+from lm_eval_aft.errors import AFTError, refuse_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -176,12 +176,8 @@ class SteeringVector:
 def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and the decoded ``aft`` header of a safetensors file. Never unpickles."""
     with source.open("rb") as stream:
-        start = stream.read(2)
-    if start[:1] == b"\x80" or start == b"PK":
-        raise AFTError(
-            f"{source} is a pickle or a torch.save archive, whatever its name says.",
-            "Pickles can run code, so they are never opened: ask for the vector as safetensors.",
-        )
+        start = stream.read(9)
+    refuse_pickle(source, start)
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
             raw = file.metadata() or {}

@@ -6,10 +6,12 @@ import click
 
 from lm_eval_aft import __version__
 from lm_eval_aft.cli.evaluate import evaluate
+from lm_eval_aft.cli.export import export, import_
 from lm_eval_aft.cli.lm_eval import lm_eval
 from lm_eval_aft.cli.report import report
 from lm_eval_aft.cli.tasks import tasks, tasks_path_command
 from lm_eval_aft.cli.train import train_vector
+from lm_eval_aft.cli.vectors import vectors
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,9 +31,12 @@ def aft() -> None:
 aft.add_command(train_vector, "train")
 aft.add_command(evaluate)
 aft.add_command(report)
+aft.add_command(export)
+aft.add_command(import_)
 aft.add_command(lm_eval)
 aft.add_command(tasks)
 aft.add_command(tasks_path_command)
+aft.add_command(vectors)
 
 if __name__ == "__main__":
     aft()

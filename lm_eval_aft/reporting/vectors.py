@@ -56,11 +56,11 @@ def describe_vector(run: Run) -> VectorInfo:
                 "if it was not chosen on these documents."
             )
         return info
-    from lm_eval_aft.vector import SteeringVector  # torch
+    from lm_eval_aft.library import load_vector  # torch
 
     path = Path(run.vector_path)
     try:
-        vector = SteeringVector.load(path)
+        vector = load_vector(run.vector_path)
     except AFTError as error:
         info.warnings.append(f"{run.name}: {error.what} How it was chosen cannot be checked.")
         return info
@@ -76,7 +76,8 @@ def describe_vector(run: Run) -> VectorInfo:
         "norm": round(vector.norm(), 4),
         "coefficient": vector.coefficient,
     }
-    _read_ledger(info, path if path.is_dir() else path.parent, vector.metadata, list(vector.layers))
+    if path.exists():  # not so for a name in a library, or a sum
+        _read_ledger(info, path if path.is_dir() else path.parent, vector.metadata, list(vector.layers))
     return info
 
 
@@ -123,7 +124,7 @@ def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: l
             entry = json.loads(line)
             if entry.get("event") == "start":
                 info.command = _training_command(entry["settings"], info.facts.get("base model"))
-            elif entry.get("event") == "epoch":
+            elif entry.get("event") == "epoch" and entry.get("stage") not in ("search", "penalty"):
                 own = curves.setdefault(
                     entry["candidate"],
                     {
@@ -144,12 +145,13 @@ def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: l
 
 def _training_command(settings: dict[str, Any], model: Any) -> str:
     """The ``aft train`` call that trains this vector again."""
-    recipe = settings.get("recipe") or {}
+    from lm_eval_aft.training.protocols import DEFAULT, PROTOCOLS  # torch
+
+    protocol = dict(settings.get("protocol") or {})
     prompts = settings.get("prompts") or {}
     words = ["aft", "train", "--model", str(model), "--task", str(settings["task"])]
     plain = (
-        "layers",
-        "seeds",
+        "first_seed",
         "train_docs",
         "selection_docs",
         "train_split",
@@ -157,17 +159,34 @@ def _training_command(settings: dict[str, Any], model: Any) -> str:
         "metric",
         "control",
     )
-    options = {key: settings.get(key) for key in plain} | recipe
+    name = protocol.pop("name", DEFAULT)
+    usual = PROTOCOLS[name].to_dict() if name in PROTOCOLS else {}
+    options: dict[str, Any] = {"protocol": name}
+    # What the protocol does by itself needs no flag; its document counts are limits, not flags.
+    options |= {
+        key: _flag(value)
+        for key, value in protocol.items()
+        if value != usual.get(key) and key not in ("train_docs", "selection_docs")
+    }
+    options |= {key: settings.get(key) for key in plain}
+    regression = options.pop("regression", None)
     options |= {key: prompts.get(key) for key in ("num_fewshot", "system_instruction")}
     for key, value in options.items():
         if value is not None:
             words += [f"--{key.replace('_', '-')}", str(value)]
+    if regression is not None:
+        words.append("--regression" if regression else "--no-regression")
     if prompts.get("apply_chat_template"):
         words.append("--apply-chat-template")
     if prompts.get("fewshot_as_multiturn") is not None:
-        words.append(
-            "--fewshot-as-multiturn" if prompts["fewshot_as_multiturn"] else "--no-fewshot-as-multiturn"
-        )
+        words.append("--fewshot-as-multiturn" if prompts["fewshot_as_multiturn"] else "--fewshot-as-text")
     for path in settings.get("include_path") or ():
         words += ["--include-path", str(path)]
     return shlex.join([*words, "--output", "VECTOR"])
+
+
+def _flag(value: Any) -> Any:
+    """A protocol's number as its flag takes it: lists comma-separated, 0 for "never"."""
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "none"
+    return 0 if value is None else value

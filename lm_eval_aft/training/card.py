@@ -15,11 +15,12 @@ _BODY = """\
 
 A steering vector for [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness):
 {width} numbers, added to the residual stream of `{model}` at the output of block
-{layer} (of {depth}, counted from 0). Trained on the training split of `{task}`
-({shots}-shot, objective `{objective}`, {train} documents).{control}
+{layer} (of {depth}, counted from 0). {origin}{control}
 
     lm_eval --model aft --model_args pretrained={model},vector=FOLDER --tasks {task}
-{results}
+{results}{section}"""
+
+_SELECTION = """
 ## Selection split
 
 These scores chose the layer and the epoch, so they flatter the vector: **they are not results**.
@@ -28,6 +29,16 @@ temperature; mean over {seeds} seed(s); {n} documents.
 
 | layer | cross-entropy | accuracy |
 |---|---|---|
+{rows}
+"""
+
+_RECIPE = """
+## Recipe
+
+    {expression}
+
+| vector | weight | coefficient | layers | tasks | sha256 |
+|---|---|---|---|---|---|
 {rows}
 """
 
@@ -40,10 +51,11 @@ def write_card(folder: Path, vector: SteeringVector, results: Sequence[dict[str,
             `lm_eval_aft.reporting.cards.card_results` gives them.
     """
     meta = vector.metadata
+    tasks = meta.get("tasks") or ([meta["task"]] if meta.get("task") else [])
     data = ModelCardData(
         library_name="lm-eval-aft",
         base_model=_hub_name(meta),
-        tags=["activation-steering", "steering-vector", "lm-eval-aft", f"task:{meta['task']}"],
+        tags=["activation-steering", "steering-vector", "lm-eval-aft", *(f"task:{task}" for task in tasks)],
         datasets=list(dict.fromkeys(r["dataset"] for r in results if _is_hub_name(r["dataset"]))) or None,
         model_name=_title(meta) if results else None,
         eval_results=[_eval_result(result) for result in results] or None,
@@ -87,38 +99,69 @@ def _result_table(results: Sequence[dict[str, Any]]) -> str:
 
 def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
     meta: dict[str, Any] = vector.metadata
-    selection = meta["selection"]
+    control = meta.get("control")
+    return _BODY.format(
+        title=_title(meta),
+        origin=_origin(meta),
+        results=_result_table(results),
+        width=vector.hidden_size,
+        model=_model(meta) or "MODEL",
+        layer=", ".join(map(str, vector.layers)),
+        depth=meta.get("num_hidden_layers", "an unknown number"),
+        task=",".join(meta.get("tasks") or [meta.get("task") or "TASK"]),
+        control=f"\n\n**This is a placebo (`{control}`), not a vector to use.**" if control else "",
+        section=_selection_section(vector) or _recipe_section(meta),
+    )
+
+
+def _origin(meta: dict[str, Any]) -> str:
+    if meta.get("recipe"):
+        return "Composed of other vectors, not trained: see its recipe."
+    if not (meta.get("splits") and meta.get("task")):
+        return "Nothing is recorded of how it was made."
+    return (
+        f"Trained on the training split of `{meta['task']}`\n({meta.get('num_fewshot')}-shot, objective "
+        f"`{meta.get('objective')}`, {meta['splits'].get('train')} documents)."
+    )
+
+
+def _selection_section(vector: SteeringVector) -> str:
+    selection = vector.metadata.get("selection")
+    if not selection:
+        return ""
     baseline = selection["baseline"]
     rows = [f"| baseline | {baseline['score']:.4f} | {baseline['accuracy']:.4f} |"]
     for layer, result in selection["layers"].items():
         mark = " (chosen)" if int(layer) in vector.layers else ""
         rows.append(f"| {layer}{mark} | {result['score']:.4f} | {result['accuracy']:.4f} |")
-    control = meta.get("control")
-    return _BODY.format(
-        title=_title(meta),
-        results=_result_table(results),
-        width=vector.hidden_size,
-        model=meta["base_model"]["name"],
-        layer=", ".join(map(str, vector.layers)),
-        depth=meta["num_hidden_layers"],
-        task=meta["task"],
-        shots=meta["num_fewshot"],
-        objective=meta["objective"],
-        train=meta["splits"]["train"],
-        control=f"\n\n**This is a placebo (`{control}`), not a vector to use.**" if control else "",
-        seeds=meta["protocol"]["seeds"],
-        n=baseline["n"],
-        rows="\n".join(rows),
+    return _SELECTION.format(
+        seeds=(vector.metadata.get("protocol") or {}).get("seeds"), n=baseline["n"], rows="\n".join(rows)
     )
 
 
+def _recipe_section(meta: dict[str, Any]) -> str:
+    recipe = meta.get("recipe")
+    if not recipe:
+        return ""
+    rows = [
+        f"| {each['name']} | {each['weight']:g} | {each['coefficient']:g} | "
+        f"{', '.join(map(str, each['layers']))} | {', '.join(each['tasks'])} | `{each['sha256'][:12]}` |"
+        for each in recipe["operands"]
+    ]
+    return _RECIPE.format(expression=recipe["expression"], rows="\n".join(rows))
+
+
 def _title(meta: dict[str, Any]) -> str:
-    return f"{meta['task']} for {Path(meta['base_model']['name']).name}"
+    return f"{meta.get('task') or 'Steering vector'} for {Path(_model(meta) or 'an unnamed model').name}"
+
+
+def _model(meta: dict[str, Any]) -> str:
+    return str((meta.get("base_model") or {}).get("name") or "")
 
 
 def _hub_name(meta: dict[str, Any]) -> str | None:
     """The base model's name if it is one the Hub could know; a local path is not."""
-    name = str(meta["base_model"]["name"])
+    name = _model(meta)
     return name if _is_hub_name(name) else None
 
 

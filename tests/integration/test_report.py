@@ -64,8 +64,8 @@ def save_vector(folder: Path, **splits: Any) -> SteeringVector:
     """A vector folder with a ledger of 8 layers × 2 seeds × 3 epochs."""
     vector = SteeringVector({4: torch.ones(16)}, metadata=metadata(**splits))
     vector.save(folder)
-    recipe = {"lr": 0.03, "l2": 0.0, "epochs": 3}
-    start = {"task": "arc_challenge", "layers": "all", "seeds": 2, "recipe": recipe, "prompts": {}}
+    recipe = {"name": "maximum", "layers": "all", "seeds": 2, "lr": [0.03], "l2": [0.0], "epochs": 3}
+    start = {"task": "arc_challenge", "protocol": recipe, "prompts": {}}
     lines: list[dict[str, Any]] = [{"event": "start", "settings": start}]
     for layer in range(8):
         for seed in range(2):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lm_eval_aft import AFTError, SteeringVector, load_vector
+from lm_eval_aft.library.header import read_header
 
 
 def a_vector() -> SteeringVector:
@@ -93,6 +94,18 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
         with pytest.raises(AFTError):
             load_vector(path)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_no_length_of_the_header_makes_a_vector_look_like_a_pickle(tmp_path: Path) -> None:
+    """safetensors files begin with their header's length: one in 32 begins with a pickle's first byte."""
+    starts = set()
+    for extra in range(0, 300, 4):
+        vector = SteeringVector({0: torch.ones(4)}, metadata={"note": "x" * extra})
+        path = vector.save(tmp_path / "v.safetensors")
+        starts.add(path.read_bytes()[0])
+        assert load_vector(path).digest() == vector.digest()
+        assert read_header(path).layers == (0,)
+    assert 0x80 in starts
 
 
 @pytest.mark.parametrize(

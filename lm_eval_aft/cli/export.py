@@ -1,0 +1,125 @@
+"""``aft export`` and ``aft import``: vectors for other tools, and from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from lm_eval_aft.cli.options import quiet_libraries
+
+
+@click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("vector")
+@click.option(
+    "--to",
+    "kind",
+    required=True,
+    type=click.Choice(["merged", "peft", "gguf", "steered"]),
+    help="merged: a plain checkpoint. peft: an adapter. gguf: llama.cpp's. steered: lm-eval's own.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to make (merged, peft), or .gguf or .pt file.",
+)
+@click.option("--model", help="Hub name or local folder of the base model.  [default: the vector's own]")
+@click.option("--revision", help="The base model's revision on the Hub.")
+@click.option("--coefficient", type=float, help="Replaces the vector's own coefficient.")
+@click.option("--allow-mismatch", is_flag=True, help="Export for another model than the vector's.")
+@click.option("--blocks", help="Dotted path of the decoder blocks, for architectures not recognised.")
+def export(
+    vector: str,
+    kind: str,
+    output: Path,
+    model: str | None,
+    revision: str | None,
+    coefficient: float | None,
+    allow_mismatch: bool,
+    blocks: str | None,
+) -> None:
+    """Write VECTOR in a format that other tools read, and prove that it does the same there.
+
+    \b
+    merged   a checkpoint with the vector folded into a bias: no code, no hook, no extra time.
+             Families without such a bias are rewritten as one that has it, or refused.
+    peft     a folder for PeftModel.from_pretrained and `lm_eval --model hf ... peft=`
+    gguf     a llama.cpp control vector, for any block but the first
+    steered  the .pt file for `lm_eval --model steered --model_args ...,steer_path=`
+
+    The result is loaded again and its logits are compared with the steered model's; one that does
+    not agree is deleted.
+
+    \b
+    Examples:
+      aft export arc --to merged --output pythia-arc
+      aft export demo-results/vector --model demo --to peft -o adapter
+      aft export arc --model Qwen/Qwen2-0.5B --to gguf -o arc.gguf
+      lm_eval --model hf --model_args pretrained=pythia-arc --tasks arc_challenge
+    """
+    quiet_libraries()
+    from lm_eval_aft.export import export_vector
+    from lm_eval_aft.library import load_vector
+    from lm_eval_aft.vector import SteeringVector
+
+    found = load_vector(vector)
+    if coefficient is not None:
+        found = SteeringVector(found.layers, coefficient, found.positions, found.method, found.metadata)
+    with _stages() as progress:
+        made = export_vector(
+            found,
+            kind,
+            output,
+            model=model,
+            revision=revision,
+            allow_mismatch=allow_mismatch,
+            blocks=blocks,
+            progress=progress,
+        )
+    for note in made.notes:
+        click.echo(f"{note[0].upper()}{note[1:]}.")
+    if made.agreement is not None:
+        click.echo(f"Verified: {made.agreement}.")
+    click.echo(f"Wrote {made.path}")
+
+
+@click.command("import", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Vector folder to make.")
+@click.option("--model", help="The model it is for.  [default: the one an adapter names; none for .gguf]")
+@click.option("--revision", help="That model's revision on the Hub.")
+def import_(source: Path, output: Path, model: str | None, revision: str | None) -> None:
+    """Make a vector folder of what another tool wrote.
+
+    SOURCE is a control vector of llama.cpp or repeng (.gguf), or a PEFT adapter folder that adds a
+    constant: BEFT, or LoRA with zero matrices and lora_bias. Pickles are never opened.
+
+    \b
+    Examples:
+      aft import happy.gguf --model mistralai/Mistral-7B-v0.1 -o happy
+      aft import adapter -o vector
+    """
+    quiet_libraries()
+    from lm_eval_aft.export import import_vector
+
+    with _stages() as progress:
+        path, notes = import_vector(source, output, model=model, revision=revision, progress=progress)
+    for note in notes:
+        click.echo(f"{note[0].upper()}{note[1:]}.")
+    click.echo(f"Wrote {path}")
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str], None]]:
+    """A line that says what is going on and for how long; nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting")
+        yield lambda stage: bar.update(task, description=stage)

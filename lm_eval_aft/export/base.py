@@ -1,0 +1,144 @@
+"""The base model an export starts from: loaded once, checked against the vector, given back early."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_aft.backbone import Backbone, find_backbone
+from lm_eval_aft.demo import resolve_pretrained
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.fingerprint import check_fingerprint
+from lm_eval_aft.steering import add_at, check_fits
+from lm_eval_aft.vector import SteeringVector
+
+
+@dataclass
+class Base:
+    """A causal LM on the CPU in its own dtype.
+
+    Weights read from safetensors stay memory-mapped, so loading costs memory only as they are used.
+
+    Attributes:
+        name: what the user called it; ``path`` is where it was loaded from.
+        model: the transformers model in evaluation mode; ``None`` once released.
+        tokenizer: its tokenizer, or ``None`` for a checkpoint without one.
+        backbone: its decoder blocks.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    model: Any
+    tokenizer: Any
+    backbone: Backbone
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    def release(self) -> None:
+        """Forget the model, so that another one can be loaded in its place."""
+        self.model = None
+        self.backbone = Backbone(self.backbone.name, [], self.backbone.hidden_size)
+        gc.collect()
+
+    def steered(self, deltas: dict[int, Tensor]) -> Steered:
+        """Context in which each ``deltas[L]``, shape ``(hidden_size,)``, is added after block L."""
+        return Steered([(self.backbone.blocks[layer], delta) for layer, delta in deltas.items()])
+
+
+class Steered:
+    """``with Steered(pairs):`` adds each tensor to its module's output inside the block."""
+
+    def __init__(self, pairs: list[tuple[nn.Module, Tensor]]) -> None:
+        self._pairs = pairs
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Steered:
+        self._handles = [add_at(module, delta) for module, delta in self._pairs]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def load_base(name: str, revision: str | None = None, blocks: str | None = None) -> Base:
+    """Load a causal LM and its tokenizer from a folder, the Hub, or ``demo``.
+
+    Raises:
+        AFTError: it cannot be loaded, or its blocks are not found.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = resolve_pretrained(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise AFTError(
+            f"The model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            "Give a local folder written by save_pretrained, or the name of a model on the Hub.",
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None  # a bare checkpoint: its weights can be exported all the same
+    model.requires_grad_(False)
+    return Base(name, path, revision, model, tokenizer, find_backbone(model, blocks))
+
+
+def source_file(base: Base, name: str) -> Path | None:
+    """A file of the base model's repository or folder, or ``None`` where it has no such file."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            base.path,
+            name,
+            revision=base.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        return None
+    return None if found is None else Path(found)
+
+
+def check_vector(vector: SteeringVector, base: Base, *, allow_mismatch: bool = False) -> dict[int, Tensor]:
+    """What the vector adds after each block: coefficient included, fp32, shape ``(hidden_size,)``.
+
+    Raises:
+        AFTError: not a constant at every position, no effect, or made for another model.
+    """
+    check_constant(vector)
+    check_fits(vector, base.backbone)
+    check_fingerprint(vector.metadata, base.model, base.tokenizer, allow_mismatch=allow_mismatch)
+    return {layer: values * vector.coefficient for layer, values in vector.layers.items()}
+
+
+def check_constant(vector: SteeringVector) -> None:
+    """Raise `AFTError` unless the vector adds one constant at every position."""
+    stay = "Score it with `--model aft`, which applies it as it was trained."
+    if vector.method != "static":
+        raise AFTError(
+            f"A vector of method {vector.method!r} cannot be exported: what it adds depends on the hidden "
+            "state, and every export format holds a constant.",
+            stay,
+        )
+    if vector.positions != "all":
+        raise AFTError(
+            f"A vector for positions {vector.positions!r} cannot be exported: a bias, an adapter or a "
+            "control vector acts at every position.",
+            stay,
+        )
+    if vector.coefficient == 0:
+        raise AFTError(
+            "The vector's coefficient is 0: it would change nothing.", "Give another --coefficient."
+        )

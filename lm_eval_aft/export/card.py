@@ -1,0 +1,36 @@
+"""The README.md beside an exported checkpoint or adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from lm_eval_aft.export.base import Base
+from lm_eval_aft.vector import SteeringVector
+
+_RELATION = {"merged": "finetune", "peft": "adapter"}
+_LIBRARY = {"merged": "transformers", "peft": "peft"}
+
+
+def write_card(folder: Path, kind: str, base: Base, vector: SteeringVector, notes: list[str]) -> None:
+    """Write ``folder/README.md``: base model, the vector's identity, how it was stored and checked."""
+    data = ModelCardData(
+        base_model=base.name,
+        base_model_relation=_RELATION[kind],
+        library_name=_LIBRARY[kind],
+        tags=["activation-steering"],
+    )
+    layers = ", ".join(map(str, vector.layers))
+    lines = [
+        f"# {base.name} with a steering vector",
+        "",
+        f"`{base.name}` with one constant vector added to the residual stream after block {layers}, "
+        f"{'folded into its weights' if kind == 'merged' else 'as a PEFT adapter'} by `aft export`.",
+        "",
+        f"- Vector: SHA-256 `{vector.digest()}`, norm {vector.norm():.4g}, coefficient {vector.coefficient:g}"
+        + (f", trained on the task `{vector.metadata['task']}`" if vector.metadata.get("task") else ""),
+        *(f"- {note[0].upper()}{note[1:]}." for note in notes),
+        "- The base model's licence applies.",
+    ]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(folder / "README.md")

@@ -1,0 +1,220 @@
+"""The vector as a PEFT adapter, and bias adapters made by others as vectors."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.export.base import Base
+from lm_eval_aft.export.card import write_card
+from lm_eval_aft.export.families import no_slot, refuse_mixture
+from lm_eval_aft.export.plan import HOOK_INSTEAD
+from lm_eval_aft.export.report import Export, Progress
+from lm_eval_aft.export.slots import find_slots, module_of
+from lm_eval_aft.export.target import appearing
+from lm_eval_aft.export.verify import Agreement, compare, probe_logits, probe_prompts, require
+from lm_eval_aft.vector import SteeringVector
+
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def export_peft(
+    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: Progress
+) -> Export:
+    """Write an adapter folder that ``PeftModel.from_pretrained`` and lm-eval's ``peft=`` load.
+
+    The vector becomes the bias of a BEFT adapter on the Linear that writes into the residual stream;
+    on GPT-2's Conv1D, which BEFT does not know, that of a rank-1 LoRA whose matrices are zero.
+
+    Raises:
+        AFTError: peft is missing, no Linear can stand for the vector, or the check fails.
+    """
+    peft = _library()
+    progress("looking for a place")
+    refuse_mixture(base.config)
+    slots = find_slots(base.model, base.backbone, min(deltas))
+    if not slots:
+        raise AFTError(no_slot(base.model), HOOK_INSTEAD)
+    slot = slots[0]
+    names = {layer: f"{base.backbone.name}.{layer}.{slot.name}" for layer in deltas}
+    linear = all(isinstance(module_of(base.backbone, layer, slot), nn.Linear) for layer in deltas)
+    progress("base model's logits")
+    prompts = probe_prompts(base.config)
+    plain = probe_logits(base.model, prompts)
+    with base.steered(deltas):
+        steered = probe_logits(base.model, prompts)
+    with appearing(target, 10**6) as folder, _quietly():
+        progress("writing")
+        config = _config(peft, sorted(names.values()), linear)
+        model = peft.get_peft_model(base.model, config)
+        values = {names[layer]: delta / slot.scale for layer, delta in deltas.items()}
+        _fill(model.base_model.model, values, linear)
+        config.base_model_name_or_path, config.inference_mode = base.path, True
+        model.save_pretrained(folder, safe_serialization=True)
+        plain_again = model.unload()
+        progress("reloading")
+        loaded = peft.PeftModel.from_pretrained(plain_again, str(folder)).eval()
+        agreement = require(compare(plain, steered, probe_logits(loaded, prompts)), "adapter")
+        loaded.unload()
+        kind = "a BEFT adapter" if linear else "a LoRA adapter (zero matrices, lora_bias)"
+        notes = [f"{kind} on {', '.join(names.values())}"]
+        write_card(folder, "peft", base, vector, [*notes, str(agreement)])
+    return Export(target, "peft", agreement, notes)
+
+
+def import_peft(base: Base, folder: Path, progress: Progress) -> tuple[dict[int, Tensor], Agreement]:
+    """Read a BEFT adapter, or a LoRA with zero matrices and biases, as what it adds after blocks.
+
+    Returns:
+        0-based block -> fp32 tensor of shape ``(hidden_size,)``, and the comparison of its logits with
+        the adapter's own.
+
+    Raises:
+        AFTError: not such an adapter, on Linears that do not write into the residual stream, pickled.
+    """
+    peft = _library()
+    biases = read_biases(folder)
+    progress("looking for a place")
+    deltas: dict[int, Tensor] = {}
+    for module, bias in biases.items():
+        inner = module.removeprefix(f"{base.backbone.name}.")
+        index, _, name = inner.partition(".")
+        if inner == module or not index.isdigit() or int(index) >= len(base.backbone.blocks):
+            raise AFTError(f"The adapter acts on {module}, which is in no block of {base.name}.")
+        layer = int(index)
+        slots = {slot.name: slot for slot in find_slots(base.model, base.backbone, layer)}
+        if name not in slots:
+            raise AFTError(
+                f"The adapter's bias on {module} does not move the output of block {layer} by a constant, so "
+                "it is no steering vector.",
+                f"Here only {', '.join(slots) or 'no Linear'} would do.",
+            )
+        if bias.shape != (base.backbone.hidden_size,):
+            raise AFTError(f"The adapter's bias on {module} has shape {tuple(bias.shape)}.")
+        deltas[layer] = deltas.get(layer, torch.zeros_like(bias)) + bias * slots[name].scale
+    progress("comparing logits")
+    prompts = probe_prompts(base.config)
+    plain = probe_logits(base.model, prompts)
+    with base.steered(deltas):
+        steered = probe_logits(base.model, prompts)
+    with _quietly():
+        loaded = peft.PeftModel.from_pretrained(base.model, str(folder)).eval()
+        agreement = compare(plain, probe_logits(loaded, prompts), steered)
+        loaded.unload()
+    return deltas, require(agreement, "vector")
+
+
+def _library() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise AFTError(
+            "Adapters need the peft package.", "Install it: pip install 'lm-eval-aft[peft]'"
+        ) from error
+    return peft
+
+
+def _config(peft: Any, targets: list[str], linear: bool) -> Any:
+    if linear:
+        if not hasattr(peft, "BeftConfig"):
+            raise AFTError("This peft has no BEFT adapters.", "Upgrade it: pip install -U peft")
+        return peft.BeftConfig(target_modules=targets, task_type="CAUSAL_LM")
+    return peft.LoraConfig(
+        r=1,
+        lora_alpha=1,
+        target_modules=targets,
+        lora_bias=True,
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: dict[str, Tensor], linear: bool) -> None:
+    for name, value in values.items():
+        layer: Any = model.get_submodule(name)
+        if linear:
+            parameter = layer.beft_bias["default"]
+            # In fp32 whatever the model's dtype: the sum is rounded once.
+            parameter.data = value.reshape(1, -1).clone()
+        else:
+            for matrix in (layer.lora_A["default"], layer.lora_B["default"]):
+                matrix.weight.data = torch.zeros_like(matrix.weight, dtype=torch.float32)
+            layer.lora_B["default"].bias.data = value.clone()
+
+
+def read_biases(folder: Path) -> dict[str, Tensor]:
+    """Module path -> its constant, read from the files alone; nothing is unpickled."""
+    config_file, weights = folder / "adapter_config.json", folder / _WEIGHTS
+    if not config_file.is_file():
+        raise AFTError(f"{folder} is no PEFT adapter: it has no adapter_config.json.")
+    if not weights.is_file():
+        raise AFTError(
+            f"{folder} has no {_WEIGHTS}.",
+            "Adapters saved as .bin are pickles, which can run code: ask for them as safetensors.",
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AFTError(f"{folder} cannot be read: {error}.", "Download it again.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in ("BEFT", "LORA"):
+        raise AFTError(
+            f"{folder} holds a {kind} adapter; only constants can become a vector.",
+            "BEFT adapters can, and LoRA adapters whose matrices are zero and that have lora_bias.",
+        )
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        module, known, rest = _split(name)
+        if not known:
+            raise AFTError(f"The adapter holds {name}, which is not a constant that it adds.")
+        parts[module][rest] = tensor
+    scaling = 1.0
+    if kind == "LORA":
+        rank = float(config["r"])
+        scaling = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+        if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+            raise AFTError("DoRA adapters and LoRA adapters with rank patterns are not read.")
+    return {module: _constant(module, found, scaling) for module, found in parts.items()}
+
+
+def _split(name: str) -> tuple[str, bool, str]:
+    for rest in ("beft_bias", "lora_A.weight", "lora_B.weight", "lora_B.bias"):
+        if name.startswith(_PREFIX) and name.endswith(f".{rest}"):
+            return name.removeprefix(_PREFIX).removesuffix(f".{rest}"), True, rest
+    return name, False, ""
+
+
+def _constant(module: str, found: dict[str, Tensor], scaling: float) -> Tensor:
+    if "beft_bias" in found:
+        return found["beft_bias"].reshape(-1)
+    matrices = (found.get("lora_A.weight"), found.get("lora_B.weight"))
+    if "lora_B.bias" not in found or any(m is None for m in matrices):
+        raise AFTError(f"The LoRA on {module} has no bias, so it adds no constant.")
+    if all(bool(m.any()) for m in matrices if m is not None):
+        raise AFTError(
+            f"The LoRA on {module} has matrices that are not zero: what it adds depends on the input.",
+            "Only constants can become a vector.",
+        )
+    return found["lora_B.bias"].reshape(-1) * scaling
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    # "no bias term, cannot merge": we do not merge through peft.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

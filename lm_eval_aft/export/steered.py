@@ -1,0 +1,67 @@
+"""The vector as the ``.pt`` file that lm-eval's own ``--model steered`` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.export.base import Base
+from lm_eval_aft.export.report import Export, Progress
+from lm_eval_aft.export.target import appearing
+from lm_eval_aft.export.verify import compare, probe_prompts, require
+
+
+def export_steered(base: Base, deltas: dict[int, Tensor], target: Path, progress: Progress) -> Export:
+    """Write the file and compare logits through lm-eval's own loader, in the model's own dtype.
+
+    Raises:
+        AFTError: the blocks lie outside the base model that lm-eval hooks, or the check fails.
+    """
+    prefix = f"{base.model.base_model_prefix}."
+    hooked = {name for name, _ in base.model.base_model.named_modules()}
+    points = {layer: f"{base.backbone.name}.{layer}".removeprefix(prefix) for layer in deltas}
+    if not set(points.values()) <= hooked:
+        raise AFTError(
+            f"lm-eval's steered model cannot reach {', '.join(points.values())}.", "Use --to peft."
+        )
+    content = {
+        points[layer]: {"steering_vector": delta, "steering_coefficient": 1.0, "action": "add"}
+        for layer, delta in deltas.items()
+    }
+    progress("base model's logits")
+    # Short ones: lm-eval's call returns the logits of every position.
+    prompts = probe_prompts(base.config)[:1]
+    with torch.no_grad():
+        plain = [base.model(input_ids=ids, use_cache=False).logits for ids in prompts]
+        # lm-eval rounds the vector to the model's dtype, as the hook does where activations have it too.
+        with base.steered({layer: delta.to(base.model.dtype) for layer, delta in deltas.items()}):
+            steered = [base.model(input_ids=ids, use_cache=False).logits for ids in prompts]
+    with appearing(target, 10**6) as file:
+        progress("writing")
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+        progress("reloading")
+        exported = _loaded_logits(base, file, prompts)
+        agreement = require(
+            compare(
+                *([logits.float() for logits in side] for side in (plain, steered, exported)),
+            ),
+            "file",
+        )
+    return Export(target, "steered", agreement, [f"it hooks {', '.join(points.values())}"])
+
+
+def _loaded_logits(base: Base, file: Path, prompts: list[Tensor]) -> list[Tensor]:
+    from lm_eval.models.hf_steered import SteeredModel
+
+    if base.tokenizer is None:
+        raise AFTError(f"{base.name} has no tokenizer, which lm-eval needs.")
+    lm: Any = SteeredModel(base.model, str(file), device="cpu", tokenizer=base.tokenizer)
+    with torch.no_grad():
+        return [lm._model_call(ids) for ids in prompts]

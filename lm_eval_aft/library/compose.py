@@ -1,0 +1,190 @@
+"""Adding vectors: one vector that does what several would do together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.fingerprint import compare_fingerprints
+from lm_eval_aft.library.entry import task_names
+from lm_eval_aft.library.expression import parse_expression
+from lm_eval_aft.vector import SteeringVector
+
+# What a composed vector keeps where all operands agree on it.
+_SHARED = (
+    *("num_fewshot", "prompts", "chat_template"),
+    *("objective", "metric", "task_version"),
+)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A vector in an expression, with its weight there (the vector's own coefficient not included)."""
+
+    name: str
+    weight: float
+    vector: SteeringVector
+
+
+def compose(expression: str, load: Callable[[str], SteeringVector]) -> SteeringVector:
+    """The vector that an expression means; ``load`` finds its operands by name.
+
+    Raises:
+        AFTError: the expression cannot be read, an operand not be found, or they do not go together.
+    """
+    return combine([Operand(n, w, load(n)) for n, w in parse_expression(expression).items()], expression)
+
+
+def combine(operands: Sequence[Operand], expression: str | None = None) -> SteeringVector:
+    """The weighted sum of vectors, layer by layer, in fp32.
+
+    Layers that only some operands have stay as those have them. Each operand's coefficient goes into
+    its weight, and the sum's coefficient is 1; a lone operand of weight 1 stays exactly as it is. The
+    sum does not depend on the operands' order.
+
+    Raises:
+        AFTError: no operands; other base models, widths, methods or positions; numbers too large.
+    """
+    check_compatible(operands)
+    ordered = sorted(operands, key=lambda operand: (operand.vector.digest(), operand.weight))
+    metadata = _metadata(ordered, expression)
+    first = ordered[0].vector
+    if len(ordered) == 1 and ordered[0].weight == 1:
+        return SteeringVector(first.layers, first.coefficient, first.positions, metadata=metadata)
+    layers: dict[int, torch.Tensor] = {}
+    for operand in ordered:
+        factor = operand.weight * operand.vector.coefficient
+        for layer, values in operand.vector.layers.items():
+            part = values * factor
+            layers[layer] = layers[layer] + part if layer in layers else part
+    for layer, values in layers.items():
+        if not bool(torch.isfinite(values).all()):
+            raise AFTError(f"The sum is too large for fp32 at layer {layer}.", "Use smaller weights.")
+    return SteeringVector(layers, positions=first.positions, metadata=metadata)
+
+
+def check_compatible(operands: Sequence[Operand]) -> None:
+    """Raise `AFTError` unless the operands are static vectors for one and the same base model."""
+    if not operands:
+        raise AFTError("There is nothing to compose.", "Name at least one vector.")
+    for operand in operands:
+        if operand.vector.method != "static":
+            raise AFTError(
+                f"{operand.name!r} uses the method {operand.vector.method!r}.",
+                "Only static vectors can be added.",
+            )
+    for one, other in combinations(operands, 2):
+        a, b = one.vector, other.vector
+        if a.positions != b.positions:
+            raise AFTError(
+                f"{one.name!r} steers the positions {a.positions!r}, {other.name!r} {b.positions!r}: "
+                "they cannot be added."
+            )
+        differing = _differences(a, b)
+        if differing:
+            raise AFTError(
+                f"{one.name!r} was trained on {_model(a)!r}, {other.name!r} on {_model(b)!r}: "
+                f"{', '.join(differing)} differ.",
+                "Only vectors of one base model can be added.",
+            )
+
+
+def conflicts(operands: Sequence[Operand]) -> list[dict[str, Any]]:
+    """How far each two operands pull the same way, at each layer they share.
+
+    Returns:
+        Rows ``{"layer", "one", "other", "cosine", "norms"}``: the cosine lies in [-1, 1], weights'
+        signs included, ``None`` where a vector is zero; norms are of the weighted vectors, in
+        residual-stream units.
+    """
+    rows = []
+    for one, other in combinations(operands, 2):
+        for layer in sorted(one.vector.layers.keys() & other.vector.layers.keys()):
+            pair = [
+                each.vector.layers[layer].double() * (each.weight * each.vector.coefficient)
+                for each in (one, other)
+            ]
+            norms = [float(values.norm()) for values in pair]
+            cosine = None
+            if all(norm > 0 and math.isfinite(norm) for norm in norms):
+                cosine = float((pair[0] / norms[0]) @ (pair[1] / norms[1]))
+            names = {"layer": layer, "one": one.name, "other": other.name}
+            rows.append({**names, "cosine": cosine, "norms": norms})
+    return rows
+
+
+def _differences(a: SteeringVector, b: SteeringVector) -> list[str]:
+    if a.hidden_size != b.hidden_size:
+        return ["hidden sizes"]
+    depths = {v.metadata.get("num_hidden_layers") for v in (a, b)} - {None}
+    if len(depths) > 1:
+        return ["numbers of blocks"]
+    recorded, other = a.metadata.get("fingerprint"), b.metadata.get("fingerprint")
+    if recorded is None or other is None:  # made by hand: width and depth are all that can be compared
+        return []
+    try:
+        return compare_fingerprints(recorded, other)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AFTError(f"A vector's fingerprint is damaged ({error!r}).", "Train it again.") from error
+
+
+def _metadata(operands: Sequence[Operand], expression: str | None) -> dict[str, Any]:
+    metas = [operand.vector.metadata for operand in operands]
+    kept: dict[str, Any] = {}
+    for key in _SHARED:
+        values = [meta.get(key) for meta in metas]
+        if all(value == values[0] for value in values):
+            kept[key] = values[0]
+    # Vectors made by hand may lack these; and one model can go by two names, a path and a Hub id.
+    for key in ("fingerprint", "base_model", "num_hidden_layers"):
+        first = next((meta[key] for meta in metas if meta.get(key) is not None), None)
+        if first is not None:
+            kept[key] = first
+    tasks = sorted({task for meta in metas for task in task_names(meta)})
+    kept |= {"task": " + ".join(tasks) or None, "tasks": tasks}
+    controls = sorted({str(meta["control"]) for meta in metas if meta.get("control")})
+    kept["control"] = ", ".join(controls) or None
+    kept["protocol"] = {"name": "composed", "biased": any(_biased(meta) for meta in metas)}
+    splits = [split for meta in metas if isinstance(split := meta.get("splits"), Mapping)]
+    kept["splits"] = {
+        # A report asks these whether a vector was chosen on the documents it is scored on.
+        "selection_documents": sorted(
+            {str(each) for split in splits for each in split.get("selection_documents") or ()}
+        )
+    }
+    kept["recipe"] = {
+        "expression": expression or " + ".join(f"{o.name}*{o.weight!r}" for o in operands),
+        "operands": [_described(operand) for operand in operands],
+    }
+    kept["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    return kept
+
+
+def _described(operand: Operand) -> dict[str, Any]:
+    vector = operand.vector
+    return {
+        "name": operand.name,
+        "weight": operand.weight,
+        "coefficient": vector.coefficient,
+        "sha256": vector.digest(),
+        "layers": list(vector.layers),
+        "tasks": list(task_names(vector.metadata)),
+        **{key: vector.metadata[key] for key in ("hub", "recipe") if vector.metadata.get(key)},
+    }
+
+
+def _biased(meta: Mapping[str, Any]) -> bool:
+    protocol = meta.get("protocol")
+    return isinstance(protocol, Mapping) and bool(protocol.get("biased") or protocol.get("name") == "biased")
+
+
+def _model(vector: SteeringVector) -> str:
+    base = vector.metadata.get("base_model")
+    return str(base.get("name")) if isinstance(base, Mapping) and base.get("name") else "an unnamed model"

@@ -1,0 +1,165 @@
+"""One vector of a library as a listing shows it: read from its folder, kept in the index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.library.files import CARD, FILES
+from lm_eval_aft.library.header import FILE_NAME, read_header
+
+# The columns of a card's results table, as lm_eval_aft.training.card writes them.
+_COLUMNS = ("task", "metric", "n", "difference", "95 % interval", "verdict")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A vector in a library.
+
+    Attributes:
+        name: ``CATEGORY/NAME``.
+        error: why the vector cannot be used; the other fields are then empty.
+        file_size: bytes of ``vector.safetensors``.
+        layers: 0-based block indices.
+        hidden_size: numbers per layer.
+        num_hidden_layers: blocks of the base model, if known.
+        tasks: harness tasks it was trained on.
+        base_model: name of the base model as given at training.
+        control: the placebo it is, if it is one.
+        selection: ``{"score", "accuracy"}``, the change against the baseline on the selection split
+            (nats of cross-entropy, negative is better; share of right answers), or empty.
+        results: rows of the card's table: task, metric, n, difference, 95 % interval, verdict.
+        created: ISO 8601.
+        versions: library name -> version at training.
+        recipe: the expression a composed vector was made with.
+    """
+
+    name: str
+    error: str = ""
+    file_size: int = 0
+    layers: tuple[int, ...] = ()
+    hidden_size: int = 0
+    num_hidden_layers: int | None = None
+    tasks: tuple[str, ...] = ()
+    base_model: str | None = None
+    control: str | None = None
+    selection: dict[str, float] = field(default_factory=dict)
+    results: tuple[dict[str, str], ...] = ()
+    created: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    recipe: str | None = None
+
+    @property
+    def category(self) -> str:
+        """The part of the name before the slash."""
+        return self.name.partition("/")[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Entry:
+        """The inverse of `to_dict`; raises ``TypeError`` on anything else."""
+        kept = dict(values)
+        for key in ("layers", "tasks", "results"):
+            kept[key] = tuple(kept[key])
+        return cls(**kept)
+
+    def matches(
+        self, base_model: str | None = None, task: str | None = None, category: str | None = None
+    ) -> bool:
+        """Whether the entry passes the filters: patterns with * and ?, letter case ignored.
+
+        A base model also matches by the last part of its name or path.
+        """
+        model = self.base_model or ""
+        return (
+            _matches(category, (self.category,))
+            and _matches(task, self.tasks)
+            and _matches(base_model, (model, model.rstrip("/").rpartition("/")[2]))
+        )
+
+
+def read_entry(name: str, folder: Path) -> Entry:
+    """Describe the vector in ``folder``; one that cannot be read becomes an entry with ``error``."""
+    try:
+        header = read_header(folder / FILE_NAME)
+    except AFTError as error:
+        return Entry(name, error=error.what)
+    meta = header.metadata
+    protocol, base_model, versions = (_mapping(meta.get(k)) for k in ("protocol", "base_model", "versions"))
+    depth = meta.get("num_hidden_layers")
+    return Entry(
+        name,
+        file_size=header.size,
+        layers=header.layers,
+        hidden_size=header.hidden_size,
+        num_hidden_layers=depth if isinstance(depth, int) else None,
+        tasks=task_names(meta),
+        base_model=_text(base_model.get("name")),
+        control=_text(meta.get("control")) or ("biased" if protocol.get("biased") else None),
+        selection=_selection(meta),
+        results=tuple(card_results(folder / CARD)),
+        created=_text(meta.get("created")),
+        versions={str(k)[:40]: str(v)[:40] for k, v in list(versions.items())[:20]},
+        recipe=_text(_mapping(meta.get("recipe")).get("expression")),
+    )
+
+
+def task_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tasks a vector's metadata name: several for a composed one, none for one made by hand."""
+    tasks = meta.get("tasks")
+    if isinstance(tasks, list) and tasks:
+        return tuple(str(task)[:200] for task in tasks)
+    return (str(meta["task"])[:200],) if meta.get("task") else ()
+
+
+def card_results(card: Path) -> list[dict[str, str]]:
+    """The rows of the results table in a model card; a card without one, or damaged, gives none."""
+    try:
+        if card.is_symlink() or card.stat().st_size > FILES[CARD]:
+            return []
+        lines = card.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    rows: list[dict[str, str]] = []
+    names: list[str] = []
+    for line in lines:
+        # A verdict may hold an escaped bar.
+        cells = [c.replace("\0", "|").strip() for c in line.replace("\\|", "\0").strip("|").split("|")]
+        if not line.startswith("|"):
+            names = []
+        elif not names:
+            names = cells if set(_COLUMNS) <= set(cells) else []
+        elif len(cells) == len(names) and set(cells[0]) != {"-"}:
+            row = dict(zip(names, cells, strict=True))
+            rows.append({key: row[key] for key in _COLUMNS})
+    return rows
+
+
+def _selection(meta: Mapping[str, Any]) -> dict[str, float]:
+    selection = _mapping(meta.get("selection"))
+    baseline, own = (_mapping(selection.get(key)) for key in ("baseline", "vector"))
+    found = {}
+    for key in ("score", "accuracy"):
+        before, after = baseline.get(key), own.get(key)
+        if isinstance(before, int | float) and isinstance(after, int | float):
+            found[key] = after - before
+    return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str | None:
+    return str(value)[:300] if value else None
+
+
+def _matches(pattern: str | None, texts: tuple[str, ...]) -> bool:
+    return pattern is None or any(fnmatchcase(text.lower(), pattern.lower()) for text in texts)

@@ -1,0 +1,293 @@
+"""A library: a folder of categories, each a folder of vector folders.
+
+The folders are the truth. ``.index.json`` beside them only spares reading a thousand headers again: an
+entry counts while the files it was read from keep their inode, length and time of change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.library.entry import Entry, read_entry
+from lm_eval_aft.library.files import CARD, check_folder, copy_vector, open_rights
+from lm_eval_aft.library.header import FILE_NAME
+from lm_eval_aft.library.names import check_name, is_name, suggestion
+
+INDEX = ".index.json"
+# A temporary folder this old (seconds) belongs to a process that died.
+STALE = 3600.0
+_ADDING, _REPLACED, _REMOVED = ".adding-", ".replaced-", ".removed-"
+_INDEX_VERSION = 1
+
+
+def default_library() -> Path:
+    """``$AFT_LIBRARY``, or the folder for libraries among the user's data."""
+    given = os.environ.get("AFT_LIBRARY")
+    if given:
+        return Path(given)
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("lm-eval-aft", appauthor=False)) / "library"
+
+
+class Library:
+    """A folder of vectors. It need not exist before the first ``add``."""
+
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
+        self.root = Path(root) if root is not None else default_library()
+
+    def names(self) -> list[str]:
+        """All names, in order; folders without a ``vector.safetensors`` are none."""
+        return sorted(name for name, _ in self._folders())
+
+    def path(self, name: str) -> Path:
+        """The folder of a vector.
+
+        Raises:
+            AFTError: no such vector; the nearest names are suggested.
+        """
+        folder = self.root / name
+        if not is_name(name) or not os.path.lexists(folder / FILE_NAME):
+            known = self.names()
+            hint = suggestion(name, known) or (
+                "See `aft vectors list`." if known else "It is empty: `aft vectors add` fills it."
+            )
+            raise AFTError(f"The library {self.root} has no vector {name!r}.", hint)
+        return folder
+
+    def entry(self, name: str) -> Entry:
+        """Read one vector's description, past the index."""
+        return read_entry(name, self.path(name))
+
+    def entries(self) -> list[Entry]:
+        """Every vector's description, in order of name; damaged ones carry an ``error``.
+
+        Raises:
+            AFTError: the library is there but cannot be read.
+        """
+        known, found, fresh = self._read_index(), {}, False
+        for name, folder in sorted(self._folders()):
+            key = _state(folder)
+            entry = None
+            if name in known and known[name].get("state") == key:
+                with contextlib.suppress(TypeError, KeyError, ValueError):
+                    entry = Entry.from_dict(known[name]["entry"])
+            if entry is None:
+                entry, fresh = read_entry(name, folder), True
+            found[name] = (key, entry)
+        if fresh or len(found) != len(known):
+            self._write_index(found)
+        return [entry for _, entry in found.values()]
+
+    def add(self, source: str | os.PathLike[str], name: str, *, replace: bool = False) -> Path:
+        """Copy a vector folder or a lone ``.safetensors`` file into the library; return its folder.
+
+        The vector is checked, copied beside its place and renamed, so that it appears whole or not at
+        all, whatever other processes do meanwhile.
+
+        Raises:
+            AFTError: not a vector, a symbolic link, the name taken (unless ``replace``) or the library
+                not writable.
+        """
+        with self.adding(name, replace=replace) as temporary:
+            copy_vector(Path(source), temporary)
+        return self.root / name
+
+    @contextmanager
+    def adding(self, name: str, *, replace: bool = False) -> Iterator[Path]:
+        """Yield an empty folder; what the block leaves there becomes the vector ``name``.
+
+        Raises:
+            AFTError: as `add`.
+        """
+        target = self.root / check_name(name)
+        if not replace and os.path.lexists(target):
+            raise _taken(self.root, name)
+        with self.temporary(name) as temporary:
+            yield temporary
+            check_folder(temporary)
+            self.move_in(temporary, name, replace=replace)
+
+    @contextmanager
+    def temporary(self, name: str) -> Iterator[Path]:
+        """Yield a folder inside the library that no listing shows; it goes when the block ends.
+
+        Args:
+            name: what messages about files in it call it.
+
+        Raises:
+            AFTError: the library is not writable; or raised in the block.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._clean()
+            place = Path(tempfile.mkdtemp(prefix=_ADDING, dir=self.root))
+        except OSError as error:
+            raise AFTError(
+                f"Cannot write into the library {self.root}: {error.strerror}.",
+                "Choose another with --library or AFT_LIBRARY.",
+            ) from error
+        inner = place / "vector"
+        try:
+            inner.mkdir()
+            yield inner
+        except AFTError as error:
+            raise AFTError(error.what.replace(str(inner), name), error.hint) from error
+        except OSError as error:
+            reason = str(error).replace(str(inner), name)
+            raise AFTError(f"Cannot write into the library {self.root}: {reason}.") from error
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Delete a vector, and its category when that was the last one.
+
+        Raises:
+            AFTError: no such vector, or no right to delete it.
+        """
+        folder = self.path(name)
+        try:
+            shutil.rmtree(self._set_aside(folder, name, _REMOVED), ignore_errors=True)
+        except FileNotFoundError:
+            return  # another process was faster
+        except OSError as error:
+            raise AFTError(f"Cannot remove {folder}: {error.strerror}.") from error
+        with contextlib.suppress(OSError):  # not empty
+            folder.parent.rmdir()
+
+    def move_in(self, temporary: Path, name: str, *, replace: bool = False) -> None:
+        """Rename a checked folder from `temporary` to its place.
+
+        Raises:
+            AFTError: the name is taken, or the library not writable.
+        """
+        target, aside = self.root / check_name(name), list[Path]()
+        open_rights(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISDIR(target.parent.lstat().st_mode):  # a link may lead out of the library
+                raise AFTError(f"{target.parent} is a symbolic link or a file.", "Choose another category.")
+        for _ in range(1000):
+            try:
+                with contextlib.suppress(FileExistsError):  # exist_ok=True looks again, too late
+                    target.parent.mkdir()
+                temporary.rename(target)
+                break
+            except FileNotFoundError:  # somebody removed the last vector of the category just now
+                continue
+            except OSError as error:
+                if not target.is_dir():
+                    raise AFTError(f"Cannot write {target}: {error.strerror}.") from error
+                if not replace:
+                    raise _taken(self.root, name) from error
+                # A rename cannot replace a full folder. Dying before the next one leaves the old vector
+                # where `_clean` finds it.
+                with contextlib.suppress(FileNotFoundError):
+                    aside.append(self._set_aside(target, name, _REPLACED))
+        else:
+            raise AFTError(f"Other processes keep changing {target}.", "Try again.")
+        for old in aside:
+            _drop(old)
+
+    def _set_aside(self, folder: Path, name: str, prefix: str) -> Path:
+        aside = Path(tempfile.mkdtemp(prefix=prefix, dir=self.root))
+        try:
+            folder.rename(aside / name.replace("/", ","))
+        except OSError:
+            aside.rmdir()
+            raise
+        return aside
+
+    def _clean(self) -> None:
+        """Delete what died with its process; a vector caught between old and new comes back."""
+        for each in self.root.iterdir():
+            with contextlib.suppress(OSError):
+                if not each.name.startswith((_ADDING, _REPLACED, _REMOVED)):
+                    continue
+                if time.time() - each.lstat().st_mtime < STALE:
+                    continue
+                if each.name.startswith(_REPLACED):
+                    for old in each.iterdir():
+                        target = self.root / old.name.replace(",", "/")
+                        if not target.exists():
+                            old.rename(target)
+                if each.is_dir():
+                    shutil.rmtree(each, ignore_errors=True)
+                else:
+                    each.unlink()
+
+    def _folders(self) -> Iterator[tuple[str, Path]]:
+        try:
+            categories = [c for c in os.scandir(self.root) if _is_plain_folder(c)]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise AFTError(f"The library {self.root} cannot be read: {error.strerror}.") from error
+        for category in categories:
+            with contextlib.suppress(OSError):  # removed, or not for us
+                for each in os.scandir(category.path):
+                    name = f"{category.name}/{each.name}"
+                    if not (is_name(name) and _is_plain_folder(each)):
+                        continue
+                    if os.path.lexists(f"{each.path}/{FILE_NAME}"):
+                        yield name, Path(each.path)
+
+    def _read_index(self) -> dict[str, dict[str, Any]]:
+        try:
+            index = json.loads((self.root / INDEX).read_text(encoding="utf-8"))
+            known = index["vectors"] if index["version"] == _INDEX_VERSION else {}
+            return {k: v for k, v in known.items() if isinstance(v, dict)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return {}
+
+    def _write_index(self, found: dict[str, tuple[list[list[int]], Entry]]) -> None:
+        index = {k: {"state": state, "entry": entry.to_dict()} for k, (state, entry) in found.items()}
+        text = json.dumps({"version": _INDEX_VERSION, "vectors": index}, separators=(",", ":"))
+        with contextlib.suppress(OSError):  # a library one may only read works all the same
+            handle, name = tempfile.mkstemp(prefix=_ADDING, dir=self.root)
+            temporary = Path(name)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                    stream.write(text)
+                temporary.chmod(0o644)
+                temporary.replace(self.root / INDEX)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def _drop(aside: Path) -> None:
+    # Renamed first: half-deleted, it must not come back.
+    gone = aside.with_name(aside.name.replace(_REPLACED, _REMOVED))
+    with contextlib.suppress(OSError):
+        aside.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _state(folder: Path) -> list[list[int]]:
+    """What changes when a vector or its card is written again."""
+    state = []
+    for name in (FILE_NAME, CARD):
+        try:
+            found = os.lstat(f"{folder}/{name}")
+            state.append([found.st_ino, found.st_size, found.st_mtime_ns])
+        except OSError:
+            state.append([])
+    return state
+
+
+def _is_plain_folder(each: os.DirEntry[str]) -> bool:
+    return each.is_dir(follow_symlinks=False)
+
+
+def _taken(root: Path, name: str) -> AFTError:
+    return AFTError(f"The library {root} already has {name!r}.", "Choose another name, or add --replace.")
