@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_eval_aft.backbone import Backbone
@@ -72,8 +71,10 @@ class Batch:
     Attributes:
         inputs: keyword arguments of the model: ``input_ids`` (rows, tokens), and for packed rows
             ``attention_mask`` (rows, 1, tokens, tokens; additive) and ``position_ids``.
-        scored: (N,) flat positions in rows x tokens whose logits predict a continuation token.
-        targets: (N,) those tokens.
+        scored: (S,) flat positions in rows x tokens whose logits predict continuation tokens, each
+            once: the last token of a shared context predicts the first token of every option.
+        targets: (N,) the continuation tokens.
+        source: (N,) which entry of ``scored`` predicts each of them.
         option: (N,) the option each belongs to, numbered through the batch.
         document: (options,) the document each option belongs to.
         documents: the documents themselves, in order.
@@ -82,6 +83,7 @@ class Batch:
     inputs: dict[str, Tensor]
     scored: Tensor
     targets: Tensor
+    source: Tensor
     option: Tensor
     document: Tensor
     documents: tuple[Document, ...]
@@ -108,6 +110,7 @@ def make_batch(
     visible = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1) if packed else None
     scored: list[int] = []
     targets: list[int] = []
+    source: list[int] = []
     option: list[int] = []
     for r, (context, tails) in enumerate(rows):
         n = len(context)
@@ -116,6 +119,9 @@ def make_batch(
         if visible is not None:
             visible[r, :n, :n] = torch.ones(n, n, dtype=torch.bool).tril()
         at = n
+        first = len(scored)
+        # The context's last token predicts the first token of every continuation.
+        scored.append(r * width + n - 1)
         for index, tail in tails:
             k = len(tail) - 1
             ids[r, at : at + k] = torch.tensor(tail[:-1], dtype=torch.long)
@@ -123,8 +129,8 @@ def make_batch(
             if visible is not None:
                 visible[r, at : at + k, :n] = True
                 visible[r, at : at + k, at : at + k] = torch.ones(k, k, dtype=torch.bool).tril()
-            # The context's last token predicts the first token of every continuation.
-            scored += [r * width + n - 1, *range(r * width + at, r * width + at + k)]
+            source += [first, *range(len(scored), len(scored) + k)]
+            scored += range(r * width + at, r * width + at + k)
             targets += tail
             option += [index] * (k + 1)
             at += k
@@ -138,6 +144,7 @@ def make_batch(
         inputs,
         torch.tensor(scored, **place),  # type: ignore[arg-type]
         torch.tensor(targets, **place),  # type: ignore[arg-type]
+        torch.tensor(source, **place),  # type: ignore[arg-type]
         torch.tensor(option, **place),  # type: ignore[arg-type]
         torch.tensor(owners, **place),  # type: ignore[arg-type]
         tuple(documents),
@@ -145,31 +152,71 @@ def make_batch(
 
 
 def continuation_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (N, vocabulary) at the batch's scored positions; the head sees no other position."""
+    """Logits (S, vocabulary) at the batch's scored positions; the head sees no other position."""
+    return logits_at(model, {**batch.inputs, "use_cache": False}, batch.scored)
+
+
+def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+    """Logits (N, vocabulary) at flat ``positions`` (N,) in rows x tokens of one pass.
+
+    The vocabulary head is applied there only, where the model has one that can be found.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
 
     def keep_scored(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return (flat[batch.scored.to(flat.device)].unsqueeze(0), *args[1:])
+        return (flat[positions.to(flat.device)].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(keep_scored) if isinstance(head, nn.Module) else None
     try:
-        logits: Tensor = model(**batch.inputs, use_cache=False).logits
+        logits: Tensor = model(**inputs).logits
     finally:
         if handle is not None:
             handle.remove()
-    if logits.shape[:2] != (1, len(batch.scored)) or handle is None:
-        logits = logits.reshape(-1, logits.shape[-1])[batch.scored.to(logits.device)]
-    return logits.reshape(len(batch.scored), -1)
+    if logits.shape[:2] != (1, len(positions)) or handle is None:
+        logits = logits.reshape(-1, logits.shape[-1])[positions.to(logits.device)]
+    return logits.reshape(len(positions), -1)
 
 
 def option_logprobs(logits: Tensor, batch: Batch) -> Tensor:
     """Summed log-likelihood (options,) in nats of every option, in fp32 or better."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = F.cross_entropy(wide, batch.targets.to(wide.device), reduction="none")
-    sums = torch.zeros(len(batch.document), dtype=nll.dtype, device=nll.device)
-    return sums.index_add(0, batch.option.to(nll.device), -nll)
+    tokens = token_logprobs(logits, batch)
+    sums = torch.zeros(len(batch.document), dtype=tokens.dtype, device=tokens.device)
+    return sums.index_add(0, batch.option.to(tokens.device), tokens)
+
+
+def token_logprobs(logits: Tensor, batch: Batch) -> Tensor:
+    """Log-probability (N,) in nats of every continuation token, in fp32 or better."""
+    found: Tensor = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        logits, batch.source.to(logits.device), batch.targets.to(logits.device)
+    )
+    return found
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """``log_softmax(logits)[source, targets]`` whose gradient is made in the one buffer that is kept.
+
+    Autograd's own would fill and read two more tables of S x vocabulary numbers, which for small
+    models takes longer than their blocks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, source: Tensor, targets: Tensor) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(wide, source, targets)
+        return wide[source, targets]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        table, source, targets = ctx.saved_tensors
+        (gradient,) = gradients
+        rows = torch.zeros(len(table), dtype=table.dtype, device=table.device)
+        rows.index_add_(0, source, gradient)
+        table.exp_().mul_(-rows.unsqueeze(1))
+        table.index_put_((source, targets), gradient, accumulate=True)
+        return table.to(ctx.dtype), None, None
 
 
 def token_budget_batches(
@@ -240,24 +287,50 @@ def resumed(backbone: Backbone, layer: int, output: Any) -> Iterator[None]:
                 block.forward = forward
 
 
-def may_pack(model: nn.Module, documents: Sequence[Document]) -> str:
-    """Why ``documents`` cannot be packed for this model; ``""`` when they can.
-
-    Checks the family table and sliding windows, then compares packed with unpacked
-    log-likelihoods on the two longest documents. In 16 bits only gross errors can be told from
-    rounding (0.1 nats a token), in fp32 the bar is 1e-4.
-    """
+def refused(model: nn.Module, longest: int) -> str:
+    """Why this model's config rules packed rows of ``longest`` tokens out; ``""`` when it does not."""
     config: Any = model.config
     text = config.get_text_config()
     family = str(getattr(text, "model_type", ""))
     if family in UNPACKABLE:
         return f"{family}: {UNPACKABLE[family]}"
+    window = getattr(text, "sliding_window", None)
+    if window and getattr(text, "use_sliding_window", True) and longest > window:
+        return f"rows are longer than the sliding window of {window} tokens"
+    rope = getattr(text, "rope_parameters", None) or {}
+    if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+        return f"{rope['rope_type']} rotary positions depend on the row's length"
+    return ""
+
+
+def disagreement(fast: Tensor, slow: Tensor, tokens: Tensor, dtype: torch.dtype) -> str:
+    """Compare log-likelihoods (options,) of two paths; ``""`` when they agree.
+
+    In 16 bits only gross errors can be told from rounding (0.1 nats a token; ``tokens`` counts
+    them), in fp32 the bar is the larger of 1e-4 and 1e-6 of the value.
+    """
+    difference = (fast - slow).abs()
+    if dtype in (torch.float32, torch.float64):
+        bar = torch.maximum(torch.full_like(difference, 1e-4), 1e-6 * slow.abs())
+    else:
+        bar = 0.1 * tokens.to(difference)
+    return "" if bool((difference <= bar).all()) else f"differ by {float(difference.max()):.2g} nats"
+
+
+def may_pack(model: nn.Module, documents: Sequence[Document]) -> str:
+    """Why ``documents`` cannot be packed for this model; ``""`` when they can.
+
+    Checks the config, then compares packed with unpacked log-likelihoods on the two longest
+    documents.
+    """
     probe = sorted(documents, key=lambda document: -document.tokens(True))[:2]
+    reason = refused(model, probe[0].tokens(True))
+    if reason:
+        return reason
     if all(document.rows(True) == document.rows(False) for document in documents):
         return "every document has one continuation per context"
-    window = getattr(text, "sliding_window", None)
-    if window and getattr(text, "use_sliding_window", True) and probe[0].tokens(True) > window:
-        return f"rows are longer than the sliding window of {window} tokens"
+    config: Any = model.config
+    family = config.get_text_config().model_type
     parameter = next(model.parameters())
     scores = []
     try:
@@ -267,11 +340,6 @@ def may_pack(model: nn.Module, documents: Sequence[Document]) -> str:
                 scores.append(option_logprobs(continuation_logits(model, batch), batch))
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         return f"{family} refuses a 4-D mask ({type(error).__name__})"
-    difference = (scores[0] - scores[1]).abs()
-    if parameter.dtype in (torch.float32, torch.float64):
-        bar = torch.maximum(torch.full_like(difference, 1e-4), 1e-6 * scores[1].abs())
-    else:
-        bar = 0.1 * torch.bincount(batch.option, minlength=len(difference)).to(difference)
-    if bool((difference <= bar).all()):
-        return ""
-    return f"packed and unpacked rows differ by {float(difference.max()):.2g} nats on {family}"
+    tokens = torch.bincount(batch.option, minlength=len(scores[0]))
+    reason = disagreement(scores[0], scores[1], tokens, parameter.dtype)
+    return reason and f"packed and unpacked rows {reason} on {family}"

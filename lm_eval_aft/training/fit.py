@@ -24,6 +24,8 @@ class Recipe:
         l2: lambda of the penalty lambda * ||v||^2 added to the loss.
         epochs: the most epochs a candidate may run.
         patience: epochs without a better selection score after which it stops; ``None``: never.
+        min_epochs: epochs before ``patience`` may stop it.
+        regression: stop as soon as the selection score falls behind the baseline's.
         clip: gradient norm above which gradients are scaled down; ``None``: never.
         batch_size: documents per optimiser step.
     """
@@ -34,6 +36,8 @@ class Recipe:
     patience: int | None = 3
     clip: float | None = 1.0
     batch_size: int = 1
+    min_epochs: int = 1
+    regression: bool = False
 
     def __post_init__(self) -> None:
         limits = {"lr": self.lr > 0, "l2": self.l2 >= 0, "epochs": self.epochs >= 1}
@@ -52,18 +56,23 @@ class Recipe:
 class Candidate:
     """One (layer, seed, learning rate, L2) in training.
 
-    The vector is a float32 master copy (float64 for a float64 model), zero at the start, shape
-    ``(hidden_size,)``.
+    The vector is a float32 master copy (float64 for a float64 model), shape ``(hidden_size,)``;
+    zero at the start, but for retries.
+
+    Attributes:
+        stage: the part of the protocol it belongs to.
+        scores: the selection score after each epoch so far.
     """
 
     layer: int
     seed: int
     recipe: Recipe
     vector: Tensor
+    stage: str = "final"
+    scores: list[Score] = field(default_factory=list)
     best: Tensor | None = None
     best_score: Score | None = None
     best_epoch: int = 0
-    epoch: int = 0
     stale: int = 0
     stopped: str = ""
     _adam: torch.optim.Adam = field(init=False, repr=False)
@@ -75,7 +84,18 @@ class Candidate:
     @property
     def name(self) -> str:
         """Names the candidate in ledgers and state files."""
-        return f"layer{self.layer}-seed{self.seed}-lr{self.recipe.lr:g}-l2{self.recipe.l2:g}"
+        recipe = self.recipe
+        return f"{self.stage}/layer{self.layer}-seed{self.seed}-lr{recipe.lr:g}-l2{recipe.l2:g}"
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done so far."""
+        return len(self.scores)
+
+    @property
+    def setting(self) -> tuple[int, float, float]:
+        """What its sisters of other seeds share with it: layer, learning rate and L2."""
+        return (self.layer, self.recipe.lr, self.recipe.l2)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` to what this step has gathered so far."""
@@ -99,20 +119,25 @@ class Candidate:
             self._adam.step()
         self._adam.zero_grad()
 
-    def record(self, score: Score) -> None:
+    def record(self, score: Score, baseline: Score | None = None) -> None:
         """Note an epoch's selection score; keep the best vector; stop when it is time."""
-        self.epoch += 1
         if not math.isfinite(score.score):
             self.stopped = "selection score not finite"
             return
+        self.scores.append(score)
         if self.best_score is None or score.order() < self.best_score.order():
             self.best, self.best_score = self.vector.detach().clone(), score
             self.best_epoch, self.stale = self.epoch, 0
         else:
             self.stale += 1
-        if self.recipe.patience is not None and self.stale >= self.recipe.patience:
+        recipe = self.recipe
+        if recipe.regression and baseline is not None and score.score > baseline.score:
+            self.stopped = "regression: worse than the baseline"
+        elif (
+            recipe.patience is not None and self.stale >= recipe.patience and self.epoch >= recipe.min_epochs
+        ):
             self.stopped = f"no better for {self.stale} epochs"
-        elif self.epoch >= self.recipe.epochs:
+        elif self.epoch >= recipe.epochs:
             self.stopped = "all epochs done"
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -123,7 +148,7 @@ class Candidate:
         moments = self._adam.state.get(self.vector, {})
         tensors |= {f"adam.{key}": value for key, value in moments.items()}
         values = {
-            "epoch": self.epoch,
+            "scores": [score.to_dict() for score in self.scores],
             "stale": self.stale,
             "stopped": self.stopped,
             "best_epoch": self.best_epoch,
@@ -140,7 +165,7 @@ class Candidate:
         if moments:
             placed = {k: v if k == "step" else v.to(self.vector) for k, v in moments.items()}
             self._adam.state[self.vector] = placed
-        self.epoch, self.stale = values["epoch"], values["stale"]
+        self.scores, self.stale = [Score(**score) for score in values["scores"]], values["stale"]
         self.stopped, self.best_epoch = values["stopped"], values["best_epoch"]
         self.best_score = Score(**values["best_score"]) if values["best_score"] else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lm_eval_aft.vector import canonical_json, replacing
 
 LEDGER = "training.jsonl"
 STATE = "state.safetensors"
+State = tuple[dict[str, Tensor], dict[str, Any]]  # as `Candidate.restore` takes it
 
 
 class Ledger:
@@ -47,7 +48,7 @@ class Ledger:
 
 
 def save_state(
-    folder: Path, settings: dict[str, Any], ledger: Ledger, candidates: Sequence[Candidate]
+    folder: Path, settings: dict[str, Any], ledger: Ledger, candidates: Iterable[Candidate]
 ) -> None:
     """Write what `load_state` needs to go on, whole or not at all."""
     tensors: dict[str, Tensor] = {}
@@ -60,17 +61,17 @@ def save_state(
         save_file(tensors, temporary, metadata={"state": canonical_json(header)})
 
 
-def load_state(
-    folder: Path, settings: dict[str, Any], ledger: Ledger, candidates: Sequence[Candidate]
-) -> bool:
-    """Restore an interrupted run; return whether there was one.
+def load_state(folder: Path, settings: dict[str, Any], ledger: Ledger) -> dict[str, State] | None:
+    """The states of an interrupted run's candidates, by name; ``None`` when there was no run.
+
+    The ledger is cut to the lines that had been written when the state was saved.
 
     Raises:
         AFTError: the state is damaged, or the run had other settings (they are named).
     """
     path = folder / STATE
     if not path.exists():
-        return False
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["state"])
@@ -85,14 +86,14 @@ def load_state(
                 f"The run in {folder} had other settings: {', '.join(differing)} differ.",
                 "Resume with the same flags, or start again with --overwrite.",
             )
-        for candidate in candidates:
-            prefix = f"{candidate.name}/"
-            its = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            candidate.restore(its, header["candidates"][candidate.name])
+        states: dict[str, State] = {name: ({}, values) for name, values in header["candidates"].items()}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition("/")
+            states[name][0][part] = tensor
         ledger.cut(header["lines"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise AFTError(f"{path} is damaged ({error!r}).", "Start again with --overwrite.") from error
-    return True
+    return states
 
 
 def drop_state(folder: Path) -> None:

@@ -8,14 +8,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from torch import Tensor
 
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.packing import Batch, option_logprobs
+from lm_eval_aft.packing import Batch, option_logprobs, token_logprobs
 
 CHOICE_METRICS = ("acc", "acc_norm")
 # Logarithms of the inverse temperatures tried first: 1/e^7 to e^7.
@@ -37,6 +36,7 @@ class Score:
             model's first guess (``lm``), between 0 and 1. Breaks ties only.
         temperature: the temperature fitted.
         n: number of documents.
+        stderr: standard error of ``score`` over documents, in nats.
     """
 
     score: float
@@ -44,6 +44,7 @@ class Score:
     accuracy: float
     temperature: float
     n: int
+    stderr: float = 0.0
 
     def order(self) -> tuple[float, float]:
         """Sorts better scores first."""
@@ -105,9 +106,13 @@ class Choice:
             gold[i, : outcome.shape[1]] = outcome[1] > 0
         right = np.where(gold, scores, -np.inf)
 
-        def mean_loss(log_beta: float) -> float:
+        def losses(log_beta: float) -> NDArray[np.float64]:
             beta = np.exp(log_beta)
-            return float(np.mean(logsumexp(beta * scores, axis=1) - logsumexp(beta * right, axis=1)))
+            found: NDArray[np.float64] = logsumexp(beta * scores, axis=1) - logsumexp(beta * right, axis=1)
+            return found
+
+        def mean_loss(log_beta: float) -> float:
+            return float(np.mean(losses(log_beta)))
 
         # With several right options there may be more than one dip: find the lowest on a grid first.
         rough = min(_LOG_BETAS, key=mean_loss)
@@ -115,7 +120,12 @@ class Choice:
         fitted = minimize_scalar(mean_loss, bounds=near, method="bounded", options={"xatol": 1e-6})
         hits = gold[np.arange(len(outcomes)), scores.argmax(axis=1)]
         return Score(
-            float(fitted.fun), mean_loss(0.0), float(hits.mean()), float(np.exp(-fitted.x)), len(outcomes)
+            float(fitted.fun),
+            mean_loss(0.0),
+            float(hits.mean()),
+            float(np.exp(-fitted.x)),
+            len(outcomes),
+            _stderr(losses(float(fitted.x))),
         )
 
     def _scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -147,17 +157,19 @@ class LM:
     metric = "token_accuracy"
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        return _per_document(self._nll(logits, batch), batch)
+        return _per_document(-token_logprobs(logits, batch), batch)
 
     def outcomes(self, logits: Tensor, batch: Batch) -> list[NDArray[np.float64]]:
         wide = logits.detach()
-        rows = [_per_document(self._nll(wide * float(beta), batch), batch) for beta in _GRID]
-        exact = (wide.argmax(-1) == batch.targets.to(wide.device)).to(rows[0].dtype)
+        rows = [_per_document(-token_logprobs(wide * float(beta), batch), batch) for beta in _GRID]
+        guesses = wide.argmax(-1)[batch.source.to(wide.device)]
+        exact = (guesses == batch.targets.to(wide.device)).to(rows[0].dtype)
         rows += [_per_document(exact, batch), self.losses(wide, batch)]
         return list(torch.stack(rows, dim=1).double().cpu().numpy())
 
     def summarise(self, outcomes: Sequence[NDArray[np.float64]]) -> Score:
-        means = np.mean(np.stack(outcomes), axis=0)
+        table = np.stack(outcomes)
+        means = table.mean(axis=0)
         losses, accuracy, raw = means[: len(_GRID)], float(means[-2]), float(means[-1])
         best = int(losses.argmin())
         log_beta, lowest = float(np.log(_GRID[best])), float(losses[best])
@@ -169,12 +181,8 @@ class LM:
                 shift = 0.5 * (left - right) / bend
                 log_beta += shift * float(np.log(_GRID[1] / _GRID[0]))
                 lowest = float(mid - 0.25 * (left - right) * shift)
-        return Score(lowest, raw, accuracy, float(np.exp(-log_beta)), len(outcomes))
-
-    @staticmethod
-    def _nll(logits: Tensor, batch: Batch) -> Tensor:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide, batch.targets.to(wide.device), reduction="none")
+        stderr = _stderr(table[:, best])
+        return Score(lowest, raw, accuracy, float(np.exp(-log_beta)), len(outcomes), stderr)
 
 
 def make_objective(name: str, metric: str | None, task_metrics: Sequence[str]) -> Objective:
@@ -188,6 +196,11 @@ def make_objective(name: str, metric: str | None, task_metrics: Sequence[str]) -
     if name == "choice":
         return Choice(metric or ("acc_norm" if "acc_norm" in task_metrics else "acc"))
     raise AFTError(f"There is no objective {name!r}.", "Use choice or lm.")
+
+
+def _stderr(losses: NDArray[np.float64]) -> float:
+    """Standard error of a mean over documents; 0 for fewer than two."""
+    return float(losses.std(ddof=1) / len(losses) ** 0.5) if len(losses) > 1 else 0.0
 
 
 def _per_document(values: Tensor, batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lm_eval_aft.backbone import Backbone, find_backbone
@@ -11,20 +11,22 @@ from lm_eval_aft.harness import load_task
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.training.controls import check_control
 from lm_eval_aft.training.examples import Extractor, PromptSettings
-from lm_eval_aft.training.fit import Candidate, Recipe
 from lm_eval_aft.training.objectives import Objective, make_objective
+from lm_eval_aft.training.protocols import DEFAULT, Protocol, Stage, find_protocol, parse_layers, schedule
+from lm_eval_aft.training.screen import check_screen
 from lm_eval_aft.training.splits import Splits, split_task
-from lm_eval_aft.training.sweep import parse_layers
-from lm_eval_aft.training.trajectory import new_vector
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Everything that decides what a training run does; two equal plans give equal vectors."""
+    """Everything that decides what a training run does; two equal plans give equal vectors.
+
+    ``train_docs`` and ``selection_docs`` are exact numbers; left open, they are as many as the
+    protocol wants and the task has.
+    """
 
     task: str
-    layers: str = "all"
-    seeds: int = 3
+    protocol: Protocol = field(default_factory=lambda: find_protocol(DEFAULT))
     first_seed: int = 0
     train_docs: int | None = None
     selection_docs: int | None = None
@@ -33,16 +35,29 @@ class TrainingPlan:
     objective: str | None = None
     metric: str | None = None
     control: str | None = None
-    recipe: Recipe = field(default_factory=Recipe)
+    screen: str = "off"
     include_path: tuple[str, ...] = ()
 
-    def seed_range(self) -> range:
+    def seeds(self) -> range:
         """The seeds themselves."""
-        return range(self.first_seed, self.first_seed + self.seeds)
+        return range(self.first_seed, self.first_seed + self.protocol.seeds)
+
+    @classmethod
+    def of(cls, task: str, protocol: str | Protocol = DEFAULT, **settings: Any) -> TrainingPlan:
+        """A plan from a protocol's name, changes to the protocol, and fields of the plan.
+
+        Raises:
+            AFTError: an unknown protocol, or an unknown or impossible setting.
+        """
+        base = find_protocol(protocol) if isinstance(protocol, str) else protocol
+        own = {each.name for each in fields(cls)}
+        changes = {name: value for name, value in settings.items() if name not in own}
+        plain = {name: value for name, value in settings.items() if name in own}
+        return cls(task, base.changed(changes), **plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for ledgers and headers."""
-        return asdict(self)
+        return {**asdict(self), "protocol": self.protocol.to_dict()}
 
 
 @dataclass
@@ -56,30 +71,37 @@ class Prepared:
     splits: Splits
     layers: list[int]
 
-    def candidates(self) -> list[Candidate]:
-        """One candidate per layer and seed, at zero."""
-        return [
-            Candidate(layer, seed, self.plan.recipe, new_vector(self.lm.model, self.backbone))
-            for seed in self.plan.seed_range()
-            for layer in self.layers
-        ]
+    def stages(self) -> list[Stage]:
+        """What will be trained, before any retry."""
+        drawn = min(self.splits.train_docs, len(self.splits.pool))
+        return schedule(self.plan.protocol, len(self.layers), drawn, len(self.splits.selection))
 
     def summary(self) -> dict[str, Any]:
-        """What a dry run prints."""
+        """What a dry run prints, name by name."""
+        protocol = self.plan.protocol.to_dict()
         return {
             "model": str(self.lm.pretrained),
+            "dtype": str(self.lm.model.dtype).removeprefix("torch."),
             "task": self.plan.task,
             "num_fewshot": self.splits.extractor.num_fewshot,
             "objective": self.objective.name,
             "metric": self.objective.metric,
             "control": self.plan.control or "none",
-            "layers": self.layers,
-            "seeds": self.plan.seeds,
-            "candidates": len(self.layers) * self.plan.seeds,
-            "train documents": self.splits.train_docs,
+            "screen": self.plan.screen,
+            "protocol": protocol.pop("name"),
+            **{
+                key: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v
+                for key, v in protocol.items()
+            },
+            "layers": _listed(self.layers),
+            "train_docs": self.splits.train_docs,
+            "selection_docs": len(self.splits.selection),
             **{f"documents: {key}": value for key, value in self.splits.counts.items()},
-            **self.plan.recipe.to_dict(),
         }
+
+
+def _listed(value: Any) -> Any:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else value
 
 
 def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
@@ -88,10 +110,9 @@ def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
     Raises:
         AFTError: anything the plan asks for that cannot be.
     """
-    if plan.seeds < 1:
-        raise AFTError(f"seeds={plan.seeds} makes no sense.", "Give at least 1.")
     backbone = find_backbone(lm.model)
-    layers = parse_layers(plan.layers, len(backbone.blocks))
+    layers = parse_layers(plan.protocol.layers, len(backbone.blocks))
+    check_screen(plan.screen)
     task = load_task(plan.task, plan.include_path)
     extractor = Extractor(task, lm, plan.prompts)
     objective_name = plan.objective or extractor.objective
@@ -101,5 +122,6 @@ def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
         )
     check_control(plan.control, objective_name)
     objective = make_objective(objective_name, plan.metric, list(task.aggregation()))
-    splits = split_task(extractor, plan.train_docs, plan.selection_docs, plan.train_split)
+    most = (plan.protocol.train_docs, plan.protocol.selection_docs)
+    splits = split_task(extractor, plan.train_docs, plan.selection_docs, plan.train_split, most)
     return Prepared(plan, lm, backbone, objective, splits, layers)

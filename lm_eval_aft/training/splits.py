@@ -63,14 +63,14 @@ def split_task(
     train_docs: int | None = None,
     selection_docs: int | None = None,
     train_split: str | None = None,
-    default_docs: int = 500,
+    most: tuple[int, int] = (500, 500),
 ) -> Splits:
     """Carve a train pool and a selection split out of a task's training split.
 
     Documents whose key occurs in the evaluation split, and repeats, are dropped and counted. No
     few-shot context contains the document itself, a duplicate of it, a selection document or an
-    evaluation document. Sizes not given default to ``default_docs`` each, or to an equal share of
-    a smaller split.
+    evaluation document. Sizes not given are at most ``most`` (train, selection), and of a smaller
+    split at most half for selection.
 
     Raises:
         AFTError: no training split, the evaluation split was asked for, or too few documents.
@@ -90,7 +90,7 @@ def split_task(
         else:
             kept[key] = (doc_id, doc, key)
     documents = list(kept.values())
-    train_docs, selection_docs = _sizes(train_docs, selection_docs, len(documents), default_docs, name)
+    train_docs, selection_docs = _sizes(train_docs, selection_docs, len(documents), most, name)
     random.Random(SELECTION_SEED).shuffle(documents)
     chosen, pool = documents[:selection_docs], documents[selection_docs:]
     forbidden = evaluation | {key for _, _, key in chosen}
@@ -139,13 +139,13 @@ def _training_split(task: ConfigurableTask, wanted: str | None) -> str:
 
 
 def _sizes(
-    train: int | None, selection: int | None, available: int, default: int, split: str
+    train: int | None, selection: int | None, available: int, most: tuple[int, int], split: str
 ) -> tuple[int, int]:
-    share = default if available >= 2 * default else available // 2
     if selection is None:
-        selection = min(share, available - (train or 0)) if train is not None else share
+        share = available // 2 if train is None else available - train
+        selection = min(most[1], share)
     if train is None:
-        train = min(default, available - selection)
+        train = min(most[0], available - selection)
     if train < 1 or selection < 1 or train + selection > available:
         raise AFTError(
             f"{train} training and {selection} selection documents were asked for, but split {split!r} has "

@@ -1,144 +1,272 @@
-"""Training every layer and seed, and choosing among them on the selection split."""
+"""Training a protocol's candidates and choosing among them on the selection split."""
 
 from __future__ import annotations
 
+import logging
 import random
-import re
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from typing import Protocol as Interface
+
+import torch
+from torch import Tensor
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.packing import Document
-from lm_eval_aft.training.fit import Candidate, Engine, Tick, in_steps
+from lm_eval_aft.training.fit import Candidate, Engine, Recipe, in_steps
 from lm_eval_aft.training.objectives import Score
+from lm_eval_aft.training.parallel import Workers
+from lm_eval_aft.training.protocols import Protocol, schedule
+
+logger = logging.getLogger(__name__)
+Setting = tuple[int, float, float]  # layer, learning rate, L2
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer over all its seeds, on the selection split.
+    """What a layer came to, on the selection split, in the last stage it reached.
 
     Attributes:
+        stage: that stage.
         score: mean over seeds of the best epoch's score; ``accuracy`` likewise.
-        candidates: the layer's candidates, best score first.
+        baseline: the frozen model's score on the same documents.
+        candidates: those of the layer's best setting, best score first.
     """
 
     layer: int
+    stage: str
     score: float
     accuracy: float
+    baseline: Score
     candidates: tuple[Candidate, ...]
+
+    @property
+    def change(self) -> float:
+        """Difference from the baseline in nats; negative is better."""
+        return self.score - self.baseline.score
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Outcome of a sweep: every layer in order, and the choice."""
+    """Outcome of a sweep.
+
+    Attributes:
+        baseline: the frozen model on the whole selection split.
+        layers: every layer in order.
+        chosen: the layer that won.
+        retries: how many retries it took.
+        pruned: why the pair of model and task was given up, or ``""``.
+    """
 
     baseline: Score
     layers: tuple[LayerResult, ...]
     chosen: LayerResult
+    retries: int = 0
+    pruned: str = ""
 
     @property
     def finalist(self) -> Candidate:
-        """The chosen layer's median seed; of an even number, the worse of the middle two."""
+        """The chosen setting's median seed; of an even number, the worse of the middle two."""
         return self.chosen.candidates[len(self.chosen.candidates) // 2]
 
 
-def parse_layers(text: str, depth: int) -> list[int]:
-    """Layers named by ``all``, indices, ranges and depth percentages: ``3,5-8,25%-75%:2``.
+class Events(Interface):
+    """What a sweep tells the outside."""
 
-    A range includes both ends; ``:N`` after it takes every Nth layer. Percentages are of the
-    depth, 0 % being the first block and 100 % the last.
+    def tick(self, done: int, /) -> None:
+        """So many candidate-documents are finished."""
 
-    Raises:
-        AFTError: unreadable, or out of range.
+    def epoch(self, candidate: Candidate, baseline: Score) -> None:
+        """A candidate has finished an epoch, or was stopped in it."""
+
+    def save(self, candidates: Iterable[Candidate]) -> None:
+        """Everything so far can be resumed from here."""
+
+
+@dataclass
+class Sweep:
+    """One run of a protocol.
+
+    Attributes:
+        train: training documents by seed, in the order the seed draws them.
+        start: makes a candidate's first vector, given its layer and, for a retry, a seed for a
+            small random one.
+        saved: states of an interrupted run's candidates by name; the run goes on from them.
     """
-    if text.strip().lower() == "all":
-        return list(range(depth))
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+%?)(?:\s*-\s*(\d+%?))?(?::(\d+))?\s*", part)
-        if not match:
-            raise AFTError(f"Cannot read layers {part.strip()!r}.", "Examples: all, 3, 2,5, 4-8, 25%-75%:2.")
-        first = _layer(match[1], depth)
-        last = _layer(match[2], depth) if match[2] else first
-        step = int(match[3] or 1)
-        if last < first or step < 1:
-            raise AFTError(f"Layers {part.strip()!r} are empty.", "Write the smaller end first.")
-        if last >= depth:
-            raise AFTError(f"Layer {last} is out of range: this model has blocks 0 to {depth - 1}.")
-        found.update(range(first, last + 1, step))
-    return sorted(found)
+
+    engine: Engine
+    protocol: Protocol
+    layers: Sequence[int]
+    seeds: Sequence[int]
+    train: dict[int, list[Document]]
+    selection: Sequence[Document]
+    start: Callable[[int, int | None], Tensor]
+    events: Events
+    workers: Workers = field(default_factory=Workers)
+    saved: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = field(default_factory=dict)
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    _baselines: dict[int, Score] = field(default_factory=dict)
+    _found: dict[int, LayerResult] = field(default_factory=dict)
+
+    def run(self) -> SweepResult:
+        """Search, weigh penalties, train the finalists, retry where nothing helped.
+
+        Raises:
+            AFTError: no setting kept a finite score on every seed.
+        """
+        protocol = self.protocol
+        settings: list[Setting] = [(layer, lr, protocol.l2[0]) for layer in self.layers for lr in protocol.lr]
+        drawn = min(len(documents) for documents in self.train.values())
+        plan = schedule(protocol, len(self.layers), drawn, len(self.selection))
+        searched: list[Candidate] = []
+        for stage in plan[:-1]:
+            if stage.name == "search":
+                searched = searched or [self._candidate("search", setting) for setting in settings]
+                done = sum(s.epochs for s in plan[: plan.index(stage)])
+                group = searched
+            else:
+                wider = [(layer, lr, l2) for layer, lr, _ in settings for l2 in protocol.l2]
+                done, group = 0, [self._candidate("penalty", setting) for setting in wider]
+            self._advance(group, done + stage.epochs, stage.train, stage.selection)
+            groups = self._rank([[c] for c in group], stage.selection, slice(done, done + stage.epochs))
+            searched = [group[0] for group in groups[: stage.keep]]
+            settings = [candidate.setting for candidate in searched]
+        if not protocol.rungs:
+            settings = [(layer, lr, l2) for layer, lr, _ in settings for l2 in protocol.l2]
+        finals = [[self._candidate("final", setting, seed) for seed in self.seeds] for setting in settings]
+        self._advance([c for group in finals for c in group], protocol.epochs, None, None)
+        ranking = self._rank(finals, len(self.selection), slice(None))
+        return self._retried(ranking[0])
+
+    def baseline(self, selection: int | None = None) -> Score:
+        """The frozen model on the first ``selection`` documents of the selection split, or all."""
+        n = len(self.selection) if selection is None else selection
+        if n not in self._baselines:
+            score = self.engine.baseline(self.selection[:n], self.events.tick)
+            self._baselines[n] = self.workers.agree(score)
+        return self._baselines[n]
+
+    def _retried(self, best: list[Candidate]) -> SweepResult:
+        """Choose the best group, or start its layer and the next-best ones again until one helps."""
+        baseline, limit = self.baseline(), self.protocol.retries
+        chosen, retries = self._result(best, len(self.selection), slice(None)), 0
+        order = sorted(self._found.values(), key=lambda result: (result.layer != chosen.layer, result.change))
+        while chosen.score >= baseline.score and retries < limit:
+            retries += 1
+            again = order[min(retries - 1, len(order) - 1)]
+            _, lr, l2 = again.candidates[0].setting
+            logger.info(
+                "No better than the baseline: retry %d of %d, at layer %d, from a small random vector.",
+                *(retries, limit, again.layer),
+            )
+            group = [
+                self._candidate(f"retry-{retries}", (again.layer, lr, l2), seed, noise=retries)
+                for seed in self.seeds
+            ]
+            self._advance(group, self.protocol.epochs, None, None)
+            if all(candidate.scores for candidate in group):
+                chosen = min(chosen, self._result(group, len(self.selection), slice(None)), key=_score)
+        pruned = ""
+        if limit and chosen.score >= baseline.score:
+            pruned = f"no better than the baseline on the selection split after {retries} retries"
+        self._found[chosen.layer] = chosen
+        layers = tuple(self._found[layer] for layer in sorted(self._found))
+        return SweepResult(baseline, layers, chosen, retries, pruned)
+
+    def _candidate(
+        self, stage: str, setting: Setting, seed: int | None = None, noise: int | None = None
+    ) -> Candidate:
+        layer, lr, l2 = setting
+        protocol = self.protocol
+        last = stage not in ("search", "penalty")
+        recipe = Recipe(
+            lr=lr,
+            l2=l2,
+            epochs=protocol.epochs if last else 1000,
+            patience=protocol.patience if last else None,
+            clip=protocol.clip,
+            batch_size=protocol.batch_size,
+            min_epochs=protocol.min_epochs,
+            regression=protocol.regression and last,
+        )
+        seed = self.seeds[0] if seed is None else seed
+        start = self.start(layer, None if noise is None else 1000 * noise + seed)
+        made = Candidate(layer, seed, recipe, start, stage)
+        if made.name in self.saved:
+            made.restore(*self.saved[made.name])
+        self.candidates[made.name] = made
+        return made
+
+    def _advance(
+        self, group: Sequence[Candidate], epochs: int, train: int | None, selection: int | None
+    ) -> None:
+        """Train candidates until each has stopped or done so many epochs in all.
+
+        They go in step, so that one frozen pass per batch serves all layers of a seed, and one
+        pass per selection batch serves everybody.
+        """
+        baseline = self.baseline(selection)
+        while live := [c for c in group if not c.stopped and c.epoch < epochs]:
+            epoch = min(candidate.epoch for candidate in live)
+            live = [candidate for candidate in live if candidate.epoch == epoch]
+            mine = self.workers.mine(live)
+            for seed in sorted({candidate.seed for candidate in mine}):
+                ours = [candidate for candidate in mine if candidate.seed == seed]
+                documents = self.train[seed][:train]
+                random.Random(f"{seed}|{epoch}").shuffle(documents)
+                steps = list(in_steps(documents, self.protocol.batch_size))
+                self.engine.train(ours, steps, self.events.tick)
+            finite = [candidate for candidate in mine if not candidate.stopped]
+            if finite:
+                scores = self.engine.evaluate(finite, self.selection[:selection], self.events.tick)
+                for candidate, score in zip(finite, scores, strict=True):
+                    candidate.record(score, baseline)
+            self.workers.exchange(live)
+            for candidate in live:
+                self.events.epoch(candidate, baseline)
+            self.events.save(self.candidates.values())
+
+    def _rank(
+        self, groups: Sequence[list[Candidate]], selection: int, epochs: slice
+    ) -> list[list[Candidate]]:
+        """Groups (one setting over its seeds) by mean best score in ``epochs``, best first.
+
+        A group in which a seed diverged is out: its mean would flatter it.
+        """
+        whole = [group for group in groups if all(candidate.scores[epochs] for candidate in group)]
+        if not whole:
+            raise AFTError(
+                "Every layer diverged: no candidate kept a finite score.", "Lower the learning rate."
+            )
+        results = [self._result(group, selection, epochs) for group in whole]
+        order = sorted(range(len(whole)), key=lambda i: (results[i].score, -results[i].accuracy))
+        for i in reversed(order):  # the best of each layer comes last
+            self._found[whole[i][0].layer] = results[i]
+        return [whole[i] for i in order]
+
+    def _result(self, group: list[Candidate], selection: int, epochs: slice) -> LayerResult:
+        best = {c.name: min(c.scores[epochs], key=Score.order) for c in group}
+        return LayerResult(
+            group[0].layer,
+            group[0].stage,
+            statistics.fmean(score.score for score in best.values()),
+            statistics.fmean(score.accuracy for score in best.values()),
+            self.baseline(selection),
+            tuple(sorted(group, key=lambda c: best[c.name].order())),
+        )
 
 
-def run_sweep(
-    engine: Engine,
-    candidates: Sequence[Candidate],
-    train: dict[int, list[Document]],
-    selection: Sequence[Document],
-    baseline: Score,
-    *,
-    tick: Tick,
-    after_epoch: Callable[[Candidate, Score], None],
-    save: Callable[[], None],
-) -> SweepResult:
-    """Train all candidates epoch by epoch and choose a layer.
+def _score(result: LayerResult) -> float:
+    return result.score
 
-    Candidates go in step, so that one frozen pass per batch serves all layers of a seed, and one
-    pass per selection batch serves everybody. The layer is the one with the best mean score over
-    seeds; accuracy breaks ties.
+
+def small_random(width: int, residual_norm: float, seed: int) -> Tensor:
+    """A retry's first vector: N(0, 0.01 * residual_norm^2 / width), shape ``(width,)``.
 
     Args:
-        train: training documents by seed, in the order the seed draws them.
-        tick: progress, in candidate-documents.
-        after_epoch: called with each candidate and its new score.
-        save: called when every candidate has finished an epoch.
-
-    Raises:
-        AFTError: no layer kept a finite score on every seed.
+        residual_norm: median norm of the hidden states at its layer.
     """
-    while live := [candidate for candidate in candidates if not candidate.stopped]:
-        epoch = min(candidate.epoch for candidate in live)
-        for seed in sorted({candidate.seed for candidate in live}):
-            ours = [candidate for candidate in live if candidate.seed == seed]
-            documents = list(train[seed])
-            random.Random(f"{seed}|{epoch}").shuffle(documents)
-            engine.train(ours, list(in_steps(documents, ours[0].recipe.batch_size)), tick)
-        finite = [candidate for candidate in live if not candidate.stopped]
-        for candidate, score in zip(finite, engine.evaluate(finite, selection, tick), strict=True):
-            candidate.record(score)
-            after_epoch(candidate, score)
-        save()
-    return choose(candidates, baseline)
-
-
-def choose(candidates: Sequence[Candidate], baseline: Score) -> SweepResult:
-    """Rank layers by their mean selection score over seeds; see `run_sweep`."""
-    results = []
-    for layer in sorted({candidate.layer for candidate in candidates}):
-        group = [candidate for candidate in candidates if candidate.layer == layer]
-        scores = [candidate.best_score for candidate in group]
-        known = [score for score in scores if score is not None]
-        if len(known) < len(group):
-            continue  # a seed diverged: its mean would flatter the layer
-        ordered = sorted(group, key=lambda c: c.best_score.order() if c.best_score else (0.0, 0.0))
-        results.append(
-            LayerResult(
-                layer,
-                statistics.fmean(score.score for score in known),
-                statistics.fmean(score.accuracy for score in known),
-                tuple(ordered),
-            )
-        )
-    if not results:
-        raise AFTError("Every layer diverged: no candidate kept a finite score.", "Lower the learning rate.")
-    chosen = min(results, key=lambda result: (result.score, -result.accuracy))
-    return SweepResult(baseline, tuple(results), chosen)
-
-
-def _layer(text: str, depth: int) -> int:
-    if text.endswith("%"):
-        percent = int(text[:-1])
-        if percent > 100:
-            raise AFTError(f"Depth {text} is beyond the last layer.", "Use 0% to 100%.")
-        return round(percent / 100 * (depth - 1))
-    return int(text)
+    scale = 0.1 * residual_norm / width**0.5
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed)).mul_(scale)

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import platform
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.packing import Document
 from lm_eval_aft.training.card import write_card
-from lm_eval_aft.training.controls import random_like, spoil
+from lm_eval_aft.training.controls import spoil
+from lm_eval_aft.training.estimate import Estimate, estimate
 from lm_eval_aft.training.examples import encode
-from lm_eval_aft.training.fit import Candidate
-from lm_eval_aft.training.ledger import LEDGER, Ledger, drop_state, load_state, save_state
+from lm_eval_aft.training.fit import Candidate, Engine
+from lm_eval_aft.training.ledger import LEDGER, Ledger, State, drop_state, load_state, save_state
+from lm_eval_aft.training.objectives import Score
+from lm_eval_aft.training.parallel import Workers
+from lm_eval_aft.training.picture import draw_sweep
 from lm_eval_aft.training.plan import Prepared, TrainingPlan, prepare
-from lm_eval_aft.training.sweep import SweepResult, run_sweep
-from lm_eval_aft.training.trajectory import make_engine
+from lm_eval_aft.training.precision import to_training_dtype
+from lm_eval_aft.training.record import finished_vector, now, training_metadata
+from lm_eval_aft.training.screen import first_gradients, layer_order, rank_correlation
+from lm_eval_aft.training.sweep import Sweep, SweepResult, small_random
+from lm_eval_aft.training.trajectory import Trajectory, make_engine, new_vector, residual_norm
 from lm_eval_aft.vector import SteeringVector
 
 logger = logging.getLogger(__name__)
+PICTURE = "sweep.png"
+SCREENED = 64  # documents the screen looks at
 
 
 @dataclass
@@ -52,6 +60,7 @@ class TrainingResult:
     seconds: float
     engine: str
     counts: dict[str, int] = field(default_factory=dict)
+    screen: dict[str, Any] | None = None
 
 
 def train_vector(
@@ -73,17 +82,21 @@ def train_vector(
         output: folder to write the vector, model card and ledger into; ``None`` writes nothing.
         resume: go on with an interrupted run in ``output``.
         overwrite: replace what is in ``output``.
-        model_args: arguments of lm-eval's ``hf`` model (``dtype``, ``revision``, ...).
-        settings: fields of `TrainingPlan`.
+        model_args: arguments of lm-eval's ``hf`` model (``dtype``, ``revision``, ...); without a
+            ``dtype`` the fastest one is taken, see `lm_eval_aft.training.precision`.
+        settings: ``protocol`` by name, changes to it (``lr=1e-2``), and fields of `TrainingPlan`.
 
     Raises:
         AFTError: see `prepare`; or the output folder is taken.
     """
     folder = None if output is None else Path(output)
-    if folder is not None:
+    if folder is not None and int(os.environ.get("RANK", "0")) == 0:
         check_output(folder, resume=resume, overwrite=overwrite)
-    lm = model if isinstance(model, AFTLM) else AFTLM(model, **(model_args or {}))
-    return run(prepare(lm, TrainingPlan(task=task, **settings)), folder, resume=resume, progress=progress)
+    arguments = model_args or {}
+    lm = model if isinstance(model, AFTLM) else AFTLM(model, **arguments)
+    if lm is not model and "dtype" not in arguments:
+        to_training_dtype(lm.model)
+    return run(prepare(lm, TrainingPlan.of(task, **settings)), folder, resume=resume, progress=progress)
 
 
 def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -110,80 +123,155 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
 def run(
     prepared: Prepared, folder: Path | None, *, resume: bool = False, progress: bool = True
 ) -> TrainingResult:
-    """Carry out a prepared plan."""
+    """Carry out a prepared plan.
+
+    Under `accelerate launch` the processes share the candidates out; the first one writes.
+    """
     started = time.monotonic()
-    plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
+    plan, lm, splits, workers = prepared.plan, prepared.lm, prepared.splits, Workers()
     selection = encode(splits.selection, lm)
-    train = {seed: encode(spoil(splits.train(seed), plan.control, seed), lm) for seed in plan.seed_range()}
+    train = {seed: encode(spoil(splits.train(seed), plan.control, seed), lm) for seed in plan.seeds()}
     engine, engine_name = make_engine(lm.model, prepared.backbone, prepared.objective, selection)
-    candidates = prepared.candidates()
-    settings = {**plan.to_dict(), "fingerprint": fingerprint(lm.model, lm.tokenizer)}
-    ledger = _open_run(folder, settings, candidates, resume)
-    drawn = len(train[plan.first_seed])
-    per_epoch = drawn + len(selection)
-    left = [c for c in candidates if not c.stopped]
-    bar = tqdm(
-        total=sum((plan.recipe.epochs - c.epoch) * per_epoch for c in left) + len(selection),
-        desc=f"training {len(prepared.layers)} layers x {plan.seeds} seeds",
+    identity = fingerprint(lm.model, lm.tokenizer)
+    settings = {**plan.to_dict(), "fingerprint": identity}
+    log: Ledger | None = None
+    saved: dict[str, State] = {}
+    if folder is not None and workers.leads:
+        log, saved = _open_run(folder, settings, resume)
+    saved = workers.agree(saved)
+    layers, screened = _screen(plan.screen, engine, prepared.layers, train[plan.first_seed])
+    stages = prepared.stages()
+    progress_bar = tqdm(
+        total=sum(stage.documents for stage in stages) // workers.size + len(selection),
+        desc=f"{stages[0].name}: {stages[0].candidates} candidates",
         unit="doc",
         smoothing=0.05,
-        disable=not progress,
+        disable=not (progress and workers.leads),
     )
-
-    def tick(done: int) -> None:
-        bar.update(done)
-
-    def after_epoch(candidate: Candidate, score: Any) -> None:
-        if candidate.stopped:
-            bar.total -= (plan.recipe.epochs - candidate.epoch) * per_epoch
-        if ledger:
-            ledger.append(
-                event="epoch",
-                candidate=candidate.name,
-                layer=candidate.layer,
-                seed=candidate.seed,
-                epoch=candidate.epoch,
-                norm=float(candidate.vector.detach().norm()),
-                stopped=candidate.stopped,
-                **score.to_dict(),
-            )
-
-    def save() -> None:
-        for candidate in candidates:
-            if ledger and candidate.stopped.endswith("not finite") and candidate.name not in reported:
-                reported.add(candidate.name)
-                ledger.append(event="dropped", candidate=candidate.name, reason=candidate.stopped)
-        if ledger and folder:
-            save_state(folder, settings, ledger, candidates)
-
-    reported: set[str] = set()
-    with bar:
-        baseline = engine.baseline(selection, tick)
-        if ledger and ledger.lines == 1:
-            ledger.append(event="baseline", **baseline.to_dict())
-        sweep = run_sweep(
-            engine, candidates, train, selection, baseline, tick=tick, after_epoch=after_epoch, save=save
+    with progress_bar as bar:
+        events = _Events(bar, folder, settings, log, saved)
+        sweep = Sweep(
+            engine,
+            plan.protocol,
+            layers,
+            plan.seeds(),
+            train,
+            selection,
+            partial(_start, lm, prepared, selection),
+            events,
+            workers,
+            saved,
         )
+        baseline = sweep.baseline()
+        if log and log.lines == 1:
+            log.append(event="baseline", **baseline.to_dict())
+        found = sweep.run()
+    if screened and plan.screen == "order":
+        changes = {result.layer: result.change for result in found.layers}
+        screened["rank_correlation"] = rank_correlation(screened["order"], changes)
     seconds = time.monotonic() - started
-    metadata = _metadata(prepared, sweep, settings["fingerprint"], engine_name, seconds, drawn)
-    finalists = {c.seed: _vector(c, metadata, plan.control) for c in sweep.chosen.candidates}
-    vector = finalists[sweep.finalist.seed]
-    result = TrainingResult(vector, finalists, sweep, folder, seconds, engine_name, splits.counts)
-    if folder and ledger:
-        _write(folder, result, ledger)
+    drawn = len(train[plan.first_seed])
+    metadata = training_metadata(prepared, found, identity, engine_name, seconds, drawn, screened)
+    finalists = {c.seed: finished_vector(c, metadata, plan.control) for c in found.chosen.candidates}
+    vector = finalists[found.finalist.seed]
+    result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
+    if folder and log:
+        _write(folder, result, log)
     return result
 
 
-def _open_run(
-    folder: Path | None, settings: dict[str, Any], candidates: Sequence[Candidate], resume: bool
-) -> Ledger | None:
-    if folder is None:
-        return None
+def cost(prepared: Prepared) -> Estimate:
+    """What carrying the plan out would cost, by running a few of its documents."""
+    lm, plan = prepared.lm, prepared.plan
+    selection = encode(prepared.splits.selection, lm)
+    train = encode(prepared.splits.train(plan.first_seed), lm)
+    engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, selection)
+    zero = new_vector(lm.model, prepared.backbone)
+    return estimate(
+        engine, prepared.layers, zero, train, selection, prepared.stages(), plan.protocol.batch_size
+    )
+
+
+class _Events:
+    """Progress bar, ledger and state of a run."""
+
+    def __init__(
+        self,
+        bar: tqdm,
+        folder: Path | None,
+        settings: dict[str, Any],
+        ledger: Ledger | None,
+        saved: dict[str, State],
+    ) -> None:
+        self._bar, self._folder, self._settings, self._ledger = bar, folder, settings, ledger
+        self._told = {name for name, (_, values) in saved.items() if values["stopped"]}
+
+    def tick(self, done: int, /) -> None:
+        self._bar.update(done)
+
+    def epoch(self, candidate: Candidate, baseline: Score) -> None:
+        self._bar.set_description(f"{candidate.stage}: layer {candidate.layer}, epoch {candidate.epoch}")
+        if self._ledger is None:
+            return
+        own = {"candidate": candidate.name, "stage": candidate.stage}
+        if candidate.stopped.endswith("not finite"):
+            if candidate.name not in self._told:
+                self._told.add(candidate.name)
+                self._ledger.append(event="dropped", **own, reason=candidate.stopped)
+            return
+        score = candidate.scores[-1]
+        self._ledger.append(
+            event="epoch",
+            **own,
+            layer=candidate.layer,
+            seed=candidate.seed,
+            lr=candidate.recipe.lr,
+            l2=candidate.recipe.l2,
+            epoch=candidate.epoch,
+            norm=float(candidate.vector.detach().norm()),
+            stopped=candidate.stopped,
+            baseline=baseline.score,
+            **score.to_dict(),
+        )
+
+    def save(self, candidates: Iterable[Candidate]) -> None:
+        if self._ledger and self._folder:
+            save_state(self._folder, self._settings, self._ledger, candidates)
+
+
+def _start(
+    lm: AFTLM, prepared: Prepared, selection: Sequence[Document], layer: int, noise: int | None
+) -> Tensor:
+    """A candidate's first vector: zero, or a small random one."""
+    vector = new_vector(lm.model, prepared.backbone)
+    if noise is None:
+        return vector
+    size = residual_norm(lm.model, prepared.backbone, layer, selection[:8])
+    return small_random(len(vector), size, noise).to(vector)
+
+
+def _screen(
+    screen: str, engine: Engine, layers: list[int], documents: Sequence[Document]
+) -> tuple[list[int], dict[str, Any] | None]:
+    """The layers to sweep, in order, and what the screen said of them."""
+    if screen == "off":
+        return layers, None
+    if not isinstance(engine, Trajectory):
+        logger.warning("The screen needs the fast engine, which this model does not allow: left out.")
+        return layers, None
+    gradients = first_gradients(engine, documents[:SCREENED])
+    order = layer_order(gradients, layers)
+    said = {"order": order, "gradient_norm": {str(k): float(v.norm()) for k, v in gradients.items()}}
+    return (order if screen == "order" else sorted(order[: int(screen)])), said
+
+
+def _open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Ledger, dict[str, State]]:
     check_output(folder, resume=True)
     ledger = Ledger(folder)
     if resume and folder.exists():
-        if load_state(folder, settings, ledger, candidates):
-            return ledger
+        saved = load_state(folder, settings, ledger)
+        if saved is not None:
+            return ledger, saved
         if (folder / "vector.safetensors").exists():
             raise AFTError(f"The run in {folder} is finished.", "Replace it with --overwrite.")
     try:
@@ -193,84 +281,19 @@ def _open_run(
     except OSError as error:
         raise AFTError(f"Cannot write into {folder}: {error.strerror}.", "Choose another folder.") from error
     ledger.append(
-        event="start", time=_now(), settings={k: v for k, v in settings.items() if k != "fingerprint"}
+        event="start", time=now(), settings={k: v for k, v in settings.items() if k != "fingerprint"}
     )
-    save_state(folder, settings, ledger, candidates)
-    return ledger
-
-
-def _vector(candidate: Candidate, metadata: dict[str, Any], control: str | None) -> SteeringVector:
-    if candidate.best is None or candidate.best_score is None:
-        raise AFTError(f"{candidate.name} has no finite score.", "Lower the learning rate.")
-    own = {
-        "seed": candidate.seed,
-        "epoch": candidate.best_epoch,
-        "selection": {**metadata["selection"], "vector": candidate.best_score.to_dict()},
-    }
-    vector = SteeringVector({candidate.layer: candidate.best}, metadata={**metadata, **own})
-    return random_like(vector, candidate.seed) if control == "random" else vector
-
-
-def _metadata(
-    prepared: Prepared, sweep: SweepResult, identity: dict[str, Any], engine: str, seconds: float, drawn: int
-) -> dict[str, Any]:
-    plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
-    template = getattr(lm.tokenizer, "chat_template", None) if plan.prompts.apply_chat_template else None
-    return {
-        "num_hidden_layers": len(prepared.backbone.blocks),
-        "base_model": {"name": _name(lm.pretrained), "revision": lm.revision},
-        "fingerprint": identity,
-        "task": plan.task,
-        "task_version": str(splits.extractor.task.VERSION),
-        "num_fewshot": splits.extractor.num_fewshot,
-        "prompts": asdict(plan.prompts),
-        "chat_template": template and hashlib.sha256(str(template).encode()).hexdigest(),
-        "objective": prepared.objective.name,
-        "metric": prepared.objective.metric,
-        "control": plan.control,
-        "protocol": {
-            "name": "sweep",
-            "layers": prepared.layers,
-            "seeds": plan.seeds,
-            **plan.recipe.to_dict(),
-        },
-        "engine": engine,
-        "splits": {
-            **splits.counts,
-            "train": drawn,
-            "selection_sha256": splits.selection_digest,
-            "selection_documents": list(splits.selection_documents),
-        },
-        "selection": {
-            "baseline": sweep.baseline.to_dict(),
-            "layers": {
-                str(result.layer): {"score": result.score, "accuracy": result.accuracy}
-                for result in sweep.layers
-            },
-        },
-        "seconds": round(seconds, 1),
-        "created": _now(),
-        "versions": {
-            name: version(name) for name in ("lm-eval-aft", "torch", "transformers", "lm-eval", "datasets")
-        }
-        | {"python": platform.python_version()},
-    }
+    save_state(folder, settings, ledger, ())
+    return ledger, {}
 
 
 def _write(folder: Path, result: TrainingResult, ledger: Ledger) -> None:
     for seed, vector in result.finalists.items():
         vector.save(folder / "seeds" / f"seed-{seed}.safetensors")
     chosen = result.sweep.finalist
-    ledger.append(event="chosen", candidate=chosen.name, layer=chosen.layer, seed=chosen.seed, time=_now())
+    ledger.append(event="chosen", candidate=chosen.name, layer=chosen.layer, seed=chosen.seed, time=now())
     write_card(folder, result.vector)
+    draw_sweep(result.sweep, str(result.vector.metadata["metric"]), folder / PICTURE)
     # The vector last: a folder that has one is finished.
     result.vector.save(folder)
     drop_state(folder)
-
-
-def _name(pretrained: Any) -> str:
-    return str(pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", ""))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.errors import AFTError
 from lm_eval_aft.packing import (
     Batch,
     Document,
@@ -22,7 +26,7 @@ from lm_eval_aft.packing import (
     resumed,
     token_budget_batches,
 )
-from lm_eval_aft.steering import add_at
+from lm_eval_aft.steering import add_at, hidden_states
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe, Tick
 from lm_eval_aft.training.objectives import Objective, Score
 from lm_eval_aft.training.reference import Reference
@@ -65,17 +69,20 @@ class Trajectory:
     def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
         for step in steps:
             live = [candidate for candidate in candidates if not candidate.stopped]
-            for _, batch in self._batches(step):
-                outputs = self._outputs(batch, live)
+
+            def gather(batch: Batch, live: list[Candidate] = live, size: int = len(step)) -> None:
+                outputs = self.outputs(batch, {candidate.layer for candidate in live})
                 for candidate in live:
-                    block = self.backbone.blocks[candidate.layer]
-                    with (
-                        add_at(block, candidate.vector),
-                        resumed(self.backbone, candidate.layer, outputs[candidate.layer]),
-                    ):
+                    with self._steered(candidate, outputs):
                         logits = continuation_logits(self.model, batch)
-                    candidate.backward(self.objective.losses(logits, batch).sum() / len(step))
-                tick(len(live) * len(batch.documents))
+                    candidate.backward(self.objective.losses(logits, batch).sum() / size)
+
+            def forget(live: list[Candidate] = live) -> None:
+                for candidate in live:
+                    candidate.vector.grad = None
+
+            self._each_batch(step, gather, forget)
+            tick(len(live) * len(step))
             for candidate in live:
                 candidate.step()
 
@@ -84,39 +91,87 @@ class Trajectory:
         self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
     ) -> list[Score]:
         outcomes: list[list[NDArray[np.float64]]] = [[] for _ in candidates]
-        for _, batch in self._batches(_by_length(documents, self.packed)):
-            outputs = self._outputs(batch, candidates)
+
+        def score(batch: Batch) -> None:
+            outputs = self.outputs(batch, {candidate.layer for candidate in candidates})
             for candidate, its_outcomes in zip(candidates, outcomes, strict=True):
-                block = self.backbone.blocks[candidate.layer]
-                with (
-                    add_at(block, candidate.vector),
-                    resumed(self.backbone, candidate.layer, outputs[candidate.layer]),
-                ):
+                with self._steered(candidate, outputs):
                     logits = continuation_logits(self.model, batch)
                 its_outcomes += self.objective.outcomes(logits, batch)
             tick(len(candidates) * len(batch.documents))
+
+        def forget() -> None:
+            for its_outcomes in outcomes:
+                its_outcomes.clear()
+
+        self._each_batch(_by_length(documents, self.packed), score, forget)
         return [self.objective.summarise(its_outcomes) for its_outcomes in outcomes]
 
     @torch.no_grad()
     def baseline(self, documents: Sequence[Document], tick: Tick) -> Score:
         outcomes: list[NDArray[np.float64]] = []
-        for _, batch in self._batches(_by_length(documents, self.packed)):
-            outcomes += self.objective.outcomes(continuation_logits(self.model, batch), batch)
+
+        def score(batch: Batch) -> None:
+            outcomes.extend(self.objective.outcomes(continuation_logits(self.model, batch), batch))
             tick(len(batch.documents))
+
+        self._each_batch(_by_length(documents, self.packed), score, outcomes.clear)
         return self.objective.summarise(outcomes)
 
-    def _batches(self, documents: Sequence[Document]) -> Iterator[tuple[tuple[int, ...], Batch]]:
+    def batches(self, documents: Sequence[Document]) -> Iterator[Batch]:
+        """Cut documents, in the order given, into batches within the token budget."""
         parameter = next(self.model.parameters())
         for indices in token_budget_batches(documents, self.packed, self.budget):
             chosen = [documents[i] for i in indices]
-            yield indices, make_batch(chosen, self.packed, parameter.device, parameter.dtype)
+            yield make_batch(chosen, self.packed, parameter.device, parameter.dtype)
 
     @torch.no_grad()
-    def _outputs(self, batch: Batch, candidates: Sequence[Candidate]) -> dict[int, object]:
-        layers = sorted({candidate.layer for candidate in candidates})
-        with capture(self.backbone, layers) as outputs:
-            continuation_logits(self.model, batch)
+    def outputs(self, batch: Batch, layers: Collection[int]) -> dict[int, Any]:
+        """The frozen model's output at each of these blocks."""
+        with capture(self.backbone, sorted(layers)) as outputs:
+            _run_blocks(self.model, batch)
         return outputs
+
+    @contextmanager
+    def _steered(self, candidate: Candidate, outputs: dict[int, Any]) -> Iterator[None]:
+        layer = candidate.layer
+        hook = add_at(self.backbone.blocks[layer], candidate.vector)
+        try:
+            with resumed(self.backbone, layer, outputs[layer]):
+                yield
+        finally:
+            hook.remove()
+
+    def _each_batch(
+        self, documents: Sequence[Document], work: Callable[[Batch], None], forget: Callable[[], None]
+    ) -> None:
+        """Do ``work`` batch by batch; out of memory, ``forget`` it all and start with smaller ones.
+
+        Raises:
+            AFTError: not even one document fits.
+        """
+        while True:
+            try:
+                for batch in self.batches(documents):
+                    size = len(batch.documents)
+                    work(batch)
+                return
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise AFTError(
+                        "Out of memory on a single document.",
+                        "Use a smaller --num-fewshot, --dtype bfloat16, or a device with more memory.",
+                    ) from error
+                tokens = batch.inputs["input_ids"].numel()
+            # Outside the handler, so that the failed pass's tensors are free by now.
+            del batch
+            forget()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.budget = max(1, min(self.budget, tokens) // 2)
+            logger.warning("Out of memory: going on with at most %d tokens a pass.", self.budget)
 
 
 def make_engine(
@@ -144,10 +199,8 @@ def _resuming_differs(engine: Trajectory, reference: Reference, document: Docume
     layer = (len(engine.backbone.blocks) - 1) // 2
     parameter = next(engine.model.parameters())
     batch = make_batch([document], engine.packed, parameter.device, parameter.dtype)
-    with capture(engine.backbone, [layer]) as outputs:
-        continuation_logits(engine.model, batch)
-    hidden = outputs[layer][0] if isinstance(outputs[layer], tuple) else outputs[layer]
-    size = float(hidden.float().norm(dim=-1).median()) / engine.backbone.hidden_size**0.5
+    outputs = engine.outputs(batch, [layer])
+    size = _median_norm(outputs[layer]) / engine.backbone.hidden_size**0.5
     vector = torch.linspace(-1, 1, engine.backbone.hidden_size, device=parameter.device) * 0.1 * size
     probe = Candidate(layer, 0, Recipe(), vector.to(_master_dtype(parameter.dtype)))
     try:
@@ -167,6 +220,33 @@ def _resuming_differs(engine: Trajectory, reference: Reference, document: Docume
         if worst <= max(bar, 1e-6 * float(slow.abs().max()))
         else f"resumed passes differ by {worst:.2g} nats"
     )
+
+
+@torch.no_grad()
+def residual_norm(model: nn.Module, backbone: Backbone, layer: int, documents: Sequence[Document]) -> float:
+    """Median norm of the hidden states at a layer's output, over the documents' tokens."""
+    parameter = next(model.parameters())
+    norms = []
+    for document in documents:
+        batch = make_batch([Document(document.pairs[:1])], False, parameter.device, parameter.dtype)
+        with capture(backbone, [layer]) as outputs:
+            _run_blocks(model, batch)
+        norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1))
+    return float(torch.cat(norms).median())
+
+
+def _run_blocks(model: nn.Module, batch: Batch) -> None:
+    """A pass made for what hooks on the blocks collect: the head sees one row only."""
+    continuation_logits(model, replace(batch, scored=batch.scored[:1]))
+
+
+def _median_norm(output: Any) -> float:
+    return float(hidden_states(output)[0].float().norm(dim=-1).median())
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # CUDA raises a class of its own; the CPU allocator only a message.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def new_vector(model: nn.Module, backbone: Backbone) -> torch.Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.errors import AFTError
 from lm_eval_aft.packing import (
     Document,
     continuation_logits,
@@ -18,9 +19,11 @@ from lm_eval_aft.packing import (
     option_logprobs,
     token_budget_batches,
 )
+from lm_eval_aft.training.estimate import PeakMemory
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe, in_steps
 from lm_eval_aft.training.objectives import LM, Choice, Objective
 from lm_eval_aft.training.reference import Reference
+from lm_eval_aft.training.screen import first_gradients, layer_order, rank_correlation
 from lm_eval_aft.training.trajectory import Trajectory, make_engine, new_vector
 from tests.conftest import FAMILIES, tiny_model
 
@@ -273,3 +276,106 @@ def test_nan_stops_a_candidate_and_no_other() -> None:
     assert bad.stopped == "gradient not finite"
     assert not good.stopped
     assert bool(torch.isfinite(good.vector).all())
+
+
+class Scarce:
+    """A model's memory, simulated: passes over more than so many tokens fail."""
+
+    def __init__(self, model: Any, tokens: int, message: str) -> None:
+        self.tokens, self.failures = tokens, 0
+        forward = model.forward
+
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            if kwargs["input_ids"].numel() > self.tokens:
+                self.failures += 1
+                raise RuntimeError(message)
+            return forward(*args, **kwargs)
+
+        model.forward = limited
+
+
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+
+
+def test_out_of_memory_halves_the_budget_and_gives_the_same_result() -> None:
+    docs = documents(12)
+    recipe = Recipe(lr=1e-2, batch_size=6)
+    found = []
+    for scarce in (False, True):
+        model = tiny_model("llama")
+        engine = Trajectory(model, find_backbone(model), Choice("acc"), packed=True, budget=4096)
+        memory = Scarce(model, 60, ALLOCATOR) if scarce else None
+        ours = [candidate(model, layer, recipe, scale=0) for layer in range(4)]
+        engine.train(ours, list(in_steps(docs, 6)), nothing)
+        scores = engine.evaluate(ours, docs, nothing)
+        if memory:
+            assert memory.failures >= 1
+            assert engine.budget <= 60
+        found.append((torch.stack([c.vector.detach() for c in ours]), [s.cross_entropy for s in scores]))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
+
+
+def test_out_of_memory_on_one_document_says_what_to_do() -> None:
+    model = tiny_model("llama")
+    engine = Trajectory(model, find_backbone(model), Choice("acc"), packed=True)
+    Scarce(model, 3, ALLOCATOR)
+    with pytest.raises(AFTError, match="single document"):
+        engine.train([candidate(model, 0)], [documents()], nothing)
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    model = tiny_model("llama")
+    engine = Trajectory(model, find_backbone(model), Choice("acc"), packed=True)
+    Scarce(model, 3, "something else broke")
+    with pytest.raises(RuntimeError, match="something else"):
+        engine.train([candidate(model, 0)], [documents()], nothing)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma2", "bloom"])
+def test_screen_gives_every_layers_gradient_from_one_backward_pass(family: str) -> None:
+    model = tiny_model(family)
+    backbone, docs = find_backbone(model), documents()
+    engine, _ = make_engine(model, backbone, Choice("acc_norm"), docs)
+    assert isinstance(engine, Trajectory)
+    found = first_gradients(engine, docs)
+    reference = Reference(model, backbone, Choice("acc_norm"))
+    for layer in range(4):
+        probe = candidate(model, layer, scale=0)
+        seen: list[torch.Tensor] = []
+        probe.step = lambda probe=probe, seen=seen: seen.append(probe.vector.grad.clone())  # type: ignore[method-assign, misc]
+        reference.train([probe], [docs], nothing)
+        assert float((found[layer] - seen[0]).norm() / seen[0].norm()) <= 1e-5
+    assert all("forward" not in block.__dict__ and not block._forward_hooks for block in backbone.blocks)
+
+
+def test_screen_order_and_its_rank_correlation() -> None:
+    gradients = {0: torch.tensor([1.0, -1.0]), 1: torch.tensor([3.0, 0.0]), 2: torch.tensor([0.1, 0.0])}
+    assert layer_order(gradients, [0, 1, 2]) == [1, 0, 2]
+    assert rank_correlation([1, 0, 2], {0: -0.2, 1: -0.3, 2: -0.1}) == pytest.approx(1)
+    assert rank_correlation([1, 0, 2], {0: -0.2, 1: -0.1, 2: -0.3}) == pytest.approx(-1)
+    assert rank_correlation([1, 0], {0: 0.0, 1: 1.0}) != rank_correlation([1, 0], {0: 0.0, 1: 1.0})  # NaN
+
+
+def test_memory_estimate_counts_what_is_alive_at_once() -> None:
+    with PeakMemory() as memory:
+        kept = torch.empty(1000)
+        for _ in range(3):
+            torch.empty(5000)  # gone again at once
+        view = kept[10:].add_(1)  # no memory of its own
+        del kept, view
+        torch.empty(2000)
+    assert memory.peak == 4 * 6000
+    assert memory.alive == 0
+
+
+def test_bf16_selection_scores_stay_near_fp32() -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("gpt_neox", dtype=dtype)
+        engine, _ = make_engine(model, find_backbone(model), Choice("acc"), documents(12))
+        ours = candidate(model, 1, Recipe(lr=1e-2), scale=0)
+        engine.train([ours], list(in_steps(documents(12), 4)), nothing)
+        assert ours.vector.dtype == torch.float32  # the master copy
+        found.append(engine.evaluate([ours], documents(12), nothing)[0].cross_entropy)
+    assert found[1] == pytest.approx(found[0], rel=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,13 +20,25 @@ from huggingface_hub import ModelCard
 from lm_eval_aft import AFTError, SteeringVector, load_vector, train_vector
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.training import sweep as sweep_module
+from lm_eval_aft.training import train as train_module
 from lm_eval_aft.training.controls import random_like, spoil
 from lm_eval_aft.training.examples import Example
 from lm_eval_aft.training.fit import Candidate, Recipe
 from lm_eval_aft.training.objectives import Score
-from lm_eval_aft.training.sweep import choose, parse_layers
+from lm_eval_aft.training.protocols import parse_layers
+from lm_eval_aft.training.train import cost
 
-RECIPE = Recipe(lr=3e-2, epochs=4, patience=2, batch_size=4)
+# Every layer and seed to the end: no search, no retries.
+RECIPE = {
+    "protocol": "maximum",
+    "lr": 3e-2,
+    "l2": 0.0,
+    "epochs": 4,
+    "patience": 2,
+    "batch_size": 4,
+    "regression": False,
+    "retries": 0,
+}
 
 
 @pytest.fixture
@@ -36,8 +49,8 @@ def settings(toy_tasks: Callable[..., str]) -> dict[str, Any]:
         "layers": "1-2",
         "train_docs": 20,
         "selection_docs": 20,
-        "recipe": RECIPE,
         "progress": False,
+        **RECIPE,
     }
 
 
@@ -59,6 +72,7 @@ def test_folder_and_choice(task: str, lm: AFTLM, settings: dict[str, Any], tmp_p
         "vector.safetensors",
         "README.md",
         "training.jsonl",
+        "sweep.png",
         "seeds/seed-0.safetensors",
         "seeds/seed-1.safetensors",
     }
@@ -81,6 +95,8 @@ def test_folder_and_choice(task: str, lm: AFTLM, settings: dict[str, Any], tmp_p
         str(k): {
             "score": pytest.approx(v),
             "accuracy": pytest.approx(meta["selection"]["layers"][str(k)]["accuracy"]),
+            "stage": "final",
+            "n": 20,
         }
         for k, v in means.items()
     }
@@ -94,16 +110,16 @@ def test_folder_and_choice(task: str, lm: AFTLM, settings: dict[str, Any], tmp_p
 def test_training_improves_the_training_loss(lm: AFTLM, settings: dict[str, Any]) -> None:
     """On documents it was trained on, a vector must beat the baseline clearly."""
     from lm_eval_aft.training.plan import TrainingPlan, prepare
-    from lm_eval_aft.training.trajectory import make_engine
+    from lm_eval_aft.training.trajectory import make_engine, new_vector
 
     settings.pop("progress")
-    prepared = prepare(lm, TrainingPlan("toy_choice", **settings))
+    prepared = prepare(lm, TrainingPlan.of("toy_choice", **settings))
     from lm_eval_aft.training.examples import encode
     from lm_eval_aft.training.fit import in_steps
 
     documents = encode(prepared.splits.train(0), lm)
     engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, documents)
-    candidate = prepared.candidates()[0]
+    candidate = Candidate(1, 0, Recipe(lr=3e-2), new_vector(lm.model, prepared.backbone))
     before = engine.baseline(documents, lambda _: None)
     for _ in range(6):
         engine.train([candidate], list(in_steps(documents, 4)), lambda _: None)
@@ -121,13 +137,12 @@ def test_killed_runs_resume_to_the_same_vector(
     checkpoint: Callable[..., str], settings: dict[str, Any], lm: AFTLM, tmp_path: Path
 ) -> None:
     """A process killed without warning after its second epoch, and one more while resuming."""
-    settings["recipe"] = replace(RECIPE, patience=None)
+    settings["patience"] = 0
     whole = train_vector(lm, "toy_choice", tmp_path / "whole", **settings)
     program = f"""
 import os, signal, sys
 from lm_eval_aft import train_vector
 from lm_eval_aft.training import train
-from lm_eval_aft.training.fit import Recipe
 saves = 0
 original = train.save_state
 def save(*arguments):
@@ -166,6 +181,7 @@ def test_ctrl_c_leaves_a_ledger_to_resume_from(
         *(sys.executable, "-m", "lm_eval_aft.cli.main", "train", "--model", checkpoint("llama")),
         *("--task", "toy_choice", "--include-path", settings["include_path"][0], "--output", str(folder)),
         *("--train-docs", "20", "--selection-docs", "20", "--epochs", "5000", "--patience", "0"),
+        *("--rungs", "none", "--lr", "1e-3", "--l2", "0"),
     ]
     process = subprocess.Popen(
         command,
@@ -202,10 +218,10 @@ def test_resume_refuses_other_settings(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep_module, "choose", stop)
+        patched.setattr(sweep_module.Sweep, "_rank", stop)
         with pytest.raises(KeyboardInterrupt):
             train_vector(lm, "toy_choice", folder, **settings)
-    with pytest.raises(AFTError, match="layers differ"):
+    with pytest.raises(AFTError, match="protocol differ"):
         train_vector(lm, "toy_choice", folder, resume=True, **{**settings, "layers": "1"})
     assert train_vector(lm, "toy_choice", folder, resume=True, **settings).vector
     with pytest.raises(AFTError, match="finished"):
@@ -229,7 +245,7 @@ def test_a_diverging_seed_is_dropped_with_its_reason(
     result = train_vector(lm, "toy_choice", tmp_path / "out", **settings)
     assert [layer.layer for layer in result.sweep.layers] == [1]
     (dropped,) = [event for event in events(tmp_path / "out") if event["event"] == "dropped"]
-    assert (dropped["candidate"].startswith("layer2-seed1"), dropped["reason"]) == (
+    assert (dropped["candidate"].startswith("final/layer2-seed1"), dropped["reason"]) == (
         True,
         "gradient not finite",
     )
@@ -256,20 +272,6 @@ def test_layers(text: str, expected: list[int]) -> None:
 def test_wrong_layers(text: str) -> None:
     with pytest.raises(AFTError):
         parse_layers(text, 24)
-
-
-def candidate(layer: int, seed: int, score: float) -> Candidate:
-    made = Candidate(layer, seed, Recipe(), torch.zeros(4))
-    made.record(Score(score, score, 0.5, 1.0, 10))
-    return made
-
-
-def test_choice_is_by_the_mean_not_by_the_luckiest_seed() -> None:
-    lucky = [candidate(0, 0, 0.1), candidate(0, 1, 0.9), candidate(0, 2, 0.9)]
-    steady = [candidate(1, 0, 0.5), candidate(1, 1, 0.6), candidate(1, 2, 0.4)]
-    result = choose([*lucky, *steady], Score(1, 1, 0.5, 1, 10))
-    assert result.chosen.layer == 1
-    assert result.finalist.seed == 0  # the median of 0.4, 0.5, 0.6
 
 
 def test_best_epoch_is_kept_and_patience_stops() -> None:
@@ -344,3 +346,118 @@ def test_controls_run_through(lm: AFTLM, settings: dict[str, Any]) -> None:
     with pytest.raises(AFTError, match="'format' is for the objective 'lm'"):
         train_vector(lm, "toy_choice", control="format", **settings)
     assert train_vector(lm, "toy_generate", control="format", **settings).vector
+
+
+# On a machine without GPUs this starts two processes that compute on the CPU.
+LAUNCH = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["adaptive", "maximum"])
+def test_two_processes_find_the_same_vector_as_one(
+    protocol: str, checkpoint: Callable[..., str], toy_tasks: Callable[..., str], tmp_path: Path
+) -> None:
+    """`accelerate launch` shares candidates out; the vector is the same to the last bit."""
+    arguments = [
+        *("--model", checkpoint("llama"), "--task", "toy_choice", "--include-path", toy_tasks()),
+        *("--protocol", protocol, "--train-docs", "20", "--selection-docs", "20", "--epochs", "3"),
+        *("--seeds", "2", "--lr", "1e-3,3e-2", "--batch-size", "4", "--device", "cpu"),
+    ]
+    commands = {
+        "one": [sys.executable, "-m", "lm_eval_aft.cli.train"],
+        "two": [*LAUNCH, "-m", "lm_eval_aft.cli.train"],
+    }
+    for name, command in commands.items():
+        done = subprocess.run(
+            [*command, *arguments, "--output", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_vector(tmp_path / name) for name in ("one", "two"))
+    assert (one.metadata["processes"], two.metadata["processes"]) == (1, 2)
+    assert two.digest() == one.digest()
+    assert two.metadata["selection"]["layers"] == one.metadata["selection"]["layers"]
+    # One ledger, written once: the same epochs, in an order that does not matter.
+    lines = [
+        sorted(json.dumps({k: v for k, v in e.items() if k not in ("time", "settings")}) for e in events(f))
+        for f in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_killed_search_resumes_to_the_same_vector(
+    lm: AFTLM, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default protocol, interrupted in each of its stages."""
+    plan = {**settings, "protocol": "adaptive", "lr": (1e-3, 3e-2), "layers": "all", "epochs": 3}
+    del plan["l2"], plan["retries"], plan["regression"]
+    whole = train_vector(lm, "toy_choice", tmp_path / "whole", **plan)
+    saves = 0
+    original = train_module.save_state
+
+    def save(*arguments: Any) -> None:
+        nonlocal saves
+        original(*arguments)
+        saves += 1
+        if saves in (2, 5, 8):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "save_state", save)
+    interruptions = 0
+    while True:
+        try:
+            resumed = train_vector(lm, "toy_choice", tmp_path / "broken", resume=True, **plan)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == 3
+    assert resumed.vector.digest() == whole.vector.digest()
+
+    def comparable(folder: str) -> list[dict[str, Any]]:
+        return [{k: v for k, v in e.items() if k != "time"} for e in events(tmp_path / folder)]
+
+    assert comparable("broken") == comparable("whole")
+
+
+def test_screen_orders_or_keeps_layers(lm: AFTLM, settings: dict[str, Any], tmp_path: Path) -> None:
+    ordered = train_vector(lm, "toy_choice", screen="order", **{**settings, "layers": "all"})
+    assert ordered.screen is not None
+    assert sorted(ordered.screen["order"]) == [0, 1, 2, 3]
+    assert -1 <= ordered.screen["rank_correlation"] <= 1
+    assert len(ordered.sweep.layers) == 4  # ordering removes nothing
+    kept = train_vector(lm, "toy_choice", screen="1", **{**settings, "layers": "all"})
+    assert [layer.layer for layer in kept.sweep.layers] == ordered.screen["order"][:1]
+    with pytest.raises(AFTError, match="There is no screen"):
+        train_vector(lm, "toy_choice", screen="sometimes", **settings)
+
+
+def test_cost_estimate_is_of_the_right_size(lm: AFTLM, settings: dict[str, Any]) -> None:
+    from lm_eval_aft.training.plan import TrainingPlan, prepare
+
+    del settings["progress"]
+    small = cost(prepare(lm, TrainingPlan.of("toy_choice", **settings)))
+    large = cost(prepare(lm, TrainingPlan.of("toy_choice", **{**settings, "epochs": 40})))
+    assert large.flops == pytest.approx(10 * small.flops)  # as many documents, ten times the epochs
+    assert small.seconds > 0
+    assert small.peak_bytes > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_halving_chooses_as_well_as_the_exhaustive_sweep_on_the_demo() -> None:
+    """The default protocol's layer is within 1 % of the best one that training everything finds."""
+    lm = AFTLM("demo", device="cpu", batch_size=32)
+    sizes = {"train_docs": 200, "selection_docs": 300, "batch_size": 4, "epochs": 3, "progress": False}
+    plan = {**sizes, "lr": (2e-3, 1e-2), "l2": 0.0, "seeds": 1}
+    thinned = train_vector(lm, "aft_demo_choice", protocol="adaptive", **plan)
+    exhaustive = train_vector(lm, "aft_demo_choice", protocol="adaptive", rungs=(), **plan)
+    scores = {layer.layer: layer.score for layer in exhaustive.sweep.layers}
+    best, baseline = min(scores.values()), exhaustive.sweep.baseline.score
+    assert max(scores.values()) - best > 0.1 * (baseline - best)  # layers do differ
+    assert scores[thinned.sweep.chosen.layer] <= 1.01 * best

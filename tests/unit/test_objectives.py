@@ -19,7 +19,7 @@ DOCS = [
 
 
 def logits_and_batch() -> tuple[torch.Tensor, Batch]:
-    batch = make_batch(DOCS, True, torch.device("cpu"), torch.float32)
+    batch = make_batch(DOCS, False, torch.device("cpu"), torch.float32)
     logits = torch.randn(
         len(batch.scored), 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )

@@ -1,0 +1,142 @@
+"""What a run will cost, from a few of its own documents: time, floating-point operations, memory."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from lm_eval_aft.packing import Document
+from lm_eval_aft.training.fit import Candidate, Engine, Recipe
+from lm_eval_aft.training.protocols import Stage
+
+SAMPLE = 4  # documents timed
+
+
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors alive at once inside a ``with`` block; ``peak`` is the most.
+
+    Tensors made before the block do not count; memory that kernels use for themselves is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage(), [a for a in tree_leaves(args) if isinstance(a, Tensor)])
+        return output
+
+    def _count(self, storage: torch.UntypedStorage, inputs: Sequence[Tensor]) -> None:
+        key = storage._cdata
+        if key in self._known or any(key == each.untyped_storage()._cdata for each in inputs):
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+        def freed() -> None:
+            self._known.discard(key)
+            self.alive -= size
+
+        weakref.finalize(storage, freed)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost at most.
+
+    Attributes:
+        seconds: wall-clock time on this machine, as busy as it is now.
+        flops: floating-point operations in matrix products and attention.
+        peak_bytes: memory above the loaded weights.
+    """
+
+    seconds: float
+    flops: float
+    peak_bytes: int
+
+
+def estimate(
+    engine: Engine,
+    layers: Sequence[int],
+    zero: Tensor,
+    train: Sequence[Document],
+    selection: Sequence[Document],
+    stages: Sequence[Stage],
+    batch_size: int,
+) -> Estimate:
+    """Run a few documents through every layer and extrapolate.
+
+    Time and operations come from documents spread over the range of lengths, memory from the
+    step with the longest ones.
+
+    Args:
+        zero: a zero vector, shape ``(hidden_size,)``, on the model's device.
+    """
+    group = [Candidate(layer, 0, Recipe(), zero.clone()) for layer in layers]
+
+    def nothing(_done: int) -> None:
+        pass
+
+    longest = sorted(train, key=_tokens)[-batch_size:]
+    with PeakMemory() as memory:  # also warms up what is loaded on first use
+        engine.train(group[:1], [longest], nothing)
+        engine.evaluate(group[:1], [max(selection, key=_tokens)], nothing)
+    sample, judged = _spread(train), _spread(selection)
+
+    def train_sample() -> None:
+        engine.train(group, [[document] for document in sample], nothing)
+
+    def evaluate_sample() -> None:
+        engine.evaluate(group, judged, nothing)
+
+    trained, evaluated = _seconds(train_sample), _seconds(evaluate_sample)
+    train_flops, evaluate_flops = _flops(train_sample), _flops(evaluate_sample)
+    of_train, of_selection = 1 / (len(sample) * len(layers)), 1 / (len(judged) * len(layers))
+
+    def total(per_train: float, per_selection: float) -> float:
+        return sum(
+            stage.candidates
+            * stage.epochs
+            * (stage.train * per_train * of_train + stage.selection * per_selection * of_selection)
+            for stage in stages
+        )
+
+    return Estimate(total(trained, evaluated), total(train_flops, evaluate_flops), memory.peak)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _flops(work: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def _tokens(document: Document) -> int:
+    return document.tokens(True)
+
+
+def _spread(documents: Sequence[Document]) -> list[Document]:
+    """A few documents, evenly spread over the range of lengths."""
+    ordered = sorted(documents, key=_tokens)
+    n = min(SAMPLE, len(ordered))
+    return [ordered[round((i + 0.5) / n * len(ordered) - 0.5)] for i in range(n)]

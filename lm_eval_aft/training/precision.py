@@ -1,0 +1,50 @@
+"""Which floating-point type a model trains vectors in."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+WORTHWHILE = 5_000_000  # parameters below which a CPU spends its time elsewhere than in products
+
+
+def hardware_has_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are native, and so faster than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    # On a CPU only tile registers (AMX) make up for the conversions.
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def to_training_dtype(model: nn.Module) -> torch.dtype:
+    """Convert a loaded model, in place, to what trains fastest; return the dtype it has now.
+
+    bfloat16 where the hardware multiplies it natively; float16 becomes float32 on a CPU, which has
+    no fast arithmetic for it; everything else stays. Vectors are kept in float32 whatever the model
+    is in, and log-softmax is taken in float32.
+    """
+    parameter = next(model.parameters())
+    present, device = parameter.dtype, parameter.device
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) or present not in (torch.float32, torch.float16):
+        return present
+    wanted = present
+    size = sum(each.numel() for each in model.parameters())
+    if hardware_has_bf16(device) and (device.type == "cuda" or size >= WORTHWHILE):
+        wanted = torch.bfloat16
+    elif device.type == "cpu" and present == torch.float16:
+        wanted = torch.float32
+    if wanted != present:
+        logger.info(
+            "Training in %s; --dtype %s keeps the checkpoint's.",
+            str(wanted).removeprefix("torch."),
+            str(present).removeprefix("torch."),
+        )
+        model.to(wanted)
+    return wanted

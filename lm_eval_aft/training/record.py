@@ -1,0 +1,119 @@
+"""What a vector's header says of its training."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.training.controls import random_like
+from lm_eval_aft.training.fit import Candidate
+from lm_eval_aft.training.parallel import Workers
+from lm_eval_aft.training.plan import Prepared
+from lm_eval_aft.training.sweep import LayerResult, SweepResult
+from lm_eval_aft.vector import SteeringVector
+
+
+def finished_vector(candidate: Candidate, metadata: dict[str, Any], control: str | None) -> SteeringVector:
+    """A finalist's best epoch as a vector; a random direction of its norm for that control.
+
+    Raises:
+        AFTError: it never had a finite score.
+    """
+    if candidate.best is None or candidate.best_score is None:
+        raise AFTError(f"{candidate.name} has no finite score.", "Lower the learning rate.")
+    own = {
+        "seed": candidate.seed,
+        "epoch": candidate.best_epoch,
+        "selection": {**metadata["selection"], "vector": candidate.best_score.to_dict()},
+    }
+    vector = SteeringVector({candidate.layer: candidate.best}, metadata={**metadata, **own})
+    return random_like(vector, candidate.seed) if control == "random" else vector
+
+
+def training_metadata(
+    prepared: Prepared,
+    sweep: SweepResult,
+    identity: dict[str, Any],
+    engine: str,
+    seconds: float,
+    drawn: int,
+    screen: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The header entries that all finalists of a run share.
+
+    Args:
+        identity: the base model's fingerprint.
+        drawn: training documents a seed draws.
+        screen: what the screen said, if it ran.
+    """
+    plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
+    template = getattr(lm.tokenizer, "chat_template", None) if plan.prompts.apply_chat_template else None
+    return {
+        "num_hidden_layers": len(prepared.backbone.blocks),
+        "base_model": {"name": _name(lm.pretrained), "revision": lm.revision},
+        "fingerprint": identity,
+        "task": plan.task,
+        "task_version": str(splits.extractor.task.VERSION),
+        "num_fewshot": splits.extractor.num_fewshot,
+        "prompts": asdict(plan.prompts),
+        "chat_template": template and hashlib.sha256(str(template).encode()).hexdigest(),
+        "objective": prepared.objective.name,
+        "metric": prepared.objective.metric,
+        "control": plan.control,
+        "protocol": {
+            **plan.protocol.to_dict(),
+            "layers": prepared.layers,
+            "chosen": dict(zip(("layer", "lr", "l2"), sweep.finalist.setting, strict=True)),
+            "retries_used": sweep.retries,
+            "pruned": sweep.pruned,
+            **({"screen_result": screen} if screen else {}),
+        },
+        "engine": engine,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "processes": Workers().size,
+        "splits": {
+            **splits.counts,
+            "train": drawn,
+            "selection_sha256": splits.selection_digest,
+            "selection_documents": list(splits.selection_documents),
+        },
+        "selection": {
+            "baseline": sweep.baseline.to_dict(),
+            "layers": {str(result.layer): _layer(result, sweep) for result in sweep.layers},
+        },
+        "seconds": round(seconds, 1),
+        "created": now(),
+        "versions": {
+            name: version(name) for name in ("lm-eval-aft", "torch", "transformers", "lm-eval", "datasets")
+        }
+        | {"python": platform.python_version()},
+    }
+
+
+def _layer(result: LayerResult, sweep: SweepResult) -> dict[str, Any]:
+    """A layer's outcome on the scale of the whole selection split.
+
+    Layers that left early were judged on fewer documents: the difference from the baseline there
+    is added to the baseline's score on all of them.
+    """
+    accuracy = sweep.baseline.accuracy + result.accuracy - result.baseline.accuracy
+    return {
+        "score": sweep.baseline.score + result.change,
+        "accuracy": min(1.0, max(0.0, accuracy)),
+        "stage": result.stage,
+        "n": result.baseline.n,
+    }
+
+
+def _name(pretrained: Any) -> str:
+    return str(pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", ""))
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,404 @@
+"""The training engine against the plain study loop: same candidates, same documents, same gradients.
+
+    AFT_TEST_DATA=... python scripts/bench_training.py            # everything, about an hour
+    python scripts/bench_training.py --quick                      # under a minute
+
+The plain loop is how such sweeps are usually written: batch size 1, the whole frozen model with a hook,
+every option a pass of its own with log-softmax over all its positions, every layer by itself. Both sides
+train the same layers on the same documents in turn, in one process; times are process CPU time, medians
+over rounds with quartiles. Models have random weights in the shape of the named ones; document lengths
+are those of real prompts where AFT_TEST_DATA is set. The last line is the result as JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config
+
+from lm_eval_aft.backbone import Backbone, find_backbone
+from lm_eval_aft.cli.options import quiet_libraries
+from lm_eval_aft.packing import Document
+from lm_eval_aft.steering import add_at
+from lm_eval_aft.training.estimate import estimate
+from lm_eval_aft.training.fit import Candidate, Recipe
+from lm_eval_aft.training.objectives import Choice
+from lm_eval_aft.training.protocols import find_protocol, schedule
+from lm_eval_aft.training.trajectory import Trajectory, new_vector
+
+SHAPES: dict[str, Any] = {
+    "pythia-70m": GPTNeoXConfig(
+        vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048
+    ),
+    "pythia-160m": GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+    ),
+    "qwen2-0.5b": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        intermediate_size=4864,
+        tie_word_embeddings=True,
+    ),
+}
+# (context, continuation) lengths where no real prompts are at hand: their medians for a 4,096-word tokenizer.
+TYPICAL = {"hellaswag": {0: (39, 17), 10: (630, 17)}, "arc_challenge": {0: (42, 8), 25: (1228, 8)}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, a task's lengths, and how much of both is timed."""
+
+    shape: str
+    task: str
+    shots: int
+    documents: int
+    layers: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} {self.task} {self.shots}-shot"
+
+
+CASES = [
+    Case("pythia-70m", "hellaswag", 0, 4, 6),
+    Case("pythia-70m", "hellaswag", 10, 1, 6),
+    Case("pythia-70m", "arc_challenge", 25, 1, 6),
+    Case("pythia-160m", "hellaswag", 0, 2, 6),
+    Case("pythia-160m", "arc_challenge", 25, 1, 3),
+    Case("qwen2-0.5b", "hellaswag", 0, 1, 6),
+]
+
+
+def lengths(task: str, shots: int, n: int) -> list[tuple[int, list[int]]]:
+    """Context and option lengths of ``n`` prompts, evenly spread over real ones where there are any."""
+    root = os.environ.get("AFT_TEST_DATA")
+    if not root:
+        context, option = TYPICAL[task][shots]
+        return [(context, [option] * 4)] * n
+    program = f"""
+import json, os
+from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.training.examples import PromptSettings, encode
+from lm_eval_aft.training.plan import TrainingPlan, prepare
+lm = AFTLM({str(Path(root).resolve() / "models" / "english-neox-12m")!r}, device="cpu")
+plan = TrainingPlan.of({task!r}, train_docs=50, selection_docs=60, prompts=PromptSettings(num_fewshot={shots}))
+documents = encode(prepare(lm, plan).splits.selection, lm)
+print(json.dumps([(len(d.pairs[0][0]), [len(tail) for _, tail in d.pairs]) for d in documents]))
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(root) / "hub",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = sorted(json.loads(done.stdout.splitlines()[-1]), key=lambda d: d[0] + sum(d[1]))
+    return [found[round((i + 0.5) / n * len(found) - 0.5)] for i in range(n)]
+
+
+def documents(case: Case, vocabulary: int) -> list[Document]:
+    """Random tokens in the lengths of the case's prompts."""
+    draw = np.random.default_rng(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in draw.integers(10, vocabulary, n))
+
+    made = []
+    for context, options in lengths(case.task, case.shots, case.documents):
+        shared = ids(context)
+        tails = tuple((shared, ids(k)) for k in options)
+        made.append(Document(tails, (0,), tuple(4.0 * k for k in options)))
+    return made
+
+
+def naive_scores(model: Any, document: Document) -> Tensor:
+    """Log-likelihood of every option, each from a pass of its own."""
+    sums = []
+    for context, tail in document.pairs:
+        ids = torch.tensor([(*context, *tail)])
+        logprobs = F.log_softmax(model(input_ids=ids[:, :-1], use_cache=False).logits.float(), dim=-1)[0]
+        sums.append(logprobs[range(len(context) - 1, len(context) + len(tail) - 1), list(tail)].sum())
+    return torch.stack(sums)
+
+
+def naive_step(model: Any, backbone: Backbone, layer: int, document: Document) -> Tensor:
+    """The gradient for a vector at ``layer``, shape ``(hidden_size,)``, as a plain loop finds it."""
+    vector = torch.zeros(backbone.hidden_size, requires_grad=True)
+    with add_at(backbone.blocks[layer], vector):
+        loss = F.cross_entropy(naive_scores(model, document).unsqueeze(0), torch.tensor([document.gold[0]]))
+        loss.backward()
+    assert vector.grad is not None
+    return vector.grad
+
+
+def nothing(_done: int) -> None:
+    pass
+
+
+def engine_gradients(
+    engine: Trajectory, candidates: Sequence[Candidate], docs: Sequence[Document]
+) -> list[Tensor]:
+    """One gradient per document and candidate, read off before the optimiser uses it."""
+    found: list[Tensor] = []
+    for candidate in candidates:
+
+        def read(candidate: Candidate = candidate) -> None:
+            assert candidate.vector.grad is not None
+            found.append(candidate.vector.grad.clone().float())
+            candidate.vector.grad = None
+
+        candidate.step = read  # type: ignore[method-assign]
+    engine.train(candidates, [[document] for document in docs], nothing)
+    return found
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    gc.collect()
+    started = time.process_time()
+    result = work()
+    return time.process_time() - started, result
+
+
+def quartiles(times: Sequence[float]) -> list[float]:
+    return [round(q, 4) for q in np.percentile(times, [25, 50, 75])]
+
+
+def matmul_peak() -> float:
+    """Operations a second of this machine's fp32 matrix product, one size that suits it."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return max(2 * 1024**3 / timed(lambda: a @ b)[0] for _ in range(10))
+
+
+def flops(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def measure(case: Case, rounds: int, bf16: bool) -> dict[str, Any]:
+    """Time one case on both sides."""
+    torch.manual_seed(0)
+    config = SHAPES[case.shape]
+    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    backbone = find_backbone(model)
+    docs = documents(case, config.vocab_size)
+    depth = len(backbone.blocks)
+    layers = [round((i + 0.5) / case.layers * depth - 0.5) for i in range(case.layers)]
+    engine = Trajectory(model, backbone, Choice("acc"), packed=True)
+    unpacked = Trajectory(model, backbone, Choice("acc"), packed=False)
+
+    def candidates() -> list[Candidate]:
+        return [Candidate(layer, 0, Recipe(), new_vector(model, backbone)) for layer in layers]
+
+    def naive() -> list[Tensor]:
+        return [naive_step(model, backbone, layer, document) for document in docs for layer in layers]
+
+    def judge_naive() -> None:
+        with torch.no_grad():
+            for document in docs:
+                with add_at(backbone.blocks[layers[-1]], torch.zeros(backbone.hidden_size)):
+                    naive_scores(model, document)
+
+    sides: dict[str, Callable[[], Any]] = {
+        "naive": naive,
+        "engine": lambda: engine_gradients(engine, candidates(), docs),
+        "unpacked": lambda: engine_gradients(unpacked, candidates(), docs),
+        "naive judging": judge_naive,
+        "engine judging": lambda: engine.evaluate(candidates(), docs, nothing),
+    }
+    sides["engine"]()  # loads what is loaded on first use
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    error = 0.0
+    for number in range(rounds):
+        for name, work in sides.items():
+            if name == "unpacked" and number:
+                continue  # only tells how much packing gives: once is enough
+            seconds, result = timed(work)
+            times[name].append(seconds)
+            if name == "naive":
+                truth = result
+            elif name == "engine":
+                error = max(
+                    error, *(float((a - b).norm() / b.norm()) for a, b in zip(result, truth, strict=True))
+                )
+    if bf16:
+        for name in ("engine", "engine judging"):
+            model.to(torch.bfloat16)
+            sides[name]()
+            times[f"{name} bf16"] = [timed(sides[name])[0] for _ in range(rounds)]
+        model.float()
+    counted = {name: flops(sides[name]) for name in ("naive", "engine")}
+    mid = {name: statistics.median(values) for name, values in times.items()}
+    ratio = mid["naive"] / mid["engine"]
+    tokens = sum(d.tokens(True) for d in docs) * len(layers)
+    result = {
+        "name": case.name,
+        "ratio": round(ratio, 2),
+        "max_rel_grad_error": error,
+        "layers": len(layers),
+        "documents": len(docs),
+        "median_packed_tokens": int(statistics.median(d.tokens(True) for d in docs)),
+        "flop_ratio": round(counted["naive"] / counted["engine"], 2),
+        "packing_alone": round(mid["unpacked"] / mid["engine"], 2),
+        "judging_ratio": round(mid["naive judging"] * len(layers) / mid["engine judging"], 2),
+        "engine_tokens_per_second": round(tokens / mid["engine"]),
+        "engine_share_of_matmul_peak": round(counted["engine"] / mid["engine"] / matmul_peak(), 2),
+        "naive_seconds": quartiles(times["naive"]),
+        "engine_seconds": quartiles(times["engine"]),
+    }
+    if bf16:
+        result["bf16_alone"] = round(mid["engine"] / mid["engine bf16"], 2)
+        result |= whole_protocol(depth, len(docs), len(layers), mid)
+    return result
+
+
+def whole_protocol(depth: int, docs: int, layers: int, mid: dict[str, float]) -> dict[str, float]:
+    """The default protocol in bf16 against every one of its candidates trained to the end, plainly.
+
+    Uses the costs just measured, per candidate and document, and the protocol's own counts with
+    500 training and 500 selection documents. Both sides train finalists for the fewest epochs the
+    protocol allows, which favours the plain side: it would train everything that long.
+    """
+    protocol = find_protocol("adaptive")
+    protocol = replace(protocol, epochs=protocol.min_epochs)
+    stages = schedule(protocol, depth, 500, 500)
+    tried = [stages[0], *(s for s in stages if s.name != "search")]
+    each = docs * layers
+    train, judge = mid["naive"] / each, mid["naive judging"] / docs
+    plain = sum(s.candidates * protocol.epochs * 500 * (train + judge) for s in tried)
+    fast_train, fast_judge = mid["engine bf16"] / each, mid["engine judging bf16"] / each
+    ours = sum(s.candidates * s.epochs * (s.train * fast_train + s.selection * fast_judge) for s in stages)
+    unthinned = sum(s.candidates * protocol.epochs * 500 * (fast_train + fast_judge) for s in tried)
+    return {"halving_alone": round(unthinned / ours, 2), "protocol_ratio": round(plain / ours, 1)}
+
+
+def growth(rounds: int) -> dict[str, list[list[float]]]:
+    """Engine seconds against the number of layers, documents and context tokens (pythia-70m shape)."""
+    config = SHAPES["pythia-70m"]
+    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    backbone = find_backbone(model)
+    engine = Trajectory(model, backbone, Choice("acc"), packed=True)
+    draw = np.random.default_rng(0)
+
+    def seconds(layers: int, docs: int, context: int) -> float:
+        ids = [tuple(int(i) for i in draw.integers(10, 50000, context)) for _ in range(docs)]
+        tails = [tuple(int(i) for i in draw.integers(10, 50000, 17)) for _ in range(4)]
+        made = [Document(tuple((c, t) for t in tails), (0,), (1.0,) * 4) for c in ids]
+        group = [Candidate(layer, 0, Recipe(), new_vector(model, backbone)) for layer in range(layers)]
+        work = [timed(lambda: engine.train(group, [[d] for d in made], nothing))[0] for _ in range(rounds)]
+        return round(statistics.median(work), 3)
+
+    return {
+        "layers": [[n, seconds(n, 2, 64)] for n in (1, 2, 4, 6)],
+        "documents": [[n, seconds(2, n, 64)] for n in (1, 2, 4, 8)],
+        "context": [[n, seconds(2, 1, n)] for n in (64, 256, 1024)],
+    }
+
+
+def memory(case: Case) -> dict[str, Any]:
+    """Peak memory above the loaded weights of either side, each in a process of its own."""
+    found = {}
+    for side in ("naive", "engine"):
+        command = [sys.executable, __file__, "--memory-of", case.name, "--side", side]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[side] = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "name": case.name,
+        "naive_bytes": found["naive"]["bytes"],
+        "engine_bytes": found["engine"]["bytes"],
+        "ratio": round(found["engine"]["bytes"] / found["naive"]["bytes"], 3),
+        "estimate_over_measured": round(found["engine"]["estimate"] / found["engine"]["bytes"], 3),
+    }
+
+
+def _status(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure_memory(case: Case, side: str) -> dict[str, int]:
+    """Most resident bytes above what was resident once the model was loaded and had been used."""
+    torch.manual_seed(0)
+    config = SHAPES[case.shape]
+    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    backbone = find_backbone(model)
+    docs = documents(case, config.vocab_size)
+    engine = Trajectory(model, backbone, Choice("acc"), packed=True)
+    depth = len(backbone.blocks)
+    shortest = Document(tuple((c[:8], t[:2]) for c, t in docs[0].pairs), (0,), (1.0,) * len(docs[0].pairs))
+    candidates = [Candidate(layer, 0, Recipe(), new_vector(model, backbone)) for layer in range(depth)]
+    if side == "naive":
+        naive_step(model, backbone, 0, shortest)
+    else:
+        engine.train(candidates, [[shortest]], nothing)
+        engine.evaluate(candidates, [shortest], nothing)
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    if side == "naive":
+        for document in docs:
+            naive_step(model, backbone, 0, document)
+    else:
+        engine.train(candidates, [[document] for document in docs], nothing)
+        engine.evaluate(candidates, docs, nothing)
+    peak = _status("VmHWM") - before
+    zero = new_vector(model, backbone)
+    expected = estimate(engine, range(depth), zero, docs, docs, [], 1).peak_bytes if side == "engine" else 0
+    return {"bytes": peak, "estimate": expected}
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="One small case, under a minute.")
+@click.option("--rounds", default=5, show_default=True, help="Interleaved rounds per case.")
+@click.option("--only", help="Only the cases whose name contains this.")
+@click.option("--memory-of", hidden=True)
+@click.option("--side", hidden=True)
+def main(quick: bool, rounds: int, only: str | None, memory_of: str | None, side: str | None) -> None:
+    """Time the training engine against the plain loop."""
+    quiet_libraries()
+    by_name = {case.name: case for case in CASES}
+    if memory_of and side:
+        print(json.dumps(measure_memory(by_name[memory_of], side)))
+        return
+    if quick:
+        small = replace(CASES[0], documents=1, layers=2)
+        print(json.dumps({"cases": [measure(small, 2, bf16=False)]}))
+        return
+    cases = []
+    for case in CASES:
+        if only is None or only in case.name:
+            cases.append(measure(case, rounds, bf16=True))
+            print(json.dumps(cases[-1], indent=1), flush=True)
+    peaks = [
+        memory(case) for case in CASES if (only is None or only in case.name) and case.shape != "qwen2-0.5b"
+    ]
+    print(json.dumps({"cases": cases, "memory": peaks, "growth": growth(3)}))
+
+
+if __name__ == "__main__":
+    main()
