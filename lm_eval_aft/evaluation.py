@@ -79,9 +79,11 @@ def evaluate_pair(
     model_args: dict[str, Any] | None = None,
     flags: Sequence[str] = (),
 ) -> list[Run]:
-    """Score the baseline and every vector (and placebos) with lm-eval, one run after another.
+    """Score the baseline and every vector (and placebos) with lm-eval.
 
-    Returns the runs, baseline first; compare them with `lm_eval_aft.reporting.results`.
+    Log-likelihoods of all of them are found in one go, sharing tokens, batches and the blocks below
+    each vector's layer; generation runs once for each. Returns the runs, baseline first; compare
+    them with `lm_eval_aft.reporting.results`.
 
     Each run lands in ``output/<name>`` exactly as ``lm_eval --model aft --log_samples`` would
     write it. Log-softmax is taken in fp32 on every side unless ``model_args`` says otherwise.
@@ -109,8 +111,11 @@ def evaluate_pair(
         device=None if config.device == "cuda:0" else config.device,
     )
     mismatch = bool(arguments.get("allow_mismatch", False))
+    in_force = []
     for run in runs:  # every vector must fit before hours are spent on the first
         lm.steer(run.vector, allow_mismatch=mismatch)
+        in_force += [lm.vector] if lm.vector is not None else []
+    lm.score_along(in_force)
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
         lm.steer(run.vector, allow_mismatch=mismatch)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_eval_aft.attention import causal_prefix
 from lm_eval_aft.backbone import Backbone
 from lm_eval_aft.steering import hidden_states, with_hidden_states
 
@@ -78,6 +79,7 @@ class Batch:
         option: (N,) the option each belongs to, numbered through the batch.
         document: (options,) the document each option belongs to.
         documents: the documents themselves, in order.
+        causal: tokens at the start of every row that its mask treats causally; 0 without a mask.
     """
 
     inputs: dict[str, Tensor]
@@ -87,6 +89,7 @@ class Batch:
     option: Tensor
     document: Tensor
     documents: tuple[Document, ...]
+    causal: int
 
 
 def make_batch(
@@ -148,12 +151,14 @@ def make_batch(
         torch.tensor(option, **place),  # type: ignore[arg-type]
         torch.tensor(owners, **place),  # type: ignore[arg-type]
         tuple(documents),
+        min(len(context) for context, _ in rows) if packed else 0,
     )
 
 
 def continuation_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (S, vocabulary) at the batch's scored positions; the head sees no other position."""
-    return logits_at(model, {**batch.inputs, "use_cache": False}, batch.scored)
+    with causal_prefix(batch.causal, batch.inputs["input_ids"].shape[1]):
+        return logits_at(model, {**batch.inputs, "use_cache": False}, batch.scored)
 
 
 def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:

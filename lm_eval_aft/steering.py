@@ -62,11 +62,18 @@ def attach(
     check_fits(vector, backbone)
     check_fingerprint(vector.metadata, model, tokenizer, allow_mismatch=allow_mismatch)
     factor = vector.coefficient if coefficient is None else float(coefficient)
-    if factor == 0:
-        return SteeringHandle([])
-    return SteeringHandle(
-        [add_at(backbone.blocks[layer], values * factor) for layer, values in vector.layers.items()]
-    )
+    return add_all(backbone, deltas(vector, factor))
+
+
+def deltas(vector: SteeringVector, coefficient: float | None = None) -> dict[int, Tensor]:
+    """What the vector adds at each of its layers, fp32 (hidden_size,); nothing at coefficient 0."""
+    factor = vector.coefficient if coefficient is None else coefficient
+    return {layer: values * factor for layer, values in vector.layers.items()} if factor else {}
+
+
+def add_all(backbone: Backbone, shifts: dict[int, Tensor]) -> SteeringHandle:
+    """Add each shift at its layer's output until the handle is removed."""
+    return SteeringHandle([add_at(backbone.blocks[layer], shift) for layer, shift in shifts.items()])
 
 
 def check_fits(vector: SteeringVector, backbone: Backbone) -> None:

@@ -40,8 +40,9 @@ def evaluate(
 ) -> None:
     """Score the baseline and steered model with lm-eval, and compare them pair by pair.
 
-    Writes ordinary lm-eval result folders: OUTPUT/baseline, OUTPUT/steered/NAME and
-    OUTPUT/placebo/NAME. Flags after `--` go to lm-eval unchanged.
+    Log-likelihoods of the baseline, all vectors and placebos are found in one go. Writes ordinary
+    lm-eval result folders: OUTPUT/baseline, OUTPUT/steered/NAME and OUTPUT/placebo/NAME. Flags
+    after `--` go to lm-eval unchanged.
 
     \b
     Examples:

@@ -93,9 +93,11 @@ def estimate(
         pass
 
     longest = sorted(train, key=_tokens)[-batch_size:]
+    judged = sorted(selection, key=_tokens)
+    together = max(1, getattr(engine, "budget", 0) // _tokens(judged[-1]))
     with PeakMemory() as memory:  # also warms up what is loaded on first use
-        engine.train(group[:1], [longest], nothing)
-        engine.evaluate(group[:1], [max(selection, key=_tokens)], nothing)
+        engine.train(group, [longest], nothing)
+        engine.evaluate(group, judged[-together:], nothing)
     sample, judged = _spread(train), _spread(selection)
 
     def train_sample() -> None:

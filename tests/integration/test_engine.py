@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lm_eval_aft import attention
 from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.packing import (
@@ -379,3 +380,22 @@ def test_bf16_selection_scores_stay_near_fp32() -> None:
         assert ours.vector.dtype == torch.float32  # the master copy
         found.append(engine.evaluate([ours], documents(12), nothing)[0].cross_entropy)
     assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
+@pytest.mark.parametrize("family", sorted(PACKED))
+def test_long_contexts_split_attention_and_stay_exact(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the causal part computed without a mask: the same log-likelihoods and gradients."""
+    model = tiny_model(family)
+    docs = documents(6, context=40)
+    calls = []
+    monkeypatch.setattr(attention, "WORTHWHILE", 2)
+    original = attention._attention
+    monkeypatch.setattr(attention, "_attention", lambda *a: (calls.append(1), original(*a))[1])
+    engine = Trajectory(model, find_backbone(model), Choice("acc_norm"), packed=True)
+    reference = Reference(model, find_backbone(model), Choice("acc_norm"))
+    for layer in (0, 2):
+        fast, slow = (gradient(e, model, layer, docs) for e in (engine, reference))
+        assert float((fast - slow).norm() / slow.norm()) <= 1e-5
+    batch = make_batch(docs, True, torch.device("cpu"), torch.float32)
+    assert batch.causal == min(len(context) for d in docs for context, _ in d.pairs)
+    assert calls

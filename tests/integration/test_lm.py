@@ -77,7 +77,7 @@ def test_each_model_and_vector_has_its_own_cached_answers(
     folder = checkpoint("llama")
     lms: dict[str, Callable[[], Any]] = {
         "hf": lambda: HFLM(folder, **OPTIONS),
-        "baseline": lambda: AFTLM(folder, **OPTIONS),
+        "baseline": lambda: AFTLM(folder, fast=False, **OPTIONS),
         "one": lambda: AFTLM(folder, vector=some_vector(1), **OPTIONS),
         "two": lambda: AFTLM(folder, vector=some_vector(2), **OPTIONS),
         "one, weaker": lambda: AFTLM(folder, vector=some_vector(1), coefficient=0.5, **OPTIONS),

@@ -1,0 +1,234 @@
+"""Scores questions: every context is read once, for the model as it stands and for further vectors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.packing import capture, logits_at, resumed
+from lm_eval_aft.scoring.requests import Answer, Question, Request
+from lm_eval_aft.scoring.slots import Enough, Slots
+from lm_eval_aft.scoring.steps import Step, answers, context_steps, plain_steps, tree_steps
+from lm_eval_aft.steering import add_all
+
+logger = logging.getLogger(__name__)
+
+# What a vector adds, by layer; see `lm_eval_aft.steering.deltas`.
+Shifts = dict[int, Tensor]
+Answers = dict[int, Answer]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Most tokens (rows x width) in one pass, most of them scored, and most bytes of keys and values."""
+
+    tokens: int
+    scored: int
+    cache: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Budget:
+        """What keeps the device busy: a CPU is with a few hundred tokens, and padding only costs it."""
+        if device.type == "cpu":
+            return cls(1024, 512, 384 << 20)
+        return cls(16384, 4096, 4 << 30)
+
+    def halved(self) -> Budget:
+        """Half of everything."""
+        return Budget(max(1, self.tokens // 2), max(1, self.scored // 2), self.cache // 2)
+
+
+class Scorer:
+    """Log-likelihoods of a model, and of the same model under each of ``vectors``.
+
+    Below a vector's lowest layer nothing depends on it, so its passes start there, from what the
+    first pass left (`lm_eval_aft.packing.resumed`); tokens, masks and batches are shared too.
+
+    Args:
+        model: a causal LM, possibly with a vector attached; that state is the first one scored.
+        dtype: what masks are made in: the activations' dtype.
+        softmax_dtype: as in `HFLM`.
+        autocast: dtype of mixed precision, or None.
+        vectors: further states to score, as shifts by layer; the model must then be the baseline.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        *,
+        device: torch.device,
+        softmax_dtype: torch.dtype | None = None,
+        autocast: torch.dtype | None = None,
+        vectors: Sequence[Shifts] = (),
+    ) -> None:
+        self.model = model
+        self.backbone = backbone
+        self.device = device
+        self.softmax_dtype = softmax_dtype
+        self.autocast = autocast
+        self.dtype = autocast or next(model.parameters()).dtype
+        self.vectors = list(vectors)
+        self.budget = Budget.of(device)
+        # A model spread over devices moves its inputs in hooks that must see every pass end.
+        self._may_stop = len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+        self._slots: list[Slots | None] = [None] * 2
+
+    def packed(self, questions: Sequence[Question], prefix: int = 0) -> Iterator[list[Answers]]:
+        """Answers of every state, group by group of questions, each context in one pass of its own.
+
+        ``prefix`` says how many tokens all contexts begin with in common; they are read once.
+        """
+        order = sorted(questions, key=lambda question: (-len(question.context), -len(question.tokens)))
+        heads = self.prefixes(order[0].context[:prefix]) if prefix else []
+        while order:
+            group = self.take(order)
+            order = order[len(group) :]
+            yield self.retrying(partial(self._group, group, prefix, heads))
+        self._slots = [None] * 2
+
+    def plain(self, requests: Sequence[tuple[int, Request]]) -> Iterator[list[Answers]]:
+        """Answers of every state, pass by pass over whole sequences: only the head is saved."""
+        order = sorted(requests, key=lambda item: -len(item[1][1]) - len(item[1][2]))
+        many = 256
+        for first in range(0, len(order), many):
+            yield self.retrying(partial(self._plain, order[first : first + many]))
+
+    def _plain(self, requests: Sequence[tuple[int, Request]]) -> list[Answers]:
+        found: list[Answers] = [{} for _ in range(1 + len(self.vectors))]
+        for step in plain_steps(requests, self.budget.tokens, self.device):
+            parts = self._run([step], [None, None], range(len(self.vectors)))
+            for mine, more in zip(found, parts, strict=True):
+                mine.update(more)
+        return found
+
+    def take(self, order: Sequence[Question], more: int = 0) -> list[Question]:
+        """The first of ``order`` that go together: keys and values must fit, with ``more`` columns."""
+        columns = len(order[0].context)
+        limit = self.budget.cache // self._bytes_per_token()
+        group: list[Question] = []
+        widest = scored = 0
+        for question in order:
+            widest = max(widest, len(question.tokens))
+            scored += len(question.tokens)
+            if group and (
+                (len(group) + 1) * (columns + widest + more) > limit or scored > 8 * self.budget.scored
+            ):
+                break
+            group.append(question)
+        return group
+
+    def _bytes_per_token(self) -> int:
+        model: Any = self.model
+        text = model.config.get_text_config()
+        heads = getattr(text, "num_attention_heads", 1)
+        width = getattr(text, "head_dim", None) or self.backbone.hidden_size // heads
+        stored = getattr(text, "num_key_value_heads", None) or heads
+        return int(2 * len(self.backbone.blocks) * stored * width * self.dtype.itemsize)
+
+    def prefixes(self, tokens: Sequence[int]) -> list[Any]:
+        """Keys and values of a common prefix, for every state."""
+        step = Step({"input_ids": torch.tensor([tokens], device=self.device)}, slice(0, 1))
+        base = Slots(1, len(tokens))
+        self._run([step], [base, None], chosen=[])
+        found = [base.prefix(len(tokens))]
+        for i in range(len(self.vectors)):
+            mine = Slots(1, len(tokens))
+            # The baseline's pass is made once more for each vector: prefixes are few.
+            self._run([step], [base, mine], chosen=[i])
+            found.append(mine.prefix(len(tokens)))
+        return found
+
+    def _group(self, group: Sequence[Question], prefix: int, heads: Sequence[Any]) -> list[Answers]:
+        columns = max(len(question.context) for question in group)
+        widest = max(len(question.tokens) for question in group)
+        # Wide trees first, so that rows of one pass are about as wide as each other.
+        rows = sorted(group, key=lambda question: -len(question.tokens))
+        steps = [
+            *context_steps(rows, prefix, self.budget.tokens, self.device),
+            *tree_steps(rows, columns, self.budget.scored, self.device, self.dtype),
+        ]
+        for i in range(2 if self.vectors else 1):
+            have = self._slots[i]
+            if have is None or not have.fits(len(rows), columns + widest):
+                self._slots[i] = Slots(len(rows), columns + widest)
+        return self._run(steps, self._slots, range(len(self.vectors)), heads)
+
+    def _run(
+        self,
+        steps: Sequence[Step],
+        slots: Sequence[Slots | None],
+        chosen: Sequence[int],
+        heads: Sequence[Any] = (),
+    ) -> list[Answers]:
+        """Make the passes for the model as it is, then resumed for each of the ``chosen`` vectors."""
+        base, other = slots
+        if heads and base is not None:
+            base.load(heads[0])
+        found: list[Answers] = [{}]
+        kept: list[dict[int, Any]] = []
+        starts = [min(self.vectors[i]) for i in chosen if self.vectors[i]]
+        for step in steps:
+            with capture(self.backbone, starts) as outputs:
+                found[0].update(self._pass(step, base))
+            kept.append(outputs)
+        for i in chosen:
+            shifts = self.vectors[i]
+            if not shifts:
+                found.append(dict(found[0]))
+                continue
+            lowest = min(shifts)
+            if heads and other is not None:
+                other.load(heads[1 + i])
+            mine: Answers = {}
+            for step, outputs in zip(steps, kept, strict=True):
+                if not step.scored and lowest == len(self.backbone.blocks) - 1:
+                    continue  # no keys or values depend on this vector
+                with add_all(self.backbone, shifts), resumed(self.backbone, lowest, outputs[lowest]):
+                    mine.update(self._pass(step, other))
+            found.append(mine)
+        return found
+
+    def _pass(self, step: Step, slots: Slots | None) -> Answers:
+        logits = self.logits(step, slots)
+        return answers(step, logits, self.softmax_dtype) if logits is not None and step.scored else {}
+
+    def logits(self, step: Step, slots: Slots | None) -> Tensor | None:
+        """One pass: logits (R, vocabulary) at its scored positions; None where it could end early."""
+        inputs: dict[str, Any] = {**step.inputs, "use_cache": False}
+        if slots is not None and step.at is not None:
+            # A context's logits are not wanted, nor what its last block makes of its keys and values.
+            stop = len(self.backbone.blocks) - 1 if self._may_stop and not step.scored else None
+            slots.open(step.at, step.start, stop)
+            inputs |= {"past_key_values": slots, "use_cache": True}
+        positions = torch.tensor(step.scored, dtype=torch.long, device=self.device)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
+            try:
+                return logits_at(self.model, inputs, positions)
+            except Enough:
+                return None
+
+    def retrying(self, run: Callable[[], T]) -> T:
+        """Try again with a smaller budget when an accelerator runs out of memory."""
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError:
+                if self.budget.tokens <= 64:
+                    raise
+            self.budget = self.budget.halved()
+            self._slots = [None] * 2
+            torch.cuda.empty_cache()
+            logger.warning("Out of memory: scoring goes on with %d tokens a pass.", self.budget.tokens)

@@ -1,0 +1,182 @@
+"""Which way requests are scored: the fastest that agrees with stock `hf`, tried on first use."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from lm_eval_aft.packing import disagreement, refused
+from lm_eval_aft.scoring.loglikelihood import Answers, Scorer, Shifts
+from lm_eval_aft.scoring.requests import Answer, Question, Request, gather, with_common_prefixes
+from lm_eval_aft.steering import add_all
+
+logger = logging.getLogger(__name__)
+
+Stock = Callable[[Sequence[Request]], list[Answer]]
+# From the fastest to the plainest. "prefixed": packed, behind a prefix that many questions share and
+# that is read once. "packed": a question's context is read once. "trimmed": stock's rows, the
+# vocabulary head on scored positions only.
+FALLBACK = {"prefixed": "packed", "packed": "trimmed", "trimmed": "stock"}
+
+
+class Paths:
+    """Scores requests by the fastest path each may take, and counts the paths taken.
+
+    On first use a path is compared with stock on the longest and the shortest question at hand. If
+    it differs, or fails, the next one is tried, and the log says why.
+
+    Args:
+        stock: answers requests as `HFLM` does, for the model as it stands.
+        window: most tokens a row may have; longer requests are cut by stock, and left to it.
+    """
+
+    def __init__(self, scorer: Scorer, stock: Stock, window: int) -> None:
+        self.scorer = scorer
+        self.stock = stock
+        self.window = window
+        self.taken: Counter[str] = Counter()
+        self._holds: dict[str, bool] = {}
+
+    def score(
+        self,
+        requests: Sequence[Request],
+        report: Callable[[list[Answers]], None],
+        vectors: Sequence[Shifts] = (),
+    ) -> None:
+        """Hand answers by request index to ``report``, part by part: the model's, then each vector's.
+
+        What stock must answer comes without the vectors' answers: a shorter list.
+        """
+        self.scorer.vectors = list(vectors)
+        left: list[Question] = []
+        fitting: list[Question] = []
+        for question in gather(enumerate(requests)):
+            (fitting if question.longest <= self.window + 1 else left).append(question)
+        if left:
+            logger.info(
+                "%d documents are longer than %d tokens: stock cuts and scores them.", len(left), self.window
+            )
+        plain: list[Question] = []
+        for prefix, questions in with_common_prefixes(fitting):
+            shared = [q for q in questions if self._may_share(q) and (prefix or q.rows > 1)]
+            path = "prefixed" if prefix else "packed"
+            while shared and path != "trimmed" and not self._check(path, shared, prefix, requests):
+                path, prefix = FALLBACK[path], 0
+            if path == "trimmed":
+                shared = []
+            taken = {id(question) for question in shared}
+            plain += [question for question in questions if id(question) not in taken]
+            self._answer(path, shared, prefix, requests, report)
+        if plain and self._check("trimmed", plain, 0, requests):
+            self._answer("trimmed", plain, 0, requests, report)
+        else:
+            left += plain
+        if left:
+            self.taken["stock"] += len(left)
+            items = _items(left, requests)
+            answers = self.stock([request for _, request in items])
+            report([{i: answer for (i, _), answer in zip(items, answers, strict=True)}])
+
+    def _answer(
+        self,
+        path: str,
+        questions: Sequence[Question],
+        prefix: int,
+        requests: Sequence[Request],
+        report: Callable[[list[Answers]], None],
+    ) -> None:
+        if questions:
+            self._drop_vectors_unless_resumable(path, questions, prefix, requests)
+            for part in self._parts(path, questions, prefix, requests):
+                report(part)
+            self.taken[path] += len(questions)
+
+    def _may_share(self, question: Question) -> bool:
+        return not refused(self.scorer.model, question.length)
+
+    def _parts(
+        self, path: str, questions: Sequence[Question], prefix: int, requests: Sequence[Request]
+    ) -> Iterator[list[Answers]]:
+        if path == "trimmed":
+            return self.scorer.plain(_items(questions, requests))
+        return self.scorer.packed(questions, prefix if path == "prefixed" else 0)
+
+    def _check(
+        self, path: str, questions: Sequence[Question], prefix: int, requests: Sequence[Request]
+    ) -> bool:
+        if path not in self._holds:
+            probe = _probe(questions)
+            reason = self._differs(path, probe, prefix, requests)
+            self._holds[path] = not reason
+            if reason:
+                logger.warning("Scoring goes from %s to %s: %s.", path, FALLBACK[path], reason)
+        return self._holds[path]
+
+    def _differs(self, path: str, probe: Sequence[Question], prefix: int, requests: Sequence[Request]) -> str:
+        vectors, self.scorer.vectors = self.scorer.vectors, []
+        try:
+            fast = {i: a for part in self._parts(path, probe, prefix, requests) for i, a in part[0].items()}
+        except Exception as error:  # whatever a model's own code makes of such a pass
+            return f"the model refuses it ({type(error).__name__}: {str(error)[:200]})"
+        finally:
+            self.scorer.vectors = vectors
+        slow = self.stock([(None, *request[1:]) for _, request in _items(probe, requests)])
+        return self._compare(fast, dict(zip(sorted(fast), slow, strict=True)), requests)
+
+    def _compare(self, fast: Answers, slow: Answers, requests: Sequence[Request]) -> str:
+        indices = sorted(fast)
+        dtype = self.scorer.dtype
+        reason = disagreement(
+            torch.tensor([fast[i][0] for i in indices], dtype=torch.float64),
+            torch.tensor([slow[i][0] for i in indices], dtype=torch.float64),
+            torch.tensor([len(requests[i][2]) for i in indices]),
+            dtype,
+        )
+        if reason:
+            return f"log-likelihoods {reason}"
+        if dtype == torch.float32 and any(fast[i][1] != slow[i][1] for i in indices):
+            return "greedy decoding differs"
+        return ""
+
+    def _drop_vectors_unless_resumable(
+        self, path: str, questions: Sequence[Question], prefix: int, requests: Sequence[Request]
+    ) -> None:
+        """Keep the scorer's vectors only if resuming from a vector's layer equals passes under it."""
+        scorer = self.scorer
+        shifts = next((shifts for shifts in scorer.vectors if shifts), None)
+        if shifts is not None and "resumed" not in self._holds:
+            probe, vectors = _probe(questions), scorer.vectors
+            reason = ""
+            try:
+                scorer.vectors = [shifts]
+                parts = list(self._parts(path, probe, prefix, requests))
+                fast = {i: a for part in parts for i, a in part[1].items()}
+                scorer.vectors = []
+                with add_all(scorer.backbone, shifts):
+                    parts = list(self._parts(path, probe, prefix, requests))
+                reason = self._compare(fast, {i: a for part in parts for i, a in part[0].items()}, requests)
+            except Exception as error:  # whatever a model's own code makes of such a pass
+                reason = f"the model refuses it ({type(error).__name__}: {str(error)[:200]})"
+            finally:
+                scorer.vectors = vectors
+            self._holds["resumed"] = not reason
+            if reason:
+                logger.warning("Each vector is scored by itself: passes cannot start midway: %s.", reason)
+        if not self._holds.get("resumed", True):
+            scorer.vectors = []
+
+
+def _items(questions: Sequence[Question], requests: Sequence[Request]) -> list[tuple[int, Request]]:
+    """The questions' requests with their indices, in order."""
+    indices = sorted(option.index for question in questions for option in question.options)
+    return [(i, requests[i]) for i in indices]
+
+
+def _probe(questions: Sequence[Question]) -> list[Question]:
+    """The longest and the shortest question."""
+    longest = max(questions, key=lambda question: question.length)
+    shortest = min(questions, key=lambda question: question.length)
+    return [longest] if longest is shortest else [longest, shortest]

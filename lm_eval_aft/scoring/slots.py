@@ -1,0 +1,97 @@
+"""Keys and values of many rows in fixed buffers, filled and read by position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+Rows = slice | Tensor
+
+
+class Enough(Exception):
+    """Raised inside a pass once the last block's keys and values are stored: nothing else is needed."""
+
+
+class Slots(DynamicCache):
+    """A key-value cache of ``rows`` rows and ``capacity`` columns per block.
+
+    Unlike transformers' own caches it is told before each pass which rows and columns the pass
+    fills (`open`); the pass then sees columns 0 up to those. Columns it must not see are for the
+    attention mask to hide. Buffers start as zeros, so hidden columns never hold NaN.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.capacity = capacity
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._at: Rows = slice(0, 0)
+        self._start = 0
+        self._stop_after: int | None = None
+
+    def open(self, at: Rows, start: int, stop_after: int | None = None) -> None:
+        """The next pass fills columns from ``start`` in the rows ``at``.
+
+        With ``stop_after`` it ends, by `Enough`, when that block's keys and values are stored.
+        """
+        self._at, self._start, self._stop_after = at, start, stop_after
+
+    def fits(self, rows: int, capacity: int) -> bool:
+        """Whether the buffers hold that many rows and columns."""
+        return rows <= self.rows and capacity <= self.capacity
+
+    def prefix(self, length: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """A copy of row 0's first ``length`` columns, by block."""
+        return {
+            block: (keys[:1, :, :length].clone(), values[:1, :, :length].clone())
+            for block, (keys, values) in self._buffers.items()
+        }
+
+    def load(self, prefix: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Write what `prefix` returned into the first columns of every row."""
+        for block, (keys, values) in prefix.items():
+            mine = self._buffer(block, keys, values)
+            mine[0][:, :, : keys.shape[2]] = keys
+            mine[1][:, :, : values.shape[2]] = values
+
+    def move(self, source: int, target: int) -> None:
+        """Overwrite row ``target`` with row ``source``."""
+        for keys, values in self._buffers.values():
+            keys[target] = keys[source]
+            values[target] = values[source]
+
+    def _buffer(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if block not in self._buffers:
+            k, v = (
+                torch.zeros(self.rows, t.shape[1], self.capacity, t.shape[3], dtype=t.dtype, device=t.device)
+                for t in (keys, values)
+            )
+            self._buffers[block] = (k, v)
+        return self._buffers[block]
+
+    # What the model's own code calls:
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values (rows, heads, tokens, width); return all that the pass may see."""
+        keys, values = self._buffer(layer_idx, key_states, value_states)
+        end = self._start + key_states.shape[2]
+        keys[self._at, :, self._start : end] = key_states
+        values[self._at, :, self._start : end] = value_states
+        if layer_idx == self._stop_after:
+            raise Enough
+        if self._start == 0:
+            return key_states, value_states
+        return keys[self._at, :, :end], values[self._at, :, :end]
+
+    def get_seq_length(self, *_args: Any, **_kwargs: Any) -> int:
+        """Columns before those that the pass fills."""
+        return self._start
+
+    def get_mask_sizes(self, query_length: Any, *_args: Any, **_kwargs: Any) -> tuple[int, int]:
+        """Columns that the pass sees, counted from column 0."""
+        return self._start + int(query_length), 0

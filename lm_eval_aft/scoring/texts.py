@@ -1,0 +1,154 @@
+"""Generation requests: which may be decoded the fast way, and what text their tokens make."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from torch import Tensor
+
+from lm_eval_aft.packing import disagreement, refused
+from lm_eval_aft.scoring.generation import Watch, continuations, prompt, unusual
+from lm_eval_aft.scoring.loglikelihood import Scorer
+from lm_eval_aft.scoring.requests import Question
+from lm_eval_aft.scoring.steps import Step
+
+logger = logging.getLogger(__name__)
+
+Stock = Callable[[list[Instance]], list[str]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a request's gen_kwargs come to: stop strings (end of text included), most new tokens."""
+
+    until: tuple[str, ...]
+    most: int
+
+
+class Texts:
+    """Answers generation requests by greedy decoding in shared batches.
+
+    On first use the shortest and the longest prompt are decoded by ``stock`` too, and their logits
+    compared with a plain pass; if they differ, everything is left to stock, and the log says so.
+    Texts are those of stock at batch size 1. In 16 bits stock's own texts depend on the batch
+    size, so nothing is promised and stock answers.
+    """
+
+    def __init__(self, lm: HFLM, scorer: Scorer, stock: Stock) -> None:
+        self.lm = lm
+        self.scorer = scorer
+        self.stock = stock
+        self.taken: Counter[str] = Counter()
+        self._holds: bool | None = None
+
+    def answers(self, requests: Sequence[Instance]) -> Iterator[tuple[int, str]]:
+        """(Index, text) of the requests that the fast way can answer, in any order.
+
+        Only for models without a `refusal`.
+        """
+        groups: dict[Settings, list[Question]] = {}
+        for index, request in enumerate(requests):
+            context, kwargs = request.args
+            settings = self._settings(kwargs)
+            if settings is None:
+                continue
+            question = self._prompt(index, context, settings)
+            if question is not None:
+                groups.setdefault(settings, []).append(question)
+        for settings, questions in groups.items():
+            if self._holds is None:
+                self._holds = self._check(questions, settings, requests)
+            if self._holds:
+                self.taken["generated in shared batches"] += len(questions)
+                yield from self._decode(questions, settings)
+        self.taken["stock"] += len(requests) - sum(map(len, groups.values())) * bool(self._holds)
+
+    def refusal(self) -> str:
+        """Why this model's texts are all left to stock; an empty string when they are not."""
+        lm = self.lm
+        if self.scorer.dtype not in (torch.float32, torch.float64):
+            return "16 bits"
+        if lm.truncation or lm.think_end_token is not None:
+            return "truncation or thinking"
+        return unusual(lm.model.generation_config)
+
+    def _settings(self, gen_kwargs: Any) -> Settings | None:
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.lm.max_gen_toks))
+        eos = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+        most = kwargs.pop("max_gen_toks")
+        greedy = not kwargs.pop("do_sample", False) and not kwargs.pop("temperature", 0)
+        if kwargs or not greedy or not 0 < most < self.lm.max_length:
+            return None
+        return Settings(tuple(until), most)
+
+    def _prompt(self, index: int, context: str, settings: Settings) -> Question | None:
+        ids, _ = self.lm.tok_batch_encode([context], left_truncate_len=self.lm.max_length - settings.most)
+        tokens = ids[0].tolist()
+        if not tokens or refused(self.lm.model, len(tokens) + settings.most):
+            return None
+        return prompt(index, tokens)
+
+    def _check(self, questions: list[Question], settings: Settings, requests: Sequence[Instance]) -> bool:
+        ordered = sorted(questions, key=lambda question: question.length)
+        probe = ordered[:1] + ordered[1:][-1:]
+        seen: dict[int, list[Tensor]] = {}
+        try:
+            fast = dict(
+                self._decode(probe, settings, lambda i, logits: seen.setdefault(i, []).append(logits))
+            )
+            reason = "; ".join(
+                filter(None, (self._logits_differ(q, seen[q.options[0].index]) for q in probe))
+            )
+        except Exception as error:  # whatever a model's own code makes of such passes
+            reason = f"the model refuses ({type(error).__name__}: {str(error)[:200]})"
+        if not reason:
+            indices = sorted(fast)
+            same = self.stock([requests[i] for i in indices]) == [fast[i] for i in indices]
+            reason = "" if same else "its texts differ"
+        if reason:
+            logger.warning("Generation is left to stock: %s.", reason)
+        return not reason
+
+    def _logits_differ(self, question: Question, seen: list[Tensor]) -> str:
+        """Compare the logits behind each token with one plain pass; texts alone would show little."""
+        fast = torch.stack(seen)
+        tokens = fast.argmax(-1)
+        ids = torch.tensor(
+            [[*question.context, *question.tokens, *tokens.tolist()[:-1]]], device=tokens.device
+        )
+        places = list(range(len(question.context), ids.shape[1]))
+        slow = self.scorer.logits(Step({"input_ids": ids}, scored=places), None)
+        assert slow is not None
+        values = [
+            logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0]
+            for logits in (fast, slow)
+        ]
+        return disagreement(values[0], values[1], torch.ones_like(tokens), self.scorer.dtype)
+
+    def _decode(
+        self, questions: Sequence[Question], settings: Settings, watch: Watch | None = None
+    ) -> Iterator[tuple[int, str]]:
+        tokenizer = self.lm.tokenizer
+        # As far back as stock looks, for a stop string in other tokens than its own.
+        back = 2 + max(len(tokenizer.encode(stop, add_special_tokens=False)) for stop in settings.until)
+
+        def stops(tokens: list[int]) -> bool:
+            text = tokenizer.decode(tokens[-back:])
+            return any(stop in text for stop in settings.until)
+
+        eos = self.lm.model.generation_config.eos_token_id
+        ends = set(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
+        for index, tokens in continuations(self.scorer, questions, settings.most, ends, stops, watch):
+            text = postprocess_generated_text(
+                generation=self.lm.tok_decode(tokens), stop=list(settings.until), think_end_token=None
+            )
+            yield index, text

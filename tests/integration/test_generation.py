@@ -1,0 +1,160 @@
+"""Fast generation against stock `generate_until` at batch size 1: the same strings."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from lm_eval_aft import SteeringVector
+from lm_eval_aft.lm import AFTLM
+from tests.conftest import FAMILIES, WORDS, tiny_model, tiny_tokenizer
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "batch_size": 1, "tokenizer": tiny_tokenizer()}
+UNSHARED = {"mistral-window", "gemma2", "falcon", "bloom", "gpt_neo"}
+GREEDY = {"until": ["Question", "cat :"], "max_gen_toks": 12, "do_sample": False}
+
+_made: dict[str, AFTLM] = {}
+
+
+def fresh(family: str) -> AFTLM:
+    """A model of the family with nothing checked or attached yet."""
+    if family not in _made:
+        _made[family] = AFTLM(tiny_model(family), **OPTIONS)
+    lm = _made[family]
+    lm._shared = None
+    lm.steer(None)
+    return lm
+
+
+def prompts(n: int = 7, prefix: str = "", longest: int = 30) -> list[str]:
+    draw = random.Random(1)
+    return [prefix + " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, longest))) for _ in range(n)]
+
+
+def instances(contexts: list[str], kwargs: dict[str, Any]) -> list[Instance]:
+    return [
+        Instance("generate_until", {}, (context, dict(kwargs)), i, ("toy", i, 1))  # type: ignore[arg-type]
+        for i, context in enumerate(contexts)
+    ]
+
+
+def both(lm: AFTLM, contexts: list[str], kwargs: dict[str, Any] = GREEDY) -> tuple[list[str], list[str]]:
+    """Texts of the fast way, then stock's."""
+    found = []
+    for fast in (True, False):
+        lm.fast = fast
+        found.append(lm.generate_until(instances(contexts, kwargs), disable_tqdm=True))
+    lm.fast = True
+    return found[0], found[1]
+
+
+def path(lm: AFTLM) -> str:
+    return str(lm.get_model_info()["aft"]["scoring_path"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_writes_stock_texts(family: str) -> None:
+    lm = fresh(family)
+    shared = prompts(9, prefix=" ".join(WORDS[:20]) + " ", longest=6)
+    for vector, contexts in ((None, prompts(4)), (SteeringVector({1: torch.ones(32)}), shared)):
+        lm.steer(vector)
+        fast, slow = both(lm, contexts)
+        assert fast == slow
+        assert path(lm).startswith("stock" if family in UNSHARED else "generated in shared batches (100")
+
+
+def ending(lm: AFTLM, contexts: list[str]) -> list[str]:
+    """Words that the model writes early for some prompts, so that rows end at different times."""
+    texts = lm._stock_texts(instances(contexts, GREEDY | {"until": []}))
+    return [text.split()[k] for text, k in zip(texts, (0, 1, 2, 3), strict=False) if len(text.split()) > k]
+
+
+@pytest.mark.parametrize("most", [1, 2, 12])
+def test_rows_end_by_themselves(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At stop strings, at end of text, at the limit; and the others go on in a smaller batch."""
+    lm, contexts = fresh("llama"), prompts(12)
+    stops = ending(lm, contexts)
+    kwargs = GREEDY | {"until": stops, "max_gen_toks": most}
+    fast, slow = both(lm, contexts, kwargs)
+    assert fast == slow
+    assert len({len(text) for text in slow}) > 1
+    written = lm.tok_encode(lm._stock_texts(instances(contexts[:1], GREEDY))[0])
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [0, written[-1]])
+    fast, slow = both(lm, contexts)
+    assert fast == slow
+
+
+def test_long_prompts_are_cut_as_stock_cuts_them() -> None:
+    contexts = [" ".join(WORDS * 3), *prompts(3)]
+    fast, slow = both(fresh("gpt_neox"), contexts)
+    assert fast == slow
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_sample": True, "temperature": 0.8, "top_k": 1},
+        {"num_beams": 2},
+        {"repetition_penalty": 1.3},
+        {"until": "Question"},
+        {"until": None},
+        {"max_gen_toks": None, "max_new_tokens": 5},
+        {"temperature": 0.0},
+    ],
+    ids=str,
+)
+def test_any_setting_is_honoured(change: dict[str, Any]) -> None:
+    lm = fresh("qwen2")
+    kwargs = {key: value for key, value in (GREEDY | change).items() if value is not None}
+    fast, slow = both(lm, prompts(4), kwargs)
+    assert fast == slow
+    unusual = {"do_sample", "num_beams", "repetition_penalty"} & set(change)
+    assert path(lm).startswith("stock" if unusual else "generated")
+
+
+def test_a_models_own_generation_settings_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = fresh("llama")
+    monkeypatch.setattr(lm.model.generation_config, "repetition_penalty", 1.5)
+    fast, slow = both(lm, prompts(4))
+    assert fast == slow
+    assert path(lm).startswith("stock")
+
+
+def test_sixteen_bits_are_left_to_stock() -> None:
+    lm = AFTLM(tiny_model("llama", dtype=torch.bfloat16), **OPTIONS)
+    fast, slow = both(lm, prompts(3))
+    assert fast == slow
+    assert path(lm).startswith("stock")
+
+
+def test_a_wrong_way_is_left_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    lm = AFTLM(tiny_model("llama"), **OPTIONS)
+    forward = lm.model.model.forward
+
+    def shifted(*args: Any, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        if type(past_key_values).__name__ == "Slots" and position_ids is not None:
+            position_ids = position_ids * 0
+        return forward(*args, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+
+    lm.model.model.forward = shifted
+    with caplog.at_level(logging.WARNING):
+        fast, slow = both(lm, prompts(12))
+    assert fast == slow
+    assert "Generation is left to stock: differ by" in caplog.text
+
+
+def test_cached_answers_and_order() -> None:
+    lm, contexts = fresh("llama"), prompts(6)
+    kept: list[Any] = []
+    lm.cache_hook.add_partial = lambda *a: kept.append(a)  # type: ignore[method-assign]
+    try:
+        fast = lm.generate_until(instances(contexts, GREEDY), disable_tqdm=True)
+    finally:
+        del lm.cache_hook.add_partial
+    stored = {request[0]: text for name, request, text in kept if name == "generate_until"}
+    assert [stored[context] for context in contexts] == fast
