@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.harness import check_names, task_manager_for
-from lm_eval_aft.library import load_vector
+from lm_eval_aft.library import Library, folder_of, load_vector
 from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.routing import Routing, whole_spec
 from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.vector import SteeringVector
 
@@ -23,49 +25,92 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Characters of a run's name that come from an expression.
+LONGEST_LABEL = 80
+
 
 @dataclass(frozen=True)
 class Run:
     """One model state to score: ``name`` is also its folder below the output."""
 
     name: str
-    spec: str | None
-    vector: SteeringVector | None
+    spec: str | None = None
+    vector: SteeringVector | None = None
+    route: str | None = None
 
 
-def plan_runs(vectors: Sequence[str], placebo: str = "none", all_seeds: bool = False) -> list[Run]:
-    """The runs that an evaluation needs: the baseline first, then vectors, then placebos.
+def plan_runs(
+    vectors: Sequence[str],
+    placebo: str = "none",
+    all_seeds: bool = False,
+    *,
+    library: str | None = None,
+    routes: Sequence[str] = (),
+) -> list[Run]:
+    """The runs that an evaluation needs: the baseline first, then vectors and routers, then placebos.
 
     Args:
-        vectors: vector folders or files.
+        vectors: what `load_vector` takes.
         placebo: ``none`` or ``random:N``, N directions of the vector's norm at its layers.
         all_seeds: score every finalist of each vector folder, not only the chosen one.
+        library: folder of the library that names come from.
+        routes: routers over that library, as ``--model aft`` takes them.
 
     Raises:
-        AFTError: a vector that cannot be read, or an unknown placebo.
+        AFTError: a vector that cannot be read, or an unknown placebo or router.
     """
     match = re.fullmatch(r"none|random(?::(\d+))?", placebo)
     if not match:
         raise AFTError(f"There is no placebo {placebo!r}.", "Use none or random:N, for example random:3.")
     draws = 0 if placebo == "none" else int(match[1] or 3)
-    runs = [Run("baseline", None, None)]
+    runs = [Run("baseline")]
     placebos = []
     for spec in vectors:
-        path = Path(spec)
-        stem = path.stem if path.suffix == ".safetensors" else path.resolve().name
-        name = _unique(f"steered/{stem}", runs)
-        vector = load_vector(spec)
+        name = _unique(f"steered/{vector_label(spec)}", runs)
+        vector = load_vector(spec, library)
         runs.append(Run(name, spec, vector))
         if all_seeds:
-            finalists = sorted((path / "seeds").glob("*.safetensors"))
+            folder = folder_of(spec, library)
+            finalists = sorted((folder / "seeds").glob("*.safetensors")) if folder else []
             if not finalists:
-                raise AFTError(f"{path} has no seeds/ with other finalists.", "Leave out --all-seeds.")
+                raise AFTError(f"{spec} has no seeds/ with other finalists.", "Leave out --all-seeds.")
             runs += [Run(f"{name}-{seed.stem}", str(seed), load_vector(seed)) for seed in finalists]
         for seed in range(draws):
             placebos.append(
-                Run(f"placebo/{name.removeprefix('steered/')}-random-{seed}", None, random_like(vector, seed))
+                Run(
+                    f"placebo/{name.removeprefix('steered/')}-random-{seed}",
+                    vector=random_like(vector, seed),
+                )
             )
+    for each in routes:
+        kind, _, rest = whole_spec(each).partition(":")
+        table = "" if not rest else f"-{Path(rest).stem if Path(rest).is_file() else _label(rest)}"
+        runs.append(Run(_unique(f"steered/routed-{kind}{table}", runs), route=whole_spec(each)))
     return [*runs, *placebos]
+
+
+def vector_label(spec: str) -> str:
+    """What a vector's run is called: a file's or folder's own name, else all of the spec, made a file name.
+
+    ``math/algebra*0.7 + logic/analogy*0.3`` becomes ``math-algebrax0.7+logic-analogyx0.3``.
+    """
+    path = Path(spec)
+    try:
+        if path.suffix == ".safetensors":
+            return path.stem
+        if path.exists():
+            return path.resolve().name
+    except OSError:  # too long for a path
+        pass
+    return _label(spec)
+
+
+def _label(text: str) -> str:
+    plain = re.sub(r"\s+", "", text).replace("/", "-").replace("*", "x")
+    plain = re.sub(r"[^\w.+-]+", "_", plain).strip(".-_") or "vector"
+    if len(plain) <= LONGEST_LABEL:
+        return plain
+    return f"{plain[:LONGEST_LABEL]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def evaluate_pair(
@@ -76,25 +121,34 @@ def evaluate_pair(
     *,
     placebo: str = "none",
     all_seeds: bool = False,
+    library: str | Path | None = None,
+    routes: Sequence[str] = (),
     model_args: dict[str, Any] | None = None,
     flags: Sequence[str] = (),
 ) -> list[Run]:
-    """Score the baseline and every vector (and placebos) with lm-eval.
+    """Score the baseline and every vector (and placebos, and routers) with lm-eval.
 
-    Log-likelihoods of all of them are found in one go, sharing tokens, batches and the blocks below
-    each vector's layer; generation runs once for each. Returns the runs, baseline first; compare
-    them with `lm_eval_aft.reporting.results`.
+    Log-likelihoods of baseline, vectors and placebos are found in one go, sharing tokens, batches and
+    the blocks below each vector's layer; generation runs once for each, and so does a router, whose
+    samples say in ``steered_by`` which vector each document got. Returns the runs, baseline first;
+    compare them with `lm_eval_aft.reporting.results`.
 
     Each run lands in ``output/<name>`` exactly as ``lm_eval --model aft --log_samples`` would
     write it. Log-softmax is taken in fp32 on every side unless ``model_args`` says otherwise.
 
     Args:
+        library: folder of the library that names come from; default the user's own.
+        routes: routers over it, each a run of its own, ``steered/routed-...``.
         flags: further flags of ``lm_eval run``, for example ``["--limit", "50"]``.
 
     Raises:
         AFTError: bad input; or an output folder that already holds such runs.
     """
-    runs = plan_runs([vectors] if isinstance(vectors, str) else vectors, placebo, all_seeds)
+    shelf = None if library is None else str(library)
+    chosen = [vectors] if isinstance(vectors, str) else vectors
+    runs = plan_runs(chosen, placebo, all_seeds, library=shelf, routes=routes)
+    if len(runs) < 2:
+        raise AFTError("There is nothing to compare with the baseline.", "Give a vector or a router.")
     folder = Path(output)
     taken = [run.name for run in runs if (folder / run.name).exists()]
     if taken:
@@ -103,23 +157,31 @@ def evaluate_pair(
     config = _parse(tasks, folder, flags)
     manager = task_manager_for(tasks, [config.include_path] if config.include_path else [])
     check_names(tasks, manager)
+    device = arguments.pop("device", None) or (None if config.device == "cuda:0" else config.device)
     lm = AFTLM(
         model,
         **arguments,
         batch_size=config.batch_size,
         max_batch_size=config.max_batch_size or 64,
-        device=None if config.device == "cuda:0" else config.device,
+        device=device,
     )
     mismatch = bool(arguments.get("allow_mismatch", False))
-    in_force = []
+    in_force, routings = [], {}
     for run in runs:  # every vector must fit before hours are spent on the first
         lm.steer(run.vector, allow_mismatch=mismatch)
         in_force += [lm.vector] if lm.vector is not None else []
+        if run.route is not None:
+            routings[run.name] = lm.routing_of(run.route, Library(shelf), allow_mismatch=mismatch)
     lm.score_along(in_force)
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
-        lm.steer(run.vector, allow_mismatch=mismatch)
+        if run.name in routings:
+            lm.follow(routings[run.name])
+        else:
+            lm.steer(run.vector, allow_mismatch=mismatch)
         described = {"pretrained": model, **arguments}
+        if shelf is not None and run.spec is not None:
+            described["library"] = shelf
         _score(lm, run, config, manager, folder / run.name, described)
     return runs
 
@@ -154,6 +216,8 @@ def _score(
 
     if run.spec is not None:
         model_args = {**model_args, "vector": run.spec}
+    if lm.routing is not None:
+        model_args = {**model_args, "library": str(lm.routing.library), "route": lm.routing.spec}
     tasks = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
     seeds = config.seed or [None] * 4
     tracker = EvaluationTracker(output_path=str(folder))
@@ -184,6 +248,8 @@ def _score(
     if results is None:  # not the main process
         return
     samples = results.pop("samples")
+    if lm.routing is not None:
+        _say_routes(lm.routing, results, samples)
     results["config"] |= {"model": "aft", "model_args": model_args}
     tracker.general_config_tracker.log_experiment_args(
         "aft",
@@ -199,6 +265,18 @@ def _score(
     if len(written) < 1 + len(results["configs"]):
         # The tracker logs failures to write, and goes on.
         raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
+
+
+def _say_routes(routing: Routing, results: dict[str, Any], samples: dict[str, Any]) -> None:
+    """Note in every logged sample which vector it got.
+
+    The router is asked again: other processes and lm-eval's cache may have answered for it.
+    """
+    for task, logged in samples.items():
+        for sample in logged:
+            name = routing.pick(task, sample["doc_id"], sample["doc"], str(sample["arguments"][0][0]))
+            sample["steered_by"] = name
+    results["config"]["aft"]["routing"] = routing.info()
 
 
 def _unique(name: str, runs: Sequence[Run]) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -17,20 +16,19 @@ from tqdm import tqdm
 from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.errors import AFTError, print_errors_plainly
-from lm_eval_aft.fingerprint import fingerprint
-from lm_eval_aft.library import load_vector
+from lm_eval_aft.in_force import InForce
+from lm_eval_aft.library import Library, load_vector
+from lm_eval_aft.model_info import describe, key_cache
+from lm_eval_aft.routing import Routing, whole_spec
 from lm_eval_aft.scoring.companions import Companions
 from lm_eval_aft.scoring.loglikelihood import Answers, Scorer
 from lm_eval_aft.scoring.paths import Paths
 from lm_eval_aft.scoring.requests import Answer, Request
+from lm_eval_aft.scoring.stock import stock_rows
 from lm_eval_aft.scoring.texts import Texts
-from lm_eval_aft.steering import SteeringHandle, attach
-from lm_eval_aft.vector import POSITIONS, SteeringVector, canonical_json
+from lm_eval_aft.vector import POSITIONS, SteeringVector
 
-logger = logging.getLogger(__name__)
-
-# What one batch of the stock path may take with `batch_size=auto` where that is not tried out.
-STOCK_BATCH_BYTES = 2 << 30
+T = TypeVar("T")
 
 
 class AFTLM(HFLM):
@@ -39,8 +37,11 @@ class AFTLM(HFLM):
     Takes every argument of ``hf`` (``pretrained``, ``dtype``, ``revision``, ``peft``, ...) and:
 
     Args:
-        vector: vector folder, ``.safetensors`` file or `SteeringVector`; none means baseline.
-        coefficient: replaces the vector's own; 0 is the baseline.
+        vector: what `load_vector` takes, or a `SteeringVector`; none means baseline.
+        library: folder of the library that names come from; default the user's own.
+        route: router that picks a vector of the library for each document, instead of ``vector``:
+            ``constant:NAME``, ``task``, ``keyword``, or a keyword table's path (`Routing.open`).
+        coefficient: replaces the vector's (or vectors') own; 0 is the baseline.
         positions: replaces the vector's own; ``all``.
         allow_mismatch: try a vector trained on another model, with a warning.
         fast: share work among requests where that gives stock's answers (`lm_eval_aft.scoring`);
@@ -56,6 +57,8 @@ class AFTLM(HFLM):
         self,
         pretrained: Any,
         vector: str | SteeringVector | None = None,
+        library: str | None = None,
+        route: str | None = None,
         coefficient: float | None = None,
         positions: str | None = None,
         allow_mismatch: bool = False,
@@ -69,8 +72,12 @@ class AFTLM(HFLM):
             pretrained = resolve_pretrained(pretrained)
         if positions is not None and positions not in POSITIONS:
             raise AFTError(f"positions={positions!r} is not known.", f"Use one of: {', '.join(POSITIONS)}.")
+        if route and vector not in (None, ""):
+            raise AFTError("Both vector= and route= are given.", "A router picks the vectors: leave one out.")
         # Read before the model, so that a wrong path fails in milliseconds.
-        loaded = None if vector in (None, "") else load_vector(_as_path(vector))
+        shelf = Library(_as_path(library) or None)
+        loaded = None if vector in (None, "") else load_vector(_as_path(vector), shelf)
+        route = whole_spec(str(route)) if route else None
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -87,9 +94,12 @@ class AFTLM(HFLM):
         self._shared: tuple[Paths, Texts] | None = None
         self._companions: Companions | None = None
         self._reckons = False
-        self._vector: SteeringVector | None = None
-        self._handle = SteeringHandle([])
+        self._force = InForce(self.model, self.tokenizer, blocks)
+        self._states: list[int] = []  # under a router: which vector each request at hand gets
         self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
+        if route:
+            routing = self.routing_of(route, shelf, allow_mismatch=bool(allow_mismatch))
+            self.follow(routing.scaled(coefficient))
 
     def steer(
         self,
@@ -100,28 +110,33 @@ class AFTLM(HFLM):
         allow_mismatch: bool = False,
     ) -> None:
         """Replace the vector in force; ``None`` makes this the baseline again."""
-        self._handle.remove()
-        self._vector = None
+        if self.routing is not None:
+            self._shared = None
         for part in self._shared or ():
             part.taken.clear()
         if vector is None:
-            return
-        vector = SteeringVector(
-            vector.layers,
-            vector.coefficient if coefficient is None else float(coefficient),
-            positions or vector.positions,
-            vector.method,
-            vector.metadata,
-        )
-        self._handle = attach(
-            self.model, vector, tokenizer=self.tokenizer, allow_mismatch=allow_mismatch, blocks=self._blocks
-        )
-        self._vector = vector
+            self._force.clear()
+        else:
+            self._force.use(vector, coefficient, positions, allow_mismatch)
+
+    def routing_of(self, spec: str, library: Library, *, allow_mismatch: bool = False) -> Routing:
+        """A router over those vectors of the library that fit this model; see `Routing.open`."""
+        return self._force.open_routing(spec, library, str(self.pretrained), allow_mismatch)
+
+    def follow(self, routing: Routing) -> None:
+        """Let a router pick the vector for each document, instead of the vector in force."""
+        self._force.follow(routing)
+        self._shared = None  # rows that are steered differently are to be checked against stock anew
 
     @property
     def vector(self) -> SteeringVector | None:
         """The vector in force, with the coefficient and positions it is applied with."""
-        return self._vector
+        return self._force.vector
+
+    @property
+    def routing(self) -> Routing | None:
+        """What picks the vectors, if a router does."""
+        return self._force.routing
 
     def score_along(self, vectors: Sequence[SteeringVector]) -> None:
         """While this is the baseline, find the answers of ``vectors`` to the same requests as well.
@@ -133,29 +148,34 @@ class AFTLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """As `HFLM`; what was found while the baseline was scored is not computed again."""
-        vector, companions = self._vector, self._companions
+        vector, companions = self._force.vector, self._companions
+        self._states = [] if self.routing is None else self.routing.states(requests)
+        ask = partial(HFLM.loglikelihood, self, disable_tqdm=disable_tqdm)
         if vector is None or companions is None:
-            return self._strings_to_answers(requests, disable_tqdm)
+            return list(ask(requests))
         found = companions.answers(vector, [request.args for request in requests])
-        missing = [request for request, answer in zip(requests, found, strict=True) if answer is None]
+        missing = []
         for request, answer in zip(requests, found, strict=True):
-            if answer is not None:
+            if answer is None:
+                missing.append(request)
+            else:
                 self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        rest = iter(self._strings_to_answers(missing, disable_tqdm) if missing else [])
+        rest = iter(ask(missing) if missing else ())
         return [next(rest) if answer is None else answer for answer in found]
-
-    def _strings_to_answers(self, requests: list[Instance], disable_tqdm: bool) -> list[Answer]:
-        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return answers
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         # Rolling windows bring a batch size of their own: long rows without anything to share.
-        if not self.fast or override_bs is not None or not requests:
+        if override_bs is not None or not requests:
             return self._stock_answers(requests, disable_tqdm, override_bs)
+        rows = self._force.rows
+        if not self.fast:
+            if rows is None:
+                return self._stock_answers(requests, disable_tqdm)
+            return rows.apart(self._states, requests, self._alone(self._stock_answers))
         found: Answers = {}
-        companions = self._companions if self._vector is None else None
+        companions = self._companions if self.vector is None and rows is None else None
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
 
@@ -171,10 +191,21 @@ class AFTLM(HFLM):
 
             paths, _ = self._fast()
             before = paths.taken.copy()
-            paths.score(requests, report, companions.shifts if companions is not None else [])
+            shifts = companions.shifts if companions is not None else []
+            paths.score(requests, report, shifts, self._states)
         if companions is not None:
             companions.paths += paths.taken - before
         return [found[i] for i in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As `HFLM`; under a router vector by vector.
+
+        Raises:
+            AFTError: a router and several processes, whose batches `HFLM` keeps in step.
+        """
+        if self.routing is not None and self.world_size > 1:
+            raise AFTError("A router cannot serve rolling log-likelihoods in several processes.", "Use one.")
+        return self._by_vector(requests, partial(HFLM.loglikelihood_rolling, self, disable_tqdm=disable_tqdm))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As `HFLM`; plain greedy decoding in fp32 goes the fast way, the rest to stock."""
@@ -185,9 +216,10 @@ class AFTLM(HFLM):
             generator.taken["stock"] += len(requests)
             return self._stock_texts(requests, disable_tqdm)
         texts: dict[int, str] = {}
+        states = [] if self.routing is None else self.routing.states(requests)
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running generate_until requests") as bar:
-            for index, text in generator.answers(requests):
+            for index, text in generator.answers(requests, states):
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 texts[index] = text
                 bar.update(1)
@@ -206,6 +238,7 @@ class AFTLM(HFLM):
                 device=self.device,
                 softmax_dtype=self.softmax_dtype,
                 autocast=self.mixed_precision_dtype,
+                rows=self._force.rows,
             )
             paths = Paths(scorer, self._alone(self._stock_answers), self.max_length)
             self._shared = paths, Texts(self, scorer, self._alone(self._stock_texts))
@@ -226,98 +259,41 @@ class AFTLM(HFLM):
     def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
         """On a CPU nothing runs out of memory until the machine does: reckon, where `HFLM` tries."""
         if not self._reckons and not (self.fast and self.device.type == "cpu"):
-            found: int = super()._detect_batch_size(requests, pos)
-            return found
+            return int(super()._detect_batch_size(requests, pos))
         length = self.max_length
         if requests:
             length = min(length, len(requests[pos][1]) + len(requests[pos][2]))
-        row = 4 * length * self.model.config.get_text_config().vocab_size
-        # Logits, their log-softmax, and as much again for everything else.
-        most = STOCK_BATCH_BYTES // (4 * int(row))
-        return max(1, min(int(self.max_batch_size), most))
+        return stock_rows(self.model, length, int(self.max_batch_size))
+
+    def _by_vector(self, requests: list[Instance], ask: Callable[[list[Instance]], list[T]]) -> list[T]:
+        """What stock code answers; under a router vector by vector, for its rows cannot be told apart."""
+        routing, rows = self._force.routing, self._force.rows
+        if routing is None or rows is None:
+            return ask(requests)
+        return rows.apart(routing.states(requests), requests, self._alone(ask))
 
     def _stock_texts(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
-        return texts
+        return self._by_vector(requests, partial(HFLM.generate_until, self, disable_tqdm=disable_tqdm))
 
     def _stock_answers(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Answer]:
-        answers: list[Answer] = super()._loglikelihood_tokens(
-            list(requests), disable_tqdm=disable_tqdm, override_bs=override_bs
-        )
-        return answers
+        return list(super()._loglikelihood_tokens(list(requests), disable_tqdm, override_bs))
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Give this model and vector a table of their own in lm-eval's ``--use_cache`` file.
-
-        lm-eval keys that file by the request alone, so a steered run would be served the
-        baseline's answers. `CachingLM` looks answers up, and hooks write them, through one
-        ``SqliteDict``; renaming its table here separates both.
-        """
+        """As `HFLM`; answers are kept apart by what steers the model."""
         super().set_cache_hook(cache_hook)
-        database = cache_hook.dbdict
-        if database is None:
-            return
-        table = f"aft_{hashlib.sha256(canonical_json(self._answers_depend_on()).encode()).hexdigest()[:24]}"
-        database.tablename = table
-        database.conn.execute(f'CREATE TABLE IF NOT EXISTS "{table}" (key TEXT PRIMARY KEY, value BLOB)')
-        database.conn.commit()
+        key_cache(self, cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's model information and an ``aft`` entry that says what steered it."""
-        return {**super().get_model_info(), "aft": self._aft_info()}
+        return {**super().get_model_info(), "aft": describe(self)}
 
-    def _aft_info(self) -> dict[str, Any]:
-        vector = self._vector
-        info: dict[str, Any] = {
-            "fingerprint": fingerprint(self.model, self.tokenizer),
-            "world_size": self.world_size,
-            "softmax_dtype": None if self.softmax_dtype is None else str(self.softmax_dtype),
-            "scoring_path": self._path_taken(),
-            "vector": None,
-        }
-        if vector is not None:
-            info["vector"] = {
-                "sha256": vector.digest(),
-                "layers": list(vector.layers),
-                "coefficient": vector.coefficient,
-                "positions": vector.positions,
-                "method": vector.method,
-                "norm": vector.norm(),
-                "task": vector.metadata.get("task"),
-                "num_fewshot": vector.metadata.get("num_fewshot"),
-                "control": vector.metadata.get("control"),
-                # Chosen on evaluation documents, by its own word: no report may take it for a result.
-                "biased": bool((vector.metadata.get("protocol") or {}).get("biased")),
-                "base_model": vector.metadata.get("base_model"),
-            }
-        return info
-
-    def _path_taken(self) -> str:
-        """Which way documents were scored: the most frequent path and its share, then the others."""
+    def paths_taken(self) -> Counter[str]:
+        """How many documents were scored by which path, since the model was last steered."""
         taken = sum((part.taken for part in self._shared or ()), Counter[str]())
-        if self._companions is not None and self._vector is not None:
-            taken = taken + self._companions.paths
-        total = sum(taken.values())
-        return ", ".join(f"{path} ({n / total:.1%} of {total})" for path, n in taken.most_common()) or "stock"
-
-    def _answers_depend_on(self) -> dict[str, Any]:
-        vector = self._vector
-        steered = vector is not None and vector.coefficient != 0
-        return {
-            "model": fingerprint(self.model, self.tokenizer),
-            "vector": vector.digest() if vector is not None and steered else None,
-            "dtype": str(self.model.dtype),
-            "softmax_dtype": str(self.softmax_dtype),
-            "mixed_precision_dtype": str(self.mixed_precision_dtype),
-            "max_length": self.max_length,
-            "add_bos_token": self.add_bos_token,
-            "prefix_token_id": self.prefix_token_id,
-            "fast": self.fast,
-        }
+        return taken + self._companions.paths if self._companions and self.vector else taken
 
 
-def _as_path(vector: Any) -> Any:
-    # lm-eval turns the text of --model_args into numbers where it can.
-    return str(vector) if isinstance(vector, int | float) else vector
+def _as_path(value: Any) -> Any:  # lm-eval turns the text of --model_args into numbers where it can
+    return str(value) if isinstance(value, int | float) else value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.fingerprint import check_fingerprint
 from lm_eval_aft.vector import SteeringVector
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class SteeringHandle:
@@ -106,6 +111,76 @@ def add_at(block: nn.Module, delta: Tensor) -> torch.utils.hooks.RemovableHandle
         return with_hidden_states(output, hidden + shift)
 
     return block.register_forward_hook(hook)
+
+
+class RowSteering:
+    """Several vectors in force on a model at once, each on rows of its own.
+
+    Rows are in *states*: in state 0 nothing is added, in state k ``shifts[k - 1]``. Outside of
+    `chosen` every row is in state 0.
+
+    Args:
+        shifts: what each vector adds, by layer; see `deltas`.
+    """
+
+    def __init__(self, backbone: Backbone, shifts: Sequence[dict[int, Tensor]]) -> None:
+        self.count = len(shifts)
+        self._states: int | Sequence[int] = 0
+        self._placed: dict[Any, Tensor] = {}
+        layers = sorted({layer for shift in shifts for layer in shift})
+        self._handle = SteeringHandle(
+            [backbone.blocks[layer].register_forward_hook(self._hook(layer, shifts)) for layer in layers]
+        )
+
+    def remove(self) -> None:
+        """Take the vectors off the model."""
+        self._handle.remove()
+
+    @contextmanager
+    def chosen(self, states: int | Sequence[int]) -> Iterator[None]:
+        """The passes made inside the block have rows in these states, or all rows in one state."""
+        before, self._states = self._states, states
+        try:
+            yield
+        finally:
+            self._states = before
+
+    def apart(
+        self, states: Sequence[int], items: Sequence[T], ask: Callable[[list[T]], Sequence[U]]
+    ) -> list[U]:
+        """What ``ask`` answers for the items, state by state, in the items' order.
+
+        For code that makes batches of its own, whose rows cannot be told apart.
+        """
+        answers: dict[int, U] = {}
+        for state in sorted(set(states)):
+            mine = [i for i, each in enumerate(states) if each == state]
+            with self.chosen(state):
+                answers |= zip(mine, ask([items[i] for i in mine]), strict=True)
+        return [answers[i] for i in range(len(items))]
+
+    def _hook(self, layer: int, shifts: Sequence[dict[int, Tensor]]) -> Callable[..., Any]:
+        steered = {k for k, shift in enumerate(shifts, 1) if layer in shift}
+        zero = torch.zeros_like(next(shift[layer] for shift in shifts if layer in shift))
+        table = torch.stack([zero, *(shift.get(layer, zero) for shift in shifts)])
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            states = self._states
+            if steered.isdisjoint([states] if isinstance(states, int) else states):
+                return output
+            hidden = hidden_states(output)
+            key = (layer, hidden.device, hidden.dtype)
+            if key not in self._placed:
+                self._placed[key] = table.to(hidden.device, hidden.dtype)
+            placed = self._placed[key]
+            if isinstance(states, int):
+                return with_hidden_states(output, hidden + placed[states])
+            if hidden.shape[0] != len(states):
+                raise AFTError(f"A pass over {len(states)} rows has {hidden.shape[0]} rows of hidden states.")
+            index = torch.tensor(states, device=hidden.device)
+            return with_hidden_states(output, hidden + placed[index].unsqueeze(1))
+
+        return hook
 
 
 def hidden_states(output: Any) -> Tensor:

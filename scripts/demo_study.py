@@ -20,12 +20,11 @@ from lm_eval_aft.evaluation import evaluate_pair
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.reporting.stats import mcnemar_exact
 from lm_eval_aft.training.controls import random_like
-from lm_eval_aft.training.fit import Recipe
 
 CHOICE, MATH = "aft_demo_choice", "aft_demo_math"
 PRIMARY = {CHOICE: ("acc_norm", "none"), MATH: ("exact_match", "strict-match")}
 # As `make demo`. The penalty keeps the vector short: random directions of its norm then disturb less.
-RECIPE = Recipe(lr=1e-2, l2=0.02, epochs=4, batch_size=4)
+RECIPE = {"protocol": "maximum", "lr": 1e-2, "l2": 0.02, "epochs": 4, "batch_size": 4}
 
 
 def outcomes(folder: Path, task: str) -> list[float]:
@@ -51,7 +50,7 @@ def main(output: Path, controls: int) -> None:
             click.echo(f"training {name}")
             sizes = {"train_docs": 300, "selection_docs": 500, "seeds": seeds}
             lm.steer(None)
-            train_vector(lm, task, folder, overwrite=True, recipe=RECIPE, **sizes, **settings)
+            train_vector(lm, task, folder, overwrite=True, **RECIPE, **sizes, **settings)
         return load_vector(folder)
 
     names = ["choice", "math"]

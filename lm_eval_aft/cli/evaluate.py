@@ -15,7 +15,17 @@ from lm_eval_aft.cli.options import parse_model_args, quiet_libraries
     context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
 )
 @click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
-@click.option("--vector", "vectors", required=True, multiple=True, help="Vector folder; may repeat.")
+@click.option(
+    "--vector", "vectors", multiple=True, help="Folder, library name, Hub id or expression; may repeat."
+)
+@click.option("--library", type=click.Path(path_type=Path), help="Library that names come from.")
+@click.option(
+    "--route",
+    "routes",
+    multiple=True,
+    help="Let a router pick each document's vector: task, keyword, keyword:TABLE.yaml, constant:NAME; "
+    "may repeat.",
+)
 @click.option("--tasks", required=True, help="Harness tasks, comma-separated.")
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for the result folders."
@@ -29,6 +39,8 @@ from lm_eval_aft.cli.options import parse_model_args, quiet_libraries
 def evaluate(
     model: str,
     vectors: tuple[str, ...],
+    library: Path | None,
+    routes: tuple[str, ...],
     tasks: str,
     output: Path,
     placebo: str,
@@ -41,14 +53,17 @@ def evaluate(
     """Score the baseline and steered model with lm-eval, and compare them pair by pair.
 
     Log-likelihoods of the baseline, all vectors and placebos are found in one go. Writes ordinary
-    lm-eval result folders: OUTPUT/baseline, OUTPUT/steered/NAME and OUTPUT/placebo/NAME. Flags
-    after `--` go to lm-eval unchanged.
+    lm-eval result folders: OUTPUT/baseline, OUTPUT/steered/NAME and OUTPUT/placebo/NAME. A router's
+    run is OUTPUT/steered/routed-ROUTER; `steered_by` in its samples names each document's vector.
+    Flags after `--` go to lm-eval unchanged.
 
     \b
     Examples:
       aft eval --model EleutherAI/pythia-160m --vector arc --tasks arc_challenge --output results
       aft eval --model demo --vector v --tasks aft_demo_choice --placebo random:3 --output r \\
                -- --limit 200 --batch_size 16
+      aft eval --model M --library LIB --vector math/word_problems --route task --route keyword \\
+               --tasks gsm8k,arc_challenge --output routed
     """
     quiet_libraries()
     from lm_eval_aft.cli.report import print_report
@@ -61,6 +76,8 @@ def evaluate(
         output,
         placebo=placebo,
         all_seeds=all_seeds,
+        library=library,
+        routes=routes,
         model_args=parse_model_args(model_args, device=device, dtype=dtype),
         flags=flags,
     )

@@ -90,6 +90,9 @@ def print_report(found: Report) -> None:
             table.add_row(f"  {escape(row.run)}", *texts[5:-1], verdict)
     # Without a terminal rich assumes 80 columns and cuts cells; logs have room.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if found.routes:
+        rows = [cells.route_cells(row) for row in found.routes]
+        print_table("By route", cells.ROUTE_COLUMNS, rows)
     for line in found.warnings:
         click.echo(f"Note: {line}")
     tests = ", ".join(dict.fromkeys(f"{row.test} p and {row.interval} interval" for row in found.rows))

@@ -12,6 +12,7 @@ import click
 
 from lm_eval_aft.cli.options import quiet_libraries
 from lm_eval_aft.cli.vectors_share import compose, library_option, pull, push
+from lm_eval_aft.cli.vectors_train import train_set
 from lm_eval_aft.errors import AFTError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def vectors() -> None:
       aft vectors add runs/gsm8k --name math/word_problems
       aft vectors list --category math
       aft vectors compose "math/word_problems*0.7 + logic/analogy*0.3" -o both
+      aft vectors train-set scripts/studies/library.yaml --model M --dry-run
       aft eval --model M --vector math/word_problems --tasks gsm8k --output results
     """
 
@@ -228,7 +230,7 @@ def routes(table: Path | None, text: str | None) -> None:
         click.echo(content, nl=False)
 
 
-for _command in (push, pull, compose):
+for _command in (push, pull, compose, train_set):
     vectors.add_command(_command)
 
 

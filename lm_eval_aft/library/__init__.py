@@ -15,7 +15,7 @@ from lm_eval_aft.library.store import Library
 if TYPE_CHECKING:
     from lm_eval_aft.vector import SteeringVector
 
-__all__ = ["Library", "load_vector"]
+__all__ = ["Library", "folder_of", "load_vector"]
 
 # owner/name, perhaps the folder of one vector in a library repository, perhaps @revision.
 _HUB_ID = re.compile(
@@ -72,6 +72,18 @@ def load_vector(
             f"the Hub: {error.what}",
             suggestion(spec, known) or error.hint,
         ) from error
+
+
+def folder_of(
+    spec: str | os.PathLike[str], library: str | os.PathLike[str] | Library | None = None
+) -> Path | None:
+    """The vector folder that ``spec`` means: a path that is one, or a name's; None for anything else."""
+    path = Path(spec)
+    if _exists(path):
+        return path if path.is_dir() else None
+    shelf = library if isinstance(library, Library) else Library(library)
+    found = shelf.root / path
+    return found if is_name(str(spec)) and _exists(found) else None
 
 
 def _exists(path: Path) -> bool:

@@ -34,6 +34,9 @@ class Router(Protocol):
             task: name of the harness task.
         """
 
+    def targets(self) -> list[str]:
+        """The vectors that a request may get, each once."""
+
 
 @dataclass(frozen=True)
 class ConstantRouter:
@@ -44,6 +47,10 @@ class ConstantRouter:
     def route(self, text: str, task: str | None = None) -> str | None:
         """See `Router.route`."""
         return self.name
+
+    def targets(self) -> list[str]:
+        """See `Router.targets`."""
+        return _each([self.name])
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,10 @@ class TaskRouter:
         if task in self.tasks:
             return self.tasks[task]
         return next((name for p, name in self.tasks.items() if fnmatchcase(task, p)), self.default)
+
+    def targets(self) -> list[str]:
+        """See `Router.targets`."""
+        return _each([*self.tasks.values(), self.default])
 
 
 @dataclass(frozen=True)
@@ -94,9 +105,8 @@ class KeywordRouter:
         return next((rule.vector for rule in self.rules if rule.pattern.search(text)), self.default)
 
     def targets(self) -> list[str]:
-        """The vectors that the table names, each once."""
-        named = [*(rule.vector for rule in self.rules), self.default]
-        return list(dict.fromkeys(name for name in named if name is not None))
+        """The vectors, or categories, that the table names, each once."""
+        return _each([*(rule.vector for rule in self.rules), self.default])
 
 
 def make_router(spec: str, entries: Sequence[Entry]) -> Router:
@@ -237,6 +247,10 @@ def parse_task_table(text: str) -> tuple[dict[str, str | None], str | None]:
         raise AFTError("A task table's `tasks` must have task names as keys.", "")
     named = {task: _target(name, f"Task {task[:80]!r} of the task table") for task, name in tasks.items()}
     return named, _target(table.get("else", "none"), "`else` of the task table")
+
+
+def _each(names: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def _mapping(text: str, what: str, keys: tuple[str, ...]) -> dict[Any, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lm_eval_aft.reporting.verdicts import Row
 
@@ -79,6 +80,23 @@ def row_cells(row: Row) -> tuple[str, ...]:
         p_text(row.p_adjusted),
         "–" if row.mde is None else f"±{score(row.mde, row.share).removesuffix(' %')}",
         note,
+    )
+
+
+ROUTE_COLUMNS = ("task", "metric", "run", "vector", "n", "baseline", "steered", "difference")
+
+
+def route_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A routed run's cells for one vector, in the order of ``ROUTE_COLUMNS``."""
+    return (
+        row["task"],
+        metric_name(row["metric"], row["filter"]),
+        row["run"],
+        f"{row['route']} (trained on this task)" if row["own"] else row["route"],
+        f"{row['n']} ({100 * row['n'] / row['of']:.1f} %)",
+        score(row["baseline"], row["share"]),
+        score(row["steered"], row["share"]),
+        points(row["difference"], row["share"]),
     )
 
 

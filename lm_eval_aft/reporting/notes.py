@@ -18,13 +18,17 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
     identity = (baseline.any.get("config", {}).get("aft") or {}).get("fingerprint")
     for run, info in zip(others, vectors, strict=True):
         found += info.warnings
-        logged, results = run.vector or {}, run.any
+        results = run.any
+        routed = ((run.routing or {}).get("vectors") or {}).values()
         own = (results.get("config", {}).get("aft") or {}).get("fingerprint")
         if identity and own and fingerprint_text(own) != fingerprint_text(identity):
             found.append(f"{run.name}: its base model is not the baseline's (fingerprints differ).")
-        for task in run.tasks if logged.get("num_fewshot") is not None else ():
+        for logged in (run.vector or {}, *routed):
+            task = logged.get("task")
+            if logged.get("num_fewshot") is None or task not in run.tasks:
+                continue
             shots = run.tasks[task].results.get("n-shot", {}).get(task)
-            if task == logged.get("task") and shots != logged["num_fewshot"]:
+            if shots != logged["num_fewshot"]:
                 found.append(
                     f"{run.name}: trained on {logged['num_fewshot']}-shot prompts of {task}, "
                     f"scored {shots}-shot."

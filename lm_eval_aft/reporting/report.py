@@ -16,6 +16,7 @@ from lm_eval_aft.reporting.notes import corpus_scores, group_scores, over_seeds,
 from lm_eval_aft.reporting.pairing import compare_runs, differences, require_comparable
 from lm_eval_aft.reporting.reproduce import commands
 from lm_eval_aft.reporting.results import Run, discover, read_run
+from lm_eval_aft.reporting.routes import route_rows
 from lm_eval_aft.reporting.settings import described
 from lm_eval_aft.reporting.stats import ALPHA
 from lm_eval_aft.reporting.vectors import describe_vector
@@ -32,6 +33,7 @@ class Report:
         corpus: metrics without a score per document: both values, no test.
         groups: lm-eval's group scores: both values, no test.
         seeds: per vector and task scored with >= 3 seeds, mean difference and its interval.
+        routes: routed runs split by the vector that documents got: means, no test.
         settings: one mapping per run, field -> text.
         datasets: task -> the dataset it reads, by its name on the Hub or its path.
     """
@@ -48,6 +50,7 @@ class Report:
     corpus: list[dict[str, Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     seeds: list[dict[str, Any]] = field(default_factory=list)
+    routes: list[dict[str, Any]] = field(default_factory=list)
     flips: list[dict[str, Any]] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)
     vectors: list[dict[str, Any]] = field(default_factory=list)
@@ -126,6 +129,7 @@ def build_report(runs: Sequence[Run], *, force: bool = False, flips: int = 20, t
         corpus=corpus_scores(baseline, others, rows),
         groups=group_scores(baseline, others),
         seeds=over_seeds(rows),
+        routes=route_rows(baseline, comparisons),
         flips=[
             flipped_documents(baseline, run, each, flips)
             for run, each in comparisons

@@ -77,6 +77,18 @@ class Run:
         return self.any.get("config", {}).get("aft", {}).get("vector") or None
 
     @property
+    def routing(self) -> dict[str, Any] | None:
+        """The router that picked each document's vector, those vectors, and what it picked."""
+        found = self.any.get("config", {}).get("aft", {}).get("routing")
+        return found if isinstance(found, dict) and found else None
+
+    @property
+    def library(self) -> str | None:
+        """The library that the vector's name was looked up in, if one was given."""
+        path = model_args(self.any).get("library")
+        return None if path in (None, "") else str(path)
+
+    @property
     def vector_path(self) -> str | None:
         """The vector as it was given to lm-eval."""
         path = model_args(self.any).get("vector")
@@ -128,6 +140,8 @@ def discover(folder: str | Path) -> list[Run]:
         else:
             run = load_run(files, "")
             stem = Path(run.vector_path).name.removesuffix(".safetensors") if run.vector_path else name
+            if run.routing:
+                stem = f"routed-{run.routing.get('router')}"
             run.name = "baseline" if run.kind == "baseline" else f"{run.kind}/{stem}"
             runs.append(run)
     baselines = [run for run in runs if run.kind == "baseline"]
@@ -191,7 +205,8 @@ def load_run(files: list[Path], name: str, kind: str | None = None) -> Run:
             _check_sums(tasks[task])
     run = Run(name, kind or "steered", dict(sorted(tasks.items())), sorted(set(notes)))
     if kind is None:
-        run.kind = "baseline" if not run.vector and not run.vector_path else "steered"
+        steered = run.vector or run.vector_path or run.routing or model_args(run.any).get("route")
+        run.kind = "steered" if steered else "baseline"
         if (run.vector or {}).get("control"):
             run.kind = "placebo"
     return run

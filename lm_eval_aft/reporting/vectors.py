@@ -49,6 +49,9 @@ def describe_vector(run: Run) -> VectorInfo:
     """Read the vector that steered a run, where it still lies, and check that it is the same one."""
     logged = run.vector or {}
     info = VectorInfo(run.name, run.vector_path, logged.get("sha256"), biased=bool(logged.get("biased")))
+    if run.routing is not None:
+        _add_routed(info, run.routing)
+        return info
     if run.vector_path is None:
         if run.kind == "steered":
             info.warnings.append(
@@ -56,11 +59,11 @@ def describe_vector(run: Run) -> VectorInfo:
                 "if it was not chosen on these documents."
             )
         return info
-    from lm_eval_aft.library import load_vector  # torch
+    from lm_eval_aft.library import folder_of, load_vector  # torch
 
-    path = Path(run.vector_path)
+    path = folder_of(run.vector_path, run.library) or Path(run.vector_path)
     try:
-        vector = load_vector(run.vector_path)
+        vector = load_vector(run.vector_path, run.library)
     except AFTError as error:
         info.warnings.append(f"{run.name}: {error.what} How it was chosen cannot be checked.")
         return info
@@ -76,9 +79,31 @@ def describe_vector(run: Run) -> VectorInfo:
         "norm": round(vector.norm(), 4),
         "coefficient": vector.coefficient,
     }
-    if path.exists():  # not so for a name in a library, or a sum
+    if path.exists():  # not so for a sum, or a vector on the Hub
+        info.path = str(path)
         _read_ledger(info, path if path.is_dir() else path.parent, vector.metadata, list(vector.layers))
     return info
+
+
+def _add_routed(info: VectorInfo, routing: dict[str, Any]) -> None:
+    """Every vector that a router may pick: one chosen on these documents taints the run."""
+    from lm_eval_aft.library import load_vector  # torch
+
+    info.sha256 = routing.get("router_sha256")
+    root = routing.get("library")
+    for name, logged in (routing.get("vectors") or {}).items():
+        info.biased = info.biased or bool(logged.get("biased"))
+        try:
+            vector = load_vector(Path(str(root)) / str(name))
+        except AFTError as error:
+            info.warnings.append(f"{info.run}: {error.what} How it was chosen cannot be checked.")
+            continue
+        vector.coefficient = float(logged.get("coefficient", vector.coefficient))
+        if vector.digest() != logged.get("sha256"):
+            info.warnings.append(f"{info.run}: {name} in {root} is no longer the vector that was scored.")
+            continue
+        splits = vector.metadata.get("splits") or {}
+        info.selection_documents += [str(e)[:HASH_DIGITS] for e in splits.get("selection_documents") or []]
 
 
 def _fill(info: VectorInfo, meta: dict[str, Any], layers: list[int]) -> None:

@@ -45,9 +45,9 @@ class Row:
         return self.question.options[0].index
 
 
-def prompt(index: int, tokens: Sequence[int]) -> Question:
+def prompt(index: int, tokens: Sequence[int], state: int = 0) -> Question:
     """A prompt as a question whose tree is its last token."""
-    return Question(tuple(tokens[:-1]), (tokens[-1],), (-1,), (Option(index, (0,), (0,)),))
+    return Question(tuple(tokens[:-1]), (tokens[-1],), (-1,), (Option(index, (0,), (0,)),), state)
 
 
 def continuations(
@@ -66,7 +66,7 @@ def continuations(
     """
     for prefix, members in with_common_prefixes(prompts):
         order = sorted(members, key=lambda question: -len(question.context))
-        heads = scorer.prefixes(order[0].context[:prefix]) if prefix else []
+        heads = scorer.prefixes(order[0].context[:prefix], order[0].state) if prefix else []
         while order:
             group = scorer.take(order, most)
             order = order[len(group) :]
@@ -100,7 +100,8 @@ def _group(
     found = []
     for made in range(most):
         n = len(rows)
-        logits = _next(scorer, slots, last[:n], lengths[:n] + made, mask[:n], columns + made)
+        states = [row.question.state for row in rows]
+        logits = _next(scorer, slots, last[:n], lengths[:n] + made, mask[:n], columns + made, states)
         if watch is not None:
             for row, seen in zip(rows, logits, strict=True):
                 watch(row.index, seen)
@@ -123,7 +124,15 @@ def _group(
     return found
 
 
-def _next(scorer: Scorer, slots: Slots, last: Tensor, positions: Tensor, mask: Tensor, column: int) -> Tensor:
+def _next(
+    scorer: Scorer,
+    slots: Slots,
+    last: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    column: int,
+    states: list[int],
+) -> Tensor:
     """Logits (rows, vocabulary) after the tokens ``last`` (rows, 1), which go to ``column``."""
     n = len(last)
     inputs = {
@@ -131,6 +140,6 @@ def _next(scorer: Scorer, slots: Slots, last: Tensor, positions: Tensor, mask: T
         "attention_mask": mask[..., : column + 1],
         "position_ids": positions[:, None],
     }
-    logits = scorer.logits(Step(inputs, slice(0, n), column, list(range(n))), slots)
+    logits = scorer.logits(Step(inputs, slice(0, n), column, list(range(n)), states=states), slots)
     assert logits is not None
     return logits.float()

@@ -17,7 +17,7 @@ from lm_eval_aft.packing import capture, logits_at, resumed
 from lm_eval_aft.scoring.requests import Answer, Question, Request
 from lm_eval_aft.scoring.slots import Enough, Slots
 from lm_eval_aft.scoring.steps import Step, answers, context_steps, plain_steps, tree_steps
-from lm_eval_aft.steering import add_all
+from lm_eval_aft.steering import RowSteering, add_all
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Scorer:
         softmax_dtype: as in `HFLM`.
         autocast: dtype of mixed precision, or None.
         vectors: further states to score, as shifts by layer; the model must then be the baseline.
+        rows: where rows of one pass are steered differently: what does it.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Scorer:
         softmax_dtype: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
         vectors: Sequence[Shifts] = (),
+        rows: RowSteering | None = None,
     ) -> None:
         self.model = model
+        self.rows = rows
         self.backbone = backbone
         self.device = device
         self.softmax_dtype = softmax_dtype
@@ -89,23 +92,28 @@ class Scorer:
         ``prefix`` says how many tokens all contexts begin with in common; they are read once.
         """
         order = sorted(questions, key=lambda question: (-len(question.context), -len(question.tokens)))
-        heads = self.prefixes(order[0].context[:prefix]) if prefix else []
+        heads = self.prefixes(order[0].context[:prefix], order[0].state) if prefix else []
         while order:
             group = self.take(order)
             order = order[len(group) :]
             yield self.retrying(partial(self._group, group, prefix, heads))
         self._slots = [None] * 2
 
-    def plain(self, requests: Sequence[tuple[int, Request]]) -> Iterator[list[Answers]]:
-        """Answers of every state, pass by pass over whole sequences: only the head is saved."""
+    def plain(
+        self, requests: Sequence[tuple[int, Request]], states: Sequence[int] = ()
+    ) -> Iterator[list[Answers]]:
+        """Answers of every state, pass by pass over whole sequences: only the head is saved.
+
+        ``states`` gives each request's row state by its index; default all 0.
+        """
         order = sorted(requests, key=lambda item: -len(item[1][1]) - len(item[1][2]))
         many = 256
         for first in range(0, len(order), many):
-            yield self.retrying(partial(self._plain, order[first : first + many]))
+            yield self.retrying(partial(self._plain, order[first : first + many], states))
 
-    def _plain(self, requests: Sequence[tuple[int, Request]]) -> list[Answers]:
+    def _plain(self, requests: Sequence[tuple[int, Request]], states: Sequence[int]) -> list[Answers]:
         found: list[Answers] = [{} for _ in range(1 + len(self.vectors))]
-        for step in plain_steps(requests, self.budget.tokens, self.device):
+        for step in plain_steps(requests, self.budget.tokens, self.device, states):
             parts = self._run([step], [None, None], range(len(self.vectors)))
             for mine, more in zip(found, parts, strict=True):
                 mine.update(more)
@@ -135,9 +143,10 @@ class Scorer:
         stored = getattr(text, "num_key_value_heads", None) or heads
         return int(2 * len(self.backbone.blocks) * stored * width * self.dtype.itemsize)
 
-    def prefixes(self, tokens: Sequence[int]) -> list[Any]:
-        """Keys and values of a common prefix, for every state."""
-        step = Step({"input_ids": torch.tensor([tokens], device=self.device)}, slice(0, 1))
+    def prefixes(self, tokens: Sequence[int], state: int = 0) -> list[Any]:
+        """Keys and values of a common prefix, for the model with rows in ``state`` and each vector."""
+        inputs = {"input_ids": torch.tensor([tokens], device=self.device)}
+        step = Step(inputs, slice(0, 1), states=[state])
         base = Slots(1, len(tokens))
         self._run([step], [base, None], chosen=[])
         found = [base.prefix(len(tokens))]
@@ -213,6 +222,8 @@ class Scorer:
         positions = torch.tensor(step.scored, dtype=torch.long, device=self.device)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            if self.rows is not None:
+                stack.enter_context(self.rows.chosen(step.states))
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
             try:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from lm_eval_aft.packing import disagreement, refused
+from lm_eval_aft.packability import disagreement, refused
 from lm_eval_aft.scoring.loglikelihood import Answers, Scorer, Shifts
 from lm_eval_aft.scoring.requests import Answer, Question, Request, gather, with_common_prefixes
 from lm_eval_aft.steering import add_all
@@ -39,21 +39,25 @@ class Paths:
         self.window = window
         self.taken: Counter[str] = Counter()
         self._holds: dict[str, bool] = {}
+        self._states: Sequence[int] = ()
 
     def score(
         self,
         requests: Sequence[Request],
         report: Callable[[list[Answers]], None],
         vectors: Sequence[Shifts] = (),
+        states: Sequence[int] = (),
     ) -> None:
         """Hand answers by request index to ``report``, part by part: the model's, then each vector's.
 
-        What stock must answer comes without the vectors' answers: a shorter list.
+        What stock must answer comes without the vectors' answers: a shorter list. ``states`` says,
+        request by request, which of the scorer's ``rows`` steers it.
         """
         self.scorer.vectors = list(vectors)
+        self._states = states
         left: list[Question] = []
         fitting: list[Question] = []
-        for question in gather(enumerate(requests)):
+        for question in gather(enumerate(requests), states):
             (fitting if question.longest <= self.window + 1 else left).append(question)
         if left:
             logger.info(
@@ -77,7 +81,7 @@ class Paths:
         if left:
             self.taken["stock"] += len(left)
             items = _items(left, requests)
-            answers = self.stock([request for _, request in items])
+            answers = self._by_stock(items)
             report([{i: answer for (i, _), answer in zip(items, answers, strict=True)}])
 
     def _answer(
@@ -94,6 +98,12 @@ class Paths:
                 report(part)
             self.taken[path] += len(questions)
 
+    def _by_stock(self, items: Sequence[tuple[int, Request]]) -> list[Answer]:
+        asked, rows = [request for _, request in items], self.scorer.rows
+        if rows is None:
+            return self.stock(asked)
+        return rows.apart([self._states[i] for i, _ in items], asked, self.stock)
+
     def _may_share(self, question: Question) -> bool:
         return not refused(self.scorer.model, question.length)
 
@@ -101,7 +111,7 @@ class Paths:
         self, path: str, questions: Sequence[Question], prefix: int, requests: Sequence[Request]
     ) -> Iterator[list[Answers]]:
         if path == "trimmed":
-            return self.scorer.plain(_items(questions, requests))
+            return self.scorer.plain(_items(questions, requests), self._states)
         return self.scorer.packed(questions, prefix if path == "prefixed" else 0)
 
     def _check(
@@ -123,7 +133,7 @@ class Paths:
             return f"the model refuses it ({type(error).__name__}: {str(error)[:200]})"
         finally:
             self.scorer.vectors = vectors
-        slow = self.stock([(None, *request[1:]) for _, request in _items(probe, requests)])
+        slow = self._by_stock([(i, (None, *request[1:])) for i, request in _items(probe, requests)])
         return self._compare(fast, dict(zip(sorted(fast), slow, strict=True)), requests)
 
     def _compare(self, fast: Answers, slow: Answers, requests: Sequence[Request]) -> str:

@@ -38,12 +38,14 @@ class Question:
             of a continuation is only predicted, so it has no node.
         parents: the node before each node; -1 for node 0.
         options: the requests answered.
+        state: which vector steers it, where several do; see `lm_eval_aft.steering.RowSteering`.
     """
 
     context: tuple[int, ...]
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     options: tuple[Option, ...]
+    state: int = 0
 
     @property
     def length(self) -> int:
@@ -68,24 +70,29 @@ class Question:
         return found
 
 
-def gather(requests: Iterable[tuple[int, Request]]) -> list[Question]:
-    """Questions in order of appearance: consecutive requests with the same context belong together."""
+def gather(requests: Iterable[tuple[int, Request]], states: Sequence[int] = ()) -> list[Question]:
+    """Questions in order of appearance: consecutive requests with the same context belong together.
+
+    ``states`` gives each request's state by its index; default all 0.
+    """
     questions: list[Question] = []
     current: list[tuple[int, list[int]]] = []
     context: list[int] = []
+    state = 0
     for index, (_, head, tail) in requests:
+        own = states[index] if states else 0
         full = sum(len(t) for _, t in current) + len(tail) > MOST_NODES
-        if current and (head != context or full):
-            questions.append(_question(context, current))
+        if current and (head != context or own != state or full):
+            questions.append(_question(context, current, state))
             current = []
-        context = head
+        context, state = head, own
         current.append((index, tail))
     if current:
-        questions.append(_question(context, current))
+        questions.append(_question(context, current, state))
     return questions
 
 
-def _question(context: Sequence[int], tails: Sequence[tuple[int, list[int]]]) -> Question:
+def _question(context: Sequence[int], tails: Sequence[tuple[int, list[int]]], state: int) -> Question:
     tokens, parents = [context[-1]], [-1]
     children: dict[tuple[int, int], int] = {}
     options = []
@@ -99,20 +106,22 @@ def _question(context: Sequence[int], tails: Sequence[tuple[int, list[int]]]) ->
                 parents.append(nodes[-1])
             nodes.append(children[key])
         options.append(Option(index, tuple(nodes), tuple(tail)))
-    return Question(tuple(context[:-1]), tuple(tokens), tuple(parents), tuple(options))
+    return Question(tuple(context[:-1]), tuple(tokens), tuple(parents), tuple(options), state)
 
 
 def with_common_prefixes(questions: Sequence[Question]) -> list[tuple[int, list[Question]]]:
     """Split questions into sets whose contexts begin alike: (tokens in common, the questions).
 
     The last set holds the questions that share no such prefix, with 0 tokens. Prefixes are compared
-    by token id; lm-eval often draws few-shot examples anew for each document, and then there are none.
+    by token id, and belong to one state: keys and values depend on the vector. lm-eval often draws few-shot
+    examples anew for each document, and then there are none.
     """
-    sets: dict[tuple[int, ...], list[Question]] = {}
+    sets: dict[tuple[int, tuple[int, ...]], list[Question]] = {}
     alone: list[Question] = []
     for question in questions:
         if len(question.context) >= SHORTEST_PREFIX:
-            sets.setdefault(question.context[:SHORTEST_PREFIX], []).append(question)
+            key = (question.state, question.context[:SHORTEST_PREFIX])
+            sets.setdefault(key, []).append(question)
         else:
             alone.append(question)
     found = []

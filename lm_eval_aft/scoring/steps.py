@@ -28,6 +28,7 @@ class Step:
         start: the slots' first column that it fills.
         scored: (R,) flat positions in rows x tokens whose logits are needed; none for contexts.
         options: (option, its places in ``scored``) that the logits answer.
+        states: which vector steers each row; see `lm_eval_aft.steering.RowSteering`.
     """
 
     inputs: dict[str, Tensor]
@@ -35,6 +36,7 @@ class Step:
     start: int = 0
     scored: list[int] = field(default_factory=list)
     options: list[tuple[Option, list[int]]] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
 
 
 def context_steps(
@@ -52,7 +54,8 @@ def context_steps(
             ids[r, : len(own)] = own
         follow = rows == list(range(rows[0], rows[0] + len(rows)))
         at = slice(rows[0], rows[0] + len(rows)) if follow else torch.tensor(rows, device=device)
-        yield Step({"input_ids": torch.from_numpy(ids).to(device)}, at, prefix)
+        states = [questions[i].state for i in rows]
+        yield Step({"input_ids": torch.from_numpy(ids).to(device)}, at, prefix, states=states)
 
 
 def tree_steps(
@@ -109,31 +112,39 @@ def _tree_step(
         "attention_mask": mask.unsqueeze(1).to(device),
         "position_ids": torch.from_numpy(positions).to(device),
     }
-    return Step(inputs, slice(first, first + rows), columns, scored, options)
+    states = [question.state for question in questions]
+    return Step(inputs, slice(first, first + rows), columns, scored, options, states)
 
 
-def plain_steps(requests: Sequence[tuple[int, Request]], budget: int, device: torch.device) -> Iterator[Step]:
-    """Passes over whole sequences, as stock `hf` makes them, a row for each distinct sequence."""
-    wanted: dict[tuple[int, ...], list[tuple[Option, int]]] = {}
+def plain_steps(
+    requests: Sequence[tuple[int, Request]], budget: int, device: torch.device, states: Sequence[int] = ()
+) -> Iterator[Step]:
+    """Passes over whole sequences, as stock `hf` makes them, a row for each distinct sequence.
+
+    ``states`` gives each request's state by its index; default all 0.
+    """
+    wanted: dict[tuple[int, tuple[int, ...]], list[tuple[Option, int]]] = {}
     for index, (_, head, tail) in requests:
         option = Option(index, tuple(range(len(tail))), tuple(tail))
-        wanted.setdefault((*head, *tail[:-1]), []).append((option, len(head) - 1))
-    rows = sorted(wanted, key=lambda row: -len(row))
+        key = (states[index] if states else 0, (*head, *tail[:-1]))
+        wanted.setdefault(key, []).append((option, len(head) - 1))
+    rows = sorted(wanted, key=lambda row: -len(row[1]))
     while rows:
-        width = len(rows[0])
+        width = len(rows[0][1])
         chunk, rows = rows[: max(1, budget // width)], rows[max(1, budget // width) :]
         ids = np.zeros((len(chunk), width), dtype=np.int64)
         scored: list[int] = []
         options = []
-        for r, row in enumerate(chunk):
+        for r, (state, row) in enumerate(chunk):
             ids[r, : len(row)] = row
-            first = min(start for _, start in wanted[row])
+            mine = wanted[state, row]
+            first = min(start for _, start in mine)
             options += [
-                (option, [len(scored) + start - first + k for k in option.nodes])
-                for option, start in wanted[row]
+                (option, [len(scored) + start - first + k for k in option.nodes]) for option, start in mine
             ]
             scored += range(r * width + first, r * width + len(row))
-        yield Step({"input_ids": torch.from_numpy(ids).to(device)}, None, 0, scored, options)
+        inputs = {"input_ids": torch.from_numpy(ids).to(device)}
+        yield Step(inputs, None, 0, scored, options, [state for state, _ in chunk])
 
 
 def answers(step: Step, logits: Tensor, softmax_dtype: Any) -> dict[int, Answer]:

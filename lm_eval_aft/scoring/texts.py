@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 
-from lm_eval_aft.packing import disagreement, refused
+from lm_eval_aft.packability import disagreement, refused
 from lm_eval_aft.scoring.generation import Watch, continuations, prompt, unusual
 from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.requests import Question
@@ -49,10 +49,11 @@ class Texts:
         self.taken: Counter[str] = Counter()
         self._holds: bool | None = None
 
-    def answers(self, requests: Sequence[Instance]) -> Iterator[tuple[int, str]]:
+    def answers(self, requests: Sequence[Instance], states: Sequence[int] = ()) -> Iterator[tuple[int, str]]:
         """(Index, text) of the requests that the fast way can answer, in any order.
 
-        Only for models without a `refusal`.
+        Only for models without a `refusal`. ``states`` says, request by request, which of the
+        scorer's ``rows`` steers it.
         """
         groups: dict[Settings, list[Question]] = {}
         for index, request in enumerate(requests):
@@ -60,7 +61,7 @@ class Texts:
             settings = self._settings(kwargs)
             if settings is None:
                 continue
-            question = self._prompt(index, context, settings)
+            question = self._prompt(index, context, settings, states[index] if states else 0)
             if question is not None:
                 groups.setdefault(settings, []).append(question)
         for settings, questions in groups.items():
@@ -90,12 +91,12 @@ class Texts:
             return None
         return Settings(tuple(until), most)
 
-    def _prompt(self, index: int, context: str, settings: Settings) -> Question | None:
+    def _prompt(self, index: int, context: str, settings: Settings, state: int) -> Question | None:
         ids, _ = self.lm.tok_batch_encode([context], left_truncate_len=self.lm.max_length - settings.most)
         tokens = ids[0].tolist()
         if not tokens or refused(self.lm.model, len(tokens) + settings.most):
             return None
-        return prompt(index, tokens)
+        return prompt(index, tokens, state)
 
     def _check(self, questions: list[Question], settings: Settings, requests: Sequence[Instance]) -> bool:
         ordered = sorted(questions, key=lambda question: question.length)
@@ -126,7 +127,7 @@ class Texts:
             [[*question.context, *question.tokens, *tokens.tolist()[:-1]]], device=tokens.device
         )
         places = list(range(len(question.context), ids.shape[1]))
-        slow = self.scorer.logits(Step({"input_ids": ids}, scored=places), None)
+        slow = self.scorer.logits(Step({"input_ids": ids}, scored=places, states=[question.state]), None)
         assert slow is not None
         values = [
             logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0]

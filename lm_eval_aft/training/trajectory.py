@@ -15,13 +15,13 @@ from torch import nn
 
 from lm_eval_aft.backbone import Backbone
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.packability import may_pack
 from lm_eval_aft.packing import (
     Batch,
     Document,
     capture,
     continuation_logits,
     make_batch,
-    may_pack,
     option_logprobs,
     resumed,
     token_budget_batches,
@@ -46,7 +46,7 @@ class Trajectory:
     model allows it, and the head sees continuation positions only.
 
     Args:
-        packed: whether to pack rows; see `lm_eval_aft.packing.may_pack`.
+        packed: whether to pack rows; see `lm_eval_aft.packability.may_pack`.
         budget: most tokens (rows x width) in one pass; by default what suits the device.
     """
 

@@ -15,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import lm_eval_aft.lm as lm_module
+import lm_eval_aft.scoring.stock as stock_module
 from lm_eval_aft import SteeringVector, evaluate_pair
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.scoring.requests import gather, with_common_prefixes
@@ -324,7 +325,7 @@ def test_progress_and_automatic_batches(
     rows: list[int] = []
     call = lm._model_call
     monkeypatch.setattr(lm, "_model_call", lambda inps, **k: (rows.append(inps.numel()), call(inps, **k))[1])
-    monkeypatch.setattr(lm_module, "STOCK_BATCH_BYTES", 4 * 4 * 64 * 128 * 2)
+    monkeypatch.setattr(stock_module, "STOCK_BATCH_BYTES", 4 * 4 * 64 * 128 * 2)
     pairs = [*questions(), *[(words(random.Random(i), 80), " red") for i in range(5)]]
     assert_same(ask(lm, pairs), ask(HFLM(folder, **OPTIONS), pairs))
     assert sum(seen) == len(pairs)

@@ -1,0 +1,78 @@
+"""Whether a model's attention can be told which tokens see which, by a table and by trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_aft.packing import Document, continuation_logits, make_batch, option_logprobs
+
+# Families whose attention a 4-D mask cannot express, whatever a check on short rows would say.
+UNPACKABLE = {
+    "bloom": "ALiBi positions follow the row, not the position ids",
+    "falcon": "its ALiBi variants refuse 4-D masks",
+    "gpt_neo": "local attention layers ignore a supplied mask",
+    "gemma2": "alternating sliding windows need masks of their own",
+    "mpt": "ALiBi positions follow the row, not the position ids",
+}
+
+
+def refused(model: nn.Module, longest: int) -> str:
+    """Why this model's config rules packed rows of ``longest`` tokens out; ``""`` when it does not."""
+    config: Any = model.config
+    text = config.get_text_config()
+    family = str(getattr(text, "model_type", ""))
+    if family in UNPACKABLE:
+        return f"{family}: {UNPACKABLE[family]}"
+    window = getattr(text, "sliding_window", None)
+    if window and getattr(text, "use_sliding_window", True) and longest > window:
+        return f"rows are longer than the sliding window of {window} tokens"
+    rope = getattr(text, "rope_parameters", None) or {}
+    if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+        return f"{rope['rope_type']} rotary positions depend on the row's length"
+    return ""
+
+
+def disagreement(fast: Tensor, slow: Tensor, tokens: Tensor, dtype: torch.dtype) -> str:
+    """Compare log-likelihoods (options,) of two paths; ``""`` when they agree.
+
+    In 16 bits only gross errors can be told from rounding (0.1 nats a token; ``tokens`` counts
+    them), in fp32 the bar is the larger of 1e-4 and 1e-6 of the value.
+    """
+    difference = (fast - slow).abs()
+    if dtype in (torch.float32, torch.float64):
+        bar = torch.maximum(torch.full_like(difference, 1e-4), 1e-6 * slow.abs())
+    else:
+        bar = 0.1 * tokens.to(difference)
+    return "" if bool((difference <= bar).all()) else f"differ by {float(difference.max()):.2g} nats"
+
+
+def may_pack(model: nn.Module, documents: Sequence[Document]) -> str:
+    """Why ``documents`` cannot be packed for this model; ``""`` when they can.
+
+    Checks the config, then compares packed with unpacked log-likelihoods on the two longest
+    documents.
+    """
+    probe = sorted(documents, key=lambda document: -document.tokens(True))[:2]
+    reason = refused(model, probe[0].tokens(True))
+    if reason:
+        return reason
+    if all(document.rows(True) == document.rows(False) for document in documents):
+        return "every document has one continuation per context"
+    config: Any = model.config
+    family = config.get_text_config().model_type
+    parameter = next(model.parameters())
+    scores = []
+    try:
+        for packed in (True, False):
+            batch = make_batch(probe, packed, parameter.device, parameter.dtype)
+            with torch.no_grad():
+                scores.append(option_logprobs(continuation_logits(model, batch), batch))
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        return f"{family} refuses a 4-D mask ({type(error).__name__})"
+    tokens = torch.bincount(batch.option, minlength=len(scores[0]))
+    reason = disagreement(scores[0], scores[1], tokens, parameter.dtype)
+    return reason and f"packed and unpacked rows {reason} on {family}"

@@ -1,0 +1,153 @@
+"""A study file: which vectors a library is to hold, and how each is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.library.names import check_name
+from lm_eval_aft.library.route import read_table
+from lm_eval_aft.training.examples import PromptSettings
+from lm_eval_aft.training.plan import TrainingPlan
+from lm_eval_aft.training.protocols import DEFAULT
+
+_KEYS = ("model", "include_path", "defaults", "vectors", "unavailable", "scores")
+_HINT = "See scripts/studies/library.yaml for an example."
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+@dataclass(frozen=True)
+class StudyEntry:
+    """One vector to train.
+
+    Attributes:
+        name: where it goes in the library.
+        settings: what `TrainingPlan.of` takes besides the task.
+        limit: documents of its task in the cross-scores; ``None``: as the study says.
+    """
+
+    name: str
+    task: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+
+    def plan(self) -> TrainingPlan:
+        """The training plan; raises `AFTError` on a setting that does not exist or cannot be."""
+        try:
+            return TrainingPlan.of(self.task, **self.settings)
+        except AFTError as error:
+            raise AFTError(f"{self.name}: {error.what}", error.hint) from error
+        except (TypeError, ValueError) as error:
+            raise AFTError(f"{self.name}: a setting makes no sense ({error}).", _HINT) from error
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole study.
+
+    Attributes:
+        model: Hub name or folder of the base model, if the file names one.
+        unavailable: name -> what would be needed to train it.
+        tasks: tasks to score on besides those trained on.
+        limit: documents per task in the cross-scores; ``None``: all.
+        include_path: folders of task files.
+    """
+
+    entries: tuple[StudyEntry, ...]
+    model: str | None = None
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    include_path: tuple[str, ...] = ()
+
+    def scored_tasks(self) -> dict[str, StudyEntry | None]:
+        """Every task of the cross-scores, with the first entry trained on it."""
+        found: dict[str, StudyEntry | None] = {}
+        for entry in self.entries:
+            found.setdefault(entry.task, entry)
+        return found | {task: None for task in self.tasks if task not in found}
+
+
+def read_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        AFTError: it cannot be read, or says something that cannot be; the place is named.
+    """
+    try:
+        table = yaml.safe_load(read_table(path))
+    except yaml.YAMLError as error:
+        raise AFTError(f"The study {path} is not YAML: {str(error).partition(chr(10))[0]}", _HINT) from error
+    if not isinstance(table, dict):
+        raise AFTError(f"The study {path} must be a mapping.", _HINT)
+    unknown = [str(key) for key in table if key not in _KEYS]
+    if unknown:
+        raise AFTError(f"The study {path} has unknown keys: {', '.join(unknown)}.", _HINT)
+    parts = {key: table.get(key) or {} for key in ("defaults", "vectors", "unavailable", "scores")}
+    for key, part in parts.items():
+        if not isinstance(part, dict):
+            raise AFTError(f"`{key}` of the study {path} must be a mapping.", _HINT)
+    folders = table.get("include_path") or []
+    folders = [folders] if isinstance(folders, str) else list(folders)
+    include = tuple(str((path.parent / str(folder)).resolve()) for folder in folders)
+    entries = tuple(
+        _entry(name, value, parts["defaults"], include) for name, value in parts["vectors"].items()
+    )
+    if not entries:
+        raise AFTError(f"The study {path} names no vectors.", _HINT)
+    for entry in entries:
+        entry.plan()
+    scores = parts["scores"]
+    return Study(
+        entries,
+        None if table.get("model") is None else str(table["model"]),
+        {check_name(str(name)): str(needs) for name, needs in parts["unavailable"].items()},
+        tuple(map(str, scores.get("tasks") or ())),
+        _count(scores.get("limit"), "scores"),
+        include,
+    )
+
+
+def _entry(name: Any, value: Any, defaults: Mapping[str, Any], include: tuple[str, ...]) -> StudyEntry:
+    name = check_name(str(name))
+    own = {"task": value} if isinstance(value, str) else value
+    if not isinstance(own, dict) or not isinstance(own.get("task"), str):
+        raise AFTError(f"{name} of the study names no task.", "Write NAME: TASK, or NAME: {task: TASK, ...}.")
+    merged = {"protocol": DEFAULT, **defaults, **own}
+    task, limit = merged.pop("task"), _count(merged.pop("limit", None), name)
+    prompts = {
+        key: merged.pop(key)
+        for key in ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+        if key in merged
+    }
+    settings = {key: _value(key, each) for key, each in merged.items()}
+    if prompts:
+        settings["prompts"] = PromptSettings(**prompts)
+    if include:
+        settings["include_path"] = include
+    return StudyEntry(name, task, settings, limit)
+
+
+def _value(key: str, value: Any) -> Any:
+    """A setting as the plan takes it: YAML reads 1e-3 as text, and a lone layer as a number."""
+    if key == "layers":
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
+    if isinstance(value, list):
+        return tuple(_value("", each) for each in value)
+    return value
+
+
+def _count(value: Any, where: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AFTError(f"{where}: limit={value!r} is no number of documents.", _HINT)
+    return value
