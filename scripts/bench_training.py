@@ -38,7 +38,7 @@ from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.cli.options import quiet_libraries
 from lm_eval_aft.packing import Document
 from lm_eval_aft.steering import add_at
-from lm_eval_aft.training.estimate import estimate
+from lm_eval_aft.training.estimate import estimate, peak_memory
 from lm_eval_aft.training.fit import Candidate, Recipe
 from lm_eval_aft.training.objectives import Choice
 from lm_eval_aft.training.protocols import find_protocol, schedule
@@ -343,26 +343,24 @@ def growth(rounds: int) -> dict[str, list[list[float]]]:
 def memory(case: Case) -> dict[str, Any]:
     """Peak memory above the loaded weights of either side, each in a process of its own."""
     found = {}
-    for side in ("naive", "engine"):
+    for side in ("naive", "engine", "estimate"):
         command = [sys.executable, __file__, "--memory-of", case.name, "--side", side]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[side] = json.loads(done.stdout.splitlines()[-1])
+        found[side] = int(done.stdout.splitlines()[-1])
     return {
         "name": case.name,
-        "naive_bytes": found["naive"]["bytes"],
-        "engine_bytes": found["engine"]["bytes"],
-        "ratio": round(found["engine"]["bytes"] / found["naive"]["bytes"], 3),
-        "estimate_over_measured": round(found["engine"]["estimate"] / found["engine"]["bytes"], 3),
+        "naive_bytes": found["naive"],
+        "engine_bytes": found["engine"],
+        "ratio": round(found["engine"] / found["naive"], 3),
+        "estimate_over_measured": round(found["estimate"] / found["engine"], 3),
     }
 
 
-def _status(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
+def measure_memory(case: Case, side: str) -> int:
+    """Most resident bytes above what was resident once the model was loaded and had been used.
 
-
-def measure_memory(case: Case, side: str) -> dict[str, int]:
-    """Most resident bytes above what was resident once the model was loaded and had been used."""
+    ``estimate``: what a dry run says of the engine's, in a process that has done nothing else.
+    """
     torch.manual_seed(0)
     config = SHAPES[case.shape]
     model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
@@ -370,26 +368,25 @@ def measure_memory(case: Case, side: str) -> dict[str, int]:
     docs = documents(case, config.vocab_size)
     engine = Trajectory(model, backbone, Choice("acc"), packed=True)
     depth = len(backbone.blocks)
+    if side == "estimate":
+        zero = new_vector(model, backbone)
+        return estimate(engine, range(depth), zero, docs, docs, [], 1).peak_bytes
     shortest = Document(tuple((c[:8], t[:2]) for c, t in docs[0].pairs), (0,), (1.0,) * len(docs[0].pairs))
     candidates = [Candidate(layer, 0, Recipe(), new_vector(model, backbone)) for layer in range(depth)]
-    if side == "naive":
-        naive_step(model, backbone, 0, shortest)
-    else:
-        engine.train(candidates, [[shortest]], nothing)
-        engine.evaluate(candidates, [shortest], nothing)
+
+    def train(some: Sequence[Document]) -> None:
+        if side == "naive":
+            for document in some:
+                naive_step(model, backbone, 0, document)
+        else:
+            engine.train(candidates, [[document] for document in some], nothing)
+            engine.evaluate(candidates, some, nothing)
+
+    train([shortest])
     gc.collect()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    if side == "naive":
-        for document in docs:
-            naive_step(model, backbone, 0, document)
-    else:
-        engine.train(candidates, [[document] for document in docs], nothing)
-        engine.evaluate(candidates, docs, nothing)
-    peak = _status("VmHWM") - before
-    zero = new_vector(model, backbone)
-    expected = estimate(engine, range(depth), zero, docs, docs, [], 1).peak_bytes if side == "engine" else 0
-    return {"bytes": peak, "estimate": expected}
+    with peak_memory(torch.device("cpu")) as peak:
+        train(docs)
+    return peak()
 
 
 @click.command()
@@ -403,7 +400,7 @@ def main(quick: bool, rounds: int, only: str | None, memory_of: str | None, side
     quiet_libraries()
     by_name = {case.name: case for case in CASES}
     if memory_of and side:
-        print(json.dumps(measure_memory(by_name[memory_of], side)))
+        print(measure_memory(by_name[memory_of], side))
         return
     if quick:
         small = replace(CASES[0], documents=1, layers=2)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +59,35 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weakref.finalize(storage, freed)
 
 
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Measure a block's peak memory above what was in use before; call the result for the bytes.
+
+    On CUDA by the allocator's count, on Linux by resident memory (so that what kernels use for
+    themselves is in it), elsewhere by `PeakMemory`.
+    """
+    gc.collect()  # what only waits to be freed is not in use
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: int(torch.cuda.max_memory_allocated(device)) - before
+    elif os.access(_FORGET_PEAK, os.W_OK):
+        resident = _status("VmRSS")
+        _FORGET_PEAK.write_text("5")
+        yield lambda: _status("VmHWM") - resident
+    else:
+        with PeakMemory() as memory:
+            yield lambda: memory.peak
+
+
+_FORGET_PEAK = Path("/proc/self/clear_refs")  # writing 5 sets VmHWM to VmRSS (Linux, proc(5))
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a run will cost at most.
@@ -95,7 +128,10 @@ def estimate(
     longest = sorted(train, key=_tokens)[-batch_size:]
     judged = sorted(selection, key=_tokens)
     together = max(1, getattr(engine, "budget", 0) // _tokens(judged[-1]))
-    with PeakMemory() as memory:  # also warms up what is loaded on first use
+    # Libraries load and reserve on first use; so little that the allocator keeps none of it.
+    engine.train(group, [[_beginning(judged[0])]], nothing)
+    engine.evaluate(group, [_beginning(judged[0])], nothing)
+    with peak_memory(zero.device) as peak:
         engine.train(group, [longest], nothing)
         engine.evaluate(group, judged[-together:], nothing)
     sample, judged = _spread(train), _spread(selection)
@@ -118,7 +154,7 @@ def estimate(
             for stage in stages
         )
 
-    return Estimate(total(trained, evaluated), total(train_flops, evaluate_flops), memory.peak)
+    return Estimate(total(trained, evaluated), total(train_flops, evaluate_flops), peak())
 
 
 def _seconds(work: Callable[[], None]) -> float:
@@ -135,6 +171,11 @@ def _flops(work: Callable[[], None]) -> int:
 
 def _tokens(document: Document) -> int:
     return document.tokens(True)
+
+
+def _beginning(document: Document) -> Document:
+    pairs = tuple((context[:8], tail[:2]) for context, tail in document.pairs)
+    return Document(pairs, document.gold, document.lengths)
 
 
 def _spread(documents: Sequence[Document]) -> list[Document]:

@@ -21,7 +21,7 @@ from lm_eval_aft.packing import (
     token_budget_batches,
     token_logprobs,
 )
-from lm_eval_aft.training.estimate import PeakMemory
+from lm_eval_aft.training.estimate import PeakMemory, peak_memory
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe, in_steps
 from lm_eval_aft.training.objectives import LM, Choice, Objective
 from lm_eval_aft.training.reference import Reference
@@ -418,3 +418,9 @@ def test_options_that_are_ruled_out_leave_no_subnormal_gradients() -> None:
     assert plain.grad is not None
     expected = plain.grad.float()
     assert float((logits.grad - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_peak_memory_sees_what_a_block_allocates() -> None:
+    with peak_memory(torch.device("cpu")) as peak:
+        torch.ones(32 * 2**20 // 4).add_(1)  # 32 MiB, gone at the end
+    assert 30 * 2**20 <= peak() <= 40 * 2**20
