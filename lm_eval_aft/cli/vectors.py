@@ -85,7 +85,7 @@ def list_vectors(
         return
     columns = ("name", "width", "layers", "task", "base model", "selection", "evaluation", "made")
     _print_columns(columns, [_cells(entry) for entry in found])
-    click.echo(f"{len(found)} vectors in {shelf.root}")
+    click.echo(f"{len(found)} {'vector' if len(found) == 1 else 'vectors'} in {shelf.root}")
 
 
 @vectors.command("show", context_settings=_SETTINGS)
