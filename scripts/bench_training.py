@@ -357,7 +357,7 @@ def memory(case: Case) -> dict[str, Any]:
 
 
 def measure_memory(case: Case, side: str) -> int:
-    """Most resident bytes above what was resident once the model was loaded and had been used.
+    """Most resident bytes above what was resident once the model was loaded.
 
     ``estimate``: what a dry run says of the engine's, in a process that has done nothing else.
     """
@@ -371,7 +371,6 @@ def measure_memory(case: Case, side: str) -> int:
     if side == "estimate":
         zero = new_vector(model, backbone)
         return estimate(engine, range(depth), zero, docs, docs, [], 1).peak_bytes
-    shortest = Document(tuple((c[:8], t[:2]) for c, t in docs[0].pairs), (0,), (1.0,) * len(docs[0].pairs))
     candidates = [Candidate(layer, 0, Recipe(), new_vector(model, backbone)) for layer in range(depth)]
 
     def train(some: Sequence[Document]) -> None:
@@ -382,8 +381,6 @@ def measure_memory(case: Case, side: str) -> int:
             engine.train(candidates, [[document] for document in some], nothing)
             engine.evaluate(candidates, some, nothing)
 
-    train([shortest])
-    gc.collect()
     with peak_memory(torch.device("cpu")) as peak:
         train(docs)
     return peak()

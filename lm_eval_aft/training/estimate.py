@@ -63,21 +63,22 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     """Measure a block's peak memory above what was in use before; call the result for the bytes.
 
-    On CUDA by the allocator's count, on Linux by resident memory (so that what kernels use for
-    themselves is in it), elsewhere by `PeakMemory`.
+    On CUDA by the allocator's count. Elsewhere by `PeakMemory` and, on Linux, by resident memory too,
+    whichever is more: the one does not see what libraries take for themselves, the other not what an
+    allocator hands out again.
     """
     gc.collect()  # what only waits to be freed is not in use
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: int(torch.cuda.max_memory_allocated(device)) - before
-    elif os.access(_FORGET_PEAK, os.W_OK):
+        return
+    resident = 0
+    if watched := os.access(_FORGET_PEAK, os.W_OK):
         resident = _status("VmRSS")
         _FORGET_PEAK.write_text("5")
-        yield lambda: _status("VmHWM") - resident
-    else:
-        with PeakMemory() as memory:
-            yield lambda: memory.peak
+    with PeakMemory() as memory:
+        yield lambda: max(memory.peak, _status("VmHWM") - resident if watched else 0)
 
 
 _FORGET_PEAK = Path("/proc/self/clear_refs")  # writing 5 sets VmHWM to VmRSS (Linux, proc(5))
@@ -128,12 +129,10 @@ def estimate(
     longest = sorted(train, key=_tokens)[-batch_size:]
     judged = sorted(selection, key=_tokens)
     together = max(1, getattr(engine, "budget", 0) // _tokens(judged[-1]))
-    # Libraries load and reserve on first use; so little that the allocator keeps none of it.
-    engine.train(group, [[_beginning(judged[0])]], nothing)
-    engine.evaluate(group, [_beginning(judged[0])], nothing)
     with peak_memory(zero.device) as peak:
         engine.train(group, [longest], nothing)
         engine.evaluate(group, judged[-together:], nothing)
+        peak_bytes = peak()  # read here: what follows is heavier than the run
     sample, judged = _spread(train), _spread(selection)
 
     def train_sample() -> None:
@@ -154,7 +153,7 @@ def estimate(
             for stage in stages
         )
 
-    return Estimate(total(trained, evaluated), total(train_flops, evaluate_flops), peak())
+    return Estimate(total(trained, evaluated), total(train_flops, evaluate_flops), peak_bytes)
 
 
 def _seconds(work: Callable[[], None]) -> float:
@@ -171,11 +170,6 @@ def _flops(work: Callable[[], None]) -> int:
 
 def _tokens(document: Document) -> int:
     return document.tokens(True)
-
-
-def _beginning(document: Document) -> Document:
-    pairs = tuple((context[:8], tail[:2]) for context, tail in document.pairs)
-    return Document(pairs, document.gold, document.lengths)
 
 
 def _spread(documents: Sequence[Document]) -> list[Document]:
