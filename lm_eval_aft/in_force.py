@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.library import Library
 from lm_eval_aft.library.fits import Identity
+from lm_eval_aft.positions import Passes
 from lm_eval_aft.routing import Routing
 from lm_eval_aft.steering import RowSteering, SteeringHandle, attach, check_fits, deltas
 from lm_eval_aft.vector import SteeringVector
@@ -33,6 +35,12 @@ class InForce:
         self.rows: RowSteering | None = None
         self._handle = SteeringHandle([])
 
+    @property
+    def masked(self) -> bool:
+        """Whether anything in force steers some of the tokens only."""
+        vectors = [self.vector] if self.vector else self.routing.vectors.values() if self.routing else ()
+        return any(vector.positions != "all" for vector in vectors)
+
     def clear(self) -> None:
         """Make this the baseline."""
         self._handle.remove()
@@ -45,12 +53,10 @@ class InForce:
     ) -> None:
         """Put one vector in force, with the coefficient and positions given or its own."""
         self.clear()
-        vector = SteeringVector(
-            vector.layers,
-            vector.coefficient if coefficient is None else float(coefficient),
-            positions or vector.positions,
-            vector.method,
-            vector.metadata,
+        vector = replace(
+            vector,
+            coefficient=vector.coefficient if coefficient is None else float(coefficient),
+            positions=positions or vector.positions,
         )
         self._handle = attach(
             self.model, vector, tokenizer=self.tokenizer, allow_mismatch=allow_mismatch, blocks=self.blocks
@@ -64,7 +70,10 @@ class InForce:
         for vector in routing.vectors.values():
             check_fits(vector, backbone)
         routing.forget()
-        self.rows = RowSteering(backbone, [deltas(vector) for vector in routing.vectors.values()])
+        vectors = routing.vectors.values()
+        passes = Passes(self.model) if any(vector.positions != "all" for vector in vectors) else None
+        self.rows = RowSteering(backbone, [deltas(vector, passes=passes) for vector in vectors])
+        self._handle = SteeringHandle([] if passes is None else [passes])
         self.routing = routing
 
     def open_routing(self, spec: str, library: Library, name: str, allow_mismatch: bool) -> Routing:

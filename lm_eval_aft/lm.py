@@ -19,14 +19,15 @@ from lm_eval_aft.errors import AFTError, print_errors_plainly
 from lm_eval_aft.in_force import InForce
 from lm_eval_aft.library import Library, load_vector
 from lm_eval_aft.model_info import describe, key_cache
+from lm_eval_aft.positions import POSITIONS
 from lm_eval_aft.routing import Routing, whole_spec
 from lm_eval_aft.scoring.companions import Companions
 from lm_eval_aft.scoring.loglikelihood import Answers, Scorer
 from lm_eval_aft.scoring.paths import Paths
 from lm_eval_aft.scoring.requests import Answer, Request
-from lm_eval_aft.scoring.stock import stock_rows
+from lm_eval_aft.scoring.stock import one_by_one, stock_rows
 from lm_eval_aft.scoring.texts import Texts
-from lm_eval_aft.vector import POSITIONS, SteeringVector
+from lm_eval_aft.vector import SteeringVector
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class AFTLM(HFLM):
         route: router that picks a vector of the library for each document, instead of ``vector``:
             ``constant:NAME``, ``task``, ``keyword``, or a keyword table's path (`Routing.open`).
         coefficient: replaces the vector's (or vectors') own; 0 is the baseline.
-        positions: replaces the vector's own; ``all``.
+        positions: replaces the vector's own: ``all``, ``prompt``, ``last`` or ``generated``.
         allow_mismatch: try a vector trained on another model, with a warning.
         fast: share work among requests where that gives stock's answers (`lm_eval_aft.scoring`);
             false scores exactly as `hf` does.
@@ -278,7 +279,10 @@ class AFTLM(HFLM):
     def _stock_answers(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Answer]:
-        return list(super()._loglikelihood_tokens(list(requests), disable_tqdm, override_bs))
+        ask = super()._loglikelihood_tokens
+        if self._force.masked:
+            return one_by_one(requests, self.max_length, lambda request: ask([request], True, 1))
+        return list(ask(list(requests), disable_tqdm, override_bs))
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """As `HFLM`; answers are kept apart by what steers the model."""

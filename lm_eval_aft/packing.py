@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lm_eval_aft.attention import causal_prefix
 from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.positions import PADDING, roles, row_roles
 from lm_eval_aft.steering import hidden_states, with_hidden_states
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Batch:
         document: (options,) the document each option belongs to.
         documents: the documents themselves, in order.
         causal: tokens at the start of every row that its mask treats causally; 0 without a mask.
+        roles: (rows, tokens) what each token is; see `lm_eval_aft.positions`.
     """
 
     inputs: dict[str, Tensor]
@@ -81,6 +83,7 @@ class Batch:
     document: Tensor
     documents: tuple[Document, ...]
     causal: int
+    roles: Tensor
 
 
 def make_batch(
@@ -100,6 +103,7 @@ def make_batch(
     width = max(len(context) + sum(len(tail) - 1 for _, tail in tails) for context, tails in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions = torch.zeros(len(rows), width, dtype=torch.long)
+    kinds = torch.full((len(rows), width), PADDING)
     # Padding sees itself, so that no row of the softmax is empty.
     visible = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1) if packed else None
     scored: list[int] = []
@@ -128,6 +132,7 @@ def make_batch(
             targets += tail
             option += [index] * (k + 1)
             at += k
+        kinds[r, :at] = torch.tensor(row_roles(n, at - n))
     inputs = {"input_ids": ids.to(device)}
     if visible is not None:
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
@@ -143,12 +148,13 @@ def make_batch(
         torch.tensor(owners, **place),  # type: ignore[arg-type]
         tuple(documents),
         min(len(context) for context, _ in rows) if packed else 0,
+        kinds.to(device),
     )
 
 
 def continuation_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (S, vocabulary) at the batch's scored positions; the head sees no other position."""
-    with causal_prefix(batch.causal, batch.inputs["input_ids"].shape[1]):
+    with causal_prefix(batch.causal, batch.inputs["input_ids"].shape[1]), roles(batch.roles):
         return logits_at(model, {**batch.inputs, "use_cache": False}, batch.scored)
 
 

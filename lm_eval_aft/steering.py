@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,26 @@ from torch import Tensor, nn
 from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.fingerprint import check_fingerprint
+from lm_eval_aft.intervention import Intervention, Shift
+from lm_eval_aft.methods import METHODS
+from lm_eval_aft.positions import Passes
 from lm_eval_aft.vector import SteeringVector
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 
+class Removable(Protocol):
+    """What a handle keeps: a hook, or anything else with ``remove()``."""
+
+    def remove(self) -> None:
+        """Take it off the model."""
+
+
 class SteeringHandle:
     """A vector in force on a model. ``remove()`` takes it off; removing twice does no harm."""
 
-    def __init__(self, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    def __init__(self, hooks: list[Removable]) -> None:
         self._hooks = hooks
 
     def remove(self) -> None:
@@ -66,17 +76,26 @@ def attach(
     backbone = find_backbone(model, blocks)
     check_fits(vector, backbone)
     check_fingerprint(vector.metadata, model, tokenizer, allow_mismatch=allow_mismatch)
+    if vector.positions == "all":
+        return add_all(backbone, deltas(vector, coefficient))
+    passes = Passes(model)
+    handle = add_all(backbone, deltas(vector, coefficient, passes))
+    return SteeringHandle([handle, passes])
+
+
+def deltas(
+    vector: SteeringVector, coefficient: float | None = None, passes: Passes | None = None
+) -> dict[int, Shift]:
+    """What the vector does at each of its layers, in fp32; nothing at coefficient 0.
+
+    ``passes`` knows the tokens' roles where nobody says them; see `lm_eval_aft.positions`.
+    """
     factor = vector.coefficient if coefficient is None else float(coefficient)
-    return add_all(backbone, deltas(vector, factor))
+    method = METHODS[vector.method]
+    return Intervention(method, vector.tensors, factor, vector.positions, passes).shifts()
 
 
-def deltas(vector: SteeringVector, coefficient: float | None = None) -> dict[int, Tensor]:
-    """What the vector adds at each of its layers, fp32 (hidden_size,); nothing at coefficient 0."""
-    factor = vector.coefficient if coefficient is None else coefficient
-    return {layer: values * factor for layer, values in vector.layers.items()} if factor else {}
-
-
-def add_all(backbone: Backbone, shifts: dict[int, Tensor]) -> SteeringHandle:
+def add_all(backbone: Backbone, shifts: Mapping[int, Shift]) -> SteeringHandle:
     """Add each shift at its layer's output until the handle is removed."""
     return SteeringHandle([add_at(backbone.blocks[layer], shift) for layer, shift in shifts.items()])
 
@@ -92,23 +111,23 @@ def check_fits(vector: SteeringVector, backbone: Backbone) -> None:
         backbone.check_layer(layer)
 
 
-def add_at(block: nn.Module, delta: Tensor) -> torch.utils.hooks.RemovableHandle:
-    """Hook ``block`` so that ``delta``, shape ``(hidden_size,)``, is added to its output.
+def add_at(block: nn.Module, shift: Shift) -> torch.utils.hooks.RemovableHandle:
+    """Hook ``block`` so that ``shift`` is added to its output: a vector (hidden_size,), or a function.
 
-    Gradients flow to ``delta`` where it requires them.
+    Gradients flow to what requires them.
     """
     placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         hidden = hidden_states(output)
-        if delta.requires_grad:
-            shift = delta.to(hidden.device, hidden.dtype)
-        else:
-            key = (hidden.device, hidden.dtype)
-            if key not in placed:
-                placed[key] = delta.to(hidden.device, hidden.dtype)
-            shift = placed[key]
-        return with_hidden_states(output, hidden + shift)
+        if not isinstance(shift, Tensor):
+            return with_hidden_states(output, shift(hidden))
+        if shift.requires_grad:
+            return with_hidden_states(output, hidden + shift.to(hidden.device, hidden.dtype))
+        key = (hidden.device, hidden.dtype)
+        if key not in placed:
+            placed[key] = shift.to(hidden.device, hidden.dtype)
+        return with_hidden_states(output, hidden + placed[key])
 
     return block.register_forward_hook(hook)
 
@@ -120,10 +139,10 @@ class RowSteering:
     `chosen` every row is in state 0.
 
     Args:
-        shifts: what each vector adds, by layer; see `deltas`.
+        shifts: what each vector does, by layer; see `deltas`.
     """
 
-    def __init__(self, backbone: Backbone, shifts: Sequence[dict[int, Tensor]]) -> None:
+    def __init__(self, backbone: Backbone, shifts: Sequence[Mapping[int, Shift]]) -> None:
         self.count = len(shifts)
         self._states: int | Sequence[int] = 0
         self._placed: dict[Any, Tensor] = {}
@@ -159,28 +178,50 @@ class RowSteering:
                 answers |= zip(mine, ask([items[i] for i in mine]), strict=True)
         return [answers[i] for i in range(len(items))]
 
-    def _hook(self, layer: int, shifts: Sequence[dict[int, Tensor]]) -> Callable[..., Any]:
-        steered = {k for k, shift in enumerate(shifts, 1) if layer in shift}
-        zero = torch.zeros_like(next(shift[layer] for shift in shifts if layer in shift))
-        table = torch.stack([zero, *(shift.get(layer, zero) for shift in shifts)])
+    def _hook(self, layer: int, shifts: Sequence[Mapping[int, Shift]]) -> Callable[..., Any]:
+        mine = {k: shift[layer] for k, shift in enumerate(shifts, 1) if layer in shift}
+        vectors = {k: shift for k, shift in mine.items() if isinstance(shift, Tensor)}
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             states = self._states
-            if steered.isdisjoint([states] if isinstance(states, int) else states):
+            present = {states} if isinstance(states, int) else set(states)
+            if present.isdisjoint(mine):
                 return output
             hidden = hidden_states(output)
-            key = (layer, hidden.device, hidden.dtype)
-            if key not in self._placed:
-                self._placed[key] = table.to(hidden.device, hidden.dtype)
-            placed = self._placed[key]
             if isinstance(states, int):
-                return with_hidden_states(output, hidden + placed[states])
+                return with_hidden_states(output, _shifted(hidden, mine[states]))
             if hidden.shape[0] != len(states):
                 raise AFTError(f"A pass over {len(states)} rows has {hidden.shape[0]} rows of hidden states.")
-            index = torch.tensor(states, device=hidden.device)
-            return with_hidden_states(output, hidden + placed[index].unsqueeze(1))
+            if present & set(mine) <= set(vectors):
+                index = torch.tensor(states, device=hidden.device)
+                table = self._table(layer, vectors, len(shifts), hidden)
+                return with_hidden_states(output, hidden + table[index].unsqueeze(1))
+            return with_hidden_states(output, _shifted_by_row(hidden, states, mine))
 
         return hook
+
+    def _table(self, layer: int, vectors: dict[int, Tensor], count: int, like: Tensor) -> Tensor:
+        """What is added in each state, (states, hidden_size), where that is a vector."""
+        key = (layer, like.device, like.dtype)
+        if key not in self._placed:
+            zero = torch.zeros_like(next(iter(vectors.values())))
+            table = torch.stack([vectors.get(state, zero) for state in range(count + 1)])
+            self._placed[key] = table.to(like.device, like.dtype)
+        return self._placed[key]
+
+
+def _shifted(hidden: Tensor, shift: Shift) -> Tensor:
+    return hidden + shift.to(hidden.device, hidden.dtype) if isinstance(shift, Tensor) else shift(hidden)
+
+
+def _shifted_by_row(hidden: Tensor, states: Sequence[int], shifts: Mapping[int, Shift]) -> Tensor:
+    """Rows in states without a shift stay; a function sees all rows, and its own are taken."""
+    found = hidden
+    index = torch.tensor(states, device=hidden.device)
+    for state in set(states) & set(shifts):
+        own = (index == state).reshape(-1, *[1] * (hidden.ndim - 1))
+        found = torch.where(own, _shifted(hidden, shifts[state]), found)
+    return found
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -18,28 +18,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lm_eval_aft.errors import AFTError, refuse_pickle
+from lm_eval_aft.methods import METHODS
+from lm_eval_aft.positions import POSITIONS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMAT = "aft/1"
 FILE_NAME = "vector.safetensors"
-POSITIONS = ("all",)
-METHODS = ("static",)
 
 
 @dataclass
 class SteeringVector:
     """One vector (or several, one per layer) to add to a model's residual stream.
 
+    Dynamic methods add what a function with further tensors makes of the hidden states.
+
     Attributes:
         layers: 0-based block index -> float32 tensor of shape ``(hidden_size,)``, added at the
             *output* of that block, in the units of the residual stream.
         coefficient: dimensionless factor applied when the vector is used.
-        positions: which token positions are steered; ``"all"``.
-        method: how the intervention is parametrised; ``"static"``.
+        positions: which tokens are steered: ``"all"``, ``"prompt"``, ``"last"`` (of the prompt) or
+            ``"generated"``; see `lm_eval_aft.positions`.
+        method: how the intervention is parametrised; see `lm_eval_aft.methods`.
         metadata: everything else the file keeps: base model and fingerprint, task, protocol,
             scores, versions (JSON-serialisable).
+        extra: a dynamic method's further tensors, float32, by name (``method...``).
     """
 
     layers: dict[int, Tensor]
@@ -47,15 +51,32 @@ class SteeringVector:
     positions: str = "all"
     method: str = "static"
     metadata: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layers = {int(k): v.detach().to("cpu", torch.float32) for k, v in sorted(self.layers.items())}
+        self.extra = {k: v.detach().to("cpu", torch.float32) for k, v in sorted(self.extra.items())}
         self._check("vector")
 
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream the vector fits."""
         return int(next(iter(self.layers.values())).shape[0])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by the names they have in the file."""
+        return {f"layers.{layer}": values for layer, values in self.layers.items()} | self.extra
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **fields: Any) -> SteeringVector:
+        """The vector with these tensors, named as in a file, and these other attributes.
+
+        Raises:
+            AFTError: what they make is no vector.
+        """
+        layers, extra = _sorted_out(tensors, "vector")
+        return cls(layers, extra=extra, **fields)
 
     def norm(self) -> float:
         """Euclidean norm over all layers, in residual-stream units, coefficient excluded."""
@@ -66,6 +87,9 @@ class SteeringVector:
         sha = hashlib.sha256(f"{self.method}|{self.positions}|{self.coefficient!r}".encode())
         for layer, values in self.layers.items():
             sha.update(f"|{layer}|".encode())
+            sha.update(values.contiguous().numpy().tobytes())
+        for name, values in self.extra.items():
+            sha.update(f"|{name}|".encode())
             sha.update(values.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
@@ -99,7 +123,7 @@ class SteeringVector:
             "positions": self.positions,
             "hidden_size": self.hidden_size,
         }
-        tensors = {f"layers.{layer}": values.contiguous() for layer, values in self.layers.items()}
+        tensors = {name: values.contiguous() for name, values in self.tensors.items()}
         with replacing(target) as temporary:
             save_file(tensors, temporary, metadata={"format": FORMAT, "aft": canonical_json(header)})
         return target
@@ -120,12 +144,7 @@ class SteeringVector:
                 "Give a .safetensors file or a folder that holds vector.safetensors.",
             )
         tensors, metadata = _read(source)
-        layers = {}
-        for name, tensor in tensors.items():
-            prefix, _, index = name.partition(".")
-            if prefix != "layers" or not index.isdigit():
-                raise AFTError(f"{source} holds a tensor named {name!r}, which no vector of {FORMAT} has.")
-            layers[int(index)] = tensor
+        layers, extra = _sorted_out(tensors, str(source))
         header = {k: metadata.pop(k, None) for k in ("method", "coefficient", "positions", "layers")}
         hidden_size = metadata.pop("hidden_size", None)
         if not layers:
@@ -142,6 +161,7 @@ class SteeringVector:
             raise AFTError(f"{source} declares coefficient {coefficient!r}, which is not a number.")
         vector = cls.__new__(cls)
         vector.layers = {k: layers[k].to(torch.float32) for k in sorted(layers)}
+        vector.extra = {k: extra[k].to(torch.float32) for k in sorted(extra)}
         vector.coefficient = float(coefficient)
         vector.positions, vector.method, vector.metadata = header["positions"], header["method"], metadata
         vector._check(str(source))
@@ -150,13 +170,15 @@ class SteeringVector:
     def _check(self, name: str) -> None:
         if not self.layers:
             raise AFTError(f"{name} has no layers.")
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise AFTError(
                 f"{name} uses method {self.method!r}; this version knows {', '.join(METHODS)}.",
                 "A newer lm-eval-aft may have written it: upgrade.",
             )
-        if self.positions not in POSITIONS:
-            raise AFTError(f"{name} uses positions {self.positions!r}; this version knows {POSITIONS}.")
+        if not isinstance(self.positions, str) or self.positions not in POSITIONS:
+            raise AFTError(
+                f"{name} uses positions {self.positions!r}; this version knows {', '.join(POSITIONS)}."
+            )
         if not math.isfinite(self.coefficient):
             raise AFTError(f"{name} has coefficient {self.coefficient}, which is not a finite number.")
         for layer, values in self.layers.items():
@@ -171,6 +193,33 @@ class SteeringVector:
                     f"{name} holds NaN or infinite values at layer {layer}.",
                     "The training run diverged or the file is damaged: train it again.",
                 )
+        self._check_method(name)
+
+    def _check_method(self, name: str) -> None:
+        method = METHODS[self.method]
+        wanted = method.extra(self.hidden_size)
+        if {key: tuple(values.shape) for key, values in self.extra.items()} != wanted:
+            held = {key: tuple(values.shape) for key, values in self.extra.items()}
+            raise AFTError(f"{name} uses method {self.method!r} but holds {held} where it needs {wanted}.")
+        if not method.constant and len(self.layers) > 1:
+            raise AFTError(f"{name} steers {len(self.layers)} layers; the method {self.method!r} steers one.")
+        for key, values in self.extra.items():
+            if not bool(torch.isfinite(values).all()):
+                raise AFTError(f"{name} holds NaN or infinite values in {key}.", "Train it again.")
+
+
+def _sorted_out(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Tensors of a file as layers and the method's own."""
+    layers, extra = {}, {}
+    for key, tensor in tensors.items():
+        prefix, _, index = key.partition(".")
+        if prefix == "layers" and index.isascii() and index.isdigit():
+            layers[int(index)] = tensor
+        elif prefix == "method":
+            extra[key] = tensor
+        else:
+            raise AFTError(f"{name} holds a tensor named {key!r}, which no vector of {FORMAT} has.")
+    return layers, extra
 
 
 def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -36,13 +36,14 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config
 
 from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.cli.options import quiet_libraries
+from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packing import Document
 from lm_eval_aft.steering import add_at
 from lm_eval_aft.training.estimate import estimate, peak_memory
 from lm_eval_aft.training.fit import Candidate, Recipe
 from lm_eval_aft.training.objectives import Choice
 from lm_eval_aft.training.protocols import find_protocol, schedule
-from lm_eval_aft.training.trajectory import Trajectory, new_vector
+from lm_eval_aft.training.trajectory import Trajectory
 
 SHAPES: dict[str, Any] = {
     "pythia-70m": GPTNeoXConfig(
@@ -162,6 +163,11 @@ def naive_step(model: Any, backbone: Backbone, layer: int, document: Document) -
     return vector.grad
 
 
+def at_zero(layers: Sequence[int], backbone: Backbone) -> list[Candidate]:
+    zero = torch.zeros(backbone.hidden_size)
+    return [Candidate(layer, 0, Recipe(), Intervention.static(layer, zero.clone())) for layer in layers]
+
+
 def nothing(_done: int) -> None:
     pass
 
@@ -219,7 +225,7 @@ def measure(case: Case, rounds: int, bf16: bool) -> dict[str, Any]:
     unpacked = Trajectory(model, backbone, Choice("acc"), packed=False)
 
     def candidates() -> list[Candidate]:
-        return [Candidate(layer, 0, Recipe(), new_vector(model, backbone)) for layer in layers]
+        return at_zero(layers, backbone)
 
     def naive() -> list[Tensor]:
         return [naive_step(model, backbone, layer, document) for document in docs for layer in layers]
@@ -329,7 +335,7 @@ def growth(rounds: int) -> dict[str, list[list[float]]]:
         ids = [tuple(int(i) for i in draw.integers(10, 50000, context)) for _ in range(docs)]
         tails = [tuple(int(i) for i in draw.integers(10, 50000, 17)) for _ in range(4)]
         made = [Document(tuple((c, t) for t in tails), (0,), (1.0,) * 4) for c in ids]
-        group = [Candidate(layer, 0, Recipe(), new_vector(model, backbone)) for layer in range(layers)]
+        group = at_zero(range(layers), backbone)
         work = [timed(lambda: engine.train(group, [[d] for d in made], nothing))[0] for _ in range(rounds)]
         return round(statistics.median(work), 3)
 
@@ -369,9 +375,8 @@ def measure_memory(case: Case, side: str) -> int:
     engine = Trajectory(model, backbone, Choice("acc"), packed=True)
     depth = len(backbone.blocks)
     if side == "estimate":
-        zero = new_vector(model, backbone)
-        return estimate(engine, range(depth), zero, docs, docs, [], 1).peak_bytes
-    candidates = [Candidate(layer, 0, Recipe(), new_vector(model, backbone)) for layer in range(depth)]
+        return estimate(engine, at_zero(range(depth), backbone), docs, docs, [], 1).peak_bytes
+    candidates = at_zero(range(depth), backbone)
 
     def train(some: Sequence[Document]) -> None:
         if side == "naive":

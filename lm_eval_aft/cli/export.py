@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,11 +65,10 @@ def export(
     quiet_libraries()
     from lm_eval_aft.export import export_vector
     from lm_eval_aft.library import load_vector
-    from lm_eval_aft.vector import SteeringVector
 
     found = load_vector(vector)
     if coefficient is not None:
-        found = SteeringVector(found.layers, coefficient, found.positions, found.method, found.metadata)
+        found = dataclasses.replace(found, coefficient=coefficient)
     with _stages() as progress:
         made = export_vector(
             found,

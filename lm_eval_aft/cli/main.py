@@ -8,6 +8,7 @@ from lm_eval_aft import __version__
 from lm_eval_aft.cli.evaluate import evaluate
 from lm_eval_aft.cli.export import export, import_
 from lm_eval_aft.cli.lm_eval import lm_eval
+from lm_eval_aft.cli.methods import methods
 from lm_eval_aft.cli.report import report
 from lm_eval_aft.cli.tasks import tasks, tasks_path_command
 from lm_eval_aft.cli.train import train_vector
@@ -34,6 +35,7 @@ aft.add_command(report)
 aft.add_command(export)
 aft.add_command(import_)
 aft.add_command(lm_eval)
+aft.add_command(methods)
 aft.add_command(tasks)
 aft.add_command(tasks_path_command)
 aft.add_command(vectors)

@@ -15,6 +15,7 @@ from lm_eval_aft.errors import AFTError
 if TYPE_CHECKING:
     from lm_eval_aft.training.protocols import Stage
     from lm_eval_aft.training.train import TrainingResult
+    from lm_eval_aft.vector import SteeringVector
 
 
 @click.command("train-vector", context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +46,24 @@ if TYPE_CHECKING:
     "--control",
     type=click.Choice(["random", "shuffled", "format"]),
     help="Train a placebo instead: a random direction, permuted labels, or others' answers.",
+)
+@click.option(
+    "--method",
+    default="static",
+    show_default=True,
+    help="How the intervention is parametrised; `aft methods` lists them.",
+)
+@click.option(
+    "--positions",
+    default="all",
+    show_default=True,
+    help="Tokens steered: all, prompt, last (of the prompt) or generated.",
+)
+@click.option(
+    "--calibrate", is_flag=True, help="Choose the finished vector's coefficient on the selection split."
+)
+@click.option(
+    "--norm-cap", type=float, help="Largest norm, as a share of the median residual norm at its layer."
 )
 @click.option("--lr", help="Adam's learning rate, or several to search: 1e-4,1e-3,1e-2.")
 @click.option("--l2", help="Lambda of lambda * ||v||^2, or several to search.")
@@ -160,7 +179,7 @@ def _print_result(result: TrainingResult, model: str, include_path: tuple[str, .
     mark = 0
     for place, layer in enumerate(sweep.layers, start=1):
         ordered = sorted(layer.candidates, key=lambda c: c.seed)
-        norms = "/".join(f"{float(c.best.norm()):.2f}" for c in ordered if c.best is not None)
+        norms = "/".join(f"{c.norm(best=True):.2f}" for c in ordered)
         _, lr, l2 = ordered[0].setting
         rows.append(
             (
@@ -179,6 +198,7 @@ def _print_result(result: TrainingResult, model: str, include_path: tuple[str, .
     columns = "layer|stage (docs)|cross-entropy|change|accuracy|lr|l2|best epoch|norm".split("|")
     title = f"Selection split, {baseline.n} documents: means over seeds; change against the same documents"
     print_table(title, columns, rows, mark)
+    _print_calibration(vector)
     if result.screen:
         click.echo(
             f"The screen put the layers in the order {', '.join(map(str, result.screen['order']))}"
@@ -205,6 +225,19 @@ def _print_result(result: TrainingResult, model: str, include_path: tuple[str, .
         f"  aft eval --model {model} --vector {result.folder} "
         f"--tasks {vector.metadata['task']} --output {result.folder}-results{own_tasks}"
     )
+
+
+def _print_calibration(vector: SteeringVector) -> None:
+    found = vector.metadata.get("calibration")
+    if not found:
+        return
+    rows = [(f"{c:g}", f"{score:.4f}", f"{accuracy:.1%}") for c, score, accuracy, _ in found["curve"]]
+    if rows:
+        mark = [row[0] for row in found["curve"]].index(found["coefficient"])
+        title = "Coefficients on the selection split (0 is the baseline)"
+        print_table(title, ("coefficient", "cross-entropy", "accuracy"), rows, mark)
+    cap = f", at most {found['cap']:.3g} by the norm cap" if found["cap"] is not None else ""
+    click.echo(f"The vector's coefficient is {found['coefficient']:g}{cap}.")
 
 
 def _print_stages(stages: Sequence[Stage]) -> None:

@@ -14,6 +14,7 @@ from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.fingerprint import check_fingerprint
+from lm_eval_aft.methods import METHODS
 from lm_eval_aft.steering import add_at, check_fits
 from lm_eval_aft.vector import SteeringVector
 
@@ -126,7 +127,7 @@ def check_vector(vector: SteeringVector, base: Base, *, allow_mismatch: bool = F
 def check_constant(vector: SteeringVector) -> None:
     """Raise `AFTError` unless the vector adds one constant at every position."""
     stay = "Score it with `--model aft`, which applies it as it was trained."
-    if vector.method != "static":
+    if not METHODS[vector.method].constant:
         raise AFTError(
             f"A vector of method {vector.method!r} cannot be exported: what it adds depends on the hidden "
             "state, and every export format holds a constant.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import combinations
 from typing import Any
@@ -15,6 +15,7 @@ from lm_eval_aft.errors import AFTError
 from lm_eval_aft.fingerprint import compare_fingerprints
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.library.expression import parse_expression
+from lm_eval_aft.methods import METHODS
 from lm_eval_aft.vector import SteeringVector
 
 # What a composed vector keeps where all operands agree on it.
@@ -57,7 +58,7 @@ def combine(operands: Sequence[Operand], expression: str | None = None) -> Steer
     metadata = _metadata(ordered, expression)
     first = ordered[0].vector
     if len(ordered) == 1 and ordered[0].weight == 1:
-        return SteeringVector(first.layers, first.coefficient, first.positions, metadata=metadata)
+        return replace(first, metadata=metadata)
     layers: dict[int, torch.Tensor] = {}
     for operand in ordered:
         factor = operand.weight * operand.vector.coefficient
@@ -75,10 +76,10 @@ def check_compatible(operands: Sequence[Operand]) -> None:
     if not operands:
         raise AFTError("There is nothing to compose.", "Name at least one vector.")
     for operand in operands:
-        if operand.vector.method != "static":
+        if not METHODS[operand.vector.method].constant:
             raise AFTError(
                 f"{operand.name!r} uses the method {operand.vector.method!r}.",
-                "Only static vectors can be added.",
+                "Only methods that add the same everywhere can be summed: static, all-layers, caa.",
             )
     for one, other in combinations(operands, 2):
         a, b = one.vector, other.vector

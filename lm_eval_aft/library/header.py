@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.errors import AFTError, refuse_pickle
+from lm_eval_aft.methods import METHODS
 
 # As lm_eval_aft.vector has them; importing that module would import torch.
 FORMAT = "aft/1"
@@ -98,27 +99,41 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     return int(length)
 
 
+def _extra_shapes(path: Path, method: Any, width: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a vector of this method has beside its layers, by name."""
+    if not isinstance(method, str) or method not in METHODS:
+        raise AFTError(
+            f"{path} uses method {str(method)[:80]!r}; this version knows {', '.join(METHODS)}.",
+            "A newer lm-eval-aft may have written it: upgrade.",
+        )
+    return METHODS[method].extra(width) if isinstance(width, int) else {}
+
+
 def _check_tensors(path: Path, declared: dict[str, Any], size: int, aft: dict[str, Any]) -> tuple[int, ...]:
-    """The layers; raises unless every shape is ``(hidden_size,)`` and the offsets fill the file."""
+    """The layers; raises unless every shape is the method's and the offsets fill the file."""
     width, spans, layers = aft.get("hidden_size"), [], []
+    extra = _extra_shapes(path, aft.get("method"), width)
     for name, tensor in declared.items():
         prefix, _, index = name.partition(".")
-        if prefix != "layers" or not (index.isascii() and index.isdigit()) or len(index) > 6:
+        is_layer = prefix == "layers" and index.isascii() and index.isdigit() and len(index) <= 6
+        if not is_layer and name not in extra:
             raise AFTError(f"{path} holds a tensor named {name[:80]!r}, which no vector of {FORMAT} has.")
+        wanted = [width] if is_layer else list(extra[name])
         try:
             dtype, shape, (first, last) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
-            fits = last - first == _SIZES[dtype] * math.prod(shape) and len(shape) == 1
+            fits = last - first == _SIZES[dtype] * math.prod(shape)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AFTError(
                 f"{path} holds a tensor {name!r} that is damaged or not floating point."
             ) from error
-        if not fits or shape != [width] or isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        if not fits or shape != wanted or isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise AFTError(
                 f"{path} declares hidden_size {width!r} but a shape {str(shape)[:60]} at {name} that does "
                 "not fit it or the file.",
                 "The file is damaged or was tampered with: get it again.",
             )
-        layers.append(int(index))
+        if is_layer:
+            layers.append(int(index))
         spans.append((first, last))
     layers.sort()
     if not layers or aft.get("layers") != layers:

@@ -75,6 +75,8 @@ def describe_vector(run: Run) -> VectorInfo:
         return info
     _fill(info, vector.metadata, list(vector.layers))
     info.facts |= {
+        "method": vector.method,
+        "positions": vector.positions,
         "layers": list(vector.layers),
         "norm": round(vector.norm(), 4),
         "coefficient": vector.coefficient,
@@ -183,6 +185,9 @@ def _training_command(settings: dict[str, Any], model: Any) -> str:
         "objective",
         "metric",
         "control",
+        "method",
+        "positions",
+        "norm_cap",
     )
     name = protocol.pop("name", DEFAULT)
     usual = PROTOCOLS[name].to_dict() if name in PROTOCOLS else {}
@@ -193,7 +198,8 @@ def _training_command(settings: dict[str, Any], model: Any) -> str:
         for key, value in protocol.items()
         if value != usual.get(key) and key not in ("train_docs", "selection_docs")
     }
-    options |= {key: settings.get(key) for key in plain}
+    usually = {"method": "static", "positions": "all"}
+    options |= {key: settings.get(key) for key in plain if settings.get(key) != usually.get(key)}
     regression = options.pop("regression", None)
     options |= {key: prompts.get(key) for key in ("num_fewshot", "system_instruction")}
     for key, value in options.items():
@@ -201,6 +207,8 @@ def _training_command(settings: dict[str, Any], model: Any) -> str:
             words += [f"--{key.replace('_', '-')}", str(value)]
     if regression is not None:
         words.append("--regression" if regression else "--no-regression")
+    if settings.get("calibrate"):
+        words.append("--calibrate")
     if prompts.get("apply_chat_template"):
         words.append("--apply-chat-template")
     if prompts.get("fewshot_as_multiturn") is not None:

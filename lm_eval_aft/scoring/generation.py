@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_eval_aft.positions import GENERATED, LAST
 from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.requests import Option, Question, with_common_prefixes
 from lm_eval_aft.scoring.slots import Slots
@@ -101,7 +102,8 @@ def _group(
     for made in range(most):
         n = len(rows)
         states = [row.question.state for row in rows]
-        logits = _next(scorer, slots, last[:n], lengths[:n] + made, mask[:n], columns + made, states)
+        role = GENERATED if made else LAST
+        logits = _next(scorer, slots, last[:n], lengths[:n] + made, mask[:n], columns + made, states, role)
         if watch is not None:
             for row, seen in zip(rows, logits, strict=True):
                 watch(row.index, seen)
@@ -132,6 +134,7 @@ def _next(
     mask: Tensor,
     column: int,
     states: list[int],
+    role: int,
 ) -> Tensor:
     """Logits (rows, vocabulary) after the tokens ``last`` (rows, 1), which go to ``column``."""
     n = len(last)
@@ -140,6 +143,8 @@ def _next(
         "attention_mask": mask[..., : column + 1],
         "position_ids": positions[:, None],
     }
-    logits = scorer.logits(Step(inputs, slice(0, n), column, list(range(n)), states=states), slots)
+    roles = torch.full((n, 1), role, device=last.device)
+    step = Step(inputs, slice(0, n), column, list(range(n)), states=states, roles=roles)
+    logits = scorer.logits(step, slots)
     assert logits is not None
     return logits.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.intervention import Shift
 from lm_eval_aft.packing import capture, logits_at, resumed
+from lm_eval_aft.positions import CONTEXT, roles
 from lm_eval_aft.scoring.requests import Answer, Question, Request
 from lm_eval_aft.scoring.slots import Enough, Slots
 from lm_eval_aft.scoring.steps import Step, answers, context_steps, plain_steps, tree_steps
@@ -22,7 +24,7 @@ from lm_eval_aft.steering import RowSteering, add_all
 logger = logging.getLogger(__name__)
 
 # What a vector adds, by layer; see `lm_eval_aft.steering.deltas`.
-Shifts = dict[int, Tensor]
+Shifts = Mapping[int, Shift]
 Answers = dict[int, Answer]
 T = TypeVar("T")
 
@@ -146,7 +148,7 @@ class Scorer:
     def prefixes(self, tokens: Sequence[int], state: int = 0) -> list[Any]:
         """Keys and values of a common prefix, for the model with rows in ``state`` and each vector."""
         inputs = {"input_ids": torch.tensor([tokens], device=self.device)}
-        step = Step(inputs, slice(0, 1), states=[state])
+        step = Step(inputs, slice(0, 1), states=[state], roles=torch.full((1, len(tokens)), CONTEXT))
         base = Slots(1, len(tokens))
         self._run([step], [base, None], chosen=[])
         found = [base.prefix(len(tokens))]
@@ -224,6 +226,7 @@ class Scorer:
             stack.enter_context(torch.no_grad())
             if self.rows is not None:
                 stack.enter_context(self.rows.chosen(step.states))
+            stack.enter_context(roles(step.roles))
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
             try:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lm_eval_aft.positions import CONTEXT, PADDING, row_roles
 from lm_eval_aft.scoring.requests import Answer, Option, Question, Request
 from lm_eval_aft.scoring.slots import Rows
 
@@ -29,6 +30,7 @@ class Step:
         scored: (R,) flat positions in rows x tokens whose logits are needed; none for contexts.
         options: (option, its places in ``scored``) that the logits answer.
         states: which vector steers each row; see `lm_eval_aft.steering.RowSteering`.
+        roles: (rows, tokens) what each token is; see `lm_eval_aft.positions`.
     """
 
     inputs: dict[str, Tensor]
@@ -37,6 +39,7 @@ class Step:
     scored: list[int] = field(default_factory=list)
     options: list[tuple[Option, list[int]]] = field(default_factory=list)
     states: list[int] = field(default_factory=list)
+    roles: Tensor | None = None
 
 
 def context_steps(
@@ -49,13 +52,16 @@ def context_steps(
         width = len(questions[order[0]].context) - prefix
         rows, order = order[: max(1, budget // width)], order[max(1, budget // width) :]
         ids = np.zeros((len(rows), width), dtype=np.int64)
+        kinds = np.full((len(rows), width), PADDING)
         for r, i in enumerate(rows):
             own = questions[i].context[prefix:]
             ids[r, : len(own)] = own
+            kinds[r, : len(own)] = CONTEXT
         follow = rows == list(range(rows[0], rows[0] + len(rows)))
         at = slice(rows[0], rows[0] + len(rows)) if follow else torch.tensor(rows, device=device)
         states = [questions[i].state for i in rows]
-        yield Step({"input_ids": torch.from_numpy(ids).to(device)}, at, prefix, states=states)
+        inputs = {"input_ids": torch.from_numpy(ids).to(device)}
+        yield Step(inputs, at, prefix, states=states, roles=torch.from_numpy(kinds).to(device))
 
 
 def tree_steps(
@@ -86,6 +92,7 @@ def _tree_step(
     rows = len(questions)
     ids = np.zeros((rows, width), dtype=np.int64)
     positions = np.zeros((rows, width), dtype=np.int64)
+    kinds = np.full((rows, width), PADDING)
     visible = np.zeros((rows, width, columns + width), dtype=bool)
     # Padding sees itself, so that no row of the softmax is empty.
     visible[:, np.arange(width), columns + np.arange(width)] = True
@@ -95,6 +102,7 @@ def _tree_step(
         n = len(question.tokens)
         ids[r, :n] = question.tokens
         positions[r, :n] = np.asarray(question.depths()) + len(question.context)
+        kinds[r, :n] = row_roles(1, n - 1)
         tree = visible[r, :, columns:]
         for node in range(1, n):
             tree[node] |= tree[question.parents[node]]
@@ -113,7 +121,8 @@ def _tree_step(
         "position_ids": torch.from_numpy(positions).to(device),
     }
     states = [question.state for question in questions]
-    return Step(inputs, slice(first, first + rows), columns, scored, options, states)
+    known = torch.from_numpy(kinds).to(device)
+    return Step(inputs, slice(first, first + rows), columns, scored, options, states, known)
 
 
 def plain_steps(
@@ -123,28 +132,30 @@ def plain_steps(
 
     ``states`` gives each request's state by its index; default all 0.
     """
-    wanted: dict[tuple[int, tuple[int, ...]], list[tuple[Option, int]]] = {}
+    # The context's length counts: it says which tokens are steered as a prompt's.
+    wanted: dict[tuple[int, int, tuple[int, ...]], list[Option]] = {}
     for index, (_, head, tail) in requests:
         option = Option(index, tuple(range(len(tail))), tuple(tail))
-        key = (states[index] if states else 0, (*head, *tail[:-1]))
-        wanted.setdefault(key, []).append((option, len(head) - 1))
-    rows = sorted(wanted, key=lambda row: -len(row[1]))
+        key = (states[index] if states else 0, len(head), (*head, *tail[:-1]))
+        wanted.setdefault(key, []).append(option)
+    rows = sorted(wanted, key=lambda row: -len(row[2]))
     while rows:
-        width = len(rows[0][1])
+        width = len(rows[0][2])
         chunk, rows = rows[: max(1, budget // width)], rows[max(1, budget // width) :]
         ids = np.zeros((len(chunk), width), dtype=np.int64)
+        kinds = np.full((len(chunk), width), PADDING)
         scored: list[int] = []
         options = []
-        for r, (state, row) in enumerate(chunk):
+        for r, (state, context, row) in enumerate(chunk):
             ids[r, : len(row)] = row
-            mine = wanted[state, row]
-            first = min(start for _, start in mine)
+            kinds[r] = row_roles(context, len(row) - context, width)
             options += [
-                (option, [len(scored) + start - first + k for k in option.nodes]) for option, start in mine
+                (option, [len(scored) + k for k in option.nodes]) for option in wanted[state, context, row]
             ]
-            scored += range(r * width + first, r * width + len(row))
+            scored += range(r * width + context - 1, r * width + len(row))
         inputs = {"input_ids": torch.from_numpy(ids).to(device)}
-        yield Step(inputs, None, 0, scored, options, [state for state, _ in chunk])
+        of_rows = [state for state, _, _ in chunk]
+        yield Step(inputs, None, 0, scored, options, of_rows, torch.from_numpy(kinds).to(device))
 
 
 def answers(step: Step, logits: Tensor, softmax_dtype: Any) -> dict[int, Answer]:

@@ -15,6 +15,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 
 from lm_eval_aft.packability import disagreement, refused
+from lm_eval_aft.positions import row_roles
 from lm_eval_aft.scoring.generation import Watch, continuations, prompt, unusual
 from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.requests import Question
@@ -127,7 +128,9 @@ class Texts:
             [[*question.context, *question.tokens, *tokens.tolist()[:-1]]], device=tokens.device
         )
         places = list(range(len(question.context), ids.shape[1]))
-        slow = self.scorer.logits(Step({"input_ids": ids}, scored=places, states=[question.state]), None)
+        roles = torch.tensor([row_roles(len(question.context) + 1, len(tokens) - 1)], device=ids.device)
+        step = Step({"input_ids": ids}, scored=places, states=[question.state], roles=roles)
+        slow = self.scorer.logits(step, None)
         assert slow is not None
         values = [
             logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0]

@@ -8,14 +8,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lm_eval_aft.methods import METHODS
 from lm_eval_aft.vector import SteeringVector, replacing
 
 _BODY = """\
 # {title}
 
 A steering vector for [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness):
-{width} numbers, added to the residual stream of `{model}` at the output of block
-{layer} (of {depth}, counted from 0). {origin}{control}
+{numbers}, added to the residual stream of `{model}` at the output of block
+{layer} (of {depth}, counted from 0){tokens}. {origin}{control}
 
     lm_eval --model aft --model_args pretrained={model},vector=FOLDER --tasks {task}
 {results}{section}"""
@@ -104,7 +105,8 @@ def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
         title=_title(meta),
         origin=_origin(meta),
         results=_result_table(results),
-        width=vector.hidden_size,
+        numbers=_numbers(vector),
+        tokens="" if vector.positions == "all" else f", to tokens in the positions `{vector.positions}` only",
         model=_model(meta) or "MODEL",
         layer=", ".join(map(str, vector.layers)),
         depth=meta.get("num_hidden_layers", "an unknown number"),
@@ -112,6 +114,13 @@ def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
         control=f"\n\n**This is a placebo (`{control}`), not a vector to use.**" if control else "",
         section=_selection_section(vector) or _recipe_section(meta),
     )
+
+
+def _numbers(vector: SteeringVector) -> str:
+    count = sum(tensor.numel() for tensor in vector.tensors.values())
+    if vector.method == "static":
+        return f"{count} numbers"
+    return f"{count:,} numbers (method `{vector.method}`: {METHODS[vector.method].formula})"
 
 
 def _origin(meta: dict[str, Any]) -> str:

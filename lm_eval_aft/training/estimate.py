@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_aft.packing import Document
-from lm_eval_aft.training.fit import Candidate, Engine, Recipe
+from lm_eval_aft.training.fit import Candidate, Engine
 from lm_eval_aft.training.protocols import Stage
 
 SAMPLE = 4  # documents timed
@@ -106,22 +106,20 @@ class Estimate:
 
 def estimate(
     engine: Engine,
-    layers: Sequence[int],
-    zero: Tensor,
+    group: Sequence[Candidate],
     train: Sequence[Document],
     selection: Sequence[Document],
     stages: Sequence[Stage],
     batch_size: int,
 ) -> Estimate:
-    """Run a few documents through every layer and extrapolate.
+    """Run a few documents through a candidate at every layer and extrapolate.
 
     Time and operations come from documents spread over the range of lengths, memory from the
     step with the longest ones.
 
     Args:
-        zero: a zero vector, shape ``(hidden_size,)``, on the model's device.
+        group: a candidate at each layer, which will be trained.
     """
-    group = [Candidate(layer, 0, Recipe(), zero.clone()) for layer in layers]
 
     def nothing(_done: int) -> None:
         pass
@@ -129,7 +127,7 @@ def estimate(
     longest = sorted(train, key=_tokens)[-batch_size:]
     judged = sorted(selection, key=_tokens)
     together = max(1, getattr(engine, "budget", 0) // _tokens(judged[-1]))
-    with peak_memory(zero.device) as peak:
+    with peak_memory(_device(group)) as peak:
         engine.train(group, [longest], nothing)
         engine.evaluate(group, judged[-together:], nothing)
         peak_bytes = peak()  # read here: what follows is heavier than the run
@@ -143,7 +141,7 @@ def estimate(
 
     trained, evaluated = _seconds(train_sample), _seconds(evaluate_sample)
     train_flops, evaluate_flops = _flops(train_sample), _flops(evaluate_sample)
-    of_train, of_selection = 1 / (len(sample) * len(layers)), 1 / (len(judged) * len(layers))
+    of_train, of_selection = 1 / (len(sample) * len(group)), 1 / (len(judged) * len(group))
 
     def total(per_train: float, per_selection: float) -> float:
         return sum(
@@ -154,6 +152,10 @@ def estimate(
         )
 
     return Estimate(total(trained, evaluated), total(train_flops, evaluate_flops), peak_bytes)
+
+
+def _device(group: Sequence[Candidate]) -> torch.device:
+    return next(iter(group[0].intervention.tensors.values())).device
 
 
 def _seconds(work: Callable[[], None]) -> float:

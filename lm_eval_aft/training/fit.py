@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packing import Document
 from lm_eval_aft.training.objectives import Score
 
@@ -56,10 +57,13 @@ class Recipe:
 class Candidate:
     """One (layer, seed, learning rate, L2) in training.
 
-    The vector is a float32 master copy (float64 for a float64 model), shape ``(hidden_size,)``;
-    zero at the start, but for retries.
+    Its tensors are float32 master copies (float64 for a float64 model); at the start they add
+    nothing, but for retries and methods without training.
 
     Attributes:
+        layer: the layer it steers, or the lowest of them.
+        intervention: what it steers with; its tensors are trained in place.
+        best: its tensors after the best epoch so far.
         stage: the part of the protocol it belongs to.
         scores: the selection score after each epoch so far.
     """
@@ -67,10 +71,10 @@ class Candidate:
     layer: int
     seed: int
     recipe: Recipe
-    vector: Tensor
+    intervention: Intervention
     stage: str = "final"
     scores: list[Score] = field(default_factory=list)
-    best: Tensor | None = None
+    best: dict[str, Tensor] | None = None
     best_score: Score | None = None
     best_epoch: int = 0
     stale: int = 0
@@ -78,14 +82,36 @@ class Candidate:
     _adam: torch.optim.Adam = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.vector.requires_grad_(True)
-        self._adam = torch.optim.Adam([self.vector], lr=self.recipe.lr)
+        if self.trained:
+            for tensor in self._tensors:
+                tensor.requires_grad_(True)
+        self._adam = torch.optim.Adam(self._tensors, lr=self.recipe.lr)
 
     @property
     def name(self) -> str:
         """Names the candidate in ledgers and state files."""
         recipe = self.recipe
         return f"{self.stage}/layer{self.layer}-seed{self.seed}-lr{recipe.lr:g}-l2{recipe.l2:g}"
+
+    @property
+    def trained(self) -> bool:
+        """Whether its method has anything to train."""
+        return self.intervention.method.trained
+
+    @property
+    def vector(self) -> Tensor:
+        """Its vector (hidden_size,) at its layer."""
+        return self.intervention.tensors[f"layers.{self.layer}"]
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return list(self.intervention.tensors.values())
+
+    def norm(self, best: bool = False) -> float:
+        """Euclidean norm of its vectors over all layers, as they are or were after the best epoch."""
+        tensors = self.best if best and self.best is not None else self.intervention.tensors
+        vectors = [tensor.detach() for name, tensor in tensors.items() if name.startswith("layers.")]
+        return float(torch.stack([vector.norm() for vector in vectors]).norm())
 
     @property
     def epoch(self) -> int:
@@ -106,17 +132,25 @@ class Candidate:
 
         A gradient that is not finite stops the candidate instead.
         """
-        gradient = self.vector.grad
-        if gradient is None:
+        moved = [tensor for tensor in self._tensors if tensor.grad is not None]
+        if not moved:
             return
-        if self.recipe.l2:
-            gradient.add_(self.vector.detach(), alpha=2 * self.recipe.l2)
-        if not bool(torch.isfinite(gradient).all()):
+        finite = True
+        for tensor in moved:
+            assert tensor.grad is not None
+            if self.recipe.l2:
+                tensor.grad.add_(tensor.detach(), alpha=2 * self.recipe.l2)
+            finite &= bool(torch.isfinite(tensor.grad).all())
+        if not finite:
             self.stopped = "gradient not finite"
         else:
             if self.recipe.clip is not None:
-                torch.nn.utils.clip_grad_norm_([self.vector], self.recipe.clip)
+                torch.nn.utils.clip_grad_norm_(moved, self.recipe.clip)
             self._adam.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what this step has gathered so far."""
         self._adam.zero_grad()
 
     def record(self, score: Score, baseline: Score | None = None) -> None:
@@ -126,7 +160,9 @@ class Candidate:
             return
         self.scores.append(score)
         if self.best_score is None or score.order() < self.best_score.order():
-            self.best, self.best_score = self.vector.detach().clone(), score
+            tensors = self.intervention.tensors
+            self.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            self.best_score = score
             self.best_epoch, self.stale = self.epoch, 0
         else:
             self.stale += 1
@@ -142,11 +178,12 @@ class Candidate:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values from which `restore` continues exactly."""
-        tensors = {"vector": self.vector.detach()}
-        if self.best is not None:
-            tensors["best"] = self.best
-        moments = self._adam.state.get(self.vector, {})
-        tensors |= {f"adam.{key}": value for key, value in moments.items()}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.intervention.tensors.items():
+            tensors[f"now:{name}"] = tensor.detach()
+            for key, value in self._adam.state.get(tensor, {}).items():
+                tensors[f"adam.{key}:{name}"] = value
+        tensors |= {f"best:{name}": tensor for name, tensor in (self.best or {}).items()}
         values = {
             "scores": [score.to_dict() for score in self.scores],
             "stale": self.stale,
@@ -158,13 +195,17 @@ class Candidate:
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Take up a state written by `state`."""
-        with torch.no_grad():
-            self.vector.copy_(tensors["vector"])
-        self.best = tensors["best"].to(self.vector) if "best" in tensors else None
-        moments = {k.removeprefix("adam."): v.clone() for k, v in tensors.items() if k.startswith("adam.")}
-        if moments:
-            placed = {k: v if k == "step" else v.to(self.vector) for k, v in moments.items()}
-            self._adam.state[self.vector] = placed
+        best: dict[str, Tensor] = {}
+        for name, tensor in self.intervention.tensors.items():
+            with torch.no_grad():
+                tensor.copy_(tensors[f"now:{name}"])
+            if f"best:{name}" in tensors:
+                best[name] = tensors[f"best:{name}"].to(tensor)
+            moments = {key: tensors.get(f"adam.{key}:{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            kept = {key: value.clone() for key, value in moments.items() if value is not None}
+            if kept:
+                self._adam.state[tensor] = {k: v if k == "step" else v.to(tensor) for k, v in kept.items()}
+        self.best = best or None
         self.scores, self.stale = [Score(**score) for score in values["scores"]], values["stale"]
         self.stopped, self.best_epoch = values["stopped"], values["best_epoch"]
         self.best_score = Score(**values["best_score"]) if values["best_score"] else None

@@ -9,6 +9,9 @@ from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.harness import load_task
 from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.methods import DEFAULT as DEFAULT_METHOD
+from lm_eval_aft.methods import Method, find_method
+from lm_eval_aft.positions import POSITIONS
 from lm_eval_aft.training.controls import check_control
 from lm_eval_aft.training.examples import Extractor, PromptSettings
 from lm_eval_aft.training.objectives import Objective, make_objective
@@ -22,7 +25,8 @@ class TrainingPlan:
     """Everything that decides what a training run does; two equal plans give equal vectors.
 
     ``train_docs`` and ``selection_docs`` are exact numbers; left open, they are as many as the
-    protocol wants and the task has.
+    protocol wants and the task has. ``calibrate`` chooses the finished vector's coefficient on the
+    selection split; ``norm_cap`` bounds its norm, as a share of the median residual norm at its layer.
     """
 
     task: str
@@ -35,6 +39,10 @@ class TrainingPlan:
     objective: str | None = None
     metric: str | None = None
     control: str | None = None
+    method: str = DEFAULT_METHOD
+    positions: str = "all"
+    calibrate: bool = False
+    norm_cap: float | None = None
     screen: str = "off"
     include_path: tuple[str, ...] = ()
 
@@ -53,7 +61,10 @@ class TrainingPlan:
         own = {each.name for each in fields(cls)}
         changes = {name: value for name, value in settings.items() if name not in own}
         plain = {name: value for name, value in settings.items() if name in own}
-        return cls(task, base.changed(changes), **plain)
+        chosen = base.changed(changes)
+        if not find_method(plain.get("method", DEFAULT_METHOD)).trained:
+            chosen = chosen.without_training()
+        return cls(task, chosen, **plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for ledgers and headers."""
@@ -71,10 +82,20 @@ class Prepared:
     splits: Splits
     layers: list[int]
 
+    @property
+    def method(self) -> Method:
+        """How the intervention is parametrised."""
+        return find_method(self.plan.method)
+
+    @property
+    def sites(self) -> list[int]:
+        """The layers that candidates are told apart by: one, where a method steers all at once."""
+        return self.layers[:1] if self.method.together else self.layers
+
     def stages(self) -> list[Stage]:
         """What will be trained, before any retry."""
         drawn = min(self.splits.train_docs, len(self.splits.pool))
-        return schedule(self.plan.protocol, len(self.layers), drawn, len(self.splits.selection))
+        return schedule(self.plan.protocol, len(self.sites), drawn, len(self.splits.selection))
 
     def summary(self) -> dict[str, Any]:
         """What a dry run prints, name by name."""
@@ -87,6 +108,11 @@ class Prepared:
             "objective": self.objective.name,
             "metric": self.objective.metric,
             "control": self.plan.control or "none",
+            "method": f"{self.method.name}: h + {self.method.formula}",
+            "parameters": self.method.parameters(self.backbone.hidden_size, len(self.layers)),
+            "positions": self.plan.positions,
+            "calibrate": self.plan.calibrate,
+            "norm_cap": self.plan.norm_cap,
             "screen": self.plan.screen,
             "protocol": protocol.pop("name"),
             **{
@@ -112,7 +138,14 @@ def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
     """
     backbone = find_backbone(lm.model)
     layers = parse_layers(plan.protocol.layers, len(backbone.blocks))
-    check_screen(plan.screen)
+    if plan.positions not in POSITIONS:
+        raise AFTError(f"positions={plan.positions!r} is not known.", f"Use one of: {', '.join(POSITIONS)}.")
+    if plan.norm_cap is not None and not (plan.norm_cap > 0 and find_method(plan.method).constant):
+        raise AFTError(
+            f"A norm cap of {plan.norm_cap:g} does not fit the method {plan.method!r}.",
+            "It is a positive share of the residual norm, for methods that add the same everywhere.",
+        )
+    check_screen(plan.screen, plain=plan.method == DEFAULT_METHOD and plan.positions == "all")
     task = load_task(plan.task, plan.include_path)
     extractor = Extractor(task, lm, plan.prompts)
     objective_name = plan.objective or extractor.objective

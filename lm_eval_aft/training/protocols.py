@@ -121,6 +121,11 @@ class Protocol:
             wanted[name] = value
         return replace(self, **wanted)
 
+    def without_training(self) -> Protocol:
+        """This protocol for methods that are computed: every layer is judged once."""
+        once = replace(self, epochs=1, min_epochs=1, patience=None, rungs=(), retries=0)
+        return replace(once, lr=self.lr[:1], l2=(0.0,), regression=False)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for ledgers and headers."""
         values = {**asdict(self), "rungs": [str(rung) for rung in self.rungs]}

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.training.calibrate import Calibration
 from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.training.fit import Candidate
 from lm_eval_aft.training.parallel import Workers
@@ -18,8 +19,15 @@ from lm_eval_aft.training.sweep import LayerResult, SweepResult
 from lm_eval_aft.vector import SteeringVector
 
 
-def finished_vector(candidate: Candidate, metadata: dict[str, Any], control: str | None) -> SteeringVector:
+def finished_vector(
+    candidate: Candidate,
+    metadata: dict[str, Any],
+    control: str | None,
+    calibration: Calibration | None = None,
+) -> SteeringVector:
     """A finalist's best epoch as a vector; a random direction of its norm for that control.
+
+    All finalists get the coefficient that was found for the chosen one.
 
     Raises:
         AFTError: it never had a finite score.
@@ -31,7 +39,16 @@ def finished_vector(candidate: Candidate, metadata: dict[str, Any], control: str
         "epoch": candidate.best_epoch,
         "selection": {**metadata["selection"], "vector": candidate.best_score.to_dict()},
     }
-    vector = SteeringVector({candidate.layer: candidate.best}, metadata={**metadata, **own})
+    intervention = candidate.intervention
+    if calibration:
+        own["calibration"] = calibration.to_dict()
+    vector = SteeringVector.from_tensors(
+        candidate.best,
+        coefficient=calibration.coefficient if calibration else 1.0,
+        positions=intervention.positions,
+        method=intervention.method.name,
+        metadata={**metadata, **own},
+    )
     return random_like(vector, candidate.seed) if control == "random" else vector
 
 
@@ -65,6 +82,7 @@ def training_metadata(
         "objective": prepared.objective.name,
         "metric": prepared.objective.metric,
         "control": plan.control,
+        "parameters": prepared.method.parameters(prepared.backbone.hidden_size, len(prepared.layers)),
         "protocol": {
             **plan.protocol.to_dict(),
             "layers": prepared.layers,

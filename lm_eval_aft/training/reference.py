@@ -6,7 +6,6 @@ Slow and obviously right; the fast engine is tested against it, and falls back t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from lm_eval_aft.backbone import Backbone
 from lm_eval_aft.packing import Batch, Document, make_batch
-from lm_eval_aft.steering import add_at
+from lm_eval_aft.positions import roles, row_roles
+from lm_eval_aft.steering import add_all
 from lm_eval_aft.training.fit import Candidate, Tick
 from lm_eval_aft.training.objectives import Objective, Score
 
@@ -60,14 +60,11 @@ class Reference:
     def _logits(self, document: Document, candidate: Candidate | None) -> tuple[Tensor, Batch]:
         device = next(self.model.parameters()).device
         rows = []
+        shifts = {} if candidate is None else candidate.intervention.shifts()
         for context, continuation in document.pairs:
             ids = torch.tensor([(*context, *continuation[:-1])], device=device)
-            steered = (
-                nullcontext()
-                if candidate is None
-                else add_at(self.backbone.blocks[candidate.layer], candidate.vector)
-            )
-            with steered:
+            kinds = torch.tensor([row_roles(len(context), len(continuation) - 1)], device=device)
+            with add_all(self.backbone, shifts), roles(kinds):
                 logits = self.model(input_ids=ids, use_cache=False).logits[0]
             rows.append(logits[len(context) - 1 :])
         # The batch only tells the objective which row belongs to which option.

@@ -19,8 +19,14 @@ from lm_eval_aft.steering import hidden_states, with_hidden_states
 from lm_eval_aft.training.trajectory import Trajectory
 
 
-def check_screen(screen: str) -> None:
-    """Raise `AFTError` unless ``screen`` is ``off``, ``order`` or a number of layers to keep."""
+def check_screen(screen: str, plain: bool = True) -> None:
+    """Raise `AFTError` unless ``screen`` is ``off``, ``order`` or a number of layers to keep.
+
+    Args:
+        plain: whether one vector is to be added at every position, which is what the screen looks at.
+    """
+    if screen != "off" and not plain:
+        raise AFTError("The screen knows static vectors at all positions only.", "Leave out --screen.")
     if screen not in ("off", "order") and not (screen.isdigit() and int(screen) >= 1):
         raise AFTError(f"There is no screen {screen!r}.", "Use off, order, or how many layers to keep.")
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from typing import Protocol as Interface
 
-import torch
 from torch import Tensor
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packing import Document
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe, in_steps
 from lm_eval_aft.training.objectives import Score
@@ -91,8 +91,8 @@ class Sweep:
 
     Attributes:
         train: training documents by seed, in the order the seed draws them.
-        start: makes a candidate's first vector, given its layer and, for a retry, a seed for a
-            small random one.
+        start: makes a candidate's first intervention from its layer, its seed and, for a retry, a seed
+            for something small and random.
         saved: states of an interrupted run's candidates by name; the run goes on from them.
     """
 
@@ -102,7 +102,7 @@ class Sweep:
     seeds: Sequence[int]
     train: dict[int, list[Document]]
     selection: Sequence[Document]
-    start: Callable[[int, int | None], Tensor]
+    start: Callable[[int, int, int | None], Intervention]
     events: Events
     workers: Workers = field(default_factory=Workers)
     saved: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = field(default_factory=dict)
@@ -192,7 +192,7 @@ class Sweep:
             regression=protocol.regression and last,
         )
         seed = self.seeds[0] if seed is None else seed
-        start = self.start(layer, None if noise is None else 1000 * noise + seed)
+        start = self.start(layer, seed, None if noise is None else 1000 * noise + seed)
         made = Candidate(layer, seed, recipe, start, stage)
         if made.name in self.saved:
             made.restore(*self.saved[made.name])
@@ -212,7 +212,7 @@ class Sweep:
             epoch = min(candidate.epoch for candidate in live)
             live = [candidate for candidate in live if candidate.epoch == epoch]
             mine = self.workers.mine(live)
-            for seed in sorted({candidate.seed for candidate in mine}):
+            for seed in sorted({candidate.seed for candidate in mine if candidate.trained}):
                 ours = [candidate for candidate in mine if candidate.seed == seed]
                 documents = self.train[seed][:train]
                 random.Random(f"{seed}|{epoch}").shuffle(documents)
@@ -260,13 +260,3 @@ class Sweep:
 
 def _score(result: LayerResult) -> float:
     return result.score
-
-
-def small_random(width: int, residual_norm: float, seed: int) -> Tensor:
-    """A retry's first vector: N(0, 0.01 * residual_norm^2 / width), shape ``(width,)``.
-
-    Args:
-        residual_norm: median norm of the hidden states at its layer.
-    """
-    scale = 0.1 * residual_norm / width**0.5
-    return torch.randn(width, generator=torch.Generator().manual_seed(seed)).mul_(scale)

@@ -6,34 +6,34 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.packing import Document
+from lm_eval_aft.training.calibrate import Calibration, calibrate, norm_cap
 from lm_eval_aft.training.card import write_card
 from lm_eval_aft.training.controls import spoil
 from lm_eval_aft.training.estimate import Estimate, estimate
+from lm_eval_aft.training.events import Events
 from lm_eval_aft.training.examples import encode
-from lm_eval_aft.training.fit import Candidate, Engine
+from lm_eval_aft.training.fit import Candidate, Engine, Recipe
 from lm_eval_aft.training.ledger import LEDGER, Ledger, State, drop_state, load_state, save_state
-from lm_eval_aft.training.objectives import Score
 from lm_eval_aft.training.parallel import Workers
 from lm_eval_aft.training.picture import draw_sweep
 from lm_eval_aft.training.plan import Prepared, TrainingPlan, prepare
 from lm_eval_aft.training.precision import to_training_dtype
 from lm_eval_aft.training.record import finished_vector, now, training_metadata
 from lm_eval_aft.training.screen import first_gradients, layer_order, rank_correlation
-from lm_eval_aft.training.sweep import Sweep, SweepResult, small_random
-from lm_eval_aft.training.trajectory import Trajectory, make_engine, new_vector, residual_norm
+from lm_eval_aft.training.starts import Starts
+from lm_eval_aft.training.sweep import Sweep, SweepResult
+from lm_eval_aft.training.trajectory import Trajectory, make_engine, residual_norm
 from lm_eval_aft.vector import SteeringVector
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def run(
     if folder is not None and workers.leads:
         log, saved = _open_run(folder, settings, resume)
     saved = workers.agree(saved)
-    layers, screened = _screen(plan.screen, engine, prepared.layers, train[plan.first_seed])
+    layers, screened = _screen(plan.screen, engine, prepared.sites, train[plan.first_seed])
     stages = prepared.stages()
     progress_bar = tqdm(
         total=sum(stage.documents for stage in stages) // workers.size + len(selection),
@@ -149,7 +149,7 @@ def run(
         disable=not (progress and workers.leads),
     )
     with progress_bar as bar:
-        events = _Events(bar, folder, settings, log, saved)
+        events = Events(bar, folder, settings, log, saved)
         sweep = Sweep(
             engine,
             plan.protocol,
@@ -157,7 +157,7 @@ def run(
             plan.seeds(),
             train,
             selection,
-            partial(_start, lm, prepared, selection),
+            _starts(prepared, train, selection),
             events,
             workers,
             saved,
@@ -166,13 +166,17 @@ def run(
         if log and log.lines == 1:
             log.append(event="baseline", **baseline.to_dict())
         found = sweep.run()
+        calibration = _calibrate(prepared, engine, found, selection, events) if workers.leads else None
+        calibration = workers.agree(calibration)
     if screened and plan.screen == "order":
         changes = {result.layer: result.change for result in found.layers}
         screened["rank_correlation"] = rank_correlation(screened["order"], changes)
     seconds = time.monotonic() - started
     drawn = len(train[plan.first_seed])
     metadata = training_metadata(prepared, found, identity, engine_name, seconds, drawn, screened)
-    finalists = {c.seed: finished_vector(c, metadata, plan.control) for c in found.chosen.candidates}
+    finalists = {
+        c.seed: finished_vector(c, metadata, plan.control, calibration) for c in found.chosen.candidates
+    }
     vector = finalists[found.finalist.seed]
     result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
     if folder and log:
@@ -186,68 +190,40 @@ def cost(prepared: Prepared) -> Estimate:
     selection = encode(prepared.splits.selection, lm)
     train = encode(prepared.splits.train(plan.first_seed), lm)
     engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, selection)
-    zero = new_vector(lm.model, prepared.backbone)
-    return estimate(
-        engine, prepared.layers, zero, train, selection, prepared.stages(), plan.protocol.batch_size
+    starts = _starts(prepared, {plan.first_seed: train}, selection)
+    group = [Candidate(site, 0, Recipe(), starts(site, plan.first_seed)) for site in prepared.sites]
+    return estimate(engine, group, train, selection, prepared.stages(), plan.protocol.batch_size)
+
+
+def _starts(prepared: Prepared, train: dict[int, list[Document]], selection: Sequence[Document]) -> Starts:
+    lm, plan = prepared.lm, prepared.plan
+    return Starts(
+        lm.model,
+        prepared.backbone,
+        prepared.method,
+        plan.positions,
+        prepared.layers,
+        train,
+        selection[:8],
+        lm.max_length,
     )
 
 
-class _Events:
-    """Progress bar, ledger and state of a run."""
-
-    def __init__(
-        self,
-        bar: tqdm,
-        folder: Path | None,
-        settings: dict[str, Any],
-        ledger: Ledger | None,
-        saved: dict[str, State],
-    ) -> None:
-        self._bar, self._folder, self._settings, self._ledger = bar, folder, settings, ledger
-        self._told = {name for name, (_, values) in saved.items() if values["stopped"]}
-
-    def tick(self, done: int, /) -> None:
-        self._bar.update(done)
-
-    def epoch(self, candidate: Candidate, baseline: Score) -> None:
-        self._bar.set_description(f"{candidate.stage}: layer {candidate.layer}, epoch {candidate.epoch}")
-        if self._ledger is None:
-            return
-        own = {"candidate": candidate.name, "stage": candidate.stage}
-        if candidate.stopped.endswith("not finite"):
-            if candidate.name not in self._told:
-                self._told.add(candidate.name)
-                self._ledger.append(event="dropped", **own, reason=candidate.stopped)
-            return
-        score = candidate.scores[-1]
-        self._ledger.append(
-            event="epoch",
-            **own,
-            layer=candidate.layer,
-            seed=candidate.seed,
-            lr=candidate.recipe.lr,
-            l2=candidate.recipe.l2,
-            epoch=candidate.epoch,
-            norm=float(candidate.vector.detach().norm()),
-            stopped=candidate.stopped,
-            baseline=baseline.score,
-            **score.to_dict(),
-        )
-
-    def save(self, candidates: Iterable[Candidate]) -> None:
-        if self._ledger and self._folder:
-            save_state(self._folder, self._settings, self._ledger, candidates)
-
-
-def _start(
-    lm: AFTLM, prepared: Prepared, selection: Sequence[Document], layer: int, noise: int | None
-) -> Tensor:
-    """A candidate's first vector: zero, or a small random one."""
-    vector = new_vector(lm.model, prepared.backbone)
-    if noise is None:
-        return vector
-    size = residual_norm(lm.model, prepared.backbone, layer, selection[:8])
-    return small_random(len(vector), size, noise).to(vector)
+def _calibrate(
+    prepared: Prepared, engine: Engine, found: SweepResult, selection: Sequence[Document], events: Events
+) -> Calibration | None:
+    """The chosen candidate's coefficient, where the plan leaves it open."""
+    plan, finalist = prepared.plan, found.finalist
+    if not (plan.calibrate or plan.norm_cap) or finalist.best is None:
+        return None
+    cap = None
+    if plan.norm_cap is not None:
+        layers = finalist.intervention.layers
+        norms = {at: residual_norm(prepared.lm.model, prepared.backbone, at, selection[:64]) for at in layers}
+        cap = norm_cap(plan.norm_cap, norms, {at: finalist.best[f"layers.{at}"] for at in layers})
+    if not plan.calibrate:
+        return Calibration({}, min(1.0, cap or 1.0), cap)
+    return calibrate(engine, finalist, found.baseline, selection, cap, events.tick)
 
 
 def _screen(

@@ -15,6 +15,7 @@ from torch import nn
 
 from lm_eval_aft.backbone import Backbone
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packability import may_pack
 from lm_eval_aft.packing import (
     Batch,
@@ -26,7 +27,7 @@ from lm_eval_aft.packing import (
     resumed,
     token_budget_batches,
 )
-from lm_eval_aft.steering import add_at, hidden_states
+from lm_eval_aft.steering import add_all, hidden_states
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe, Tick
 from lm_eval_aft.training.objectives import Objective, Score
 from lm_eval_aft.training.reference import Reference
@@ -79,7 +80,7 @@ class Trajectory:
 
             def forget(live: list[Candidate] = live) -> None:
                 for candidate in live:
-                    candidate.vector.grad = None
+                    candidate.forget()
 
             self._each_batch(step, gather, forget)
             tick(len(live) * len(step))
@@ -135,12 +136,11 @@ class Trajectory:
     @contextmanager
     def _steered(self, candidate: Candidate, outputs: dict[int, Any]) -> Iterator[None]:
         layer = candidate.layer
-        hook = add_at(self.backbone.blocks[layer], candidate.vector)
-        try:
-            with resumed(self.backbone, layer, outputs[layer]):
-                yield
-        finally:
-            hook.remove()
+        with (
+            add_all(self.backbone, candidate.intervention.shifts()),
+            resumed(self.backbone, layer, outputs[layer]),
+        ):
+            yield
 
     def _each_batch(
         self, documents: Sequence[Document], work: Callable[[Batch], None], forget: Callable[[], None]
@@ -202,10 +202,11 @@ def _resuming_differs(engine: Trajectory, reference: Reference, document: Docume
     outputs = engine.outputs(batch, [layer])
     size = _median_norm(outputs[layer]) / engine.backbone.hidden_size**0.5
     vector = torch.linspace(-1, 1, engine.backbone.hidden_size, device=parameter.device) * 0.1 * size
-    probe = Candidate(layer, 0, Recipe(), vector.to(_master_dtype(parameter.dtype)))
+    static = Intervention.static(layer, vector.to(master_dtype(parameter.dtype)))
+    probe = Candidate(layer, 0, Recipe(), static)
     try:
         with (
-            add_at(engine.backbone.blocks[layer], probe.vector),
+            add_all(engine.backbone, static.shifts()),
             resumed(engine.backbone, layer, outputs[layer]),
         ):
             fast = option_logprobs(continuation_logits(engine.model, batch), batch)
@@ -249,13 +250,8 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def new_vector(model: nn.Module, backbone: Backbone) -> torch.Tensor:
-    """A zero vector (hidden_size,) in the precision candidates are trained in."""
-    parameter = next(model.parameters())
-    return torch.zeros(backbone.hidden_size, dtype=_master_dtype(parameter.dtype), device=parameter.device)
-
-
-def _master_dtype(dtype: torch.dtype) -> torch.dtype:
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision that candidates of a model of this dtype are trained in."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -12,6 +12,7 @@ import torch
 from lm_eval_aft import attention
 from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packability import may_pack
 from lm_eval_aft.packing import (
     Document,
@@ -26,7 +27,7 @@ from lm_eval_aft.training.fit import Candidate, Engine, Recipe, in_steps
 from lm_eval_aft.training.objectives import LM, Choice, Objective
 from lm_eval_aft.training.reference import Reference
 from lm_eval_aft.training.screen import first_gradients, layer_order, rank_correlation
-from lm_eval_aft.training.trajectory import Trajectory, make_engine, new_vector
+from lm_eval_aft.training.trajectory import Trajectory, make_engine, master_dtype
 from tests.conftest import FAMILIES, tiny_model
 
 PACKED = {
@@ -73,7 +74,8 @@ def candidate(
     model: Any, layer: int, recipe: Recipe | None = None, seed: int = 0, scale: float = 0.1
 ) -> Candidate:
     backbone = find_backbone(model)
-    made = Candidate(layer, seed, recipe or Recipe(), new_vector(model, backbone))
+    zero = torch.zeros(backbone.hidden_size, dtype=master_dtype(model.dtype))
+    made = Candidate(layer, seed, recipe or Recipe(), Intervention.static(layer, zero))
     with torch.no_grad():
         made.vector.add_(scale * torch.randn(32, generator=torch.Generator().manual_seed(layer)))
     return made

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from lm_eval_aft import AFTError, SteeringVector, load_vector, train_vector
+from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.training import sweep as sweep_module
 from lm_eval_aft.training import train as train_module
@@ -110,7 +111,7 @@ def test_folder_and_choice(task: str, lm: AFTLM, settings: dict[str, Any], tmp_p
 def test_training_improves_the_training_loss(lm: AFTLM, settings: dict[str, Any]) -> None:
     """On documents it was trained on, a vector must beat the baseline clearly."""
     from lm_eval_aft.training.plan import TrainingPlan, prepare
-    from lm_eval_aft.training.trajectory import make_engine, new_vector
+    from lm_eval_aft.training.trajectory import make_engine
 
     settings.pop("progress")
     prepared = prepare(lm, TrainingPlan.of("toy_choice", **settings))
@@ -119,7 +120,9 @@ def test_training_improves_the_training_loss(lm: AFTLM, settings: dict[str, Any]
 
     documents = encode(prepared.splits.train(0), lm)
     engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, documents)
-    candidate = Candidate(1, 0, Recipe(lr=3e-2), new_vector(lm.model, prepared.backbone))
+    candidate = Candidate(
+        1, 0, Recipe(lr=3e-2), Intervention.static(1, torch.zeros(prepared.backbone.hidden_size))
+    )
     before = engine.baseline(documents, lambda _: None)
     for _ in range(6):
         engine.train([candidate], list(in_steps(documents, 4)), lambda _: None)
@@ -275,20 +278,20 @@ def test_wrong_layers(text: str) -> None:
 
 
 def test_best_epoch_is_kept_and_patience_stops() -> None:
-    made = Candidate(0, 0, Recipe(patience=2), torch.zeros(2))
+    made = Candidate(0, 0, Recipe(patience=2), Intervention.static(0, torch.zeros(2)))
     for step, score in enumerate([3.0, 1.0, 2.0, 2.0]):
         with torch.no_grad():
             made.vector.fill_(step)
         made.record(Score(score, score, 0.5, 1.0, 10))
     assert made.best is not None
-    assert made.best.tolist() == [1.0, 1.0]
+    assert made.best["layers.0"].tolist() == [1.0, 1.0]
     assert (made.best_epoch, made.stopped) == (2, "no better for 2 epochs")
 
 
 def test_adam_step_with_l2_and_clip_equals_torchs_own() -> None:
     torch.manual_seed(0)
     start, target = torch.randn(6), torch.randn(6)
-    ours = Candidate(0, 0, Recipe(lr=0.1, l2=0.3, clip=0.7), start.clone())
+    ours = Candidate(0, 0, Recipe(lr=0.1, l2=0.3, clip=0.7), Intervention.static(0, start.clone()))
     theirs = start.clone().requires_grad_()
     adam = torch.optim.Adam([theirs], lr=0.1)
     for _ in range(5):

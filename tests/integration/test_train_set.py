@@ -19,7 +19,7 @@ from lm_eval_aft import AFTError, load_vector
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.library import Library
 from lm_eval_aft.study import read_study
-from lm_eval_aft.training import train
+from lm_eval_aft.training import events
 
 QUICK = {
     "protocol": "maximum", "layers": 1, "seeds": 1, "train_docs": 16, "selection_docs": 12, "epochs": 1,
@@ -53,13 +53,13 @@ def call(study: Path, library: Path, *more: str, code: int = 0) -> Result:
 # Dies without a word while the second vector is being trained.
 DYING = """
 import os, signal, sys
-from lm_eval_aft.training import train
-save = train._Events.save
+from lm_eval_aft.training import events
+save = events.Events.save
 def dying(self, candidates):
     save(self, candidates)
     if "math" in str(self._folder):
         os.kill(os.getpid(), signal.SIGKILL)
-train._Events.save = dying
+events.Events.save = dying
 from lm_eval_aft.cli.main import aft
 aft(sys.argv[1:])
 """
@@ -78,15 +78,15 @@ def test_a_killed_study_goes_on_and_is_scored(tmp_path: Path) -> None:
 
 def test_an_interrupted_study_goes_on_and_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, root = write_study(tmp_path), tmp_path / "library"
-    save = train._Events.save
+    save = events.Events.save
 
-    def interrupted(self: train._Events, candidates: Any) -> None:
+    def interrupted(self: events.Events, candidates: Any) -> None:
         save(self, candidates)
         if "math" in str(self._folder):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train._Events, "save", interrupted)
+        patched.setattr(events.Events, "save", interrupted)
         assert "go on with --resume" in call(study, root, code=130).output
     goes_on(study, root)
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packing import Document
 from lm_eval_aft.training.fit import Candidate, Recipe, Tick
 from lm_eval_aft.training.objectives import Score
 from lm_eval_aft.training.protocols import PROTOCOLS, Protocol, find_protocol, parse_rungs, schedule
-from lm_eval_aft.training.sweep import Sweep, SweepResult, small_random
+from lm_eval_aft.training.starts import small_random
+from lm_eval_aft.training.sweep import Sweep, SweepResult
 
 DOCS = [Document((((i,), (1,)),)) for i in range(64)]
 
@@ -67,8 +69,9 @@ def run(engine: Scripted, protocol: Protocol, layers: Sequence[int] = range(6)) 
     seeds = range(protocol.seeds)
     train = {seed: list(DOCS) for seed in seeds}
 
-    def start(layer: int, noise: int | None) -> torch.Tensor:
-        return torch.zeros(4) if noise is None else small_random(4, 1.0, noise)
+    def start(layer: int, _seed: int, noise: int | None) -> Intervention:
+        vector = torch.zeros(4) if noise is None else small_random(4, 1.0, noise)
+        return Intervention.static(layer, vector)
 
     return Sweep(engine, protocol, list(layers), seeds, train, DOCS, start, Silent()).run()
 
@@ -150,7 +153,7 @@ def test_regression_stops_a_candidate_and_its_best_vector_is_kept() -> None:
     assert stopped[1] == ("all epochs done", 4, 2)
     (first,) = [c for c in result.chosen.candidates if c.seed == 0]
     assert first.best is not None
-    assert first.best.tolist() == [1.0] * 4  # after one epoch
+    assert first.best["layers.2"].tolist() == [1.0] * 4  # after one epoch
 
 
 def test_a_negative_result_is_retried_at_the_next_layers_and_can_be_rescued() -> None:
