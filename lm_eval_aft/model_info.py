@@ -45,6 +45,7 @@ def describe(lm: AFTLM) -> dict[str, Any]:
         "world_size": lm.world_size,
         "softmax_dtype": None if lm.softmax_dtype is None else str(lm.softmax_dtype),
         "scoring_path": _path_taken(lm.paths_taken()),
+        "answer_only": lm.answer_only,
         "vector": None if lm.vector is None else describe_vector(lm.vector),
     }
     if lm.routing is not None:
@@ -87,5 +88,6 @@ def _answers_depend_on(lm: AFTLM) -> dict[str, Any]:
         "add_bos_token": lm.add_bos_token,
         "prefix_token_id": lm.prefix_token_id,
         "fast": lm.fast,
+        **({"answer_only": True} if lm.answer_only else {}),  # ordinary runs keep the tables they have
     }
     return found if lm.routing is None else {**found, "routing": lm.routing.depends_on()}

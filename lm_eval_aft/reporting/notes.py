@@ -16,6 +16,10 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
     """What a reader should know before believing a row; ``vectors`` in the order of ``others``."""
     found = [note for run in (baseline, *others) for note in run.notes]
     identity = (baseline.any.get("config", {}).get("aft") or {}).get("fingerprint")
+    if baseline.answer_only:
+        found.append(
+            "All of these runs were scored without the questions (answer_only): gains are answer style."
+        )
     for run, info in zip(others, vectors, strict=True):
         found += info.warnings
         results = run.any
