@@ -40,7 +40,24 @@ if TYPE_CHECKING:
     "--fewshot-as-multiturn/--fewshot-as-text", default=None, help="Examples as chat turns, or as one text."
 )
 @click.option("--objective", type=click.Choice(["choice", "lm"]), help="[default: by the task's type]")
-@click.option("--metric", type=click.Choice(["acc", "acc_norm"]), help="What an option's score means.")
+@click.option(
+    "--metric",
+    type=click.Choice(["acc", "acc_norm", "both"]),
+    help="What an option's score means: its log-likelihood, that per character, or the mean of both "
+    "losses and of both scores.  [default: acc_norm where the task reports it]",
+)
+@click.option(
+    "--choice-loss",
+    type=click.Choice(["cross-entropy", "margin"]),
+    help="What training minimises over options; margin: the right one should lead by --margin nats. "
+    "Choices are made on cross-entropy either way.  [default: cross-entropy]",
+)
+@click.option("--margin", type=float, help="Lead in nats that --choice-loss margin asks for.  [default: 1]")
+@click.option(
+    "--label-smoothing",
+    type=float,
+    help="Share of the cross-entropy's target spread over all options, to curb overconfidence.  [default: 0]",
+)
 @click.option(
     "--control",
     type=click.Choice(["random", "shuffled", "format"]),

@@ -11,7 +11,7 @@ from lm_eval_aft.harness import load_task
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.training.controls import check_control
 from lm_eval_aft.training.examples import Extractor, PromptSettings
-from lm_eval_aft.training.objectives import Objective, make_objective
+from lm_eval_aft.training.objectives import Choice, Objective, make_objective
 from lm_eval_aft.training.protocols import DEFAULT, Protocol, Stage, find_protocol, parse_layers, schedule
 from lm_eval_aft.training.screen import check_screen
 from lm_eval_aft.training.splits import Splits, split_task
@@ -22,7 +22,8 @@ class TrainingPlan:
     """Everything that decides what a training run does; two equal plans give equal vectors.
 
     ``train_docs`` and ``selection_docs`` are exact numbers; left open, they are as many as the
-    protocol wants and the task has.
+    protocol wants and the task has. ``choice_loss``, ``margin`` and ``label_smoothing`` are those of
+    `lm_eval_aft.training.choice_loss`.
     """
 
     task: str
@@ -34,6 +35,9 @@ class TrainingPlan:
     prompts: PromptSettings = field(default_factory=PromptSettings)
     objective: str | None = None
     metric: str | None = None
+    choice_loss: str | None = None
+    margin: float | None = None
+    label_smoothing: float | None = None
     control: str | None = None
     screen: str = "off"
     include_path: tuple[str, ...] = ()
@@ -86,6 +90,7 @@ class Prepared:
             "num_fewshot": self.splits.extractor.num_fewshot,
             "objective": self.objective.name,
             "metric": self.objective.metric,
+            **({"loss": str(self.objective.loss)} if isinstance(self.objective, Choice) else {}),
             "control": self.plan.control or "none",
             "screen": self.plan.screen,
             "protocol": protocol.pop("name"),
@@ -121,7 +126,14 @@ def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
             f"The objective {objective_name!r} does not fit {plan.task!r}.", f"Use {extractor.objective}."
         )
     check_control(plan.control, objective_name)
-    objective = make_objective(objective_name, plan.metric, list(task.aggregation()))
+    objective = make_objective(
+        objective_name,
+        plan.metric,
+        list(task.aggregation()),
+        choice_loss=plan.choice_loss,
+        margin=plan.margin,
+        label_smoothing=plan.label_smoothing,
+    )
     most = (plan.protocol.train_docs, plan.protocol.selection_docs)
     splits = split_task(extractor, plan.train_docs, plan.selection_docs, plan.train_split, most)
     return Prepared(plan, lm, backbone, objective, splits, layers)

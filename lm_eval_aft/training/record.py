@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.training.fit import Candidate
+from lm_eval_aft.training.objectives import loss_settings
 from lm_eval_aft.training.parallel import Workers
 from lm_eval_aft.training.plan import Prepared
 from lm_eval_aft.training.sweep import LayerResult, SweepResult
@@ -64,6 +65,7 @@ def training_metadata(
         "chat_template": template and hashlib.sha256(str(template).encode()).hexdigest(),
         "objective": prepared.objective.name,
         "metric": prepared.objective.metric,
+        "loss": loss_settings(prepared.objective),
         "control": plan.control,
         "protocol": {
             **plan.protocol.to_dict(),
