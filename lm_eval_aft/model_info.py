@@ -20,6 +20,9 @@ def describe_vector(vector: SteeringVector) -> dict[str, Any]:
     """A vector as results files name it: what it does, what it was made from and on, where it came from."""
     meta = vector.metadata
     protocol = meta.get("protocol")
+    # Of a mixture, what each task's prompts were like.
+    several = [each for each in meta.get("tasks") or () if isinstance(each, Mapping)]
+    mixed = [{key: each.get(key) for key in ("task", "num_fewshot")} for each in several]
     return {
         "sha256": vector.digest(),
         "layers": list(vector.layers),
@@ -35,6 +38,7 @@ def describe_vector(vector: SteeringVector) -> dict[str, Any]:
         "base_model": meta.get("base_model"),
         # A sum's operands, and the repository and commit a vector was fetched from.
         **{key: meta[key] for key in ("recipe", "hub") if meta.get(key)},
+        **({"tasks": mixed} if mixed else {}),
     }
 
 

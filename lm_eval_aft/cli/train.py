@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 @click.command("train-vector", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", required=True, help="Hub name or local folder of a causal LM, or `demo`.")
-@click.option("--task", required=True, help="Harness task with a training split (`aft tasks --trainable`).")
+@click.option(
+    "--task",
+    required=True,
+    multiple=True,
+    help="Harness task with a training split (`aft tasks --trainable`); may repeat: one vector for "
+    "several tasks of one type, mixed evenly, the document numbers below being totals.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the vector, card and ledger.")
 @click.option(
     "--protocol",
@@ -109,6 +115,7 @@ def train_vector(**options: Any) -> None:
       train-vector --model Qwen/Qwen1.5-0.5B-Chat --task gsm8k --apply-chat-template \\
                    --device cuda --dtype bfloat16 --output gsm8k
       train-vector --model demo --task aft_demo_choice --output demo-vector
+      train-vector --model gpt2 --task arc_easy --task arc_challenge --num-fewshot 0 --output arc
       train-vector --model gpt2 --task arc_easy --protocol maximum --lr 1e-2 --dry-run
       accelerate launch -m lm_eval_aft.cli.train --model gpt2 --task arc_easy --output arc
     """
@@ -196,6 +203,13 @@ def _print_result(result: TrainingResult, model: str, include_path: tuple[str, .
     columns = "layer|stage (docs)|cross-entropy|change|accuracy|lr|l2|best epoch|norm".split("|")
     title = f"Selection split, {baseline.n} documents: means over seeds; change against the same documents"
     print_table(title, columns, rows, mark)
+    own = sweep.finalist.best_score.tasks if sweep.finalist.best_score else {}
+    for task, score in own.items():
+        before = baseline.tasks[task]
+        click.echo(
+            f"{task}: cross-entropy {before.score:.4f} -> {score.score:.4f}, "
+            f"accuracy {before.accuracy:.1%} -> {score.accuracy:.1%}, {score.n} documents."
+        )
     if result.screen:
         click.echo(
             f"The screen put the layers in the order {', '.join(map(str, result.screen['order']))}"

@@ -27,7 +27,8 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
         own = (results.get("config", {}).get("aft") or {}).get("fingerprint")
         if identity and own and fingerprint_text(own) != fingerprint_text(identity):
             found.append(f"{run.name}: its base model is not the baseline's (fingerprints differ).")
-        for logged in (run.vector or {}, *routed):
+        vectors_logged = (run.vector or {}, *routed)
+        for logged in (own for each in vectors_logged for own in each.get("tasks") or [each]):
             task = logged.get("task")
             if logged.get("num_fewshot") is None or task not in run.tasks:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +38,7 @@ class Score:
         temperature: the temperature fitted.
         n: number of documents.
         stderr: standard error of ``score`` over documents, in nats.
+        tasks: of a mixture, each task's own score by its name.
     """
 
     score: float
@@ -46,14 +47,20 @@ class Score:
     temperature: float
     n: int
     stderr: float = 0.0
+    tasks: dict[str, Score] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # As `to_dict` wrote them, when a run is resumed.
+        own = {k: v if isinstance(v, Score) else Score(**v) for k, v in self.tasks.items()}
+        object.__setattr__(self, "tasks", own)
 
     def order(self) -> tuple[float, float]:
         """Sorts better scores first."""
         return (self.score, -self.accuracy)
 
-    def to_dict(self) -> dict[str, float]:
-        """Plain numbers, for ledgers and headers."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for ledgers and headers; ``tasks`` only of a mixture."""
+        return {key: value for key, value in asdict(self).items() if key != "tasks" or value}
 
 
 class Objective(Protocol):
@@ -251,9 +258,10 @@ def make_objective(
     return LM()
 
 
-def loss_settings(objective: Objective) -> dict[str, Any] | None:
-    """The loss of a ``choice`` objective, for headers; ``None`` for others."""
-    return objective.loss.to_dict() if isinstance(objective, Choice) else None
+def loss_of(objective: Objective) -> ChoiceLoss | None:
+    """The loss over options, of objectives that have one; tasks of a mixture share theirs."""
+    found = getattr(objective, "loss", None)
+    return found if isinstance(found, ChoiceLoss) else None
 
 
 def _stderr(losses: NDArray[np.float64]) -> float:

@@ -150,7 +150,7 @@ def test_losses_against_a_naive_formula_and_finite_differences(metric: str, loss
 
     losses = objective.losses(logits, batch)
     assert losses.tolist() == pytest.approx(by_formula(logits))
-    assert float(losses.max()) > 0
+    assert max(losses.tolist()) > 0
     losses.sum().backward()
     step = 1e-5
     for place in [(0, 3), (1, 4), (2, 5), (4, 7), (6, 3), (9, 5)]:
