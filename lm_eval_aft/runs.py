@@ -41,7 +41,7 @@ def plan_runs(
     routes: Sequence[str] = (),
     answer_only: bool = False,
 ) -> list[Run]:
-    """The runs that an evaluation needs: the baseline, then vectors and routers, placebos, answer-only runs.
+    """The runs an evaluation needs: the baseline, then vectors and routers, placebos, answer-only runs.
 
     Args:
         vectors: what `load_vector` takes.
@@ -49,8 +49,7 @@ def plan_runs(
         all_seeds: score every finalist of each vector folder, not only the chosen one.
         library: folder of the library that names come from.
         routes: routers over that library, as ``--model aft`` takes them.
-        answer_only: score the baseline and every vector without the questions too. Routers are left
-            out: they pick by the question.
+        answer_only: score baseline and vectors without the questions too; routers pick by the question.
 
     Raises:
         AFTError: a vector that cannot be read, or an unknown placebo or router.
