@@ -3,114 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_aft.answer_only import require_scorable, scorable
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.harness import check_names, task_manager_for
-from lm_eval_aft.library import Library, folder_of, load_vector
+from lm_eval_aft.library import Library
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.routing import Routing, whole_spec
-from lm_eval_aft.training.controls import random_like
-from lm_eval_aft.vector import SteeringVector
+from lm_eval_aft.routing import Routing
+from lm_eval_aft.runs import Run, plan_runs
 
 if TYPE_CHECKING:
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
-
-# Characters of a run's name that come from an expression.
-LONGEST_LABEL = 80
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model state to score: ``name`` is also its folder below the output."""
-
-    name: str
-    spec: str | None = None
-    vector: SteeringVector | None = None
-    route: str | None = None
-
-
-def plan_runs(
-    vectors: Sequence[str],
-    placebo: str = "none",
-    all_seeds: bool = False,
-    *,
-    library: str | None = None,
-    routes: Sequence[str] = (),
-) -> list[Run]:
-    """The runs that an evaluation needs: the baseline first, then vectors and routers, then placebos.
-
-    Args:
-        vectors: what `load_vector` takes.
-        placebo: ``none`` or ``random:N``, N directions of the vector's norm at its layers.
-        all_seeds: score every finalist of each vector folder, not only the chosen one.
-        library: folder of the library that names come from.
-        routes: routers over that library, as ``--model aft`` takes them.
-
-    Raises:
-        AFTError: a vector that cannot be read, or an unknown placebo or router.
-    """
-    match = re.fullmatch(r"none|random(?::(\d+))?", placebo)
-    if not match:
-        raise AFTError(f"There is no placebo {placebo!r}.", "Use none or random:N, for example random:3.")
-    draws = 0 if placebo == "none" else int(match[1] or 3)
-    runs = [Run("baseline")]
-    placebos = []
-    for spec in vectors:
-        name = _unique(f"steered/{vector_label(spec)}", runs)
-        vector = load_vector(spec, library)
-        runs.append(Run(name, spec, vector))
-        if all_seeds:
-            folder = folder_of(spec, library)
-            finalists = sorted((folder / "seeds").glob("*.safetensors")) if folder else []
-            if not finalists:
-                raise AFTError(f"{spec} has no seeds/ with other finalists.", "Leave out --all-seeds.")
-            runs += [Run(f"{name}-{seed.stem}", str(seed), load_vector(seed)) for seed in finalists]
-        for seed in range(draws):
-            placebos.append(
-                Run(
-                    f"placebo/{name.removeprefix('steered/')}-random-{seed}",
-                    vector=random_like(vector, seed),
-                )
-            )
-    for each in routes:
-        kind, _, rest = whole_spec(each).partition(":")
-        table = "" if not rest else f"-{Path(rest).stem if Path(rest).is_file() else _label(rest)}"
-        runs.append(Run(_unique(f"steered/routed-{kind}{table}", runs), route=whole_spec(each)))
-    return [*runs, *placebos]
-
-
-def vector_label(spec: str) -> str:
-    """What a vector's run is called: a file's or folder's own name, else all of the spec, made a file name.
-
-    ``math/algebra*0.7 + logic/analogy*0.3`` becomes ``math-algebrax0.7+logic-analogyx0.3``.
-    """
-    path = Path(spec)
-    try:
-        if path.suffix == ".safetensors":
-            return path.stem
-        if path.exists():
-            return path.resolve().name
-    except OSError:  # too long for a path
-        pass
-    return _label(spec)
-
-
-def _label(text: str) -> str:
-    plain = re.sub(r"\s+", "", text).replace("/", "-").replace("*", "x")
-    plain = re.sub(r"[^\w.+-]+", "_", plain).strip(".-_") or "vector"
-    if len(plain) <= LONGEST_LABEL:
-        return plain
-    return f"{plain[:LONGEST_LABEL]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def evaluate_pair(
@@ -123,6 +33,7 @@ def evaluate_pair(
     all_seeds: bool = False,
     library: str | Path | None = None,
     routes: Sequence[str] = (),
+    answer_only: bool = False,
     model_args: dict[str, Any] | None = None,
     flags: Sequence[str] = (),
 ) -> list[Run]:
@@ -139,6 +50,8 @@ def evaluate_pair(
     Args:
         library: folder of the library that names come from; default the user's own.
         routes: routers over it, each a run of its own, ``steered/routed-...``.
+        answer_only: score the baseline and every vector with the contexts removed too, as
+            ``answer-only/...``, on those tasks that have options or answers to score.
         flags: further flags of ``lm_eval run``, for example ``["--limit", "50"]``.
 
     Raises:
@@ -146,9 +59,12 @@ def evaluate_pair(
     """
     shelf = None if library is None else str(library)
     chosen = [vectors] if isinstance(vectors, str) else vectors
-    runs = plan_runs(chosen, placebo, all_seeds, library=shelf, routes=routes)
-    if len(runs) < 2:
-        raise AFTError("There is nothing to compare with the baseline.", "Give a vector or a router.")
+    runs = plan_runs(chosen, placebo, all_seeds, library=shelf, routes=routes, answer_only=answer_only)
+    if not vectors and (answer_only or not routes):
+        raise AFTError(
+            "There is nothing to compare with the baseline.",
+            "--answer-only needs a vector." if answer_only else "Give a vector or a router.",
+        )
     folder = Path(output)
     taken = [run.name for run in runs if (folder / run.name).exists()]
     if taken:
@@ -157,6 +73,8 @@ def evaluate_pair(
     config = _parse(tasks, folder, flags)
     manager = task_manager_for(tasks, [config.include_path] if config.include_path else [])
     check_names(tasks, manager)
+    if answer_only:
+        _announce(require_scorable(manager.load(list(tasks))["tasks"])[1])
     device = arguments.pop("device", None) or (None if config.device == "cuda:0" else config.device)
     lm = AFTLM(
         model,
@@ -175,6 +93,7 @@ def evaluate_pair(
     lm.score_along(in_force)
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
+        lm.answer_only = run.answer_only
         if run.name in routings:
             lm.follow(routings[run.name])
         else:
@@ -182,6 +101,8 @@ def evaluate_pair(
         described = {"pretrained": model, **arguments}
         if shelf is not None and run.spec is not None:
             described["library"] = shelf
+        if run.answer_only:
+            described["answer_only"] = True
         _score(lm, run, config, manager, folder / run.name, described)
     return runs
 
@@ -218,7 +139,10 @@ def _score(
         model_args = {**model_args, "vector": run.spec}
     if lm.routing is not None:
         model_args = {**model_args, "library": str(lm.routing.library), "route": lm.routing.spec}
-    tasks = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
+    tasks: list[Any] = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
+    if run.answer_only:  # the tasks themselves: by their names they would lose their group's settings
+        loaded = manager.load(tasks)["tasks"]
+        tasks = [loaded[name] for name in scorable(loaded)[0]]
     seeds = config.seed or [None] * 4
     tracker = EvaluationTracker(output_path=str(folder))
     results: Any = simple_evaluate(
@@ -267,6 +191,11 @@ def _score(
         raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
 
 
+def _announce(left_out: dict[str, str]) -> None:
+    for task, why in left_out.items():
+        print(f"answer-only runs leave out {task}: {why}", flush=True)
+
+
 def _say_routes(routing: Routing, results: dict[str, Any], samples: dict[str, Any]) -> None:
     """Note in every logged sample which vector it got.
 
@@ -277,11 +206,3 @@ def _say_routes(routing: Routing, results: dict[str, Any], samples: dict[str, An
             name = routing.pick(task, sample["doc_id"], sample["doc"], str(sample["arguments"][0][0]))
             sample["steered_by"] = name
     results["config"]["aft"]["routing"] = routing.info()
-
-
-def _unique(name: str, runs: Sequence[Run]) -> str:
-    taken = {run.name for run in runs}
-    candidate, count = name, 2
-    while candidate in taken:
-        candidate, count = f"{name}-{count}", count + 1
-    return candidate

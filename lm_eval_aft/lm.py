@@ -13,11 +13,13 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from lm_eval_aft.answer_only import refuse_generation, without_contexts
 from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.errors import AFTError, print_errors_plainly
 from lm_eval_aft.in_force import InForce
 from lm_eval_aft.library import Library, load_vector
+from lm_eval_aft.library.names import as_spec
 from lm_eval_aft.model_info import describe, key_cache
 from lm_eval_aft.positions import POSITIONS
 from lm_eval_aft.routing import Routing, whole_spec
@@ -47,6 +49,7 @@ class AFTLM(HFLM):
         allow_mismatch: try a vector trained on another model, with a warning.
         fast: share work among requests where that gives stock's answers (`lm_eval_aft.scoring`);
             false scores exactly as `hf` does.
+        answer_only: score log-likelihoods with every context removed; see `lm_eval_aft.answer_only`.
         blocks: dotted path of the decoder blocks, for architectures not recognised.
         device: default CUDA where there is one, else the CPU.
 
@@ -64,6 +67,7 @@ class AFTLM(HFLM):
         positions: str | None = None,
         allow_mismatch: bool = False,
         fast: bool = True,
+        answer_only: bool = False,
         blocks: str | None = None,
         device: str | None = None,
         **kwargs: Any,
@@ -76,11 +80,10 @@ class AFTLM(HFLM):
         if route and vector not in (None, ""):
             raise AFTError("Both vector= and route= are given.", "A router picks the vectors: leave one out.")
         # Read before the model, so that a wrong path fails in milliseconds.
-        shelf = Library(_as_path(library) or None)
-        loaded = None if vector in (None, "") else load_vector(_as_path(vector), shelf)
+        shelf = Library(as_spec(library) or None)
+        loaded = None if vector in (None, "") else load_vector(as_spec(vector), shelf)
         route = whole_spec(str(route)) if route else None
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             super().__init__(pretrained=pretrained, device=device, **kwargs)
         except OSError as error:
@@ -91,7 +94,7 @@ class AFTLM(HFLM):
         if self.backend != "causal":
             raise AFTError("Encoder-decoder models are not supported.", "Use a decoder-only (causal) model.")
         self._blocks = blocks
-        self.fast = bool(fast)
+        self.fast, self.answer_only = bool(fast), bool(answer_only)
         self._shared: tuple[Paths, Texts] | None = None
         self._companions: Companions | None = None
         self._reckons = False
@@ -151,6 +154,7 @@ class AFTLM(HFLM):
         """As `HFLM`; what was found while the baseline was scored is not computed again."""
         vector, companions = self._force.vector, self._companions
         self._states = [] if self.routing is None else self.routing.states(requests)
+        requests = without_contexts(requests) if self.answer_only else requests
         ask = partial(HFLM.loglikelihood, self, disable_tqdm=disable_tqdm)
         if vector is None or companions is None:
             return list(ask(requests))
@@ -210,6 +214,7 @@ class AFTLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As `HFLM`; plain greedy decoding in fp32 goes the fast way, the rest to stock."""
+        refuse_generation(requests if self.answer_only else ())
         if not self.fast or not requests:
             return self._stock_texts(requests, disable_tqdm)
         _, generator = self._fast()
@@ -297,7 +302,3 @@ class AFTLM(HFLM):
         """How many documents were scored by which path, since the model was last steered."""
         taken = sum((part.taken for part in self._shared or ()), Counter[str]())
         return taken + self._companions.paths if self._companions and self.vector else taken
-
-
-def _as_path(value: Any) -> Any:  # lm-eval turns the text of --model_args into numbers where it can
-    return str(value) if isinstance(value, int | float) else value

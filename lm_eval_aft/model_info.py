@@ -20,6 +20,9 @@ def describe_vector(vector: SteeringVector) -> dict[str, Any]:
     """A vector as results files name it: what it does, what it was made from and on, where it came from."""
     meta = vector.metadata
     protocol = meta.get("protocol")
+    # Of a mixture, what each task's prompts were like.
+    several = [each for each in meta.get("tasks") or () if isinstance(each, Mapping)]
+    mixed = [{key: each.get(key) for key in ("task", "num_fewshot")} for each in several]
     return {
         "sha256": vector.digest(),
         "layers": list(vector.layers),
@@ -35,6 +38,7 @@ def describe_vector(vector: SteeringVector) -> dict[str, Any]:
         "base_model": meta.get("base_model"),
         # A sum's operands, and the repository and commit a vector was fetched from.
         **{key: meta[key] for key in ("recipe", "hub") if meta.get(key)},
+        **({"tasks": mixed} if mixed else {}),
     }
 
 
@@ -45,6 +49,7 @@ def describe(lm: AFTLM) -> dict[str, Any]:
         "world_size": lm.world_size,
         "softmax_dtype": None if lm.softmax_dtype is None else str(lm.softmax_dtype),
         "scoring_path": _path_taken(lm.paths_taken()),
+        "answer_only": lm.answer_only,
         "vector": None if lm.vector is None else describe_vector(lm.vector),
     }
     if lm.routing is not None:
@@ -87,5 +92,6 @@ def _answers_depend_on(lm: AFTLM) -> dict[str, Any]:
         "add_bos_token": lm.add_bos_token,
         "prefix_token_id": lm.prefix_token_id,
         "fast": lm.fast,
+        **({"answer_only": True} if lm.answer_only else {}),  # ordinary runs keep the tables they have
     }
     return found if lm.routing is None else {**found, "routing": lm.routing.depends_on()}

@@ -29,12 +29,13 @@ class Document:
     """Token ids of one document: ``pairs`` of (context, continuation), one per option.
 
     Neither part is empty. ``gold`` holds the indices of the right options and ``lengths`` each
-    option's length in characters (the unit lm-eval normalises by).
+    option's length in characters (the unit lm-eval normalises by). ``task`` numbers the tasks of a mixture.
     """
 
     pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     gold: tuple[int, ...] = (0,)
     lengths: tuple[float, ...] = (1.0,)
+    task: int = 0
 
     def groups(self) -> dict[tuple[int, ...], list[int]]:
         """Option indices by context: usually one context shared by all options."""

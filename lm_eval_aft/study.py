@@ -70,7 +70,8 @@ class Study:
         """Every task of the cross-scores, with the first entry trained on it."""
         found: dict[str, StudyEntry | None] = {}
         for entry in self.entries:
-            found.setdefault(entry.task, entry)
+            for task in entry.plan().tasks:
+                found.setdefault(task, entry)
         return found | {task: None for task in self.tasks if task not in found}
 
 

@@ -31,6 +31,12 @@ from lm_eval_aft.cli.options import parse_model_args, quiet_libraries
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for the result folders."
 )
 @click.option("--placebo", default="none", show_default=True, help="random:N scores N random directions too.")
+@click.option(
+    "--answer-only",
+    is_flag=True,
+    help="Score baseline and vectors once more with every question removed: a gain that stays is "
+    "answer style. Multiple-choice and log-likelihood tasks only.",
+)
 @click.option("--all-seeds", is_flag=True, help="Score the other finalists under each vector's seeds/ too.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...  [default: cuda where there is one]")
 @click.option("--dtype", help="float32, bfloat16, float16.  [default: the checkpoint's]")
@@ -44,6 +50,7 @@ def evaluate(
     tasks: str,
     output: Path,
     placebo: str,
+    answer_only: bool,
     all_seeds: bool,
     device: str | None,
     dtype: str | None,
@@ -53,15 +60,17 @@ def evaluate(
     """Score the baseline and steered model with lm-eval, and compare them pair by pair.
 
     Log-likelihoods of the baseline, all vectors and placebos are found in one go. Writes ordinary
-    lm-eval result folders: OUTPUT/baseline, OUTPUT/steered/NAME and OUTPUT/placebo/NAME. A router's
-    run is OUTPUT/steered/routed-ROUTER; `steered_by` in its samples names each document's vector.
-    Flags after `--` go to lm-eval unchanged.
+    lm-eval result folders: OUTPUT/baseline, OUTPUT/steered/NAME, OUTPUT/placebo/NAME and
+    OUTPUT/answer-only/NAME (those are compared among themselves only). A router's run is
+    OUTPUT/steered/routed-ROUTER; `steered_by` in its samples names each document's vector. Flags after
+    `--` go to lm-eval unchanged.
 
     \b
     Examples:
       aft eval --model EleutherAI/pythia-160m --vector arc --tasks arc_challenge --output results
       aft eval --model demo --vector v --tasks aft_demo_choice --placebo random:3 --output r \\
                -- --limit 200 --batch_size 16
+      aft eval --model M --vector arc --tasks arc_challenge --answer-only --output results
       aft eval --model M --library LIB --vector math/word_problems --route task --route keyword \\
                --tasks gsm8k,arc_challenge --output routed
     """
@@ -76,6 +85,7 @@ def evaluate(
         output,
         placebo=placebo,
         all_seeds=all_seeds,
+        answer_only=answer_only,
         library=library,
         routes=routes,
         model_args=parse_model_args(model_args, device=device, dtype=dtype),

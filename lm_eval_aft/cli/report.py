@@ -93,6 +93,12 @@ def print_report(found: Report) -> None:
     if found.routes:
         rows = [cells.route_cells(row) for row in found.routes]
         print_table("By route", cells.ROUTE_COLUMNS, rows)
+    if found.answer_only:
+        rows = [cells.answer_only_cells(pair) for pair in found.answer_only]
+        print_table("Without the question", cells.ANSWER_ONLY_COLUMNS, rows)
+        for pair in found.answer_only:
+            click.echo(f"{pair.with_question.task}, {pair.with_question.run}: {pair.meaning}")
+        click.echo(found.answer_only_wording)
     for line in found.warnings:
         click.echo(f"Note: {line}")
     tests = ", ".join(dict.fromkeys(f"{row.test} p and {row.interval} interval" for row in found.rows))

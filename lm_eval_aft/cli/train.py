@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 @click.command("train-vector", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", required=True, help="Hub name or local folder of a causal LM, or `demo`.")
-@click.option("--task", required=True, help="Harness task with a training split (`aft tasks --trainable`).")
+@click.option(
+    "--task",
+    required=True,
+    multiple=True,
+    help="Harness task with a training split (`aft tasks --trainable`); may repeat: one vector for "
+    "several tasks of one type, mixed evenly, the document numbers below being totals.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the vector, card and ledger.")
 @click.option(
     "--protocol",
@@ -41,7 +47,24 @@ if TYPE_CHECKING:
     "--fewshot-as-multiturn/--fewshot-as-text", default=None, help="Examples as chat turns, or as one text."
 )
 @click.option("--objective", type=click.Choice(["choice", "lm"]), help="[default: by the task's type]")
-@click.option("--metric", type=click.Choice(["acc", "acc_norm"]), help="What an option's score means.")
+@click.option(
+    "--metric",
+    type=click.Choice(["acc", "acc_norm", "both"]),
+    help="What an option's score means: its log-likelihood, that per character, or the mean of both "
+    "losses and of both scores.  [default: acc_norm where the task reports it]",
+)
+@click.option(
+    "--choice-loss",
+    type=click.Choice(["cross-entropy", "margin"]),
+    help="What training minimises over options; margin: the right one should lead by --margin nats. "
+    "Choices are made on cross-entropy either way.  [default: cross-entropy]",
+)
+@click.option("--margin", type=float, help="Lead in nats that --choice-loss margin asks for.  [default: 1]")
+@click.option(
+    "--label-smoothing",
+    type=float,
+    help="Share of the cross-entropy's target spread over all options, to curb overconfidence.  [default: 0]",
+)
 @click.option(
     "--control",
     type=click.Choice(["random", "shuffled", "format"]),
@@ -111,6 +134,7 @@ def train_vector(**options: Any) -> None:
       train-vector --model Qwen/Qwen1.5-0.5B-Chat --task gsm8k --apply-chat-template \\
                    --device cuda --dtype bfloat16 --output gsm8k
       train-vector --model demo --task aft_demo_choice --output demo-vector
+      train-vector --model gpt2 --task arc_easy --task arc_challenge --num-fewshot 0 --output arc
       train-vector --model gpt2 --task arc_easy --protocol maximum --lr 1e-2 --dry-run
       accelerate launch -m lm_eval_aft.cli.train --model gpt2 --task arc_easy --output arc
     """
@@ -199,6 +223,13 @@ def _print_result(result: TrainingResult, model: str, include_path: tuple[str, .
     title = f"Selection split, {baseline.n} documents: means over seeds; change against the same documents"
     print_table(title, columns, rows, mark)
     _print_calibration(vector)
+    own = sweep.finalist.best_score.tasks if sweep.finalist.best_score else {}
+    for task, score in own.items():
+        before = baseline.tasks[task]
+        click.echo(
+            f"{task}: cross-entropy {before.score:.4f} -> {score.score:.4f}, "
+            f"accuracy {before.accuracy:.1%} -> {score.accuracy:.1%}, {score.n} documents."
+        )
     if result.screen:
         click.echo(
             f"The screen put the layers in the order {', '.join(map(str, result.screen['order']))}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from lm_eval_aft.export.base import Base
+from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.vector import SteeringVector
 
 _RELATION = {"merged": "finetune", "peft": "adapter"}
@@ -21,7 +22,7 @@ def write_card(folder: Path, kind: str, base: Base, vector: SteeringVector, note
         library_name=_LIBRARY[kind],
         tags=["activation-steering"],
     )
-    layers = ", ".join(map(str, vector.layers))
+    layers, tasks = ", ".join(map(str, vector.layers)), task_names(vector.metadata)
     lines = [
         f"# {base.name} with a steering vector",
         "",
@@ -29,7 +30,7 @@ def write_card(folder: Path, kind: str, base: Base, vector: SteeringVector, note
         f"{'folded into its weights' if kind == 'merged' else 'as a PEFT adapter'} by `aft export`.",
         "",
         f"- Vector: SHA-256 `{vector.digest()}`, norm {vector.norm():.4g}, coefficient {vector.coefficient:g}"
-        + (f", trained on the task `{vector.metadata['task']}`" if vector.metadata.get("task") else ""),
+        + (f", trained on {', '.join(f'`{task}`' for task in tasks)}" if tasks else ""),
         *(f"- {note[0].upper()}{note[1:]}." for note in notes),
         "- The base model's licence applies.",
     ]

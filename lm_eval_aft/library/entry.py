@@ -112,10 +112,11 @@ def read_entry(name: str, folder: Path) -> Entry:
 
 
 def task_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tasks a vector's metadata name: several for a composed one, none for one made by hand."""
+    """The tasks a vector's metadata name: several for a composed one or a mixture, none for one by hand."""
     tasks = meta.get("tasks")
     if isinstance(tasks, list) and tasks:
-        return tuple(str(task)[:200] for task in tasks)
+        names = (task.get("task") if isinstance(task, dict) else task for task in tasks)
+        return tuple(str(name)[:200] for name in names)
     return (str(meta["task"])[:200],) if meta.get("task") else ()
 
 

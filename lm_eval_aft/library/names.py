@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from lm_eval_aft.errors import AFTError
 
@@ -41,3 +42,8 @@ def suggestion(wrong: str, names: Iterable[str]) -> str:
     if not near:
         return ""
     return f"Did you mean {' or '.join(dict.fromkeys(near))}?"
+
+
+def as_spec(value: Any) -> Any:
+    """A name or path as it was typed: lm-eval makes numbers of what ``--model_args`` says where it can."""
+    return str(value) if isinstance(value, int | float) else value

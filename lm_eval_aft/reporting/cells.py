@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lm_eval_aft.reporting.answer_only import AnswerOnlyRow
 from lm_eval_aft.reporting.verdicts import Row
 
 COLUMNS = (
@@ -98,6 +99,30 @@ def route_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         score(row["steered"], row["share"]),
         points(row["difference"], row["share"]),
     )
+
+
+ANSWER_ONLY_COLUMNS = (
+    *("task", "metric", "run", "n", "difference", "95 % interval", "p"),
+    *("baseline without question", "difference without question", "95 % interval without", "p without"),
+)
+
+
+def answer_only_cells(pair: AnswerOnlyRow) -> tuple[str, ...]:
+    """A vector's cells with and without the questions, in the order of ``ANSWER_ONLY_COLUMNS``."""
+    row, bare = pair.with_question, pair.without_question
+    return (
+        row.task,
+        metric_name(row.metric, row.filter),
+        row.run,
+        str(bare.n),
+        *_tested(row),
+        with_error(bare.baseline, bare.baseline_stderr, bare.share),
+        *_tested(bare),
+    )
+
+
+def _tested(row: Row) -> tuple[str, str, str]:
+    return points(row.difference, row.share), interval(row.low, row.high, row.share), p_text(row.p_value)
 
 
 def blocks(rows: Sequence[Row]) -> list[tuple[Row, list[tuple[Row, tuple[str, ...]]]]]:

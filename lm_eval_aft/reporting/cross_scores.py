@@ -68,13 +68,13 @@ def cross_score(
         if _asked(folder) != json.loads(canonical_json(asked)):
             say(f"{task}: scoring {len(names)} vectors and the baseline ...")
             _score(folder, asked, model, names, task, library, model_args, own)
-        trained_on = {each.name: each.task for each in entries}
+        trained_on = {each.name: each.plan().tasks for each in entries}
         report = compare(folder)
         by_run = {each["run"]: each["values"].get("vector") for each in report.settings}
         for row in report.rows:
             if row.primary and by_run.get(row.run) in trained_on:
                 name = by_run[row.run]
-                found = {"vector": name, "task": row.task, "own": trained_on[name] == row.task}
+                found = {"vector": name, "task": row.task, "own": row.task in trained_on[name]}
                 for key in ("metric", "filter", "n", "baseline", "steered", "difference", "low", "high"):
                     found[key] = getattr(row, key)
                 rows.append(found | {"p": row.p_adjusted, "verdict": row.verdict, "share": row.share})

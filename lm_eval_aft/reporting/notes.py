@@ -16,6 +16,10 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
     """What a reader should know before believing a row; ``vectors`` in the order of ``others``."""
     found = [note for run in (baseline, *others) for note in run.notes]
     identity = (baseline.any.get("config", {}).get("aft") or {}).get("fingerprint")
+    if baseline.answer_only:
+        found.append(
+            "All of these runs were scored without the questions (answer_only): gains are answer style."
+        )
     for run, info in zip(others, vectors, strict=True):
         found += info.warnings
         results = run.any
@@ -23,7 +27,8 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
         own = (results.get("config", {}).get("aft") or {}).get("fingerprint")
         if identity and own and fingerprint_text(own) != fingerprint_text(identity):
             found.append(f"{run.name}: its base model is not the baseline's (fingerprints differ).")
-        for logged in (run.vector or {}, *routed):
+        vectors_logged = (run.vector or {}, *routed)
+        for logged in (own for each in vectors_logged for own in each.get("tasks") or [each]):
             task = logged.get("task")
             if logged.get("num_fewshot") is None or task not in run.tasks:
                 continue

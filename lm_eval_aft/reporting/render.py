@@ -44,12 +44,12 @@ def to_json(report: Report) -> str:
 
 
 def to_csv(report: Report) -> str:
-    """The rows with full precision; a forced comparison says so in every line."""
+    """The rows with full precision, answer-only ones last; a forced comparison says so in every line."""
     stream = io.StringIO()
     names = [each.name for each in fields(Row)]
     writer = csv.DictWriter(stream, [*names, "banner"], lineterminator="\n")
     writer.writeheader()
-    for row in report.rows:
+    for row in (*report.rows, *(pair.without_question for pair in report.answer_only)):
         writer.writerow(asdict(row) | {"banner": " | ".join(report.banner)})
     return stream.getvalue()
 
@@ -90,6 +90,7 @@ def _context(report: Report) -> dict[str, Any]:
         "table": [(row, cells.row_cells(row)) for row in report.rows],
         "blocks": cells.blocks(report.rows),
         "verdicts": [row for row in report.rows if row.primary and row.kind == "steered"],
+        "answer_only": [(pair, cells.answer_only_cells(pair)) for pair in report.answer_only],
         "fields": list(names),
         "cells": cells,
         "tone": plots.tone,

@@ -10,6 +10,8 @@ from typing import Any
 
 from lm_eval_aft import __version__
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.reporting.answer_only import WORDING as ANSWER_ONLY_WORDING
+from lm_eval_aft.reporting.answer_only import AnswerOnlyRow, answer_only_rows, apart
 from lm_eval_aft.reporting.flips import flipped_documents
 from lm_eval_aft.reporting.leaderboard import WORDING, leaderboard_rows
 from lm_eval_aft.reporting.notes import corpus_scores, group_scores, over_seeds, warnings
@@ -33,6 +35,7 @@ class Report:
         corpus: metrics without a score per document: both values, no test.
         groups: lm-eval's group scores: both values, no test.
         seeds: per vector and task scored with >= 3 seeds, mean difference and its interval.
+        answer_only: vectors with the questions and without them, outside Holm's family.
         routes: routed runs split by the vector that documents got: means, no test.
         settings: one mapping per run, field -> text.
         datasets: task -> the dataset it reads, by its name on the Hub or its path.
@@ -50,6 +53,7 @@ class Report:
     corpus: list[dict[str, Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     seeds: list[dict[str, Any]] = field(default_factory=list)
+    answer_only: list[AnswerOnlyRow] = field(default_factory=list)
     routes: list[dict[str, Any]] = field(default_factory=list)
     flips: list[dict[str, Any]] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)
@@ -58,6 +62,7 @@ class Report:
     leaderboard: list[dict[str, Any]] = field(default_factory=list)
     datasets: dict[str, str] = field(default_factory=dict)
     leaderboard_wording: str = WORDING
+    answer_only_wording: str = ANSWER_ONLY_WORDING
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -97,6 +102,9 @@ def build_report(runs: Sequence[Run], *, force: bool = False, flips: int = 20, t
     Raises:
         AFTError: runs that cannot be compared, unless ``force``.
     """
+    shown, (runs, bare) = runs, apart(runs)
+    if not runs:
+        raise AFTError("There is no baseline that was asked the questions.", "Give its result folder first.")
     baseline, others = runs[0], list(runs[1:])
     if not others:
         raise AFTError("There is nothing to compare with the baseline.", "Give at least one steered run.")
@@ -124,20 +132,21 @@ def build_report(runs: Sequence[Run], *, force: bool = False, flips: int = 20, t
         warnings=warnings(baseline, others, list(vectors.values()), rows),
         family=sum(row.family for row in rows),
         alpha=ALPHA,
-        runs=[{"name": run.name, "kind": run.kind, "tasks": list(run.tasks)} for run in runs],
+        runs=[{"name": run.name, "kind": run.kind, "tasks": list(run.tasks)} for run in shown],
         rows=rows,
         corpus=corpus_scores(baseline, others, rows),
         groups=group_scores(baseline, others),
         seeds=over_seeds(rows),
+        answer_only=answer_only_rows(baseline, rows, others, bare, force),
         routes=route_rows(baseline, comparisons),
         flips=[
             flipped_documents(baseline, run, each, flips)
             for run, each in comparisons
             if each.primary and run.kind == "steered"
         ],
-        settings=[{"run": run.name, "values": described(run)} for run in runs],
+        settings=[{"run": run.name, "values": described(run)} for run in shown],
         vectors=[info.to_dict() for info in vectors.values() if info.path],
-        commands=[{"run": run.name, "commands": commands(run)} for run in runs],
+        commands=[{"run": run.name, "commands": commands(run)} for run in shown],
         leaderboard=leaderboard_rows(baseline, [row for row in plain if row["kind"] == "steered"]),
         datasets={task: str(each.config.get("dataset_path") or "") for task, each in baseline.tasks.items()},
     )

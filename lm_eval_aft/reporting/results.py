@@ -21,6 +21,8 @@ _MAPPINGS = (
     "groups",
     "task_hashes",
 )
+# The folders that `aft eval` writes, in the order reports tell them.
+KINDS = ("baseline", "steered", "placebo", "answer-only")
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Run:
 
     Attributes:
         name: how it is called in tables.
-        kind: ``baseline``, ``steered`` or ``placebo``.
+        kind: ``baseline``, ``steered``, ``placebo`` or ``answer-only`` (scored without the questions,
+            beside runs that were scored with them).
     """
 
     name: str
@@ -81,6 +84,11 @@ class Run:
         """The router that picked each document's vector, those vectors, and what it picked."""
         found = self.any.get("config", {}).get("aft", {}).get("routing")
         return found if isinstance(found, dict) and found else None
+
+    @property
+    def answer_only(self) -> bool:
+        """Whether the questions were taken away before scoring."""
+        return bool(self.any.get("config", {}).get("aft", {}).get("answer_only"))
 
     @property
     def library(self) -> str | None:
@@ -118,7 +126,7 @@ def read_run(path: str | Path, name: str | None = None, kind: str | None = None)
 def discover(folder: str | Path) -> list[Run]:
     """All runs below a folder written by ``aft eval``, or holding one baseline and steered runs.
 
-    Returns the baseline first, then steered runs, then placebos.
+    Returns the baseline first, then steered runs, placebos and answer-only runs.
 
     Raises:
         AFTError: see `read_run`; or no baseline, or several.
@@ -128,7 +136,7 @@ def discover(folder: str | Path) -> list[Run]:
     for number, files in enumerate(group_results(find_results(root))):
         for file in files:
             parts = file.relative_to(root).parts if root.is_dir() else ()
-            if parts and parts[0] in ("baseline", "steered", "placebo"):
+            if parts and parts[0] in KINDS:
                 name = "/".join(parts[:2]) if len(parts) > 3 else parts[0]
                 kinds.setdefault((parts[0], name), []).append(file)
             else:
@@ -144,6 +152,10 @@ def discover(folder: str | Path) -> list[Run]:
                 stem = f"routed-{run.routing.get('router')}"
             run.name = "baseline" if run.kind == "baseline" else f"{run.kind}/{stem}"
             runs.append(run)
+    if not all(run.answer_only for run in runs):
+        for run in (each for each in runs if each.answer_only and each.kind != "answer-only"):
+            tail = run.name if run.kind == "baseline" else run.name.partition("/")[2]
+            run.kind, run.name = "answer-only", f"answer-only/{tail}"
     baselines = [run for run in runs if run.kind == "baseline"]
     if len(baselines) != 1 or len(runs) < 2:
         found = ", ".join(f"{run.name} ({run.kind})" for run in runs)
@@ -151,7 +163,7 @@ def discover(folder: str | Path) -> list[Run]:
             f"{root} should hold one baseline and at least one steered run; it holds: {found}.",
             "Give the folders one by one, the baseline first.",
         )
-    return sorted(runs, key=lambda run: ("baseline", "steered", "placebo").index(run.kind))
+    return sorted(runs, key=lambda run: KINDS.index(run.kind))
 
 
 def find_results(source: Path) -> list[Path]:
@@ -173,9 +185,9 @@ def group_results(files: list[Path]) -> list[list[Path]]:
     groups: dict[str, list[Path]] = {}
     for file in files:
         results = read_results(file)
-        config = results.get("config", {})
-        info = (config.get("aft") or {}).get("vector") or {}
-        identity = (config.get("model"), sorted(map(str, model_args(results).items())), info.get("sha256"))
+        config, info = results["config"], results["config"]["aft"]
+        arguments = sorted(map(str, model_args(results).items()))
+        identity = (config.get("model"), arguments, info["vector"].get("sha256"), info.get("answer_only"))
         groups.setdefault(repr(identity), []).append(file)
     return list(groups.values())
 

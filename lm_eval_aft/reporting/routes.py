@@ -43,7 +43,7 @@ def route_rows(baseline: Run, comparisons: Sequence[tuple[Run, Comparison]]) -> 
                     "metric": each.metric,
                     "filter": each.filter,
                     "route": name,
-                    "own": vector.get("task") == each.task,
+                    "own": each.task in str(vector.get("task")).split(","),
                     "n": len(ids),
                     "of": len(each.doc_ids),
                     "baseline": sum(old) / len(ids),

@@ -7,6 +7,9 @@ from typing import Any
 
 from lm_eval_aft.reporting.results import Run, TaskRun, model_args
 
+# Whether the questions were taken away: prompts are logged as the task made them, so only this tells.
+ANSWER_ONLY = "answer_only"
+
 
 def run_settings(results: dict[str, Any]) -> dict[str, Any]:
     """What must be equal between runs whatever the task: field -> value, spellings made alike."""
@@ -24,6 +27,7 @@ def run_settings(results: dict[str, Any]) -> dict[str, Any]:
         "gen_kwargs": _plain(config.get("gen_kwargs")) or {},
         "dtype": _dtype(config.get("model_dtype") or arguments.get("dtype")),
         "softmax dtype": _dtype(softmax),
+        ANSWER_ONLY: bool(info.get("answer_only")),
     }
 
 
@@ -96,6 +100,7 @@ def described(run: Run) -> dict[str, str]:
         "evaluation seconds": _number(results.get("total_evaluation_time_seconds"), 1),
     }
     rows["tokenizer"] = str(rows["tokenizer"]["vocabulary"] or "")[:16] or rows["tokenizer"]["eos_token"]
+    rows[ANSWER_ONLY] = rows[ANSWER_ONLY] or None  # told only of runs that were scored so
     for task, each in run.tasks.items():
         own = task_settings(each)
         rows[f"{task}: version"] = own["task version"]

@@ -119,6 +119,7 @@ def _fill(info: VectorInfo, meta: dict[str, Any], layers: list[int]) -> None:
         "chat_template": meta.get("chat_template"),
         "objective": meta.get("objective"),
         "metric": meta.get("metric"),
+        "loss": _loss_text(meta.get("loss")),
         "control": meta.get("control"),
         "protocol": protocol.get("name"),
         "seed": meta.get("seed"),
@@ -138,6 +139,14 @@ def _fill(info: VectorInfo, meta: dict[str, Any], layers: list[int]) -> None:
         }
         for layer, each in sorted((selection.get("layers") or {}).items(), key=lambda item: int(item[0]))
     ]
+
+
+def _loss_text(loss: Any) -> str | None:
+    """``cross-entropy``, or with its number: ``margin (margin 1.0)``."""
+    if not isinstance(loss, dict):
+        return None
+    numbers = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in loss.items() if key != "name")
+    return f"{loss.get('name')} ({numbers})"
 
 
 def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: list[int]) -> None:
@@ -184,6 +193,9 @@ def _training_command(settings: dict[str, Any], model: Any) -> str:
         "train_split",
         "objective",
         "metric",
+        "choice_loss",
+        "margin",
+        "label_smoothing",
         "control",
         "method",
         "positions",

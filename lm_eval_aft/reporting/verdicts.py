@@ -19,9 +19,9 @@ class Row:
     """One comparison. Scores, differences and intervals are in the metric's own unit (shares: 0 to 1).
 
     Attributes:
-        kind: ``steered`` or ``placebo``.
+        kind: ``steered``, ``placebo`` or ``answer-only``.
         family: whether the row counts in Holm's correction; ``p_adjusted`` and ``verdict`` are empty
-            for rows outside (secondary metrics, placebos).
+            for rows outside (secondary metrics, placebos, answer-only runs).
         share: whether the metric is a share, shown in percent.
         wins, losses: documents that got better and worse.
         mde: minimum detectable effect at 80 % power.
@@ -78,7 +78,7 @@ def judge(
             blocked = SELECTED
         elif run.name in mismatched:
             blocked = DIFFERENT
-        row = _row(baseline, run, each, family and not blocked, blocked if family else "")
+        row = make_row(baseline, run, each, family and not blocked, blocked if family else "")
         rows.append(row)
         if row.family:
             same.setdefault(((run.vector or {}).get("sha256") or run.name, each.task), []).append(row)
@@ -100,7 +100,8 @@ def _selected_on(info: VectorInfo, baseline: Run, each: Comparison) -> bool:
     return bool(known) and any(samples[i].doc_hash[:HASH_DIGITS] in known for i in each.doc_ids)
 
 
-def _row(baseline: Run, run: Run, each: Comparison, family: bool, blocked: str) -> Row:
+def make_row(baseline: Run, run: Run, each: Comparison, family: bool, blocked: str) -> Row:
+    """A comparison as a row: not yet adjusted, its verdict ``blocked`` or empty."""
     p = each.paired
     columns = []
     for side, mean in ((baseline, p.baseline), (run, p.steered)):

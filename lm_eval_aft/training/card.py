@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.methods import METHODS
 from lm_eval_aft.vector import SteeringVector, replacing
 
@@ -52,7 +53,7 @@ def write_card(folder: Path, vector: SteeringVector, results: Sequence[dict[str,
             `lm_eval_aft.reporting.cards.card_results` gives them.
     """
     meta = vector.metadata
-    tasks = meta.get("tasks") or ([meta["task"]] if meta.get("task") else [])
+    tasks = task_names(meta)
     data = ModelCardData(
         library_name="lm-eval-aft",
         base_model=_hub_name(meta),
@@ -110,7 +111,7 @@ def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
         model=_model(meta) or "MODEL",
         layer=", ".join(map(str, vector.layers)),
         depth=meta.get("num_hidden_layers", "an unknown number"),
-        task=",".join(meta.get("tasks") or [meta.get("task") or "TASK"]),
+        task=",".join(task_names(meta)) or "TASK",
         control=f"\n\n**This is a placebo (`{control}`), not a vector to use.**" if control else "",
         section=_selection_section(vector) or _recipe_section(meta),
     )
@@ -128,8 +129,11 @@ def _origin(meta: dict[str, Any]) -> str:
         return "Composed of other vectors, not trained: see its recipe."
     if not (meta.get("splits") and meta.get("task")):
         return "Nothing is recorded of how it was made."
+    tasks, shots = task_names(meta), meta.get("num_fewshot")
+    named = ", ".join(f"`{task}`" for task in tasks)
     return (
-        f"Trained on the training split of `{meta['task']}`\n({meta.get('num_fewshot')}-shot, objective "
+        f"Trained on the training split{'s' * (len(tasks) > 1)} of {named}\n"
+        f"({'each with its own number of examples' if shots is None else f'{shots}-shot'}, objective "
         f"`{meta.get('objective')}`, {meta['splits'].get('train')} documents)."
     )
 
@@ -161,7 +165,8 @@ def _recipe_section(meta: dict[str, Any]) -> str:
 
 
 def _title(meta: dict[str, Any]) -> str:
-    return f"{meta.get('task') or 'Steering vector'} for {Path(_model(meta) or 'an unnamed model').name}"
+    tasks = str(meta.get("task") or "Steering vector").replace(",", ", ")
+    return f"{tasks} for {Path(_model(meta) or 'an unnamed model').name}"
 
 
 def _model(meta: dict[str, Any]) -> str:

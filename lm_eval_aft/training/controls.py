@@ -35,9 +35,21 @@ def spoil(examples: Sequence[Example], control: str | None, seed: int) -> list[E
     """The training examples of a control; other controls than these leave them as they are.
 
     ``shuffled`` permutes the gold labels among the documents (a label beyond a document's options
-    wraps round); ``format`` deals each document the gold continuation of another one.
+    wraps round); ``format`` deals each document the gold continuation of another one. Of several
+    tasks each keeps its own labels and continuations.
     """
-    if control not in ("shuffled", "format") or len(examples) < 2:
+    if control not in ("shuffled", "format"):
+        return list(examples)
+    found = list(examples)
+    for task in sorted({example.task for example in examples}):
+        places = [i for i, example in enumerate(examples) if example.task == task]
+        for i, spoiled in zip(places, _spoil([examples[i] for i in places], control, seed), strict=True):
+            found[i] = spoiled
+    return found
+
+
+def _spoil(examples: Sequence[Example], control: str, seed: int) -> list[Example]:
+    if len(examples) < 2:
         return list(examples)
     order = list(range(len(examples)))
     random.Random(f"{control}|{seed}").shuffle(order)

@@ -40,12 +40,14 @@ class Example:
             per option, or the gold continuation alone for generation.
         gold: indices of the right requests.
         lengths: option lengths in characters, as acc_norm counts them.
+        task: which task it is of, where several are trained on.
     """
 
     doc_id: int
     requests: tuple[tuple[str, str], ...]
     gold: tuple[int, ...]
     lengths: tuple[float, ...]
+    task: int = 0
 
 
 class Extractor:
@@ -165,5 +167,5 @@ def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:
             tail = tail[:limit]
             # Room for one token more than the window: the last one is only predicted.
             pairs.append((tuple(head[-(limit + 1 - len(tail)) :]), tuple(tail)))
-        documents.append(Document(tuple(pairs), example.gold, example.lengths))
+        documents.append(Document(tuple(pairs), example.gold, example.lengths, example.task))
     return documents

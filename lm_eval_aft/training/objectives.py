@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.packing import Batch, option_logprobs, token_logprobs
+from lm_eval_aft.training.choice_loss import ChoiceLoss
 
-CHOICE_METRICS = ("acc", "acc_norm")
+CHOICE_METRICS = ("acc", "acc_norm", "both")
 # Logarithms of the inverse temperatures tried first: 1/e^7 to e^7.
 _LOG_BETA_STEP = 0.35
 _LOG_BETAS = tuple(_LOG_BETA_STEP * i for i in range(-20, 21))
@@ -37,6 +38,7 @@ class Score:
         temperature: the temperature fitted.
         n: number of documents.
         stderr: standard error of ``score`` over documents, in nats.
+        tasks: of a mixture, each task's own score by its name.
     """
 
     score: float
@@ -45,14 +47,20 @@ class Score:
     temperature: float
     n: int
     stderr: float = 0.0
+    tasks: dict[str, Score] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # As `to_dict` wrote them, when a run is resumed.
+        own = {k: v if isinstance(v, Score) else Score(**v) for k, v in self.tasks.items()}
+        object.__setattr__(self, "tasks", own)
 
     def order(self) -> tuple[float, float]:
         """Sorts better scores first."""
         return (self.score, -self.accuracy)
 
-    def to_dict(self) -> dict[str, float]:
-        """Plain numbers, for ledgers and headers."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for ledgers and headers; ``tasks`` only of a mixture."""
+        return {key: value for key, value in asdict(self).items() if key != "tasks" or value}
 
 
 class Objective(Protocol):
@@ -72,82 +80,115 @@ class Objective(Protocol):
 
 
 class Choice:
-    """Cross-entropy over a document's options, scored as the harness's metric scores them.
+    """A loss over a document's options, scored as the harness's metric scores them.
 
     For ``acc`` an option's score is its summed log-likelihood; for ``acc_norm`` that divided by
     its length in characters, times the document's mean option length: the same order as the
     harness's, on the scale of a sum. With several right options, the probability of any counts.
+
+    ``both`` takes each metric's scores by themselves: a document's loss is the mean of its two losses;
+    the selection score is the mean of the two metrics' selection scores, each after fitting a
+    temperature of its own (``temperature`` is their geometric mean); ``cross_entropy`` and
+    ``accuracy`` are the means of the two metrics' values, and ``stderr`` is that of documents' means.
+
+    Whatever the loss, documents are judged by temperature-fitted cross-entropy: vectors trained with
+    different losses are chosen, and can be compared, on one scale.
     """
 
     name = "choice"
 
-    def __init__(self, metric: str = "acc_norm") -> None:
+    def __init__(self, metric: str = "acc_norm", loss: ChoiceLoss | None = None) -> None:
         if metric not in CHOICE_METRICS:
-            raise AFTError(f"The choice objective knows no metric {metric!r}.", "Use acc or acc_norm.")
+            raise AFTError(
+                f"The choice objective knows no metric {metric!r}.",
+                f"Use one of: {', '.join(CHOICE_METRICS)}.",
+            )
         self.metric = metric
+        self.loss = loss or ChoiceLoss()
+        self._metrics = ("acc", "acc_norm") if metric == "both" else (metric,)
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        scores, gold = self._scores(logits, batch)
-        return scores.logsumexp(1) - scores.masked_fill(~gold, -torch.inf).logsumexp(1)
+        tables, gold = self._scores(logits, batch)
+        return torch.stack([self.loss(scores, gold) for scores in tables]).mean(0)
 
     def outcomes(self, logits: Tensor, batch: Batch) -> list[NDArray[np.float64]]:
-        scores, gold = self._scores(logits, batch)
-        rows = scores.detach().double().cpu().numpy()
-        marks = gold.cpu().numpy()
-        sizes = [len(document.pairs) for document in batch.documents]
-        return [np.stack([row[:n], mark[:n]]) for row, mark, n in zip(rows, marks, sizes, strict=True)]
+        """Per document an array (metrics + 1, options): each metric's scores, then 1 for right options."""
+        tables, gold = self._scores(logits, batch)
+        rows = torch.stack([*tables, gold.to(tables[0].dtype)], dim=1).detach().double().cpu().numpy()
+        return [row[:, : len(doc.pairs)] for row, doc in zip(rows, batch.documents, strict=True)]
 
     def summarise(self, outcomes: Sequence[NDArray[np.float64]]) -> Score:
         width = max(outcome.shape[1] for outcome in outcomes)
-        scores = np.full((len(outcomes), width), -np.inf)
-        gold = np.zeros_like(scores, dtype=bool)
+        table = np.full((len(outcomes), len(outcomes[0]), width), -np.inf)
         for i, outcome in enumerate(outcomes):
-            scores[i, : outcome.shape[1]] = outcome[0]
-            gold[i, : outcome.shape[1]] = outcome[1] > 0
-        right = np.where(gold, scores, -np.inf)
-
-        def losses(log_beta: float) -> NDArray[np.float64]:
-            beta = np.exp(log_beta)
-            found: NDArray[np.float64] = logsumexp(beta * scores, axis=1) - logsumexp(beta * right, axis=1)
-            return found
-
-        def mean_loss(log_beta: float) -> float:
-            return float(np.mean(losses(log_beta)))
-
-        # With several right options there may be more than one dip: find the lowest on a grid first.
-        rough = min(_LOG_BETAS, key=mean_loss)
-        near = (rough - _LOG_BETA_STEP, rough + _LOG_BETA_STEP)
-        fitted = minimize_scalar(mean_loss, bounds=near, method="bounded", options={"xatol": 1e-6})
-        hits = gold[np.arange(len(outcomes)), scores.argmax(axis=1)]
+            table[i, :, : outcome.shape[1]] = outcome
+        gold = table[:, -1] > 0
+        fits = [_fit_temperature(table[:, k], gold) for k in range(table.shape[1] - 1)]
+        losses = np.mean([fit.losses for fit in fits], axis=0)
         return Score(
-            float(fitted.fun),
-            mean_loss(0.0),
-            float(hits.mean()),
-            float(np.exp(-fitted.x)),
+            float(np.mean([fit.lowest for fit in fits])),
+            float(np.mean([fit.plain for fit in fits])),
+            float(np.mean([fit.accuracy for fit in fits])),
+            float(np.exp(np.mean([fit.log_temperature for fit in fits]))),
             len(outcomes),
-            _stderr(losses(float(fitted.x))),
+            _stderr(losses),
         )
 
-    def _scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scores (documents, most options), padded with -inf, and a mask of the right ones."""
+    def _scores(self, logits: Tensor, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """Each metric's scores (documents, most options), padded with -inf, and a mask of the right ones."""
         sums = option_logprobs(logits, batch)
-        if self.metric == "acc_norm":
-            flat = [length for document in batch.documents for length in document.lengths]
-            lengths = torch.tensor(flat, dtype=sums.dtype, device=sums.device)
-            means = torch.tensor(
-                [float(np.mean(document.lengths)) for document in batch.documents],
-                dtype=sums.dtype,
-                device=sums.device,
-            )
-            sums = sums / lengths * means[batch.document.to(sums.device)]
         columns = [i for document in batch.documents for i in range(len(document.pairs))]
-        width = max(columns) + 1
         place = (batch.document.to(sums.device), torch.tensor(columns, device=sums.device))
-        scores = torch.full((len(batch.documents), width), -torch.inf, dtype=sums.dtype, device=sums.device)
-        gold = torch.zeros(scores.shape, dtype=torch.bool)
+        shape = (len(batch.documents), max(columns) + 1)
+        tables = []
+        for metric in self._metrics:
+            values = _normalised(sums, batch) if metric == "acc_norm" else sums
+            empty = torch.full(shape, -torch.inf, dtype=sums.dtype, device=sums.device)
+            tables.append(empty.index_put(place, values))
+        gold = torch.zeros(shape, dtype=torch.bool)
         for i, document in enumerate(batch.documents):
             gold[i, list(document.gold)] = True
-        return scores.index_put(place, sums), gold.to(sums.device)
+        return tables, gold.to(sums.device)
+
+
+def _normalised(sums: Tensor, batch: Batch) -> Tensor:
+    """Log-likelihoods (options,) per character, times the mean length of their document's options."""
+    flat = [length for document in batch.documents for length in document.lengths]
+    means = [float(np.mean(document.lengths)) for document in batch.documents]
+    place = {"dtype": sums.dtype, "device": sums.device}
+    each = torch.tensor(means, **place)[batch.document.to(sums.device)]  # type: ignore[arg-type]
+    return sums / torch.tensor(flat, **place) * each  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Cross-entropies of one metric's scores at the inverse temperature that makes their mean lowest."""
+
+    lowest: float
+    plain: float
+    accuracy: float
+    log_temperature: float
+    losses: NDArray[np.float64]
+
+
+def _fit_temperature(scores: NDArray[np.float64], gold: NDArray[np.bool_]) -> _Fit:
+    right = np.where(gold, scores, -np.inf)
+
+    def losses(log_beta: float) -> NDArray[np.float64]:
+        beta = np.exp(log_beta)
+        found: NDArray[np.float64] = logsumexp(beta * scores, axis=1) - logsumexp(beta * right, axis=1)
+        return found
+
+    def mean_loss(log_beta: float) -> float:
+        return float(np.mean(losses(log_beta)))
+
+    # With several right options there may be more than one dip: find the lowest on a grid first.
+    rough = min(_LOG_BETAS, key=mean_loss)
+    near = (rough - _LOG_BETA_STEP, rough + _LOG_BETA_STEP)
+    fitted = minimize_scalar(mean_loss, bounds=near, method="bounded", options={"xatol": 1e-6})
+    hits = gold[np.arange(len(scores)), scores.argmax(axis=1)]
+    best = float(fitted.x)
+    return _Fit(float(fitted.fun), mean_loss(0.0), float(hits.mean()), -best, losses(best))
 
 
 class LM:
@@ -185,17 +226,42 @@ class LM:
         return Score(lowest, raw, accuracy, float(np.exp(-log_beta)), len(outcomes), stderr)
 
 
-def make_objective(name: str, metric: str | None, task_metrics: Sequence[str]) -> Objective:
+def make_objective(
+    name: str,
+    metric: str | None,
+    task_metrics: Sequence[str],
+    *,
+    choice_loss: str | None = None,
+    margin: float | None = None,
+    label_smoothing: float | None = None,
+) -> Objective:
     """The objective called ``name``; its metric defaults to acc_norm where the task reports it.
 
+    Args:
+        choice_loss, margin, label_smoothing: see `ChoiceLoss`; for ``choice`` only.
+
     Raises:
-        AFTError: unknown objective or metric.
+        AFTError: unknown objective or metric, or settings that do not fit each other.
     """
-    if name == "lm":
-        return LM()
     if name == "choice":
-        return Choice(metric or ("acc_norm" if "acc_norm" in task_metrics else "acc"))
-    raise AFTError(f"There is no objective {name!r}.", "Use choice or lm.")
+        loss = ChoiceLoss.of(choice_loss, margin, label_smoothing)
+        return Choice(metric or ("acc_norm" if "acc_norm" in task_metrics else "acc"), loss)
+    if name != "lm":
+        raise AFTError(f"There is no objective {name!r}.", "Use choice or lm.")
+    given = {"choice-loss": choice_loss, "margin": margin, "label-smoothing": label_smoothing}
+    given["metric"] = metric
+    if unused := [f"--{key}" for key, value in given.items() if value is not None]:
+        raise AFTError(
+            f"{', '.join(unused)} means nothing to the objective 'lm', which has no options to choose from.",
+            "Leave it out, or train on a multiple-choice task.",
+        )
+    return LM()
+
+
+def loss_of(objective: Objective) -> ChoiceLoss | None:
+    """The loss over options, of objectives that have one; tasks of a mixture share theirs."""
+    found = getattr(objective, "loss", None)
+    return found if isinstance(found, ChoiceLoss) else None
 
 
 def _stderr(losses: NDArray[np.float64]) -> float:

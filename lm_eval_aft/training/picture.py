@@ -33,7 +33,9 @@ def draw_sweep(sweep: SweepResult, metric: str, path: Path) -> None:
     _by_layer(scores, sweep, "score")
     scores.set(ylabel="cross-entropy (nats), lower is better", title="Selection score by layer")
     _by_layer(accuracies, sweep, "accuracy")
-    accuracies.set(ylabel=metric, title="Selection accuracy by layer")
+    accuracies.set(
+        ylabel="mean of acc and acc_norm" if metric == "both" else metric, title="Selection accuracy by layer"
+    )
     _curves(curves, sweep)
     figure.suptitle(
         f"{sweep.baseline.n} selection documents of the training split: these chose the vector, "

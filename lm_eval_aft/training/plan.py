@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,7 +15,9 @@ from lm_eval_aft.methods import Method, find_method
 from lm_eval_aft.positions import POSITIONS
 from lm_eval_aft.training.controls import check_control
 from lm_eval_aft.training.examples import Extractor, PromptSettings
-from lm_eval_aft.training.objectives import Objective, make_objective
+from lm_eval_aft.training.mixed_splits import MixedSplits, split_tasks
+from lm_eval_aft.training.mixture import Mixture
+from lm_eval_aft.training.objectives import Objective, loss_of, make_objective
 from lm_eval_aft.training.protocols import DEFAULT, Protocol, Stage, find_protocol, parse_layers, schedule
 from lm_eval_aft.training.screen import check_screen
 from lm_eval_aft.training.splits import Splits, split_task
@@ -25,8 +28,11 @@ class TrainingPlan:
     """Everything that decides what a training run does; two equal plans give equal vectors.
 
     ``train_docs`` and ``selection_docs`` are exact numbers; left open, they are as many as the
-    protocol wants and the task has. ``calibrate`` chooses the finished vector's coefficient on the
-    selection split; ``norm_cap`` bounds its norm, as a share of the median residual norm at its layer.
+    protocol wants and the task has. ``task`` may name several, comma-separated: they are mixed evenly
+    (`lm_eval_aft.training.mixed_splits`), and the numbers are totals. ``choice_loss``, ``margin`` and
+    ``label_smoothing`` are those of `lm_eval_aft.training.choice_loss`. ``calibrate`` chooses the finished
+    vector's coefficient on the selection split; ``norm_cap`` bounds its norm, as a share of the median
+    residual norm at its layer.
     """
 
     task: str
@@ -38,6 +44,9 @@ class TrainingPlan:
     prompts: PromptSettings = field(default_factory=PromptSettings)
     objective: str | None = None
     metric: str | None = None
+    choice_loss: str | None = None
+    margin: float | None = None
+    label_smoothing: float | None = None
     control: str | None = None
     method: str = DEFAULT_METHOD
     positions: str = "all"
@@ -50,13 +59,24 @@ class TrainingPlan:
         """The seeds themselves."""
         return range(self.first_seed, self.first_seed + self.protocol.seeds)
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks one by one."""
+        return [name.strip() for name in self.task.split(",")]
+
     @classmethod
-    def of(cls, task: str, protocol: str | Protocol = DEFAULT, **settings: Any) -> TrainingPlan:
+    def of(
+        cls, task: str | Sequence[str], protocol: str | Protocol = DEFAULT, **settings: Any
+    ) -> TrainingPlan:
         """A plan from a protocol's name, changes to the protocol, and fields of the plan.
 
         Raises:
-            AFTError: an unknown protocol, or an unknown or impossible setting.
+            AFTError: an unknown protocol, an unknown or impossible setting, or a task named twice.
         """
+        task = task if isinstance(task, str) else ",".join(task)
+        names = [name.strip() for name in task.split(",")]
+        if len(set(names)) < len(names) or not all(names):
+            raise AFTError(f"The tasks {task!r} name one twice, or none.", "Name each task once.")
         base = find_protocol(protocol) if isinstance(protocol, str) else protocol
         own = {each.name for each in fields(cls)}
         changes = {name: value for name, value in settings.items() if name not in own}
@@ -64,7 +84,7 @@ class TrainingPlan:
         chosen = base.changed(changes)
         if not find_method(plain.get("method", DEFAULT_METHOD)).trained:
             chosen = chosen.without_training()
-        return cls(task, chosen, **plain)
+        return cls(",".join(names), chosen, **plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for ledgers and headers."""
@@ -72,15 +92,34 @@ class TrainingPlan:
 
 
 @dataclass
+class TaskPart:
+    """One of the tasks trained on: its own objective and splits."""
+
+    name: str
+    objective: Objective
+    splits: Splits
+
+    @property
+    def num_fewshot(self) -> int:
+        """Examples in each of its prompts."""
+        return self.splits.extractor.num_fewshot
+
+
+@dataclass
 class Prepared:
-    """A plan with its model, task and documents in hand, before any training."""
+    """A plan with its model, tasks and documents in hand, before any training.
+
+    Attributes:
+        objective, splits: the task's own; of several tasks, a mixture of ``parts``.
+    """
 
     plan: TrainingPlan
     lm: AFTLM
     backbone: Backbone
     objective: Objective
-    splits: Splits
+    splits: Splits | MixedSplits
     layers: list[int]
+    parts: list[TaskPart]
 
     @property
     def method(self) -> Method:
@@ -94,8 +133,8 @@ class Prepared:
 
     def stages(self) -> list[Stage]:
         """What will be trained, before any retry."""
-        drawn = min(self.splits.train_docs, len(self.splits.pool))
-        return schedule(self.plan.protocol, len(self.sites), drawn, len(self.splits.selection))
+        drawn, judged = self.splits.drawn, len(self.splits.selection)
+        return schedule(self.plan.protocol, len(self.sites), drawn, judged)
 
     def summary(self) -> dict[str, Any]:
         """What a dry run prints, name by name."""
@@ -104,9 +143,10 @@ class Prepared:
             "model": str(self.lm.pretrained),
             "dtype": str(self.lm.model.dtype).removeprefix("torch."),
             "task": self.plan.task,
-            "num_fewshot": self.splits.extractor.num_fewshot,
+            "num_fewshot": ", ".join(dict.fromkeys(str(part.num_fewshot) for part in self.parts)),
             "objective": self.objective.name,
             "metric": self.objective.metric,
+            **({"loss": str(loss)} if (loss := loss_of(self.objective)) else {}),
             "control": self.plan.control or "none",
             "method": f"{self.method.name}: h + {self.method.formula}",
             "parameters": self.method.parameters(self.backbone.hidden_size, len(self.layers)),
@@ -123,6 +163,14 @@ class Prepared:
             "train_docs": self.splits.train_docs,
             "selection_docs": len(self.splits.selection),
             **{f"documents: {key}": value for key, value in self.splits.counts.items()},
+            **(self._by_task() if len(self.parts) > 1 else {}),
+        }
+
+    def _by_task(self) -> dict[str, str]:
+        return {
+            f"task {part.name}": f"{part.splits.drawn} train, {len(part.splits.selection)} selection, "
+            f"{part.num_fewshot}-shot, {part.objective.metric}"
+            for part in self.parts
         }
 
 
@@ -138,23 +186,57 @@ def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
     """
     backbone = find_backbone(lm.model)
     layers = parse_layers(plan.protocol.layers, len(backbone.blocks))
+    _check_intervention(plan)
+    extractors = [Extractor(load_task(name, plan.include_path), lm, plan.prompts) for name in plan.tasks]
+    name = _objective_name(plan, extractors)
+    check_control(plan.control, name)
+    objectives = [_objective(plan, name, extractor) for extractor in extractors]
+    most = (plan.protocol.train_docs, plan.protocol.selection_docs)
+    wanted = (plan.train_docs, plan.selection_docs, plan.train_split, most)
+    splits: Splits | MixedSplits
+    if len(extractors) == 1:
+        objective, splits = objectives[0], split_task(extractors[0], *wanted)
+        own = [splits]
+    else:
+        objective, splits = Mixture(objectives, plan.tasks), split_tasks(extractors, plan.tasks, *wanted)
+        own = splits.parts
+    parts = [TaskPart(*each) for each in zip(plan.tasks, objectives, own, strict=True)]
+    return Prepared(plan, lm, backbone, objective, splits, layers, parts)
+
+
+def _check_intervention(plan: TrainingPlan) -> None:
+    method = find_method(plan.method)
     if plan.positions not in POSITIONS:
         raise AFTError(f"positions={plan.positions!r} is not known.", f"Use one of: {', '.join(POSITIONS)}.")
-    if plan.norm_cap is not None and not (plan.norm_cap > 0 and find_method(plan.method).constant):
+    if plan.norm_cap is not None and not (plan.norm_cap > 0 and method.constant):
         raise AFTError(
             f"A norm cap of {plan.norm_cap:g} does not fit the method {plan.method!r}.",
             "It is a positive share of the residual norm, for methods that add the same everywhere.",
         )
     check_screen(plan.screen, plain=plan.method == DEFAULT_METHOD and plan.positions == "all")
-    task = load_task(plan.task, plan.include_path)
-    extractor = Extractor(task, lm, plan.prompts)
-    objective_name = plan.objective or extractor.objective
-    if objective_name != extractor.objective:
+
+
+def _objective_name(plan: TrainingPlan, extractors: Sequence[Extractor]) -> str:
+    """The objective asked for, or that of all tasks' types; each task must allow it."""
+    own = {name: extractor.objective for name, extractor in zip(plan.tasks, extractors, strict=True)}
+    wanted = plan.objective or extractors[0].objective
+    if len(set(own.values())) > 1:
+        told = ", ".join(f"{name} {objective!r}" for name, objective in own.items())
         raise AFTError(
-            f"The objective {objective_name!r} does not fit {plan.task!r}.", f"Use {extractor.objective}."
+            f"These tasks have different objectives: {told}.",
+            "A vector is trained with one: choose tasks of one type.",
         )
-    check_control(plan.control, objective_name)
-    objective = make_objective(objective_name, plan.metric, list(task.aggregation()))
-    most = (plan.protocol.train_docs, plan.protocol.selection_docs)
-    splits = split_task(extractor, plan.train_docs, plan.selection_docs, plan.train_split, most)
-    return Prepared(plan, lm, backbone, objective, splits, layers)
+    if wanted != extractors[0].objective:
+        raise AFTError(f"The objective {wanted!r} does not fit {plan.task!r}.", f"Use {own[plan.tasks[0]]}.")
+    return wanted
+
+
+def _objective(plan: TrainingPlan, name: str, extractor: Extractor) -> Objective:
+    return make_objective(
+        name,
+        plan.metric,
+        list(extractor.task.aggregation()),
+        choice_loss=plan.choice_loss,
+        margin=plan.margin,
+        label_smoothing=plan.label_smoothing,
+    )

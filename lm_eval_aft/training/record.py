@@ -13,6 +13,7 @@ from lm_eval_aft.errors import AFTError
 from lm_eval_aft.training.calibrate import Calibration
 from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.training.fit import Candidate
+from lm_eval_aft.training.objectives import loss_of
 from lm_eval_aft.training.parallel import Workers
 from lm_eval_aft.training.plan import Prepared
 from lm_eval_aft.training.sweep import LayerResult, SweepResult
@@ -74,13 +75,12 @@ def training_metadata(
         "num_hidden_layers": len(prepared.backbone.blocks),
         "base_model": {"name": _name(lm.pretrained), "revision": lm.revision},
         "fingerprint": identity,
-        "task": plan.task,
-        "task_version": str(splits.extractor.task.VERSION),
-        "num_fewshot": splits.extractor.num_fewshot,
+        **_tasks(prepared),
         "prompts": asdict(plan.prompts),
         "chat_template": template and hashlib.sha256(str(template).encode()).hexdigest(),
         "objective": prepared.objective.name,
         "metric": prepared.objective.metric,
+        "loss": loss.to_dict() if (loss := loss_of(prepared.objective)) else None,
         "control": plan.control,
         "parameters": prepared.method.parameters(prepared.backbone.hidden_size, len(prepared.layers)),
         "protocol": {
@@ -111,6 +111,36 @@ def training_metadata(
         }
         | {"python": platform.python_version()},
     }
+
+
+def _tasks(prepared: Prepared) -> dict[str, Any]:
+    """What was trained on. Of several tasks ``num_fewshot`` is what they share; ``tasks`` tells each's own.
+
+    Their own selection scores stand in ``selection``, under ``tasks`` of the baseline's and the vector's.
+    """
+    parts, plan = prepared.parts, prepared.plan
+    shots = {part.num_fewshot for part in parts}
+    found: dict[str, Any] = {
+        "task": plan.task,
+        "task_version": ",".join(str(part.splits.extractor.task.VERSION) for part in parts),
+        "num_fewshot": shots.pop() if len(shots) == 1 else None,
+    }
+    if len(parts) > 1:
+        found["tasks"] = [
+            {
+                "task": part.name,
+                "task_version": str(part.splits.extractor.task.VERSION),
+                "num_fewshot": part.num_fewshot,
+                "metric": part.objective.metric,
+                "splits": {
+                    **part.splits.counts,
+                    "train": len(part.splits.train(plan.first_seed)),
+                    "selection_sha256": part.splits.selection_digest,
+                },
+            }
+            for part in parts
+        ]
+    return found
 
 
 def _layer(result: LayerResult, sweep: SweepResult) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from lm_eval_aft.training.examples import Example, Extractor
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
+Keyed = tuple[int, dict[str, Any], str]  # id, document, key
 SELECTION_SEED = 1234  # the selection split and its prompts are the same for every seed
 
 
@@ -33,13 +35,18 @@ class Splits:
 
     extractor: Extractor
     selection: list[Example]
-    pool: list[tuple[int, dict[str, Any], str]]
+    pool: list[Keyed]
     train_docs: int
     counts: dict[str, int]
     selection_digest: str
     selection_documents: tuple[str, ...] = ()
     _fewshot: list[tuple[dict[str, Any], str]] = field(repr=False, default_factory=list)
     _built: dict[int, Example | None] = field(repr=False, default_factory=dict)
+
+    @property
+    def drawn(self) -> int:
+        """How many training documents a seed draws, at most."""
+        return min(self.train_docs, len(self.pool))
 
     def train(self, seed: int) -> list[Example]:
         """The training examples that ``seed`` draws, in the order it draws them."""
@@ -56,6 +63,25 @@ class Splits:
             if len(drawn) == self.train_docs:
                 break
         return drawn
+
+
+@dataclass
+class Carved:
+    """A task's training split in two, before any prompt is built; documents are (id, document, key).
+
+    Attributes:
+        chosen: the selection documents.
+        pool: what training may draw from.
+        evaluation: keys of the evaluation split.
+    """
+
+    extractor: Extractor
+    split: str
+    chosen: list[Keyed]
+    pool: list[Keyed]
+    train_docs: int
+    counts: dict[str, int]
+    evaluation: set[str]
 
 
 def split_task(
@@ -75,26 +101,51 @@ def split_task(
     Raises:
         AFTError: no training split, the evaluation split was asked for, or too few documents.
     """
+
+    def sizes(available: int, split: str) -> tuple[int, int]:
+        return _sizes(train_docs, selection_docs, available, most, split)
+
+    return prompted(carve(extractor, sizes, train_split))
+
+
+def carve(
+    extractor: Extractor,
+    sizes: Callable[[int, str], tuple[int, int]],
+    train_split: str | None = None,
+    barred: Callable[[dict[str, Any]], bool] = lambda _: False,
+) -> Carved:
+    """Choose a task's selection documents and what training may draw from.
+
+    Args:
+        sizes: documents to train and to select on, given how many there are and the split's name.
+        barred: which documents another task is evaluated on; they are dropped and counted.
+    """
     task = extractor.task
     name = _training_split(task, train_split)
     evaluation = {extractor.key(doc) for doc in task.eval_docs}
     counts = {"split": 0, "evaluation_overlap": 0, "duplicates": 0, "unusable": 0}
-    kept: dict[str, tuple[int, dict[str, Any], str]] = {}
+    kept: dict[str, Keyed] = {}
     for doc_id, doc in enumerate(split_documents(task, name)):
         counts["split"] += 1
         key = extractor.key(doc)
-        if key in evaluation:
+        if key in evaluation or barred(doc):
             counts["evaluation_overlap"] += 1
         elif key in kept:
             counts["duplicates"] += 1
         else:
             kept[key] = (doc_id, doc, key)
     documents = list(kept.values())
-    train_docs, selection_docs = _sizes(train_docs, selection_docs, len(documents), most, name)
+    train_docs, selection_docs = sizes(len(documents), name)
     random.Random(SELECTION_SEED).shuffle(documents)
     chosen, pool = documents[:selection_docs], documents[selection_docs:]
-    forbidden = evaluation | {key for _, _, key in chosen}
-    fewshot = _fewshot_pool(extractor, forbidden, pool) if extractor.num_fewshot else []
+    return Carved(extractor, name, chosen, pool, train_docs, counts, evaluation)
+
+
+def prompted(carved: Carved, barred: Callable[[dict[str, Any]], bool] = lambda _: False) -> Splits:
+    """Build a carved task's selection examples; no few-shot context holds a ``barred`` document."""
+    extractor, counts, chosen, pool = carved.extractor, carved.counts, carved.chosen, carved.pool
+    forbidden = carved.evaluation | {key for _, _, key in chosen}
+    fewshot = _fewshot_pool(extractor, forbidden, pool, barred) if extractor.num_fewshot else []
     selection = []
     for doc_id, doc, key in chosen:
         example = _build(extractor, doc, doc_id, key, fewshot)
@@ -103,11 +154,13 @@ def split_task(
         else:
             selection.append(example)
     if not selection:
-        raise AFTError(f"No document of split {name!r} has a usable gold answer.", "Check the task's YAML.")
+        raise AFTError(
+            f"No document of split {carved.split!r} has a usable gold answer.", "Check the task's YAML."
+        )
     counts |= {"pool": len(pool), "selection": len(selection)}
     digest = hashlib.sha256("".join(key for _, _, key in chosen).encode()).hexdigest()
     documents_chosen = tuple(_doc_hash(doc)[:16] for _, doc, _ in chosen)
-    return Splits(extractor, selection, pool, train_docs, counts, digest, documents_chosen, fewshot)
+    return Splits(extractor, selection, pool, carved.train_docs, counts, digest, documents_chosen, fewshot)
 
 
 def _doc_hash(doc: dict[str, Any]) -> str:
@@ -156,12 +209,12 @@ def _sizes(
 
 
 def _fewshot_pool(
-    extractor: Extractor, forbidden: set[str], pool: list[tuple[int, dict[str, Any], str]]
+    extractor: Extractor, forbidden: set[str], pool: list[Keyed], barred: Callable[[dict[str, Any]], bool]
 ) -> list[tuple[dict[str, Any], str]]:
     """Documents few-shot examples may come from, with their keys, in the sampler's order."""
     sampler = extractor.task.sampler
     keyed = [(doc, extractor.key(doc, fewshot=True)) for doc in sampler.fewshot_docs()]
-    allowed = [(doc, key) for doc, key in keyed if key not in forbidden]
+    allowed = [(doc, key) for doc, key in keyed if key not in forbidden and not barred(doc)]
     if len(allowed) <= extractor.num_fewshot:  # the task draws from its evaluation split
         allowed = [(doc, key) for _, doc, key in pool]
     if len(allowed) <= extractor.num_fewshot:

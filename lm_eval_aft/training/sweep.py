@@ -16,6 +16,7 @@ from lm_eval_aft.errors import AFTError
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packing import Document
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe, in_steps
+from lm_eval_aft.training.mixture import interleaved
 from lm_eval_aft.training.objectives import Score
 from lm_eval_aft.training.parallel import Workers
 from lm_eval_aft.training.protocols import Protocol, schedule
@@ -216,7 +217,7 @@ class Sweep:
                 ours = [candidate for candidate in mine if candidate.seed == seed]
                 documents = self.train[seed][:train]
                 random.Random(f"{seed}|{epoch}").shuffle(documents)
-                steps = list(in_steps(documents, self.protocol.batch_size))
+                steps = list(in_steps(interleaved(documents), self.protocol.batch_size))
                 self.engine.train(ours, steps, self.events.tick)
             finite = [candidate for candidate in mine if not candidate.stopped]
             if finite:

@@ -65,7 +65,7 @@ class TrainingResult:
 
 def train_vector(
     model: str | AFTLM,
-    task: str,
+    task: str | Sequence[str],
     output: str | os.PathLike[str] | None = None,
     *,
     resume: bool = False,
@@ -78,7 +78,7 @@ def train_vector(
 
     Args:
         model: Hub name, local folder, ``demo``, or an `AFTLM` without a vector.
-        task: harness task with a training split.
+        task: harness task with a training split, or several (a list, or comma-separated).
         output: folder to write the vector, model card and ledger into; ``None`` writes nothing.
         resume: go on with an interrupted run in ``output``.
         overwrite: replace what is in ``output``.

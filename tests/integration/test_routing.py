@@ -14,7 +14,6 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_aft import AFTError, SteeringVector, evaluate_pair, load_vector
 from lm_eval_aft.cli.main import aft
-from lm_eval_aft.evaluation import plan_runs, vector_label
 from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.library import Library
 from lm_eval_aft.library.question import question_of
@@ -22,6 +21,7 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.reporting.render import to_html, to_markdown
 from lm_eval_aft.reporting.report import compare
 from lm_eval_aft.routing import Routing
+from lm_eval_aft.runs import plan_runs, vector_label
 from lm_eval_aft.steering import RowSteering
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.integration.test_scoring import questions, words

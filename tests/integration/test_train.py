@@ -130,6 +130,22 @@ def test_training_improves_the_training_loss(lm: AFTLM, settings: dict[str, Any]
     assert after.cross_entropy < before.cross_entropy - 0.5
 
 
+def test_the_loss_is_recorded_and_shown(lm: AFTLM, settings: dict[str, Any]) -> None:
+    from lm_eval_aft.reporting.vectors import _training_command
+    from lm_eval_aft.training.plan import TrainingPlan, prepare
+
+    asked = {"metric": "both", "choice_loss": "margin", "margin": 2.0}
+    settings |= {"layers": "1", "seeds": 1, "epochs": 1} | asked
+    plain = dict(settings)
+    plain.pop("progress")
+    plan = TrainingPlan.of("toy_choice", **plain)
+    assert prepare(lm, plan).summary()["loss"] == "margin of 2 nats"
+    meta = train_vector(lm, "toy_choice", **settings).vector.metadata
+    assert (meta["metric"], meta["loss"]) == ("both", {"name": "margin", "margin": 2.0})
+    command = _training_command(plan.to_dict(), "MODEL")
+    assert "--metric both --choice-loss margin --margin 2.0" in command
+
+
 def test_equal_plans_give_equal_vectors(lm: AFTLM, settings: dict[str, Any]) -> None:
     one, two = (train_vector(lm, "toy_choice", **settings) for _ in range(2))
     assert one.vector.digest() == two.vector.digest()

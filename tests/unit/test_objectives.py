@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from scipy.optimize import minimize_scalar
 
 from lm_eval_aft import AFTError
 from lm_eval_aft.packing import Batch, Document, make_batch
+from lm_eval_aft.training.choice_loss import ChoiceLoss
 from lm_eval_aft.training.objectives import LM, Choice, make_objective
 
 DOCS = [
@@ -109,3 +112,104 @@ def test_metric_follows_the_task() -> None:
         make_objective("magic", None, [])
     with pytest.raises(AFTError, match="knows no metric"):
         make_objective("choice", "f1", [])
+
+
+def naive_loss(scores: np.ndarray, gold: tuple[int, ...], loss: ChoiceLoss) -> float:
+    right, wrong = scores[list(gold)], np.delete(scores, list(gold))
+    if loss.name == "margin":
+        return max(0.0, loss.margin - (right.max() - wrong.max()))
+    p = np.exp(scores) / np.exp(scores).sum()
+    e = loss.label_smoothing
+    return float((1 - e) * -np.log(p[list(gold)].sum()) + e * np.mean(-np.log(p)))
+
+
+LOSSES = [
+    ChoiceLoss(),
+    ChoiceLoss(label_smoothing=0.2),
+    ChoiceLoss("margin"),
+    ChoiceLoss("margin", margin=9.0),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("metric", ["acc", "acc_norm", "both"])
+def test_losses_against_a_naive_formula_and_finite_differences(metric: str, loss: ChoiceLoss) -> None:
+    objective = Choice(metric, loss)
+    logits, batch = logits_and_batch()
+    logits = (logits / 4).requires_grad_(True)
+
+    def by_formula(logits: torch.Tensor) -> list[float]:
+        rows = iter(logits.detach().log_softmax(-1).numpy())
+        found = []
+        for document in DOCS:
+            sums = np.array([sum(next(rows)[token] for token in tail) for _, tail in document.pairs])
+            per_character = sums / np.array(document.lengths) * np.mean(document.lengths)
+            tables = {"acc": [sums], "acc_norm": [per_character], "both": [sums, per_character]}[metric]
+            found.append(np.mean([naive_loss(scores, document.gold, loss) for scores in tables]))
+        return found
+
+    losses = objective.losses(logits, batch)
+    assert losses.tolist() == pytest.approx(by_formula(logits))
+    assert max(losses.tolist()) > 0
+    losses.sum().backward()
+    step = 1e-5
+    for place in [(0, 3), (1, 4), (2, 5), (4, 7), (6, 3), (9, 5)]:
+        nudge = torch.zeros_like(logits)
+        nudge[place] = step
+        slope = (sum(by_formula(logits + nudge)) - sum(by_formula(logits - nudge))) / (2 * step)
+        assert logits.grad is not None
+        assert float(logits.grad[place]) == pytest.approx(slope, abs=1e-6), place
+
+
+def test_margin_where_every_option_is_right_or_wide_rows_are_padded() -> None:
+    scores = torch.tensor([[1.0, 2.0, -torch.inf], [3.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    gold = torch.tensor([[True, True, False], [True, False, False]])
+    losses = ChoiceLoss("margin", margin=3.0)(scores, gold)
+    assert losses.tolist() == [0.0, 1.0]
+    losses.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[0, 0, 0], [-1, 0, 1]]
+
+
+def test_both_metrics_are_scored_by_themselves_and_averaged() -> None:
+    logits, batch = logits_and_batch()
+    single = [Choice(metric) for metric in ("acc", "acc_norm")]
+    scores = [objective.summarise(objective.outcomes(logits, batch)) for objective in single]
+    both = Choice("both").summarise(Choice("both").outcomes(logits, batch))
+    for name in ("score", "cross_entropy", "accuracy"):
+        assert getattr(both, name) == pytest.approx(np.mean([getattr(score, name) for score in scores]))
+    assert both.temperature == pytest.approx((scores[0].temperature * scores[1].temperature) ** 0.5)
+    per_document = []
+    for metric, score in zip(("acc", "acc_norm"), scores, strict=True):
+        beta = 1 / score.temperature
+        per_document.append([mean_loss([document], beta) for document in by_hand(metric)])
+    assert both.stderr == pytest.approx(np.mean(per_document, axis=0).std(ddof=1) / 3**0.5, rel=1e-4)
+
+
+def test_the_selection_score_does_not_depend_on_the_loss() -> None:
+    logits, batch = logits_and_batch()
+    found = [Choice("acc", loss).summarise(Choice("acc", loss).outcomes(logits, batch)) for loss in LOSSES]
+    assert found == found[:1] * len(LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"choice_loss": "margin", "label_smoothing": 0.1}, "Label smoothing is for cross-entropy"),
+        ({"margin": 2.0}, "margin=2 means nothing to cross-entropy"),
+        ({"choice_loss": "margin", "margin": 0.0}, "margin=0 makes no sense"),
+        ({"choice_loss": "margin", "margin": float("nan")}, "margin=nan makes no sense"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1 makes no sense"),
+        ({"choice_loss": "hinge"}, "no choice loss 'hinge'"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(AFTError, match=message):
+        make_objective("choice", None, ["acc"], **settings)
+    with pytest.raises(AFTError, match=r"--\S+ means nothing to the objective 'lm'"):
+        make_objective("lm", None, [], **settings)
+
+
+def test_a_metric_means_nothing_to_lm() -> None:
+    with pytest.raises(AFTError, match="--metric means nothing to the objective 'lm'"):
+        make_objective("lm", "both", [])
