@@ -14,6 +14,7 @@ from lm_eval_aft.errors import AFTError
 
 if TYPE_CHECKING:
     from lm_eval_aft.training.protocols import Stage
+    from lm_eval_aft.training.sweep import SweepResult
     from lm_eval_aft.training.train import TrainingResult
 
 
@@ -39,8 +40,20 @@ if TYPE_CHECKING:
 @click.option(
     "--fewshot-as-multiturn/--fewshot-as-text", default=None, help="Examples as chat turns, or as one text."
 )
-@click.option("--objective", type=click.Choice(["choice", "lm"]), help="[default: by the task's type]")
-@click.option("--metric", type=click.Choice(["acc", "acc_norm"]), help="What an option's score means.")
+@click.option(
+    "--objective",
+    type=click.Choice(["choice", "lm", "rft"]),
+    help="choice: the right option; lm: the gold answer; rft: the model's own right answers.  "
+    "[default: choice or lm, by the task's type]",
+)
+@click.option(
+    "--metric",
+    help="choice: what an option's score means, acc or acc_norm; rft: the task's metric that marks answers.",
+)
+@click.option("--rft-samples", type=int, help="Answers sampled per problem and round.  [default: 8]")
+@click.option("--rft-rounds", type=int, help="The most rounds of sampling and training.  [default: 3]")
+@click.option("--rft-temperature", type=float, help="Of sampling: higher is more varied.  [default: 0.7]")
+@click.option("--rft-filter", help="The task's filter whose marks count.  [default: its first]")
 @click.option(
     "--control",
     type=click.Choice(["random", "shuffled", "format"]),
@@ -87,11 +100,20 @@ def train_vector(**options: Any) -> None:
       full       every layer x 5 learning rates x 3 seeds to the end, nothing thinned out
 
     \b
+    Objective rft (rejection-sampling fine-tuning), for tasks whose answers are generated:
+      1. sample --rft-samples answers to each training problem, at first from the plain model
+      2. keep those the task's own filter and metric mark right, each wording once
+      3. train on them as lm trains on gold answers, and evaluate on the selection split
+      4. again, sampling with the vector of the round before, while greedy accuracy there rises
+    It strengthens what the model sometimes gets right already; it cannot begin where nothing is.
+
+    \b
     Examples:
       train-vector --model EleutherAI/pythia-160m --task arc_challenge --output arc
       train-vector --model Qwen/Qwen1.5-0.5B-Chat --task gsm8k --apply-chat-template \\
                    --device cuda --dtype bfloat16 --output gsm8k
       train-vector --model demo --task aft_demo_choice --output demo-vector
+      train-vector --model demo --task aft_demo_math --objective rft --protocol optimized --output own
       train-vector --model gpt2 --task arc_easy --protocol maximum --lr 1e-2 --dry-run
       accelerate launch -m lm_eval_aft.cli.train --model gpt2 --task arc_easy --output arc
     """
@@ -102,10 +124,11 @@ def train_vector(**options: Any) -> None:
     quiet_libraries()
     from lm_eval_aft.lm import AFTLM
     from lm_eval_aft.training.examples import PromptSettings
+    from lm_eval_aft.training.folder import check_output
     from lm_eval_aft.training.plan import TrainingPlan, prepare
     from lm_eval_aft.training.precision import to_training_dtype
     from lm_eval_aft.training.protocols import parse_numbers, parse_rungs
-    from lm_eval_aft.training.train import check_output, cost, run
+    from lm_eval_aft.training.train import cost, run
 
     resume, overwrite = from_user("resume"), from_user("overwrite")
     leads = int(os.environ.get("RANK", "0")) == 0  # of several processes one looks and speaks
@@ -141,6 +164,11 @@ def train_vector(**options: Any) -> None:
             f"{expected.flops:.3g} floating-point operations, "
             f"{expected.peak_bytes / 2**20:,.0f} MiB above the loaded weights."
         )
+        if plan.rft is not None:
+            click.echo(
+                f"That is one of at most {plan.rft.rounds} rounds with one kept answer per problem; a round "
+                f"keeps up to {plan.rft.samples} times as many. Sampling comes on top."
+            )
         return
     try:
         result = run(prepared, output, resume=resume)
@@ -154,7 +182,49 @@ def train_vector(**options: Any) -> None:
 
 
 def _print_result(result: TrainingResult, model: str, include_path: tuple[str, ...]) -> None:
-    sweep, vector = result.sweep, result.vector
+    if result.sweep is None:
+        _print_rounds(result.vector.metadata["rft"])
+        chose = f"layer {next(iter(result.vector.layers))}"
+    else:
+        _print_sweep(result, result.sweep)
+        chose = f"layer {result.sweep.chosen.layer}, seed {result.sweep.finalist.seed}"
+    click.echo(f"Chose {chose}, on these very documents: the numbers above are not results.")
+    dropped = result.counts["evaluation_overlap"]
+    if dropped:
+        click.echo(f"Dropped {dropped} training document(s) that also occur in the evaluation split.")
+    click.echo(f"Wrote {result.folder} ({result.seconds:.0f} s, engine: {result.engine}). Score it:")
+    own_tasks = f" -- --include_path {include_path[0]}" if include_path else ""
+    click.echo(
+        f"  aft eval --model {model} --vector {result.folder} "
+        f"--tasks {result.vector.metadata['task']} --output {result.folder}-results{own_tasks}"
+    )
+
+
+def _print_rounds(rft: dict[str, Any]) -> None:
+    table = rft["table"]
+    sizes = list(table[0]["pass_at"])
+    rows = [
+        (
+            str(each["round"] or "baseline"),
+            f"{each['kept']} of {each['tried']}" if "kept" in each else "",
+            f"{each['solved']} of {each['problems_tried']}" if "kept" in each else "",
+            str(each.get("layer", "")),
+            f"{each['greedy']:.1%}",
+            *(f"{each['pass_at'][k]:.1%}" for k in sizes),
+        )
+        for each in table
+    ]
+    columns = ("round", "answers kept", "problems solved", "layer", "greedy", *(f"pass@{k}" for k in sizes))
+    title = (
+        f"Selection split, {table[0]['problems']} problems: {rft['metric']} after {rft['filter']}; "
+        f"pass@k at temperature {rft['temperature']:g}"
+    )
+    print_table(title, columns, rows, rft["best_round"])
+    if not rft["best_round"]:
+        click.echo("A negative result: no round solves more than the baseline. Round 1's vector is kept.")
+
+
+def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
     baseline = sweep.baseline
     rows = [("baseline", "", f"{baseline.score:.4f}", "", f"{baseline.accuracy:.1%}", "", "", "", "")]
     mark = 0
@@ -192,19 +262,6 @@ def _print_result(result: TrainingResult, model: str, include_path: tuple[str, .
         click.echo(f"A negative result: {sweep.pruned}.")
     elif sweep.chosen.score >= baseline.score:
         click.echo("No layer improved on the baseline: expect no gain from this vector.")
-    click.echo(
-        f"Chose layer {sweep.chosen.layer}, seed {sweep.finalist.seed}, on these very documents: "
-        "the numbers above are not results."
-    )
-    dropped = result.counts["evaluation_overlap"]
-    if dropped:
-        click.echo(f"Dropped {dropped} training document(s) that also occur in the evaluation split.")
-    click.echo(f"Wrote {result.folder} ({result.seconds:.0f} s, engine: {result.engine}). Score it:")
-    own_tasks = f" -- --include_path {include_path[0]}" if include_path else ""
-    click.echo(
-        f"  aft eval --model {model} --vector {result.folder} "
-        f"--tasks {vector.metadata['task']} --output {result.folder}-results{own_tasks}"
-    )
 
 
 def _print_stages(stages: Sequence[Stage]) -> None:

@@ -185,17 +185,23 @@ class LM:
         return Score(lowest, raw, accuracy, float(np.exp(-log_beta)), len(outcomes), stderr)
 
 
+class RFT(LM):
+    """The same on solutions the model wrote itself and the task marked right: see `Rounds`."""
+
+    name = "rft"
+
+
 def make_objective(name: str, metric: str | None, task_metrics: Sequence[str]) -> Objective:
     """The objective called ``name``; its metric defaults to acc_norm where the task reports it.
 
     Raises:
         AFTError: unknown objective or metric.
     """
-    if name == "lm":
-        return LM()
+    if name in ("lm", "rft"):
+        return LM() if name == "lm" else RFT()
     if name == "choice":
         return Choice(metric or ("acc_norm" if "acc_norm" in task_metrics else "acc"))
-    raise AFTError(f"There is no objective {name!r}.", "Use choice or lm.")
+    raise AFTError(f"There is no objective {name!r}.", "Use choice, lm or rft.")
 
 
 def _stderr(losses: NDArray[np.float64]) -> float:

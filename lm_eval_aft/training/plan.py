@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,7 +15,32 @@ from lm_eval_aft.training.examples import Extractor, PromptSettings
 from lm_eval_aft.training.objectives import Objective, make_objective
 from lm_eval_aft.training.protocols import DEFAULT, Protocol, Stage, find_protocol, parse_layers, schedule
 from lm_eval_aft.training.screen import check_screen
+from lm_eval_aft.training.solutions import Marker
 from lm_eval_aft.training.splits import Splits, split_task
+
+
+@dataclass(frozen=True)
+class RFTSettings:
+    """The numbers of rejection-sampling fine-tuning, see `lm_eval_aft.training.rft`.
+
+    Attributes:
+        samples: solutions sampled per problem and round.
+        rounds: the most rounds.
+        temperature: of sampling; everything else about it is the task's and the model's.
+        filter: the task's filter whose marks count; ``None``: its first.
+    """
+
+    samples: int = 8
+    rounds: int = 3
+    temperature: float = 0.7
+    filter: str | None = None
+
+    def __post_init__(self) -> None:
+        fine = {"samples": self.samples >= 1, "rounds": self.rounds >= 1}
+        fine["temperature"] = 0 < self.temperature < math.inf
+        for name, good in fine.items():
+            if not good:
+                raise AFTError(f"rft_{name}={getattr(self, name)} makes no sense.", "Give a positive number.")
 
 
 @dataclass(frozen=True)
@@ -22,7 +48,7 @@ class TrainingPlan:
     """Everything that decides what a training run does; two equal plans give equal vectors.
 
     ``train_docs`` and ``selection_docs`` are exact numbers; left open, they are as many as the
-    protocol wants and the task has.
+    protocol wants and the task has. ``rft`` is there if and only if that is the objective.
     """
 
     task: str
@@ -37,6 +63,7 @@ class TrainingPlan:
     control: str | None = None
     screen: str = "off"
     include_path: tuple[str, ...] = ()
+    rft: RFTSettings | None = None
 
     def seeds(self) -> range:
         """The seeds themselves."""
@@ -46,13 +73,24 @@ class TrainingPlan:
     def of(cls, task: str, protocol: str | Protocol = DEFAULT, **settings: Any) -> TrainingPlan:
         """A plan from a protocol's name, changes to the protocol, and fields of the plan.
 
+        Fields of `RFTSettings` are given as ``rft_samples``, ``rft_rounds`` and so on.
+
         Raises:
             AFTError: an unknown protocol, or an unknown or impossible setting.
         """
         base = find_protocol(protocol) if isinstance(protocol, str) else protocol
         own = {each.name for each in fields(cls)}
-        changes = {name: value for name, value in settings.items() if name not in own}
+        rounds = {f"rft_{each.name}": each.name for each in fields(RFTSettings)}
+        given = {rounds[name]: value for name, value in settings.items() if name in rounds}
+        wanted = {name: value for name, value in given.items() if value is not None}
+        changes = {name: value for name, value in settings.items() if name not in {*own, *rounds}}
         plain = {name: value for name, value in settings.items() if name in own}
+        if settings.get("objective") == "rft":
+            plain["rft"] = RFTSettings(**wanted)
+        elif wanted:
+            raise AFTError(
+                f"rft_{next(iter(wanted))} is a setting of the objective rft.", "Add --objective rft."
+            )
         return cls(task, base.changed(changes), **plain)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,8 +111,7 @@ class Prepared:
 
     def stages(self) -> list[Stage]:
         """What will be trained, before any retry."""
-        drawn = min(self.splits.train_docs, len(self.splits.pool))
-        return schedule(self.plan.protocol, len(self.layers), drawn, len(self.splits.selection))
+        return schedule(self.plan.protocol, len(self.layers), self.splits.drawn, len(self.splits.selection))
 
     def summary(self) -> dict[str, Any]:
         """What a dry run prints, name by name."""
@@ -87,6 +124,7 @@ class Prepared:
             "objective": self.objective.name,
             "metric": self.objective.metric,
             "control": self.plan.control or "none",
+            **{f"rft: {key}": value for key, value in _rounds(self).items()},
             "screen": self.plan.screen,
             "protocol": protocol.pop("name"),
             **{
@@ -98,6 +136,14 @@ class Prepared:
             "selection_docs": len(self.splits.selection),
             **{f"documents: {key}": value for key, value in self.splits.counts.items()},
         }
+
+
+def _rounds(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    if plan.rft is None:
+        return {}
+    marker = Marker(prepared.splits.extractor.task, plan.rft.filter, plan.metric)
+    return {**asdict(plan.rft), "filter": marker.filter, "marked by": marker.metric}
 
 
 def _listed(value: Any) -> Any:
@@ -116,7 +162,9 @@ def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
     task = load_task(plan.task, plan.include_path)
     extractor = Extractor(task, lm, plan.prompts)
     objective_name = plan.objective or extractor.objective
-    if objective_name != extractor.objective:
+    if objective_name == "rft":
+        _check_rft(plan, extractor)
+    elif objective_name != extractor.objective:
         raise AFTError(
             f"The objective {objective_name!r} does not fit {plan.task!r}.", f"Use {extractor.objective}."
         )
@@ -125,3 +173,15 @@ def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
     most = (plan.protocol.train_docs, plan.protocol.selection_docs)
     splits = split_task(extractor, plan.train_docs, plan.selection_docs, plan.train_split, most)
     return Prepared(plan, lm, backbone, objective, splits, layers)
+
+
+def _check_rft(plan: TrainingPlan, extractor: Extractor) -> None:
+    kind = extractor.task.OUTPUT_TYPE
+    if kind != "generate_until":
+        raise AFTError(
+            f"rft samples answers, but {plan.task!r} is of type {kind!r}: it has none to generate.",
+            f"Use {extractor.objective}, or a task of type generate_until.",
+        )
+    if plan.rft is None:
+        raise AFTError("The objective rft lacks its settings.", "Make the plan with TrainingPlan.of.")
+    Marker(extractor.task, plan.rft.filter, plan.metric)

@@ -41,6 +41,11 @@ class Splits:
     _fewshot: list[tuple[dict[str, Any], str]] = field(repr=False, default_factory=list)
     _built: dict[int, Example | None] = field(repr=False, default_factory=dict)
 
+    @property
+    def drawn(self) -> int:
+        """How many training documents a seed draws, at most."""
+        return min(self.train_docs, len(self.pool))
+
     def train(self, seed: int) -> list[Example]:
         """The training examples that ``seed`` draws, in the order it draws them."""
         order = list(range(len(self.pool)))
@@ -56,6 +61,22 @@ class Splits:
             if len(drawn) == self.train_docs:
                 break
         return drawn
+
+
+@dataclass
+class GivenSplits(Splits):
+    """Splits whose training examples were made, not drawn: every seed gets ``made``, in its order."""
+
+    made: list[Example] = field(default_factory=list)
+
+    @property
+    def drawn(self) -> int:
+        """How many there are."""
+        return len(self.made)
+
+    def train(self, seed: int) -> list[Example]:
+        """All of them."""
+        return list(self.made)
 
 
 def split_task(
