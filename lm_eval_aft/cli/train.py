@@ -221,7 +221,7 @@ def _print_rounds(rft: dict[str, Any]) -> None:
     )
     print_table(title, columns, rows, rft["best_round"])
     if not rft["best_round"]:
-        click.echo("A negative result: no round solves more than the baseline. Round 1's vector is kept.")
+        click.echo("A negative result: no round does better than the baseline. Round 1's vector is kept.")
 
 
 def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:

@@ -55,7 +55,8 @@ class Rounds:
     wrote to the selection problems, one to each: held-out text of the kind the gradients see, where
     gold answers would reward their author's wording, which nothing here trains. (Gold answers stand
     in where fewer than `SMALLEST_SHARE` problems have one.) Rounds compete by what matters in the
-    end, the share of selection problems that greedy decoding solves; the baseline is round 0.
+    end, the share of selection problems that greedy decoding solves, and at equal shares by the
+    share of samples that are right, which is finer; the baseline is round 0.
 
     All seeds of a round share its problems and solutions, those of the first seed's draw, and
     differ in order: sampling for each would cost as much again.
@@ -109,7 +110,7 @@ class Rounds:
             held_out, standing = self._evaluated(number, sampler, {**counts, "judged_on": judged})
             table.append(standing)
             chosen = chosen or trained
-            if standing["greedy"] <= table[best]["greedy"]:
+            if _rank(standing) <= _rank(table[best]):
                 break
             best, chosen = number, trained
             if standing["greedy"] == 1.0:  # no round can be better
@@ -233,6 +234,11 @@ class Rounds:
             "more or fewer examples (--num-fewshot), take an easier task or another --rft-filter, or learn "
             "from the gold answers with --objective lm.",
         )
+
+
+def _rank(standing: Mapping[str, Any]) -> tuple[float, float]:
+    """Sorts worse rounds first."""
+    return (standing["greedy"], standing["pass_at"]["1"])
 
 
 def _examples(problems: Sequence[Example], solutions: Sequence[Solution]) -> list[Example]:
