@@ -79,7 +79,7 @@ def settings(words: str) -> dict[str, Any]:
         "selection_docs": 16,
         "lr": 0.1,
         "l2": 0.0,
-        "epochs": 6,
+        "epochs": 4,
         "batch_size": 4,
         "regression": False,
         "retries": 0,
@@ -233,7 +233,7 @@ def test_prompts_that_leave_no_room_are_refused(lm: AFTLM) -> None:
 def test_interrupted_anywhere_it_resumes_to_the_same_vector(
     lm: AFTLM, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rising: None
 ) -> None:
-    settings |= {"rft_rounds": 2, "seeds": 1, "layers": "1", "epochs": 3}
+    settings |= {"rft_rounds": 2, "seeds": 1, "layers": "1", "epochs": 1}
     whole = train_vector(lm, "toy_words", tmp_path / "whole", **settings)
 
     def breaking(original: Callable[..., Any]) -> Callable[..., Any]:
