@@ -18,8 +18,8 @@ from lm_eval_aft.library import Library
 from lm_eval_aft.library.header import FILE_NAME
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.study import Study, StudyEntry
-from lm_eval_aft.training.plan import prepare
 from lm_eval_aft.training.precision import to_training_dtype
+from lm_eval_aft.training.prepared import prepare
 from lm_eval_aft.training.train import run
 from lm_eval_aft.vector import SteeringVector, canonical_json
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from lm_eval_aft.cli.options import parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.cli.training_report import duration, print_result, print_stages
 from lm_eval_aft.errors import AFTError
-
-if TYPE_CHECKING:
-    from lm_eval_aft.training.protocols import Stage
-    from lm_eval_aft.training.train import TrainingResult
-    from lm_eval_aft.vector import SteeringVector
 
 
 @click.command("train-vector", context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,12 +41,16 @@ if TYPE_CHECKING:
 @click.option(
     "--fewshot-as-multiturn/--fewshot-as-text", default=None, help="Examples as chat turns, or as one text."
 )
-@click.option("--objective", type=click.Choice(["choice", "lm"]), help="[default: by the task's type]")
+@click.option(
+    "--objective",
+    type=click.Choice(["choice", "lm", "rft"]),
+    help="choice: the right option; lm: the gold answer; rft: the model's own right answers.  "
+    "[default: choice or lm, by the task's type]",
+)
 @click.option(
     "--metric",
-    type=click.Choice(["acc", "acc_norm", "both"]),
-    help="What an option's score means: its log-likelihood, that per character, or the mean of both "
-    "losses and of both scores.  [default: acc_norm where the task reports it]",
+    help="choice: what an option's score means: acc (its log-likelihood), acc_norm (that per character; the "
+    "default where the task reports it) or both (the mean); rft: the task's metric that marks answers.",
 )
 @click.option(
     "--choice-loss",
@@ -65,6 +64,10 @@ if TYPE_CHECKING:
     type=float,
     help="Share of the cross-entropy's target spread over all options, to curb overconfidence.  [default: 0]",
 )
+@click.option("--rft-samples", type=int, help="Answers sampled per problem and round.  [default: 8]")
+@click.option("--rft-rounds", type=int, help="The most rounds of sampling and training.  [default: 3]")
+@click.option("--rft-temperature", type=float, help="Of sampling: higher is more varied.  [default: 0.7]")
+@click.option("--rft-filter", help="The task's filter whose marks count.  [default: its first]")
 @click.option(
     "--control",
     type=click.Choice(["random", "shuffled", "format"]),
@@ -129,12 +132,21 @@ def train_vector(**options: Any) -> None:
       full       every layer x 5 learning rates x 3 seeds to the end, nothing thinned out
 
     \b
+    Objective rft (rejection-sampling fine-tuning), for tasks whose answers are generated:
+      1. sample --rft-samples answers to each training problem, at first from the plain model
+      2. keep those the task's own filter and metric mark right, each wording once
+      3. train on them as lm trains on gold answers, and evaluate on the selection split
+      4. again, sampling with the vector of the round before, while greedy accuracy there rises
+    It strengthens what the model sometimes gets right already; it cannot begin where nothing is.
+
+    \b
     Examples:
       train-vector --model EleutherAI/pythia-160m --task arc_challenge --output arc
       train-vector --model Qwen/Qwen1.5-0.5B-Chat --task gsm8k --apply-chat-template \\
                    --device cuda --dtype bfloat16 --output gsm8k
       train-vector --model demo --task aft_demo_choice --output demo-vector
       train-vector --model gpt2 --task arc_easy --task arc_challenge --num-fewshot 0 --output arc
+      train-vector --model demo --task aft_demo_math --objective rft --protocol optimized --output own
       train-vector --model gpt2 --task arc_easy --protocol maximum --lr 1e-2 --dry-run
       accelerate launch -m lm_eval_aft.cli.train --model gpt2 --task arc_easy --output arc
     """
@@ -145,10 +157,12 @@ def train_vector(**options: Any) -> None:
     quiet_libraries()
     from lm_eval_aft.lm import AFTLM
     from lm_eval_aft.training.examples import PromptSettings
-    from lm_eval_aft.training.plan import TrainingPlan, prepare
+    from lm_eval_aft.training.folder import check_output
+    from lm_eval_aft.training.plan import TrainingPlan
     from lm_eval_aft.training.precision import to_training_dtype
+    from lm_eval_aft.training.prepared import prepare
     from lm_eval_aft.training.protocols import parse_numbers, parse_rungs
-    from lm_eval_aft.training.train import check_output, cost, run
+    from lm_eval_aft.training.train import cost, run
 
     resume, overwrite = from_user("resume"), from_user("overwrite")
     leads = int(os.environ.get("RANK", "0")) == 0  # of several processes one looks and speaks
@@ -176,14 +190,19 @@ def train_vector(**options: Any) -> None:
     if dry_run:
         rows = [(key, str(value)) for key, value in prepared.summary().items()]
         print_table("Plan (nothing was trained)", ("setting", "value"), rows)
-        _print_stages(prepared.stages())
+        print_stages(prepared.stages())
         click.echo("Measuring a few documents ...", err=True)
         expected = cost(prepared)
         click.echo(
-            f"At most about {_duration(expected.seconds)} on this machine as it is now (retries aside), "
+            f"At most about {duration(expected.seconds)} on this machine as it is now (retries aside), "
             f"{expected.flops:.3g} floating-point operations, "
             f"{expected.peak_bytes / 2**20:,.0f} MiB above the loaded weights."
         )
+        if plan.rft is not None:
+            click.echo(
+                f"That is one of at most {plan.rft.rounds} rounds with one kept answer per problem; a round "
+                f"keeps up to {plan.rft.samples} times as many. Sampling comes on top."
+            )
         return
     try:
         result = run(prepared, output, resume=resume)
@@ -193,105 +212,7 @@ def train_vector(**options: Any) -> None:
         )
         raise SystemExit(130) from None
     if leads:
-        _print_result(result, model, plan.include_path)
-
-
-def _print_result(result: TrainingResult, model: str, include_path: tuple[str, ...]) -> None:
-    sweep, vector = result.sweep, result.vector
-    baseline = sweep.baseline
-    rows = [("baseline", "", f"{baseline.score:.4f}", "", f"{baseline.accuracy:.1%}", "", "", "", "")]
-    mark = 0
-    for place, layer in enumerate(sweep.layers, start=1):
-        ordered = sorted(layer.candidates, key=lambda c: c.seed)
-        norms = "/".join(f"{c.norm(best=True):.2f}" for c in ordered)
-        _, lr, l2 = ordered[0].setting
-        rows.append(
-            (
-                str(layer.layer),
-                f"{layer.stage} ({layer.baseline.n})",
-                f"{layer.score:.4f}",
-                f"{layer.change:+.4f}",
-                f"{layer.accuracy:.1%}",
-                f"{lr:g}",
-                f"{l2:g}",
-                "/".join(str(c.best_epoch) for c in ordered),
-                norms,
-            )
-        )
-        mark = place if layer is sweep.chosen else mark
-    columns = "layer|stage (docs)|cross-entropy|change|accuracy|lr|l2|best epoch|norm".split("|")
-    title = f"Selection split, {baseline.n} documents: means over seeds; change against the same documents"
-    print_table(title, columns, rows, mark)
-    _print_calibration(vector)
-    own = sweep.finalist.best_score.tasks if sweep.finalist.best_score else {}
-    for task, score in own.items():
-        before = baseline.tasks[task]
-        click.echo(
-            f"{task}: cross-entropy {before.score:.4f} -> {score.score:.4f}, "
-            f"accuracy {before.accuracy:.1%} -> {score.accuracy:.1%}, {score.n} documents."
-        )
-    if result.screen:
-        click.echo(
-            f"The screen put the layers in the order {', '.join(map(str, result.screen['order']))}"
-            + (
-                f"; rank correlation with the sweep {result.screen['rank_correlation']:+.2f}."
-                if "rank_correlation" in result.screen
-                else "."
-            )
-        )
-    if sweep.pruned:
-        click.echo(f"A negative result: {sweep.pruned}.")
-    elif sweep.chosen.score >= baseline.score:
-        click.echo("No layer improved on the baseline: expect no gain from this vector.")
-    click.echo(
-        f"Chose layer {sweep.chosen.layer}, seed {sweep.finalist.seed}, on these very documents: "
-        "the numbers above are not results."
-    )
-    dropped = result.counts["evaluation_overlap"]
-    if dropped:
-        click.echo(f"Dropped {dropped} training document(s) that also occur in the evaluation split.")
-    click.echo(f"Wrote {result.folder} ({result.seconds:.0f} s, engine: {result.engine}). Score it:")
-    own_tasks = f" -- --include_path {include_path[0]}" if include_path else ""
-    click.echo(
-        f"  aft eval --model {model} --vector {result.folder} "
-        f"--tasks {vector.metadata['task']} --output {result.folder}-results{own_tasks}"
-    )
-
-
-def _print_calibration(vector: SteeringVector) -> None:
-    found = vector.metadata.get("calibration")
-    if not found:
-        return
-    rows = [(f"{c:g}", f"{score:.4f}", f"{accuracy:.1%}") for c, score, accuracy, _ in found["curve"]]
-    if rows:
-        mark = [row[0] for row in found["curve"]].index(found["coefficient"])
-        title = "Coefficients on the selection split (0 is the baseline)"
-        print_table(title, ("coefficient", "cross-entropy", "accuracy"), rows, mark)
-    cap = f", at most {found['cap']:.3g} by the norm cap" if found["cap"] is not None else ""
-    click.echo(f"The vector's coefficient is {found['coefficient']:g}{cap}.")
-
-
-def _print_stages(stages: Sequence[Stage]) -> None:
-    rows = [
-        (
-            s.name,
-            str(s.candidates),
-            str(s.train),
-            str(s.selection),
-            str(s.epochs),
-            str(s.keep),
-            str(s.documents),
-        )
-        for s in stages
-    ]
-    columns = ("stage", "candidates", "train docs", "selection docs", "epochs", "keep", "candidate-docs")
-    print_table("Stages, at most", columns, rows)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        print_result(result, model, plan.include_path)
 
 
 if __name__ == "__main__":

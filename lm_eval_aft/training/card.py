@@ -34,6 +34,19 @@ temperature; mean over {seeds} seed(s); {n} documents.
 {rows}
 """
 
+_ROUNDS = """
+## Rounds
+
+Rejection-sampling fine-tuning: each round trained on solutions that the model wrote itself (at
+temperature {temperature:g}, steered by the round before) and `{metric}` after the filter `{filter}`
+marked right. Shares of {problems} selection problems solved, greedily and with k samples: they chose the
+round ({best_round}; 0 is the baseline) and **are not results**.
+
+| round | kept | greedy | {sizes} |
+|---|---|---|{rules}
+{rows}
+"""
+
 _RECIPE = """
 ## Recipe
 
@@ -113,7 +126,7 @@ def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
         depth=meta.get("num_hidden_layers", "an unknown number"),
         task=",".join(task_names(meta)) or "TASK",
         control=f"\n\n**This is a placebo (`{control}`), not a vector to use.**" if control else "",
-        section=_selection_section(vector) or _recipe_section(meta),
+        section=_selection_section(vector) + _rounds_section(meta) or _recipe_section(meta),
     )
 
 
@@ -149,6 +162,26 @@ def _selection_section(vector: SteeringVector) -> str:
         rows.append(f"| {layer}{mark} | {result['score']:.4f} | {result['accuracy']:.4f} |")
     return _SELECTION.format(
         seeds=(vector.metadata.get("protocol") or {}).get("seeds"), n=baseline["n"], rows="\n".join(rows)
+    )
+
+
+def _rounds_section(meta: dict[str, Any]) -> str:
+    rft = meta.get("rft")
+    if not rft:
+        return ""
+    table = rft["table"]
+    sizes = list(table[0]["pass_at"])
+    rows = []
+    for each in table:
+        kept = f"{each['kept']} of {each['tried']}" if "kept" in each else ""
+        shares = (each["greedy"], *(each["pass_at"][k] for k in sizes))
+        rows.append(f"| {each['round']} | {kept} | {' | '.join(f'{share:.1%}' for share in shares)} |")
+    return _ROUNDS.format(
+        **{key: rft[key] for key in ("temperature", "metric", "filter", "best_round")},
+        problems=table[0]["problems"],
+        sizes=" | ".join(f"pass@{k}" for k in sizes),
+        rules="---|" * len(sizes),
+        rows="\n".join(rows),
     )
 
 

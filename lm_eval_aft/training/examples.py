@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft.errors import AFTError
@@ -41,6 +41,7 @@ class Example:
         gold: indices of the right requests.
         lengths: option lengths in characters, as acc_norm counts them.
         task: which task it is of, where several are trained on.
+        doc: the document itself.
     """
 
     doc_id: int
@@ -48,6 +49,7 @@ class Example:
     gold: tuple[int, ...]
     lengths: tuple[float, ...]
     task: int = 0
+    doc: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Extractor:
@@ -98,14 +100,15 @@ class Extractor:
             continuation = self._delimiter(doc) + target
             if self.task.OUTPUT_TYPE == "loglikelihood":
                 continuation = requests[0][1]
-            return Example(doc_id, ((context, continuation),), (0,), (float(len(target)),))
+            return Example(doc_id, ((context, continuation),), (0,), (float(len(target)),), doc=doc)
         choices = self.task.doc_to_choice(doc)
         # Tasks that score mutual information append requests without context: not options.
         pairs = tuple((str(context), str(tail)) for context, tail, *_ in requests[: len(choices)])
         gold = self._gold(doc, choices)
         if not gold or len(pairs) < 2:
             return None
-        return Example(doc_id, pairs, gold, tuple(float(max(1, len(choice))) for choice in choices))
+        lengths = tuple(float(max(1, len(choice))) for choice in choices)
+        return Example(doc_id, pairs, gold, lengths, doc=doc)
 
     def key(self, doc: dict[str, Any], fewshot: bool = False) -> str:
         """A hash that duplicates share: the question, and for choices the gold answer too.

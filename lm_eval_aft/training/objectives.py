@@ -226,6 +226,12 @@ class LM:
         return Score(lowest, raw, accuracy, float(np.exp(-log_beta)), len(outcomes), stderr)
 
 
+class RFT(LM):
+    """The same on solutions the model wrote itself and the task marked right: see `Rounds`."""
+
+    name = "rft"
+
+
 def make_objective(
     name: str,
     metric: str | None,
@@ -246,16 +252,17 @@ def make_objective(
     if name == "choice":
         loss = ChoiceLoss.of(choice_loss, margin, label_smoothing)
         return Choice(metric or ("acc_norm" if "acc_norm" in task_metrics else "acc"), loss)
-    if name != "lm":
-        raise AFTError(f"There is no objective {name!r}.", "Use choice or lm.")
+    if name not in ("lm", "rft"):
+        raise AFTError(f"There is no objective {name!r}.", "Use choice, lm or rft.")
     given = {"choice-loss": choice_loss, "margin": margin, "label-smoothing": label_smoothing}
-    given["metric"] = metric
+    if name == "lm":  # of rft it names what marks the answers
+        given["metric"] = metric
     if unused := [f"--{key}" for key, value in given.items() if value is not None]:
         raise AFTError(
-            f"{', '.join(unused)} means nothing to the objective 'lm', which has no options to choose from.",
+            f"{', '.join(unused)} means nothing to the objective {name!r}, which has no options to choose.",
             "Leave it out, or train on a multiple-choice task.",
         )
-    return LM()
+    return LM() if name == "lm" else RFT()
 
 
 def loss_of(objective: Objective) -> ChoiceLoss | None:

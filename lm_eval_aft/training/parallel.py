@@ -63,6 +63,10 @@ class Workers:
         """The first process's ``value``, in all of them."""
         return value if self.size == 1 else self._gathered(value)[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's ``value``, in the order of ranks, in all of them."""
+        return [value] if self.size == 1 else self._gathered(value)
+
     def _gathered(self, value: Any) -> list[Any]:
         parts: list[Any] = [None] * self.size
         distributed.all_gather_object(parts, value)

@@ -15,7 +15,7 @@ from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.training.fit import Candidate
 from lm_eval_aft.training.objectives import loss_of
 from lm_eval_aft.training.parallel import Workers
-from lm_eval_aft.training.plan import Prepared
+from lm_eval_aft.training.prepared import Prepared
 from lm_eval_aft.training.sweep import LayerResult, SweepResult
 from lm_eval_aft.vector import SteeringVector
 

@@ -66,6 +66,22 @@ class Splits:
 
 
 @dataclass
+class GivenSplits(Splits):
+    """Splits whose training examples were made, not drawn: every seed gets ``made``, in its order."""
+
+    made: list[Example] = field(default_factory=list)
+
+    @property
+    def drawn(self) -> int:
+        """How many there are."""
+        return len(self.made)
+
+    def train(self, seed: int) -> list[Example]:
+        """All of them."""
+        return list(self.made)
+
+
+@dataclass
 class Carved:
     """A task's training split in two, before any prompt is built; documents are (id, document, key).
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from lm_eval_aft.errors import AFTError
 from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.packing import Document
@@ -24,12 +23,15 @@ from lm_eval_aft.training.estimate import Estimate, estimate
 from lm_eval_aft.training.events import Events
 from lm_eval_aft.training.examples import encode
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe
-from lm_eval_aft.training.ledger import LEDGER, Ledger, State, drop_state, load_state, save_state
+from lm_eval_aft.training.folder import PICTURE, check_output, open_run, seed_file
+from lm_eval_aft.training.ledger import Ledger, State, drop_state
 from lm_eval_aft.training.parallel import Workers
 from lm_eval_aft.training.picture import draw_sweep
-from lm_eval_aft.training.plan import Prepared, TrainingPlan, prepare
+from lm_eval_aft.training.plan import TrainingPlan
 from lm_eval_aft.training.precision import to_training_dtype
+from lm_eval_aft.training.prepared import Prepared, prepare
 from lm_eval_aft.training.record import finished_vector, now, training_metadata
+from lm_eval_aft.training.rft import Rounds
 from lm_eval_aft.training.screen import first_gradients, layer_order, rank_correlation
 from lm_eval_aft.training.starts import Starts
 from lm_eval_aft.training.sweep import Sweep, SweepResult
@@ -37,7 +39,6 @@ from lm_eval_aft.training.trajectory import Trajectory, make_engine, residual_no
 from lm_eval_aft.vector import SteeringVector
 
 logger = logging.getLogger(__name__)
-PICTURE = "sweep.png"
 SCREENED = 64  # documents the screen looks at
 
 
@@ -47,7 +48,7 @@ class TrainingResult:
 
     Attributes:
         vector: the chosen vector (median seed of the chosen layer).
-        sweep: every layer's selection score.
+        sweep: every layer's selection score; ``None`` for `rft`, whose rounds have one each.
         folder: where it was written, or ``None``.
         seconds: wall-clock time of the training itself.
         engine: which engine ran: ``packed``, ``unpacked`` or ``reference``.
@@ -55,7 +56,7 @@ class TrainingResult:
 
     vector: SteeringVector
     finalists: dict[int, SteeringVector]
-    sweep: SweepResult
+    sweep: SweepResult | None
     folder: Path | None
     seconds: float
     engine: str
@@ -99,31 +100,28 @@ def train_vector(
     return run(prepare(lm, TrainingPlan.of(task, **settings)), folder, resume=resume, progress=progress)
 
 
-def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse an output folder that holds something, unless told what to do with it.
-
-    Even then only a folder that a training run began is touched: overwriting empties it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise AFTError(f"The output {folder} is a file.", "Give a folder.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not (resume or overwrite):
-        raise AFTError(
-            f"The output folder {folder} is not empty.",
-            "Choose another one, go on with --resume, or replace it with --overwrite.",
-        )
-    if not (folder / LEDGER).exists():
-        raise AFTError(
-            f"The output folder {folder} is not empty, and no training run wrote what is in it.",
-            "Choose another folder.",
-        )
-
-
 def run(
     prepared: Prepared, folder: Path | None, *, resume: bool = False, progress: bool = True
 ) -> TrainingResult:
     """Carry out a prepared plan.
+
+    Raises:
+        AFTError: the output folder cannot be used, nothing kept a finite score, or (`rft`) the model
+            never writes a right answer.
+    """
+    if prepared.plan.rft is None:
+        return run_sweep(prepared, folder, resume=resume, progress=progress)
+    started = time.monotonic()
+    train = partial(run_sweep, resume=True, progress=progress)
+    vector, finalists = Rounds(prepared, folder, train, resume=resume, progress=progress).run()
+    seconds, engine = time.monotonic() - started, str(vector.metadata["engine"])
+    return TrainingResult(vector, finalists, None, folder, seconds, engine, prepared.splits.counts)
+
+
+def run_sweep(
+    prepared: Prepared, folder: Path | None, *, resume: bool = False, progress: bool = True
+) -> TrainingResult:
+    """Train a plan's candidates on its documents, once, and choose among them.
 
     Under `accelerate launch` the processes share the candidates out; the first one writes.
     """
@@ -137,7 +135,7 @@ def run(
     log: Ledger | None = None
     saved: dict[str, State] = {}
     if folder is not None and workers.leads:
-        log, saved = _open_run(folder, settings, resume)
+        log, saved = open_run(folder, settings, resume)
     saved = workers.agree(saved)
     layers, screened = _screen(plan.screen, engine, prepared.sites, train[plan.first_seed])
     stages = prepared.stages()
@@ -180,7 +178,7 @@ def run(
     vector = finalists[found.finalist.seed]
     result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
     if folder and log:
-        _write(folder, result, log)
+        _write(folder, result, found, log)
     return result
 
 
@@ -241,35 +239,13 @@ def _screen(
     return (order if screen == "order" else sorted(order[: int(screen)])), said
 
 
-def _open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Ledger, dict[str, State]]:
-    check_output(folder, resume=True)
-    ledger = Ledger(folder)
-    if resume and folder.exists():
-        saved = load_state(folder, settings, ledger)
-        if saved is not None:
-            return ledger, saved
-        if (folder / "vector.safetensors").exists():
-            raise AFTError(f"The run in {folder} is finished.", "Replace it with --overwrite.")
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise AFTError(f"Cannot write into {folder}: {error.strerror}.", "Choose another folder.") from error
-    ledger.append(
-        event="start", time=now(), settings={k: v for k, v in settings.items() if k != "fingerprint"}
-    )
-    save_state(folder, settings, ledger, ())
-    return ledger, {}
-
-
-def _write(folder: Path, result: TrainingResult, ledger: Ledger) -> None:
+def _write(folder: Path, result: TrainingResult, sweep: SweepResult, ledger: Ledger) -> None:
     for seed, vector in result.finalists.items():
-        vector.save(folder / "seeds" / f"seed-{seed}.safetensors")
-    chosen = result.sweep.finalist
+        vector.save(seed_file(folder, seed))
+    chosen = sweep.finalist
     ledger.append(event="chosen", candidate=chosen.name, layer=chosen.layer, seed=chosen.seed, time=now())
     write_card(folder, result.vector)
-    draw_sweep(result.sweep, str(result.vector.metadata["metric"]), folder / PICTURE)
+    draw_sweep(sweep, str(result.vector.metadata["metric"]), folder / PICTURE)
     # The vector last: a folder that has one is finished.
     result.vector.save(folder)
     drop_state(folder)

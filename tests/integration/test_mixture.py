@@ -28,7 +28,8 @@ from lm_eval_aft.training.examples import Example
 from lm_eval_aft.training.mixed_splits import MixedSplits
 from lm_eval_aft.training.mixture import Mixture, interleaved
 from lm_eval_aft.training.objectives import LM, Choice, Objective, Score
-from lm_eval_aft.training.plan import Prepared, TrainingPlan, prepare
+from lm_eval_aft.training.plan import TrainingPlan
+from lm_eval_aft.training.prepared import Prepared, prepare
 from tests.conftest import CHOICE_YAML, toy_documents
 from tests.unit.test_objectives import DOCS, logits_and_batch
 
