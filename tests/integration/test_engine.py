@@ -165,7 +165,7 @@ def test_a_model_that_cannot_resume_falls_back_to_the_plain_engine() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_same_vector_after_three_epochs(family: str, batch_size: int) -> None:
     model = tiny_model(family)
     backbone = find_backbone(model)

@@ -213,7 +213,9 @@ BAD_VECTORS = {
     "another width": (declared([4], width=8), "does not fit"),
     "not a number": (vector_bytes(float("nan")), "NaN"),
     "another tensor": (
-        with_header({"__metadata__": {"format": "aft/1", "aft": "{}"}, "../x": {}}),
+        with_header(
+            {"__metadata__": {"format": "aft/1", "aft": json.dumps({"method": "static"})}, "../x": {}}
+        ),
         "which no vector",
     ),
     "another format": (save({"weight": torch.ones(4)}), "not a steering vector"),

@@ -22,7 +22,7 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.model_info import describe_vector
 from lm_eval_aft.packing import make_batch
 from lm_eval_aft.study import Study, StudyEntry
-from lm_eval_aft.training import train as train_module
+from lm_eval_aft.training import events as events_module
 from lm_eval_aft.training.controls import spoil
 from lm_eval_aft.training.examples import Example
 from lm_eval_aft.training.mixed_splits import MixedSplits
@@ -287,7 +287,7 @@ def test_an_interrupted_mixture_resumes_to_the_same_vector(
     settings = {**SMALL, "include_path": (tasks(),), "layers": "1-2", "seeds": 1, "epochs": 3}
     settings |= {"train_docs": 8, "selection_docs": 8, "progress": False}
     whole = train_vector(lm, ["toy_choice", "toy_other"], **settings)
-    save, calls = train_module.save_state, []
+    save, calls = events_module.save_state, []
 
     def dying(*arguments: Any) -> None:
         save(*arguments)
@@ -295,10 +295,10 @@ def test_an_interrupted_mixture_resumes_to_the_same_vector(
         if len(calls) == 3:  # the empty state, and two epochs
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "save_state", dying)
+    monkeypatch.setattr(events_module, "save_state", dying)
     with pytest.raises(KeyboardInterrupt):
         train_vector(lm, ["toy_choice", "toy_other"], tmp_path / "v", **settings)
-    monkeypatch.setattr(train_module, "save_state", save)
+    monkeypatch.setattr(events_module, "save_state", save)
     resumed = train_vector(lm, ["toy_choice", "toy_other"], tmp_path / "v", resume=True, **settings)
     assert resumed.vector.digest() == whole.vector.digest()
     assert resumed.vector.metadata["selection"] == whole.vector.metadata["selection"]

@@ -25,8 +25,8 @@ from lm_eval_aft.cli.train import train_vector as command
 from lm_eval_aft.harness import load_task, tasks_path
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.training import author as author_module
+from lm_eval_aft.training import events as events_module
 from lm_eval_aft.training import rft as rft_module
-from lm_eval_aft.training import train as train_module
 from lm_eval_aft.training.sampling import Sampler
 from lm_eval_aft.training.solutions import Marker, Standing, read_solutions
 from tests.integration.test_train import LAUNCH, events
@@ -243,7 +243,7 @@ def test_interrupted_anywhere_it_resumes_to_the_same_vector(
 
         return wrapped
 
-    places = [(train_module, "save_state"), (rft_module, "save_state"), (author_module, "write_solutions")]
+    places = [(events_module, "save_state"), (rft_module, "save_state"), (author_module, "write_solutions")]
     for module, name in places:
         monkeypatch.setattr(module, name, breaking(getattr(module, name)))
     interruptions = 0
@@ -269,14 +269,14 @@ def test_killed_in_the_middle_it_resumes(
     program = f"""
 import os, signal
 from lm_eval_aft import train_vector
-from lm_eval_aft.training import train
-original = train.save_state
+from lm_eval_aft.training import events
+original = events.save_state
 def save(*arguments):
     original(*arguments)
     with open({str(tmp_path / "killed" / "training.jsonl")!r}, "a") as ledger:
         ledger.write('{{"event": "rou')  # as if killed in the middle of a line
     os.kill(os.getpid(), signal.SIGKILL)
-train.save_state = save
+events.save_state = save
 train_vector({checkpoint("llama")!r}, "toy_words", {str(tmp_path / "killed")!r},
              model_args={{"device": "cpu", "batch_size": 4}}, **{settings!r})
 """

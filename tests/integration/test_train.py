@@ -20,8 +20,8 @@ from huggingface_hub import ModelCard
 from lm_eval_aft import AFTError, SteeringVector, load_vector, train_vector
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.training import events as events_module
 from lm_eval_aft.training import sweep as sweep_module
-from lm_eval_aft.training import train as train_module
 from lm_eval_aft.training.controls import random_like, spoil
 from lm_eval_aft.training.examples import Example
 from lm_eval_aft.training.fit import Candidate, Recipe
@@ -163,9 +163,9 @@ def test_killed_runs_resume_to_the_same_vector(
     program = f"""
 import os, signal, sys
 from lm_eval_aft import train_vector
-from lm_eval_aft.training import train
+from lm_eval_aft.training import events
 saves = 0
-original = train.save_state
+original = events.save_state
 def save(*arguments):
     global saves
     original(*arguments)
@@ -174,7 +174,7 @@ def save(*arguments):
         with open({str(tmp_path / "killed" / "training.jsonl")!r}, "a") as ledger:
             ledger.write('{{"event": "epo')  # as if killed in the middle of a line
         os.kill(os.getpid(), signal.SIGKILL)
-train.save_state = save
+events.save_state = save
 settings = {settings!r}
 train_vector({checkpoint("llama")!r}, "toy_choice", {str(tmp_path / "killed")!r}, resume=True,
              model_args={{"device": "cpu", "batch_size": 4}}, **settings)
@@ -420,7 +420,7 @@ def test_killed_search_resumes_to_the_same_vector(
     del plan["l2"], plan["retries"], plan["regression"]
     whole = train_vector(lm, "toy_choice", tmp_path / "whole", **plan)
     saves = 0
-    original = train_module.save_state
+    original = events_module.save_state
 
     def save(*arguments: Any) -> None:
         nonlocal saves
@@ -429,7 +429,7 @@ def test_killed_search_resumes_to_the_same_vector(
         if saves in (1, 4, 7):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "save_state", save)
+    monkeypatch.setattr(events_module, "save_state", save)
     interruptions = 0
     while True:
         try:
