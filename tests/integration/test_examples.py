@@ -69,7 +69,9 @@ def test_evaluation_requests_equal_the_harness_byte_for_byte(
         assert list(example.requests) == by_doc[0]
 
 
-@pytest.mark.parametrize("name", ["arc_challenge", "hellaswag", "gsm8k"])
+@pytest.mark.parametrize(
+    "name", ["arc_challenge", pytest.param("hellaswag", marks=pytest.mark.slow), "gsm8k"]
+)
 def test_real_splits_are_apart(name: str, test_data: Path, lm: AFTLM) -> None:
     maker = Extractor(load_task(name), lm, PromptSettings(num_fewshot=2))
     splits = split_task(maker, train_docs=30, selection_docs=40)

@@ -229,7 +229,7 @@ REQUESTS = [
 
 @pytest.mark.parametrize("name", ["static", "mlp", "all-layers"])
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("family", ["llama", "falcon"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("falcon", marks=pytest.mark.slow)])
 def test_log_likelihoods_equal_a_naive_hooked_model(
     family: str, positions: str, name: str, checkpoint: Callable[..., str]
 ) -> None:

@@ -261,6 +261,7 @@ def test_interrupted_anywhere_it_resumes_to_the_same_vector(
         train_vector(lm, "toy_words", tmp_path / "broken", resume=True, **settings)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_resumes(
     checkpoint: Callable[..., str], lm: AFTLM, settings: dict[str, Any], tmp_path: Path
 ) -> None:
