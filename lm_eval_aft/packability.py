@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_aft.packing import Document, continuation_logits, make_batch, option_logprobs
+from lm_eval_aft.documents import Document, lay_out, units
+from lm_eval_aft.packing import continuation_logits, make_batch, option_logprobs
 
 # Families whose attention a 4-D mask cannot express, whatever a check on short rows would say.
 UNPACKABLE = {
@@ -21,7 +22,7 @@ UNPACKABLE = {
 
 
 def refused(model: nn.Module, longest: int) -> str:
-    """Why this model's config rules packed rows of ``longest`` tokens out; ``""`` when it does not."""
+    """Why this model's config rules packing prompts of ``longest`` tokens out; ``""`` when it does not."""
     config: Any = model.config
     text = config.get_text_config()
     family = str(getattr(text, "model_type", ""))
@@ -29,7 +30,7 @@ def refused(model: nn.Module, longest: int) -> str:
         return f"{family}: {UNPACKABLE[family]}"
     window = getattr(text, "sliding_window", None)
     if window and getattr(text, "use_sliding_window", True) and longest > window:
-        return f"rows are longer than the sliding window of {window} tokens"
+        return f"prompts are longer than the sliding window of {window} tokens"
     rope = getattr(text, "rope_parameters", None) or {}
     if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
         return f"{rope['rope_type']} rotary positions depend on the row's length"
@@ -54,14 +55,18 @@ def may_pack(model: nn.Module, documents: Sequence[Document]) -> str:
     """Why ``documents`` cannot be packed for this model; ``""`` when they can.
 
     Checks the config, then compares packed with unpacked log-likelihoods on the two longest
-    documents.
+    documents, or two of the group with the longest row.
     """
-    probe = sorted(documents, key=lambda document: -document.tokens(True))[:2]
-    reason = refused(model, probe[0].tokens(True))
+    together = [[documents[i] for i in unit] for unit in units(documents)]
+    widths = [max(row.width for row in lay_out(unit, True)) for unit in together]
+    # Positions start again after every shared part: no token is further from another than in plain rows.
+    reason = refused(model, max(document.tokens(False) for document in documents))
     if reason:
         return reason
-    if all(document.rows(True) == document.rows(False) for document in documents):
+    if all(len(lay_out(unit, True)) == len(lay_out(unit, False)) for unit in together):
         return "every document has one continuation per context"
+    order = sorted(range(len(together)), key=lambda i: -widths[i])
+    probe = [document for i in order[:2] for document in together[i][:2]][:2]
     config: Any = model.config
     family = config.get_text_config().model_type
     parameter = next(model.parameters())

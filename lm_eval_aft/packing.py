@@ -2,6 +2,7 @@
 
 A *packed* row holds a context once, followed by every continuation; a tree mask lets each
 continuation see the context and itself only, and its position ids start again after the context.
+Documents whose contexts begin alike may share a row too: the common prefix once, then each one's branch.
 An *unpacked* row is one context with one continuation, padded on the right, as lm-eval's `hf` does.
 """
 
@@ -16,46 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_aft.attention import causal_prefix
+from lm_eval_aft.attention import Parts, in_parts
 from lm_eval_aft.backbone import Backbone
-from lm_eval_aft.positions import PADDING, roles, row_roles
+from lm_eval_aft.documents import Document, Row, Tokens, lay_out, token_budget_batches
+from lm_eval_aft.positions import CONTEXT, GENERATED, LAST, PADDING, roles
 from lm_eval_aft.steering import hidden_states, with_hidden_states
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Document:
-    """Token ids of one document: ``pairs`` of (context, continuation), one per option.
-
-    Neither part is empty. ``gold`` holds the indices of the right options and ``lengths`` each
-    option's length in characters (the unit lm-eval normalises by). ``task`` numbers the tasks of a mixture.
-    """
-
-    pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    gold: tuple[int, ...] = (0,)
-    lengths: tuple[float, ...] = (1.0,)
-    task: int = 0
-
-    def groups(self) -> dict[tuple[int, ...], list[int]]:
-        """Option indices by context: usually one context shared by all options."""
-        found: dict[tuple[int, ...], list[int]] = {}
-        for index, (context, _) in enumerate(self.pairs):
-            found.setdefault(context, []).append(index)
-        return found
-
-    def tokens(self, packed: bool) -> int:
-        """Length of the longest row this document needs, in tokens."""
-        if not packed:
-            return max(len(context) + len(continuation) - 1 for context, continuation in self.pairs)
-        return max(
-            len(context) + sum(len(self.pairs[i][1]) - 1 for i in options)
-            for context, options in self.groups().items()
-        )
-
-    def rows(self, packed: bool) -> int:
-        """How many rows this document needs."""
-        return len(self.groups()) if packed else len(self.pairs)
+__all__ = [
+    "Batch",
+    "Document",
+    "capture",
+    "continuation_logits",
+    "logits_at",
+    "make_batch",
+    "option_logprobs",
+    "resumed",
+    "token_budget_batches",
+    "token_logprobs",
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +52,7 @@ class Batch:
         option: (N,) the option each belongs to, numbered through the batch.
         document: (options,) the document each option belongs to.
         documents: the documents themselves, in order.
-        causal: tokens at the start of every row that its mask treats causally; 0 without a mask.
+        parts: how each packed row is divided, for attention; empty where rows are not packed.
         roles: (rows, tokens) what each token is; see `lm_eval_aft.positions`.
     """
 
@@ -83,7 +63,7 @@ class Batch:
     option: Tensor
     document: Tensor
     documents: tuple[Document, ...]
-    causal: int
+    parts: tuple[Parts, ...]
     roles: Tensor
 
 
@@ -91,71 +71,99 @@ def make_batch(
     documents: Sequence[Document], packed: bool, device: torch.device, dtype: torch.dtype
 ) -> Batch:
     """Lay documents out in rows, padded on the right. ``dtype`` is the mask's, the model's own."""
-    starts = [0]
-    for document in documents:
-        starts.append(starts[-1] + len(document.pairs))
-    rows: list[tuple[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]] = []
-    for start, document in zip(starts, documents, strict=False):
-        if packed:
-            for context, options in document.groups().items():
-                rows.append((context, [(start + i, document.pairs[i][1]) for i in options]))
-        else:
-            rows += [(context, [(start + i, tail)]) for i, (context, tail) in enumerate(document.pairs)]
-    width = max(len(context) + sum(len(tail) - 1 for _, tail in tails) for context, tails in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    kinds = torch.full((len(rows), width), PADDING)
-    # Padding sees itself, so that no row of the softmax is empty.
-    visible = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1) if packed else None
-    scored: list[int] = []
-    targets: list[int] = []
-    source: list[int] = []
-    option: list[int] = []
-    for r, (context, tails) in enumerate(rows):
-        n = len(context)
-        ids[r, :n] = torch.tensor(context)
-        positions[r, :n] = torch.arange(n)
-        if visible is not None:
-            visible[r, :n, :n] = torch.ones(n, n, dtype=torch.bool).tril()
-        at = n
-        first = len(scored)
-        # The context's last token predicts the first token of every continuation.
-        scored.append(r * width + n - 1)
-        for index, tail in tails:
-            k = len(tail) - 1
-            ids[r, at : at + k] = torch.tensor(tail[:-1], dtype=torch.long)
-            positions[r, at : at + k] = torch.arange(n, n + k)
-            if visible is not None:
-                visible[r, at : at + k, :n] = True
-                visible[r, at : at + k, at : at + k] = torch.ones(k, k, dtype=torch.bool).tril()
-            source += [first, *range(len(scored), len(scored) + k)]
-            scored += range(r * width + at, r * width + at + k)
-            targets += tail
-            option += [index] * (k + 1)
-            at += k
-        kinds[r, :at] = torch.tensor(row_roles(n, at - n))
-    inputs = {"input_ids": ids.to(device)}
-    if visible is not None:
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        inputs |= {"attention_mask": mask.unsqueeze(1).to(device), "position_ids": positions.to(device)}
+    rows = lay_out(documents, packed)
+    table = _Table(len(rows), max(row.width for row in rows), packed)
+    for row in rows:
+        table.add(row)
     owners = [d for d, document in enumerate(documents) for _ in document.pairs]
-    place = {"dtype": torch.long, "device": device}
+
+    def indices(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
     return Batch(
-        inputs,
-        torch.tensor(scored, **place),  # type: ignore[arg-type]
-        torch.tensor(targets, **place),  # type: ignore[arg-type]
-        torch.tensor(source, **place),  # type: ignore[arg-type]
-        torch.tensor(option, **place),  # type: ignore[arg-type]
-        torch.tensor(owners, **place),  # type: ignore[arg-type]
+        table.inputs(device, dtype),
+        indices(table.scored),
+        indices(table.targets),
+        indices(table.source),
+        indices(table.option),
+        indices(owners),
         tuple(documents),
-        min(len(context) for context, _ in rows) if packed else 0,
-        kinds.to(device),
+        tuple(table.parts) if packed else (),
+        table.kinds.to(device),
     )
+
+
+class _Table:
+    """Rows being laid out: token by token what it is, where it stands and what it sees."""
+
+    def __init__(self, rows: int, width: int, packed: bool) -> None:
+        self.width = width
+        self.ids = torch.zeros(rows, width, dtype=torch.long)
+        self.positions = torch.zeros(rows, width, dtype=torch.long)
+        self.kinds = torch.full((rows, width), PADDING)
+        # Padding sees itself, so that no row of the softmax is empty.
+        self.visible = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1) if packed else None
+        self.parts: list[Parts] = []
+        self.scored: list[int] = []
+        self.targets: list[int] = []
+        self.source: list[int] = []
+        self.option: list[int] = []
+
+    def add(self, row: Row) -> None:
+        """The next row."""
+        at = self._put(0, row.prefix, 0, ())
+        whole = ((0, at),)
+        self.kinds[len(self.parts), :at] = CONTEXT
+        branches = []
+        for branch in row.branches:
+            start = at
+            at = self._put(at, branch.rest, len(row.prefix), whole)
+            seen = (*whole, (start, at)) if at > start else whole
+            self.kinds[len(self.parts), start:at] = CONTEXT
+            last = at - 1
+            self.kinds[len(self.parts), last] = LAST
+            # A context's last token predicts the first token of every continuation.
+            first = self._score(last)
+            for option, tail in branch.tails:
+                begin = at
+                at = self._put(at, tail[:-1], len(row.prefix) + len(branch.rest), seen)
+                self.kinds[len(self.parts), begin:at] = GENERATED
+                self.source += [first, *(self._score(place) for place in range(begin, at))]
+                self.targets += tail
+                self.option += [option] * len(tail)
+            branches.append((start, at))
+        self.parts.append(Parts(len(row.prefix), tuple(branches)))
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Keyword arguments of the model."""
+        inputs = {"input_ids": self.ids.to(device)}
+        if self.visible is not None:
+            mask = torch.zeros(self.visible.shape, dtype=dtype)
+            mask.masked_fill_(~self.visible, torch.finfo(dtype).min)
+            places = self.positions.to(device)
+            inputs |= {"attention_mask": mask.unsqueeze(1).to(device), "position_ids": places}
+        return inputs
+
+    def _put(self, at: int, tokens: Tokens, position: int, seen: Sequence[tuple[int, int]]) -> int:
+        """Write tokens that see each other causally, and all of ``seen``; where the next ones go."""
+        r, end = len(self.parts), at + len(tokens)
+        self.ids[r, at:end] = torch.tensor(tokens, dtype=torch.long)
+        self.positions[r, at:end] = torch.arange(position, position + len(tokens))
+        if self.visible is not None:
+            for start, stop in seen:
+                self.visible[r, at:end, start:stop] = True
+            causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+            self.visible[r, at:end, at:end] = causal
+        return end
+
+    def _score(self, place: int) -> int:
+        self.scored.append(len(self.parts) * self.width + place)
+        return len(self.scored) - 1
 
 
 def continuation_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (S, vocabulary) at the batch's scored positions; the head sees no other position."""
-    with causal_prefix(batch.causal, batch.inputs["input_ids"].shape[1]), roles(batch.roles):
+    with in_parts(batch.parts, batch.inputs["input_ids"].shape[1]), roles(batch.roles):
         return logits_at(model, {**batch.inputs, "use_cache": False}, batch.scored)
 
 
@@ -226,27 +234,6 @@ class _TokenLogprobs(torch.autograd.Function):
         table.exp_().mul_(-rows.unsqueeze(1))
         table.index_put_((source, targets), gradient, accumulate=True)
         return table.to(ctx.dtype), None, None
-
-
-def token_budget_batches(
-    documents: Sequence[Document], packed: bool, budget: int
-) -> Iterator[tuple[int, ...]]:
-    """Group document indices, in the order given, so that rows x width stays within ``budget``.
-
-    A document that alone exceeds the budget gets a batch of its own.
-    """
-    group: list[int] = []
-    rows = width = 0
-    for index, document in enumerate(documents):
-        more_rows = rows + document.rows(packed)
-        wider = max(width, document.tokens(packed))
-        if group and more_rows * wider > budget:
-            yield tuple(group)
-            group, more_rows, wider = [], document.rows(packed), document.tokens(packed)
-        group.append(index)
-        rows, width = more_rows, wider
-    if group:
-        yield tuple(group)
 
 
 @contextmanager

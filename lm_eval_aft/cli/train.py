@@ -98,6 +98,11 @@ from lm_eval_aft.errors import AFTError
 @click.option("--patience", type=int, help="Epochs without gain before a stop; 0: never.")
 @click.option("--clip", type=float, help="Largest gradient norm; 0: no limit.")
 @click.option("--batch-size", type=int, help="Documents per optimiser step.")
+@click.option(
+    "--share-fewshot",
+    type=int,
+    help="Documents whose prompts show the same few-shot examples: faster; 1: each its own.",
+)
 @click.option("--rungs", help="Search rounds TRAIN:SELECTION:EPOCHS:KEEP,...; none: train everything fully.")
 @click.option("--finalists", type=int, help="How many settings of the search are trained fully.")
 @click.option("--regression/--no-regression", default=None, help="Stop a finalist worse than the baseline.")

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lm_eval_aft.packing import Document
-from lm_eval_aft.training.fit import Candidate, Engine
+from lm_eval_aft.documents import Document, units
+from lm_eval_aft.training.fit import Candidate, Engine, in_steps
 from lm_eval_aft.training.protocols import Stage
 
 SAMPLE = 4  # documents timed
@@ -124,24 +124,25 @@ def estimate(
     def nothing(_done: int) -> None:
         pass
 
-    longest = sorted(train, key=_tokens)[-batch_size:]
-    judged = sorted(selection, key=_tokens)
-    together = max(1, getattr(engine, "budget", 0) // _tokens(judged[-1]))
+    longest = next(iter(in_steps(_longest_first(train), batch_size)))
+    judged = _longest_first(selection)
+    together = max(1, getattr(engine, "budget", 0) // _tokens(judged[0]), len(_first_unit(judged)))
     with peak_memory(_device(group)) as peak:
         engine.train(group, [longest], nothing)
-        engine.evaluate(group, judged[-together:], nothing)
+        engine.evaluate(group, judged[:together], nothing)
         peak_bytes = peak()  # read here: what follows is heavier than the run
-    sample, judged = _spread(train), _spread(selection)
+    steps, judged = _spread(train), [document for unit in _spread(selection) for document in unit]
 
     def train_sample() -> None:
-        engine.train(group, [[document] for document in sample], nothing)
+        engine.train(group, steps, nothing)
 
     def evaluate_sample() -> None:
         engine.evaluate(group, judged, nothing)
 
     trained, evaluated = _seconds(train_sample), _seconds(evaluate_sample)
     train_flops, evaluate_flops = _flops(train_sample), _flops(evaluate_sample)
-    of_train, of_selection = 1 / (len(sample) * len(group)), 1 / (len(judged) * len(group))
+    of_train = 1 / (sum(map(len, steps)) * len(group))
+    of_selection = 1 / (len(judged) * len(group))
 
     def total(per_train: float, per_selection: float) -> float:
         return sum(
@@ -174,8 +175,26 @@ def _tokens(document: Document) -> int:
     return document.tokens(True)
 
 
-def _spread(documents: Sequence[Document]) -> list[Document]:
-    """A few documents, evenly spread over the range of lengths."""
-    ordered = sorted(documents, key=_tokens)
-    n = min(SAMPLE, len(ordered))
-    return [ordered[round((i + 0.5) / n * len(ordered) - 0.5)] for i in range(n)]
+def _spread(documents: Sequence[Document]) -> list[list[Document]]:
+    """A few documents, with their groups, evenly spread over the range of lengths."""
+    together = _by_unit(documents)
+    together.sort(key=_longest)
+    n = min(max(2, SAMPLE // len(together[0])), len(together))
+    return [together[round((i + 0.5) / n * len(together) - 0.5)] for i in range(n)]
+
+
+def _longest_first(documents: Sequence[Document]) -> list[Document]:
+    together = sorted(_by_unit(documents), key=_longest, reverse=True)
+    return [document for unit in together for document in unit]
+
+
+def _first_unit(documents: Sequence[Document]) -> list[int]:
+    return units(documents)[0]
+
+
+def _by_unit(documents: Sequence[Document]) -> list[list[Document]]:
+    return [[documents[i] for i in unit] for unit in units(documents)]
+
+
+def _longest(unit: Sequence[Document]) -> int:
+    return max(map(_tokens, unit))

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_aft.documents import Document
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.harness import TRAINABLE, set_num_fewshot
-from lm_eval_aft.packing import Document
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -41,6 +41,7 @@ class Example:
         gold: indices of the right requests.
         lengths: option lengths in characters, as acc_norm counts them.
         task: which task it is of, where several are trained on.
+        group: what examples that show the same few-shot examples have in common.
         doc: the document itself.
     """
 
@@ -49,6 +50,7 @@ class Example:
     gold: tuple[int, ...]
     lengths: tuple[float, ...]
     task: int = 0
+    group: int | None = None
     doc: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -170,5 +172,5 @@ def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:
             tail = tail[:limit]
             # Room for one token more than the window: the last one is only predicted.
             pairs.append((tuple(head[-(limit + 1 - len(tail)) :]), tuple(tail)))
-        documents.append(Document(tuple(pairs), example.gold, example.lengths, example.task))
+        documents.append(Document(tuple(pairs), example.gold, example.lengths, example.task, example.group))
     return documents

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lm_eval_aft.documents import Document, units
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.intervention import Intervention
-from lm_eval_aft.packing import Document
 from lm_eval_aft.training.objectives import Score
 
 
@@ -233,6 +233,12 @@ class Engine(Protocol):
 
 
 def in_steps(documents: Sequence[Document], batch_size: int) -> Iterator[Sequence[Document]]:
-    """Cut documents into optimiser steps, in order."""
-    for start in range(0, len(documents), batch_size):
-        yield documents[start : start + batch_size]
+    """Cut documents into optimiser steps of so many, in order; those of a group share a step."""
+    step: list[Document] = []
+    for unit in units(documents):
+        step += (documents[i] for i in unit)
+        if len(step) >= batch_size:
+            yield step
+            step = []
+    if step:
+        yield step

@@ -67,6 +67,7 @@ def split_tasks(
     selection_docs: int | None = None,
     train_split: str | None = None,
     most: tuple[int, int] = (500, 500),
+    share: int = 1,
 ) -> MixedSplits:
     """Carve every task's training split as `split_task` does, and keep the tasks apart from each other.
 
@@ -94,7 +95,7 @@ def split_tasks(
     parts = []
     for i, each in enumerate(carved):
         _drop_from_pool(each, kin.among(_others(chosen, i)))
-        parts.append(prompted(each, kin.among(_others(evaluation, i) | _others(chosen, i))))
+        parts.append(prompted(each, kin.among(_others(evaluation, i) | _others(chosen, i)), share))
     for name, part, wanted in zip(names, parts, zip(train, selection, strict=True), strict=True):
         _warn_if_short(name, part, wanted)
     return MixedSplits(parts, _tagged([part.selection for part in parts]))

@@ -135,7 +135,7 @@ def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
     check_control(plan.control, name)
     objectives = [_objective(plan, name, extractor) for extractor in extractors]
     most = (plan.protocol.train_docs, plan.protocol.selection_docs)
-    wanted = (plan.train_docs, plan.selection_docs, plan.train_split, most)
+    wanted = (plan.train_docs, plan.selection_docs, plan.train_split, most, plan.protocol.share_fewshot)
     splits: Splits | MixedSplits
     if len(extractors) == 1:
         objective, splits = objectives[0], split_task(extractors[0], *wanted)

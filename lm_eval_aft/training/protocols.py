@@ -61,6 +61,8 @@ class Protocol:
         l2: values of lambda in the penalty lambda * ||v||^2.
         clip: gradient norm above which gradients are scaled down; ``None``: never.
         batch_size: documents per optimiser step.
+        share_fewshot: documents whose prompts show the same few-shot examples, where they show any. Such
+            documents share a row, whose common part is computed once, and an optimiser step.
         rungs: the rounds of the search; none: no search.
         finalists: how many (layer, lr, l2) reach the final stage; not used without rungs.
         regression: stop a finalist whose selection score falls behind the baseline's.
@@ -80,6 +82,7 @@ class Protocol:
     l2: tuple[float, ...] = (0.0,)
     clip: float | None = 1.0
     batch_size: int = 1
+    share_fewshot: int = 1
     rungs: tuple[Rung, ...] = ()
     finalists: int = 1
     regression: bool = False
@@ -87,7 +90,8 @@ class Protocol:
 
     def __post_init__(self) -> None:
         fine = {name: getattr(self, name) >= 1 for name in ("epochs", "min_epochs", "seeds", "batch_size")}
-        fine |= {name: getattr(self, name) >= 1 for name in ("train_docs", "selection_docs", "finalists")}
+        counts = ("train_docs", "selection_docs", "finalists", "share_fewshot")
+        fine |= {name: getattr(self, name) >= 1 for name in counts}
         fine["lr"] = bool(self.lr) and all(0 < lr < math.inf for lr in self.lr)
         fine["l2"] = bool(self.l2) and all(0 <= l2 < math.inf for l2 in self.l2)
         fine["clip"] = self.clip is None or self.clip > 0
@@ -192,6 +196,7 @@ PROTOCOLS = {
         Protocol(
             "adaptive",
             min_epochs=3,
+            share_fewshot=8,
             lr=_LEARNING_RATES,
             l2=(0.0, 1e-4, 1e-3, 1e-2),
             rungs=(Rung(1 / 8, 1 / 4, 1, 1 / 3), Rung(1 / 4, 1 / 2, 1, 1 / 3), Rung(1, 1, 1, 1 / 2)),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft.errors import AFTError
@@ -31,6 +31,7 @@ class Splits:
         selection_digest: SHA-256 over the selection documents' keys.
         selection_documents: first 16 digits of lm-eval's ``doc_hash`` of each of them, by which a
             report knows them again.
+        share: documents that show the same few-shot examples, where prompts have any.
     """
 
     extractor: Extractor
@@ -40,6 +41,7 @@ class Splits:
     counts: dict[str, int]
     selection_digest: str
     selection_documents: tuple[str, ...] = ()
+    share: int = 1
     _fewshot: list[tuple[dict[str, Any], str]] = field(repr=False, default_factory=list)
     _built: dict[int, Example | None] = field(repr=False, default_factory=dict)
 
@@ -50,18 +52,18 @@ class Splits:
 
     def train(self, seed: int) -> list[Example]:
         """The training examples that ``seed`` draws, in the order it draws them."""
-        order = list(range(len(self.pool)))
-        random.Random(seed).shuffle(order)
+        sharing = in_groups(self.pool, self.share)
+        random.Random(seed).shuffle(sharing)
         drawn: list[Example] = []
-        for index in order:
-            doc_id, doc, key = self.pool[index]
-            if doc_id not in self._built:
-                self._built[doc_id] = _build(self.extractor, doc, doc_id, key, self._fewshot)
-            example = self._built[doc_id]
-            if example is not None:
-                drawn.append(example)
-            if len(drawn) == self.train_docs:
-                break
+        for group in sharing:
+            for keyed in group:
+                if keyed[0] not in self._built:
+                    self._built[keyed[0]] = _build(self.extractor, keyed, group, self._fewshot)
+                example = self._built[keyed[0]]
+                if example is not None:
+                    drawn.append(example)
+                if len(drawn) == self.train_docs:
+                    return drawn
         return drawn
 
 
@@ -106,13 +108,14 @@ def split_task(
     selection_docs: int | None = None,
     train_split: str | None = None,
     most: tuple[int, int] = (500, 500),
+    share: int = 1,
 ) -> Splits:
     """Carve a train pool and a selection split out of a task's training split.
 
     Documents whose key occurs in the evaluation split, and repeats, are dropped and counted. No
     few-shot context contains the document itself, a duplicate of it, a selection document or an
     evaluation document. Sizes not given are at most ``most`` (train, selection), and of a smaller
-    split at most half for selection.
+    split at most half for selection. ``share`` documents at a time show the same few-shot examples.
 
     Raises:
         AFTError: no training split, the evaluation split was asked for, or too few documents.
@@ -121,7 +124,7 @@ def split_task(
     def sizes(available: int, split: str) -> tuple[int, int]:
         return _sizes(train_docs, selection_docs, available, most, split)
 
-    return prompted(carve(extractor, sizes, train_split))
+    return prompted(carve(extractor, sizes, train_split), share=share)
 
 
 def carve(
@@ -157,18 +160,23 @@ def carve(
     return Carved(extractor, name, chosen, pool, train_docs, counts, evaluation)
 
 
-def prompted(carved: Carved, barred: Callable[[dict[str, Any]], bool] = lambda _: False) -> Splits:
+def prompted(
+    carved: Carved, barred: Callable[[dict[str, Any]], bool] = lambda _: False, share: int = 1
+) -> Splits:
     """Build a carved task's selection examples; no few-shot context holds a ``barred`` document."""
     extractor, counts, chosen, pool = carved.extractor, carved.counts, carved.chosen, carved.pool
     forbidden = carved.evaluation | {key for _, _, key in chosen}
     fewshot = _fewshot_pool(extractor, forbidden, pool, barred) if extractor.num_fewshot else []
+    # Where there are hardly more documents than examples, fewer can do without each other.
+    share = max(1, min(share, len(fewshot) - extractor.num_fewshot))
     selection = []
-    for doc_id, doc, key in chosen:
-        example = _build(extractor, doc, doc_id, key, fewshot)
-        if example is None:
-            counts["unusable"] += 1
-        else:
-            selection.append(example)
+    for group in in_groups(chosen, share):
+        for keyed in group:
+            example = _build(extractor, keyed, group, fewshot)
+            if example is None:
+                counts["unusable"] += 1
+            else:
+                selection.append(example)
     if not selection:
         raise AFTError(
             f"No document of split {carved.split!r} has a usable gold answer.", "Check the task's YAML."
@@ -176,7 +184,14 @@ def prompted(carved: Carved, barred: Callable[[dict[str, Any]], bool] = lambda _
     counts |= {"pool": len(pool), "selection": len(selection)}
     digest = hashlib.sha256("".join(key for _, _, key in chosen).encode()).hexdigest()
     documents_chosen = tuple(_doc_hash(doc)[:16] for _, doc, _ in chosen)
-    return Splits(extractor, selection, pool, carved.train_docs, counts, digest, documents_chosen, fewshot)
+    found = Splits(extractor, selection, pool, carved.train_docs, counts, digest, documents_chosen, share)
+    found._fewshot = fewshot
+    return found
+
+
+def in_groups(documents: Sequence[Keyed], share: int) -> list[Sequence[Keyed]]:
+    """Documents, in order, ``share`` at a time; fewer are left for the last group."""
+    return [documents[start : start + share] for start in range(0, len(documents), share)]
 
 
 def _doc_hash(doc: dict[str, Any]) -> str:
@@ -225,7 +240,10 @@ def _sizes(
 
 
 def _fewshot_pool(
-    extractor: Extractor, forbidden: set[str], pool: list[Keyed], barred: Callable[[dict[str, Any]], bool]
+    extractor: Extractor,
+    forbidden: set[str],
+    pool: list[Keyed],
+    barred: Callable[[dict[str, Any]], bool],
 ) -> list[tuple[dict[str, Any], str]]:
     """Documents few-shot examples may come from, with their keys, in the sampler's order."""
     sampler = extractor.task.sampler
@@ -242,21 +260,22 @@ def _fewshot_pool(
 
 
 def _build(
-    extractor: Extractor,
-    doc: dict[str, Any],
-    doc_id: int,
-    key: str,
-    fewshot: list[tuple[dict[str, Any], str]],
+    extractor: Extractor, keyed: Keyed, group: Sequence[Keyed], fewshot: list[tuple[dict[str, Any], str]]
 ) -> Example | None:
+    """A document's example; all of its ``group`` show the same few-shot examples, none of them its own."""
+    doc_id, doc, _ = keyed
     if not extractor.num_fewshot:
         return extractor.example(doc, doc_id)
     task = extractor.task
-    # A sampler of the task's own class, seeded by the document, so that neither the order
-    # of documents nor the seed of a run changes a prompt.
-    draw = int.from_bytes(hashlib.sha256(f"{SELECTION_SEED}|{key}".encode()).digest()[:8], "big")
+    own = {key for _, _, key in group}
+    # A sampler of the task's own class, seeded by the group's first document, so that neither the
+    # order of documents nor the seed of a run changes a prompt.
+    seed = hashlib.sha256(f"{SELECTION_SEED}|{group[0][2]}".encode()).digest()
     original = task.sampler
-    task.sampler = type(original)([other for other, its_key in fewshot if its_key != key], rnd=draw)
+    others = [other for other, its_key in fewshot if its_key not in own]
+    task.sampler = type(original)(others, rnd=int.from_bytes(seed[:8], "big"))
     try:
-        return extractor.example(doc, doc_id)
+        example = extractor.example(doc, doc_id)
     finally:
         task.sampler = original
+    return example and replace(example, group=group[0][0] if len(group) > 1 else None)

@@ -14,18 +14,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.documents import Document, token_budget_batches, units
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packability import may_pack
 from lm_eval_aft.packing import (
     Batch,
-    Document,
     capture,
     continuation_logits,
     make_batch,
     option_logprobs,
     resumed,
-    token_budget_batches,
 )
 from lm_eval_aft.steering import add_all, hidden_states
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe, Tick
@@ -256,4 +255,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _by_length(documents: Sequence[Document], packed: bool) -> list[Document]:
-    return sorted(documents, key=lambda document: -document.tokens(packed))
+    """Longest first; documents of a group stay together."""
+    together = [[documents[i] for i in unit] for unit in units(documents)]
+    together.sort(key=lambda unit: -max(document.tokens(packed) for document in unit))
+    return [document for unit in together for document in unit]

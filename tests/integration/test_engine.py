@@ -401,8 +401,69 @@ def test_long_contexts_split_attention_and_stay_exact(family: str, monkeypatch: 
         fast, slow = (gradient(e, model, layer, docs) for e in (engine, reference))
         assert float((fast - slow).norm() / slow.norm()) <= 1e-5
     batch = make_batch(docs, True, torch.device("cpu"), torch.float32)
-    assert batch.causal == min(len(context) for d in docs for context, _ in d.pairs)
+    assert [part.prefix for part in batch.parts] == [len(d.pairs[0][0]) for d in docs]
     assert calls
+
+
+def sharing(n: int = 7, seed: int = 3, tails: Sequence[int] = (3, 1, 4)) -> list[Document]:
+    """Documents in groups of three (the last one alone) whose contexts begin alike, and one of no group."""
+    draw = np.random.default_rng(seed)
+
+    def ids(k: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in draw.integers(5, 60, k))
+
+    made, prefix = [], ()
+    for i in range(n):
+        prefix = prefix if i % 3 else ids(40)
+        context = prefix + ids(int(draw.integers(1, 9)))
+        pairs = tuple((context, ids(k)) for k in tails)
+        made.append(Document(pairs, (i % len(tails),), tuple(5.0 + k for k in tails), group=i // 3))
+    return [*made, *documents(1)] if len(tails) > 1 else made
+
+
+@pytest.mark.parametrize("tails", [(3, 1, 4), (6,)], ids=["options", "one continuation"])
+@pytest.mark.parametrize("worthwhile", [2, 128], ids=["by branch", "under one mask"])
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen2", "gpt2"])
+def test_documents_that_share_a_row_keep_their_numbers(
+    family: str, worthwhile: int, tails: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "WORTHWHILE", worthwhile)
+    model, docs = tiny_model(family), sharing(tails=tails)
+    backbone, objective = find_backbone(model), Choice("acc_norm") if len(tails) > 1 else LM()
+    engine, name = make_engine(model, backbone, objective, docs)
+    assert name == "packed"
+    assert isinstance(engine, Trajectory)
+    assert max(batch.inputs["input_ids"].shape[1] for batch in engine.batches(docs)) > 40 + 3 * 3
+    reference = Reference(model, backbone, objective)
+    for layer in (0, 2):
+        fast, slow = (gradient(e, model, layer, docs) for e in (engine, reference))
+        assert float((fast - slow).norm() / slow.norm()) <= 1e-5
+    probes = [candidate(model, layer) for layer in range(4)]
+    fast_scores, slow_scores = (e.evaluate(probes, docs, nothing) for e in (engine, reference))
+    for ours, theirs in zip(fast_scores, slow_scores, strict=True):
+        assert ours.cross_entropy == pytest.approx(theirs.cross_entropy, rel=1e-5)
+        assert ours.accuracy == theirs.accuracy
+
+
+def test_steps_and_batches_keep_groups_together_and_lose_nobody() -> None:
+    docs = sharing(10)
+    shuffled = [docs[i] for i in np.random.default_rng(0).permutation(len(docs))]
+    steps = list(in_steps(shuffled, 1))
+    assert sorted(len(step) for step in steps) == [1, 1, 3, 3, 3]
+    assert sorted(map(hash, shuffled)) == sorted(hash(d) for step in steps for d in step)
+    for budget in (1, 30, 4096):
+        batches = list(token_budget_batches(shuffled, True, budget))
+        assert sorted(i for batch in batches for i in batch) == list(range(len(docs)))
+    assert len(batches) == 1
+    # A row that would outgrow what a budget allows is cut, down to single documents.
+    assert max(len(batch) for batch in token_budget_batches(shuffled, True, 1)) == 1
+
+
+def test_contexts_that_are_not_alike_share_nothing() -> None:
+    """Same group, but the prompts were cut on the left in different places."""
+    docs = [Document(((d.pairs[0][0][i:], d.pairs[0][1]),), group=0) for i, d in enumerate(sharing(3)[:3])]
+    batch = make_batch(docs, True, *CPU)
+    assert batch.inputs["input_ids"].shape[0] == 3
 
 
 def test_options_that_are_ruled_out_leave_no_subnormal_gradients() -> None:
