@@ -1,16 +1,13 @@
-"""Attention as the fast passes compute it: without work a mask would throw away, and in a quick precision.
+"""Attention over packed rows without the work a mask would only throw away.
 
 Kernels given a mask compute every pair of tokens. A packed row's prefix attends causally and to nothing
 later, so its part runs as causal attention, which skips half the pairs; and the branches that follow do not
 see each other, so each runs by itself against the prefix and its own tokens.
-
-On CPUs the backward kernel for 16 bits takes two to three times as long as the one for float32 (torch 2.13),
-and the forward kernels as long as each other: where gradients are wanted, attention runs in float32 there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,98 +34,98 @@ class Parts:
 
 
 @contextmanager
-def fast_attention(rows: Sequence[Parts], width: int, like: Tensor) -> Iterator[None]:
-    """Compute attention as the module says during the passes made inside the block.
+def in_parts(rows: Sequence[Parts], width: int) -> Iterator[None]:
+    """Compute masked attention part by part during the passes made inside the block.
 
     Args:
         rows: how each row is divided; empty where there is no mask.
-        width: tokens in a row; masked attention over other lengths is not divided.
-        like: any of the model's parameters.
+        width: tokens in a row; attention over other lengths is left alone.
     """
-    divided = bool(rows) and min(row.prefix for row in rows) >= WORTHWHILE
-    widened = like.device.type == "cpu" and like.dtype in _SHORT and torch.is_grad_enabled()
-    if not divided and not widened:
+    if not rows or min(row.prefix for row in rows) < WORTHWHILE:
         yield
         return
-    with _Attention(rows if divided else (), width, widened):
+    with _InParts(rows, width):
         yield
 
 
-_SHORT = (torch.bfloat16, torch.float16)
 _ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-class _Attention(TorchFunctionMode):
-    def __init__(self, rows: Sequence[Parts], width: int, widened: bool) -> None:
+class _InParts(TorchFunctionMode):
+    def __init__(self, rows: Sequence[Parts], width: int) -> None:
         super().__init__()
-        self._rows, self._width, self._widened = rows, width, widened
+        self._rows, self._width = rows, width
+        self._masks: Masks = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **options)
         named = {**dict(zip(_ORDER, args, strict=False)), **options}
-        dtype = named["query"].dtype
-        if self._widened and dtype in _SHORT:
-            named = {key: _wide(value) for key, value in named.items()}
-        return _attention(named, self._rows, self._width).to(dtype)
+        return _attention(named, self._rows, self._width, self._masks)
 
 
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+# Pieces of masks, which all blocks share, by the mask they are of and their place in it.
+Masks = dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor]
 
 
-def _attention(named: dict[str, Any], rows: Sequence[Parts], width: int) -> Tensor:
+def _attention(named: dict[str, Any], rows: Sequence[Parts], width: int, masks: Masks) -> Tensor:
     query, key, mask = named["query"], named["key"], named.get("attn_mask")
     square = (width, width)
     fits = mask is not None and mask.shape[-2:] == square == (query.shape[-2], key.shape[-2])
-    if mask is None or not rows or not fits or named.get("is_causal"):
+    if mask is None or not fits or named.get("is_causal"):
         return F.scaled_dot_product_attention(**named)
-    value = named["value"]
+
+    def piece(place: tuple[int, ...], cut: Callable[[Tensor], Tensor]) -> Tensor:
+        known = (mask.data_ptr(), tuple(mask.shape), place)
+        if known not in masks:
+            masks[known] = cut(mask)
+        return masks[known]
+
     rest = {k: v for k, v in named.items() if k not in ("query", "key", "value", "attn_mask", "is_causal")}
     if all(len(row.branches) == 1 for row in rows):
-        return _in_two(query, key, value, mask, min(row.prefix for row in rows), rest)
+        return _in_two(query, key, named["value"], min(row.prefix for row in rows), piece, rest)
     found = []
     for r, row in enumerate(rows):
         one = slice(r, r + 1)
-        its_mask = mask[one] if len(mask) > 1 else mask
-        found.append(_by_branch(query[one], key[one], value[one], its_mask, row, rest))
+        found.append(_by_branch(query[one], key[one], named["value"][one], r, row, piece, rest))
     return torch.cat(found)
 
 
+Piece = Callable[[tuple[int, ...], Callable[[Tensor], Tensor]], Tensor]
+
+
 def _in_two(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tokens: int, rest: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, tokens: int, piece: Piece, rest: dict[str, Any]
 ) -> Tensor:
     """All rows at once: so many first tokens causally, what follows under the mask."""
     first = F.scaled_dot_product_attention(
         query[..., :tokens, :], key[..., :tokens, :], value[..., :tokens, :], is_causal=True, **rest
     )
-    last = F.scaled_dot_product_attention(
-        query[..., tokens:, :], key, value, attn_mask=mask[..., tokens:, :], **rest
-    )
+    mask = piece((tokens,), lambda whole: whole[..., tokens:, :])
+    last = F.scaled_dot_product_attention(query[..., tokens:, :], key, value, attn_mask=mask, **rest)
     return torch.cat([first, last], dim=-2)
 
 
 def _by_branch(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, row: Parts, rest: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, r: int, row: Parts, piece: Piece, rest: dict[str, Any]
 ) -> Tensor:
-    """One row: the prefix causally, every branch against the prefix and itself."""
-    n = row.prefix
-    prefix_key, prefix_value = key[..., :n, :], value[..., :n, :]
-    found = [
-        F.scaled_dot_product_attention(query[..., :n, :], prefix_key, prefix_value, is_causal=True, **rest)
-    ]
-    for start, end in row.branches:
+    """Row ``r``: the prefix causally, every branch against the prefix and itself."""
+    ends = [row.prefix, *(end for _, end in row.branches)]
+    sizes = [end - start for start, end in zip([0, *ends], [*ends, query.shape[-2]], strict=True)]
+    # Split once: the gradient of a slice is a whole table of zeros around it.
+    (q, *queries), (k, *keys), (v, *values) = (each.split(sizes, dim=-2) for each in (query, key, value))  # type: ignore[no-untyped-call]
+    found = [F.scaled_dot_product_attention(q, k, v, is_causal=True, **rest)]
+    for (start, end), own_query, own_key, own_value in zip(row.branches, queries, keys, values, strict=False):
         if start == end:
             continue
-        seen = mask[..., start:end, :]
-        own = torch.cat([seen[..., :n], seen[..., start:end]], dim=-1)
-        keys = torch.cat([prefix_key, key[..., start:end, :]], dim=-2)
-        values = torch.cat([prefix_value, value[..., start:end, :]], dim=-2)
-        found.append(
-            F.scaled_dot_product_attention(query[..., start:end, :], keys, values, attn_mask=own, **rest)
-        )
-    last = row.branches[-1][1]
-    if last < query.shape[-2]:  # padding, which nothing reads
-        found.append(torch.zeros_like(query[..., last:, :]))
+
+        def cut(whole: Tensor, start: int = start, end: int = end) -> Tensor:
+            seen = whole[min(r, len(whole) - 1)].unsqueeze(0)[..., start:end, :]
+            return torch.cat([seen[..., : row.prefix], seen[..., start:end]], dim=-1)
+
+        mask = piece((r, start, end), cut)
+        seen_key, seen_value = torch.cat([k, own_key], dim=-2), torch.cat([v, own_value], dim=-2)
+        found.append(F.scaled_dot_product_attention(own_query, seen_key, seen_value, attn_mask=mask, **rest))
+    found.append(torch.zeros_like(queries[-1]))  # padding, which nothing reads
     return torch.cat(found, dim=-2)

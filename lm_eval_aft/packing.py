@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_aft.attention import Parts, fast_attention
+from lm_eval_aft.attention import Parts, in_parts
 from lm_eval_aft.backbone import Backbone
 from lm_eval_aft.documents import Document, Row, Tokens, lay_out, token_budget_batches
 from lm_eval_aft.positions import CONTEXT, GENERATED, LAST, PADDING, roles
@@ -163,8 +163,7 @@ class _Table:
 
 def continuation_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (S, vocabulary) at the batch's scored positions; the head sees no other position."""
-    width, like = batch.inputs["input_ids"].shape[1], next(model.parameters())
-    with fast_attention(batch.parts, width, like), roles(batch.roles):
+    with in_parts(batch.parts, batch.inputs["input_ids"].shape[1]), roles(batch.roles):
         return logits_at(model, {**batch.inputs, "use_cache": False}, batch.scored)
 
 

@@ -29,6 +29,7 @@ from lm_eval_aft.packing import (
 from lm_eval_aft.steering import add_all, hidden_states
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe, Tick
 from lm_eval_aft.training.objectives import Objective, Score
+from lm_eval_aft.training.precision import subnormals_flushed
 from lm_eval_aft.training.reference import Reference
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Trajectory:
         device = next(model.parameters()).device.type
         self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
 
+    @subnormals_flushed()
     def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
         for step in steps:
             live = [candidate for candidate in candidates if not candidate.stopped]
@@ -86,6 +88,7 @@ class Trajectory:
             for candidate in live:
                 candidate.step()
 
+    @subnormals_flushed()
     @torch.no_grad()
     def evaluate(
         self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
