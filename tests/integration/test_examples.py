@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from lm_eval_aft import AFTError
+from lm_eval_aft.documents import lay_out
 from lm_eval_aft.harness import load_task
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.training.examples import Extractor, PromptSettings, encode
+from lm_eval_aft.training.examples import Example, Extractor, PromptSettings, encode
 from lm_eval_aft.training.splits import split_task
 from tests.conftest import toy_documents
 
@@ -137,6 +138,41 @@ def test_prompts_depend_on_neither_order_nor_seed(toy_tasks: Callable[..., str],
     backwards = {e.doc_id: e for e in runs[1].train(7)}
     forwards = {e.doc_id: e for e in runs[0].train(0)}
     assert forwards == backwards
+
+
+def test_documents_that_share_fewshot_examples_show_none_of_each_other(
+    toy_tasks: Callable[..., str], lm: AFTLM
+) -> None:
+    folder = toy_tasks()
+    maker = extractor(folder, lm, num_fewshot=3)
+    splits = split_task(maker, train_docs=14, selection_docs=10, share=4)
+    assert splits.train(0) == split_task(extractor(folder, lm, num_fewshot=3), 14, 10, share=4).train(0)
+    examples = {each.doc_id: each for seed in range(3) for each in splits.train(seed)}
+    for chosen in (splits.selection, list(examples.values())):
+        by_group: dict[int, list[Example]] = {}
+        for each in chosen:
+            assert each.group is not None
+            by_group.setdefault(each.group, []).append(each)
+        assert max(map(len, by_group.values())) == 4
+        for group in by_group.values():
+            shots, *others = [each.requests[0][0].split("\n\n")[:-1] for each in group]
+            assert len(shots) == 3
+            assert all(other == shots for other in others)
+            own = {each.requests[0][0].rsplit("\n\n", 1)[-1] for each in group}
+            assert not own & {shot.rsplit(" the ", 1)[0] for shot in shots}
+    # Whole groups are drawn, so that a seed's documents share as much as they can.
+    assert len({each.group for each in splits.train(5)}) == 4
+    encoded = encode(splits.selection[:4], lm)
+    assert len(lay_out(encoded, packed=True)) == 1
+
+
+def test_groups_give_way_where_documents_are_few(toy_tasks: Callable[..., str], lm: AFTLM) -> None:
+    maker = extractor(toy_tasks(train=toy_documents(12)), lm, num_fewshot=5)
+    splits = split_task(maker, train_docs=6, selection_docs=5, share=8)
+    assert splits.share == 2
+    assert len(splits.train(0)) == 6
+    # Without examples there is nothing to share.
+    assert {e.group for e in split_task(extractor(toy_tasks(), lm), 6, 5, share=8).train(0)} == {None}
 
 
 def test_planted_evaluation_document_is_dropped_and_counted(toy_tasks: Callable[..., str], lm: AFTLM) -> None:

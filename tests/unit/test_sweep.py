@@ -217,6 +217,7 @@ def test_the_design_table() -> None:
     assert (maximum.layers, maximum.train_docs, maximum.l2, maximum.seeds) == ("all", 100, (1e-3,), 3)
     assert (maximum.regression, maximum.retries) == (True, 3)
     assert (adaptive.train_docs, adaptive.min_epochs, adaptive.epochs, adaptive.retries) == (500, 3, 10, 3)
+    assert [p.share_fewshot for p in (rapid, optimized, maximum, adaptive, full)] == [1, 1, 1, 8, 1]
     assert adaptive.lr == full.lr == (1e-4, 5e-4, 1e-3, 2e-3, 1e-2)
     assert adaptive.l2 == (0.0, 1e-4, 1e-3, 1e-2)
     assert (full.train_docs, full.rungs, full.l2, full.seeds) == (400, (), (1e-3,), 3)
@@ -225,7 +226,16 @@ def test_the_design_table() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"lr": 0.0}, {"lr": ()}, {"l2": -1.0}, {"epochs": 0}, {"seeds": 0}, {"clip": -1.0}, {"nonsense": 1}],
+    [
+        {"lr": 0.0},
+        {"lr": ()},
+        {"l2": -1.0},
+        {"epochs": 0},
+        {"seeds": 0},
+        {"share_fewshot": 0},
+        {"clip": -1.0},
+        {"nonsense": 1},
+    ],
 )
 def test_impossible_settings(changes: dict[str, Any]) -> None:
     with pytest.raises(AFTError):
