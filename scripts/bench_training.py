@@ -9,6 +9,7 @@ require gradients; where they are left as `from_pretrained` makes them, autograd
 loop is slower still ("ratio_unfrozen", one round). Both sides train the same layers on the same documents in
 turn, in one process; times are process CPU time, medians over rounds with quartiles. Models have random
 weights in the shape of the named ones; document lengths are those of real prompts where AFT_TEST_DATA is set.
+Where documents share few-shot examples, as in the default protocol, the plain loop reads each prompt whole.
 The last line is the result as JSON.
 """
 
@@ -36,11 +37,11 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config
 
 from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.cli.options import quiet_libraries
+from lm_eval_aft.documents import Document, lay_out
 from lm_eval_aft.intervention import Intervention
-from lm_eval_aft.packing import Document
 from lm_eval_aft.steering import add_at
 from lm_eval_aft.training.estimate import estimate, peak_memory
-from lm_eval_aft.training.fit import Candidate, Recipe
+from lm_eval_aft.training.fit import Candidate, Recipe, in_steps
 from lm_eval_aft.training.objectives import Choice
 from lm_eval_aft.training.protocols import find_protocol, schedule
 from lm_eval_aft.training.trajectory import Trajectory
@@ -66,41 +67,49 @@ SHAPES: dict[str, Any] = {
         tie_word_embeddings=True,
     ),
 }
-# (context, continuation) lengths where no real prompts are at hand: their medians for a 4,096-word tokenizer.
-TYPICAL = {"hellaswag": {0: (39, 17), 10: (630, 17)}, "arc_challenge": {0: (42, 8), 25: (1228, 8)}}
+# (context, question, continuation) lengths where no real prompts are at hand: their medians for a
+# 4,096-word tokenizer.
+TYPICAL = {
+    "hellaswag": {0: (39, 39, 17), 10: (630, 39, 17)},
+    "arc_challenge": {0: (42, 42, 8), 25: (1228, 42, 8)},
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, a task's lengths, and how much of both is timed."""
+    """A shape, a task's lengths, how much of both is timed, and whether prompts show the same examples."""
 
     shape: str
     task: str
     shots: int
     documents: int
     layers: int
+    share: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.shape} {self.task} {self.shots}-shot"
+        sharing = f", {self.documents} sharing" if self.share else ""
+        return f"{self.shape} {self.task} {self.shots}-shot{sharing}"
 
 
 CASES = [
     Case("pythia-70m", "hellaswag", 0, 1, 6),
     Case("pythia-70m", "arc_challenge", 25, 1, 6),
     Case("pythia-70m", "hellaswag", 10, 1, 6),
+    Case("pythia-70m", "hellaswag", 10, 8, 2, share=True),
+    Case("pythia-70m", "arc_challenge", 25, 8, 2, share=True),
     Case("qwen2-0.5b", "hellaswag", 0, 1, 3),
     Case("pythia-160m", "hellaswag", 0, 1, 4),
     Case("pythia-160m", "arc_challenge", 25, 1, 2),
 ]
 
 
-def lengths(task: str, shots: int, n: int) -> list[tuple[int, list[int]]]:
-    """Context and option lengths of ``n`` prompts, evenly spread over real ones where there are any."""
+def lengths(task: str, shots: int, n: int) -> list[tuple[int, int, list[int]]]:
+    """Context, question and option lengths of ``n`` prompts, evenly spread over real ones if at hand."""
     root = os.environ.get("AFT_TEST_DATA")
     if not root:
-        context, option = TYPICAL[task][shots]
-        return [(context, [option] * 4)] * n
+        context, question, option = TYPICAL[task][shots]
+        return [(context, question, [option] * 4)] * n
     # Evaluation documents, the whole of which is at hand; only their lengths are used.
     program = f"""
 import json, random
@@ -109,11 +118,16 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.training.examples import Extractor, PromptSettings, encode
 lm = AFTLM({str(Path(root).resolve() / "models" / "english-neox-12m")!r}, device="cpu")
 task = load_task({task!r})
-extractor = Extractor(task, lm, PromptSettings(num_fewshot={shots}))
 documents = random.Random(0).sample(list(task.eval_docs), 60)
-examples = [extractor.example(document, i) for i, document in enumerate(documents)]
-encoded = encode([example for example in examples if example], lm)
-print(json.dumps([(len(d.pairs[0][0]), [len(tail) for _, tail in d.pairs]) for d in encoded]))
+
+def prompts(shots):
+    extractor = Extractor(task, lm, PromptSettings(num_fewshot=shots))
+    return encode([extractor.example(document, i) for i, document in enumerate(documents)], lm)
+
+print(json.dumps([
+    (len(d.pairs[0][0]), len(bare.pairs[0][0]), [len(tail) for _, tail in d.pairs])
+    for d, bare in zip(prompts({shots}), prompts(0), strict=True)
+]))
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -124,7 +138,7 @@ print(json.dumps([(len(d.pairs[0][0]), [len(tail) for _, tail in d.pairs]) for d
         text=True,
         check=True,
     )
-    found = sorted(json.loads(done.stdout.splitlines()[-1]), key=lambda d: d[0] + sum(d[1]))
+    found = sorted(json.loads(done.stdout.splitlines()[-1]), key=lambda d: d[0] + sum(d[2]))
     return [found[round((i + 0.5) / n * len(found) - 0.5)] for i in range(n)]
 
 
@@ -136,10 +150,13 @@ def documents(case: Case, vocabulary: int) -> list[Document]:
         return tuple(int(i) for i in draw.integers(10, vocabulary, n))
 
     made = []
-    for context, options in lengths(case.task, case.shots, case.documents):
-        shared = ids(context)
+    found = lengths(case.task, case.shots, case.documents)
+    examples = ids(int(statistics.median(context - question for context, question, _ in found)))
+    for context, question, options in found:
+        shared = examples + ids(question) if case.share else ids(context)
         tails = tuple((shared, ids(k)) for k in options)
-        made.append(Document(tails, (0,), tuple(4.0 * k for k in options)))
+        group = 0 if case.share else None
+        made.append(Document(tails, (0,), tuple(4.0 * k for k in options), group=group))
     return made
 
 
@@ -175,7 +192,7 @@ def nothing(_done: int) -> None:
 def engine_gradients(
     engine: Trajectory, candidates: Sequence[Candidate], docs: Sequence[Document]
 ) -> list[Tensor]:
-    """One gradient per document and candidate, read off before the optimiser uses it."""
+    """One gradient per candidate and step (a document, or a group), read off before the optimiser uses it."""
     found: list[Tensor] = []
     for candidate in candidates:
 
@@ -185,7 +202,7 @@ def engine_gradients(
             candidate.vector.grad = None
 
         candidate.step = read  # type: ignore[method-assign]
-    engine.train(candidates, [[document] for document in docs], nothing)
+    engine.train(candidates, list(in_steps(docs, 1)), nothing)
     return found
 
 
@@ -228,7 +245,12 @@ def measure(case: Case, rounds: int, bf16: bool) -> dict[str, Any]:
         return at_zero(layers, backbone)
 
     def naive() -> list[Tensor]:
-        return [naive_step(model, backbone, layer, document) for document in docs for layer in layers]
+        found = []
+        for step in in_steps(docs, 1):
+            for layer in layers:
+                each = [naive_step(model, backbone, layer, document) for document in step]
+                found.append(torch.stack(each).mean(0))
+        return found
 
     def unfrozen() -> list[Tensor]:
         model.requires_grad_(True)
@@ -276,14 +298,15 @@ def measure(case: Case, rounds: int, bf16: bool) -> dict[str, Any]:
     counted = {name: flops(sides[name]) for name in ("naive", "unfrozen", "engine")}
     mid = {name: statistics.median(values) for name, values in times.items()}
     ratio = mid["naive"] / mid["engine"]
-    tokens = sum(d.tokens(True) for d in docs) * len(layers)
+    packed_tokens = [row.width for row in lay_out(docs, packed=True)]
+    tokens = sum(packed_tokens) * len(layers)
     result = {
         "name": case.name,
         "ratio": round(ratio, 2),
         "max_rel_grad_error": error,
         "layers": len(layers),
         "documents": len(docs),
-        "median_packed_tokens": int(statistics.median(d.tokens(True) for d in docs)),
+        "median_packed_tokens": int(statistics.median(packed_tokens)),
         "ratio_unfrozen": round(mid["unfrozen"] / mid["engine"], 2),
         "flop_ratio": round(counted["naive"] / counted["engine"], 2),
         "flop_ratio_unfrozen": round(counted["unfrozen"] / counted["engine"], 2),
@@ -383,7 +406,7 @@ def measure_memory(case: Case, side: str) -> int:
             for document in some:
                 naive_step(model, backbone, 0, document)
         else:
-            engine.train(candidates, [[document] for document in some], nothing)
+            engine.train(candidates, list(in_steps(some, 1)), nothing)
             engine.evaluate(candidates, some, nothing)
 
     with peak_memory(torch.device("cpu")) as peak:
