@@ -8,8 +8,9 @@ from dataclasses import dataclass
 Tokens = tuple[int, ...]
 # A prefix shorter than this is not worth a row that several documents share.
 WORTH_SHARING = 32
-# A shared row may hold this many token budgets: its documents would take many more by themselves.
-SHARED_ROW = 4
+# A shared row may hold this many token budgets, since its documents would take many more by themselves,
+# and this many tokens, since its mask grows with their square.
+SHARED_BUDGETS, SHARED_TOKENS = 4, 4096
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def token_budget_batches(
     """Cut documents into batches, by index, so that rows x width stays within ``budget``.
 
     Documents keep their order, but for those of a group, which are brought together. A document that
-    alone exceeds the budget gets a batch of its own, and a group whose row exceeds `SHARED_ROW` budgets
-    is cut in pieces.
+    alone exceeds the budget gets a batch of its own, and a group whose row would be longer than
+    `SHARED_BUDGETS` and `SHARED_TOKENS` allow is cut in pieces.
     """
     batch: list[int] = []
     rows = width = 0
@@ -150,11 +151,12 @@ def token_budget_batches(
 
 def _pieces(documents: Sequence[Document], packed: bool, budget: int) -> Iterator[list[int]]:
     """Documents whose rows cannot be told apart without losing what they share."""
+    limit = min(SHARED_BUDGETS * budget, SHARED_TOKENS)
     for unit in units(documents) if packed else [[i] for i in range(len(documents))]:
         piece: list[int] = []
         for index in unit:
             longer = lay_out([documents[i] for i in [*piece, index]], packed)
-            if piece and (len(longer) > 1 or longer[0].width > SHARED_ROW * budget):
+            if piece and (len(longer) > 1 or longer[0].width > limit):
                 yield piece
                 piece = []
             piece.append(index)
