@@ -2,37 +2,35 @@
 
 The engine itself runs, on the meta device: tensors with shapes and without contents. What it allocates
 and computes is counted by the same code that a dry run uses on a loaded model; only the clock is replaced,
-by `lm_eval_aft.training.roofline`.
+by `lm_eval_aft.training.roofline`. Blocks being alike, a few of them tell what all of them take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from lm_eval_aft.backbone import Backbone, find_backbone
+from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.methods import DEFAULT as DEFAULT_METHOD
-from lm_eval_aft.methods import find_method
-from lm_eval_aft.packability import refused
-from lm_eval_aft.packing import Batch, Document
-from lm_eval_aft.training.estimate import Estimate, PeakMemory, heaviest_passes
+from lm_eval_aft.methods import Method, find_method
+from lm_eval_aft.packing import Document
+from lm_eval_aft.training.blank import BlankEngine, blank_model, blocks_alike, may_pack_blank, shallower
+from lm_eval_aft.training.estimate import Estimate, PeakMemory
 from lm_eval_aft.training.fit import Candidate, Recipe
-from lm_eval_aft.training.objectives import Objective, Score, make_objective
+from lm_eval_aft.training.objectives import Objective, make_objective
 from lm_eval_aft.training.protocols import Protocol, Stage, find_protocol, parse_layers, schedule
 from lm_eval_aft.training.rates import Rates, Spent
 from lm_eval_aft.training.roofline import Device, Roofline, shapes_only
-from lm_eval_aft.training.trajectory import Trajectory, master_dtype
+from lm_eval_aft.training.trajectory import DEFAULT_TOKEN_BUDGET, TOKEN_BUDGET, master_dtype
 
 # A candidate's own numbers: the vector, its gradient, two moments, the best so far.
 COPIES = 5
+# Blocks of the models that are run in place of deeper ones.
+FEW, MORE = 3, 5
 
 
 @dataclass(frozen=True)
@@ -92,178 +90,151 @@ def plan_cost(
         AFTError: an unknown protocol, method or objective; layers that the model has not.
     """
     recipe = find_protocol(protocol) if isinstance(protocol, str) else protocol
-    model = blank_model(config, dtype)
-    backbone = find_backbone(model)
-    layers = parse_layers(recipe.layers, len(backbone.blocks))
     how = find_method(method)
     if not how.trained:
         recipe = recipe.without_training()
+    model = blank_model(config, dtype)
+    depth, width = len(find_backbone(model).blocks), find_backbone(model).hidden_size
+    layers = parse_layers(recipe.layers, depth)
     sites = layers[:1] if how.together else layers
-    train = recipe.train_docs if train_docs is None else min(train_docs, recipe.train_docs)
-    selection = (
-        recipe.selection_docs if selection_docs is None else min(selection_docs, recipe.selection_docs)
+    train, selection = (
+        most if given is None else min(given, most)
+        for given, most in ((train_docs, recipe.train_docs), (selection_docs, recipe.selection_docs))
     )
     stages = schedule(recipe, len(sites), train, selection)
     packed = may_pack_blank(model, documents)
-    budget = budget or (16384 if device.kind == "cuda" else 1024)
-    engine = BlankEngine(
-        model, backbone, make_objective(objective, None, ["acc_norm"]), sites, packed, budget
+    budget = budget or TOKEN_BUDGET.get(device.kind, DEFAULT_TOKEN_BUDGET)
+    trial = _Trial(
+        make_objective(objective, None, ["acc_norm"]), how, packed, budget, device, list(documents), dtype
     )
-
-    def candidate(site: int) -> Candidate:
-        tensors = how.start(
-            backbone.hidden_size, tuple(layers) if how.together else (site,), torch.Generator()
-        )
-        placed = {name: tensor.to("meta", master_dtype(dtype)) for name, tensor in tensors.items()}
-        return Candidate(site, 0, Recipe(), Intervention(how, placed))
-
-    with shapes_only(device.kind):
-        peak = _peak(engine, candidate(sites[0]), documents, recipe.batch_size, selection)
-        rates = _rates(engine, candidate, documents[:-1] or documents, sites, device)
-    total = rates.total(stages, recipe.seeds)
-    most = max(stage.candidates for stage in stages)
-    own = most * COPIES * 4 * how.parameters(backbone.hidden_size, len(layers))
-    weights = [*model.parameters(), *model.buffers()]
+    depths = (FEW, MORE) if depth > MORE and blocks_alike(model) else (depth,)
+    found = [trial.run(shallower(config, each), recipe.batch_size, selection) for each in depths]
+    whole = found[0] if len(found) == 1 else found[0].deeper(found[1], MORE - FEW, depth - FEW)
+    total = whole.rates(depth - 1 - sum(sites) / len(sites)).total(stages, recipe.seeds)
+    peak = int(whole.peak(sites[0], depth - len(sites)))
+    own = COPIES * 4 * how.parameters(width, len(layers)) * max(stage.candidates for stage in stages)
     return PlanCost(
         device,
         Estimate(total.seconds, total.flops, peak + own),
         sum(each.numel() for each in model.parameters()),
-        sum(each.numel() * each.element_size() for each in weights),
+        sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers())),
         packed,
         tuple(stages),
         sum(stage.candidates * stage.epochs * -(-stage.train // recipe.batch_size) for stage in stages),
     )
 
 
-def blank_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal LM that a transformers config describes, on the meta device: shapes without contents."""
-    from transformers import AutoModelForCausalLM
+@dataclass(frozen=True)
+class _Found:
+    """What a model of some depth takes.
 
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
-
-
-def may_pack_blank(model: nn.Module, documents: Sequence[Document]) -> bool:
-    """Whether a model's config and the documents allow packed rows; a loaded model is tried as well."""
-    if refused(model, max(document.tokens(True) for document in documents)):
-        return False
-    return any(document.rows(True) < document.rows(False) for document in documents)
-
-
-class BlankEngine(Trajectory):
-    """The fast engine on the meta device.
-
-    Args:
-        sites: all layers of the sweep, whose frozen outputs are kept though one candidate stands for all.
+    Attributes:
+        shared: a document's frozen pass.
+        train, selection: a candidate's own part, of a document: at the last layer, and for each block
+            above its layer.
+        step, judging: bytes of the heaviest passes with a candidate at layer 0, all blocks' outputs kept.
+        kept: bytes of one block's frozen output in either.
+        graph: bytes that a block above the candidate's layer keeps for the backward pass.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        backbone: Backbone,
-        objective: Objective,
-        sites: Sequence[int],
-        packed: bool,
-        budget: int,
-    ) -> None:
-        super().__init__(model, backbone, BlankObjective(objective), packed=packed, budget=budget)
-        self.sites = list(sites)
-        self._frozen: dict[torch.Size, dict[int, Any]] | None = None
+    shared: Spent
+    train: tuple[Spent, Spent]
+    selection: tuple[Spent, Spent]
+    step: float
+    judging: float
+    kept: tuple[float, float]
+    graph: float = 0.0
 
-    def outputs(self, batch: Batch, layers: Collection[int]) -> dict[int, Any]:
-        """The frozen model's output at every layer of the sweep."""
-        if self._frozen is None:
-            return super().outputs(batch, self.sites)
-        shape = batch.inputs["input_ids"].shape
-        if shape not in self._frozen:
-            self._frozen[shape] = super().outputs(batch, range(len(self.backbone.blocks)))
-        return self._frozen[shape]
+    def deeper(self, other: _Found, blocks: int, more: int) -> _Found:
+        """Carried on by ``more`` blocks, from one with so many ``blocks`` more than this."""
+        factor = more / blocks
+        return _Found(
+            self.shared + other.shared.without(self.shared) * factor,
+            self.train,
+            self.selection,
+            self.step + (other.step - self.step) * factor,
+            self.judging + (other.judging - self.judging) * factor,
+            self.kept,
+            (other.step - self.step) / blocks - self.kept[0],
+        )
 
-    @contextmanager
-    def remembering(self) -> Iterator[None]:
-        """Inside the block, frozen passes over as many tokens as one before take nothing."""
-        self._frozen = {}
-        yield
-        self._frozen = None
+    def rates(self, above: float) -> Rates:
+        """What documents cost when candidates have so many blocks above their layer, on average."""
+        train, selection = (last + block * above for last, block in (self.train, self.selection))
+        return Rates(self.shared, train, self.shared, selection)
 
-
-class BlankObjective:
-    """An objective that computes everything and knows nothing of the outcome."""
-
-    def __init__(self, inner: Objective) -> None:
-        self._inner = inner
-        self.name, self.metric = inner.name, inner.metric
-
-    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """As the objective's own."""
-        return self._inner.losses(logits, batch)
-
-    def outcomes(self, logits: Tensor, batch: Batch) -> list[NDArray[np.float64]]:
-        """Zeros, after all the work."""
-        try:
-            self._inner.outcomes(logits, batch)
-        except NotImplementedError:
-            pass  # the last thing it does is to copy the contents out, and there are none
-        return [np.zeros(1) for _ in batch.documents]
-
-    def summarise(self, outcomes: Sequence[NDArray[np.float64]]) -> Score:
-        """A score of nothing."""
-        return Score(0.0, 0.0, 0.0, 1.0, len(outcomes))
+    def peak(self, below: int, unkept: int) -> float:
+        """Bytes when the lowest layer has so many blocks below, and so many blocks' outputs are not kept."""
+        return max(
+            self.step - below * self.graph - unkept * self.kept[0], self.judging - unkept * self.kept[1]
+        )
 
 
-def _peak(
-    engine: BlankEngine, lowest: Candidate, documents: Sequence[Document], batch_size: int, selection: int
-) -> int:
-    """Peak memory of the heaviest passes, at the layer that has the most to keep."""
-    longest = max(documents, key=lambda document: document.tokens(True))
-    together = max(1, min(selection, engine.budget // longest.tokens(True)))
-    with PeakMemory("meta") as memory:
-        heaviest_passes(engine, [lowest], [longest] * batch_size, [longest] * together, batch_size)
-    return memory.peak
+@dataclass(frozen=True)
+class _Trial:
+    """Runs models of some depth on a few documents."""
 
+    objective: Objective
+    method: Method
+    packed: bool
+    budget: int
+    device: Device
+    documents: Sequence[Document]
+    dtype: torch.dtype
 
-def _rates(
-    engine: BlankEngine,
-    candidate: Callable[[int], Candidate],
-    documents: Sequence[Document],
-    sites: Sequence[int],
-    device: Device,
-) -> Rates:
-    """What documents cost, mean over sites.
+    def run(self, config: Any, batch_size: int, selection: int) -> _Found:
+        """What the config's model takes; the last two layers tell what a block above a layer adds."""
+        model = blank_model(config, self.dtype)
+        backbone = find_backbone(model)
+        engine = BlankEngine(model, backbone, self.objective, packed=self.packed, budget=self.budget)
+        depth = len(backbone.blocks)
+        longest = max(self.documents, key=_tokens)
+        together = max(1, min(selection, engine.budget // longest.tokens(self.packed)))
+        steps = [[document] for document in self.documents[:-1] or self.documents]
 
-    Blocks being alike, a candidate's own part grows by the same amount with each block above its layer:
-    the last two layers tell it. The frozen pass is the same in training and in judging.
-    """
-    steps = [[document] for document in documents]
-    depth = len(engine.backbone.blocks)
+        def candidate(layer: int) -> Candidate:
+            layers = tuple(range(depth)) if self.method.together else (layer,)
+            tensors = self.method.start(backbone.hidden_size, layers, torch.Generator())
+            placed = {name: tensor.to("meta", master_dtype(self.dtype)) for name, tensor in tensors.items()}
+            return Candidate(layer, 0, Recipe(), Intervention(self.method, placed))
 
-    def nothing(_done: int) -> None:
-        pass
+        def own(layer: int) -> tuple[Spent, Spent]:
+            group = [candidate(layer)]
+            judged = [self._spent(lambda: engine.evaluate(group, step, _nothing)) for step in steps]  # noqa: B023
+            trained = self._spent(lambda: engine.train(group, steps, _nothing))
+            return trained * (1 / len(steps)), sum(judged, Spent()) * (1 / len(steps))
 
-    def spent(work: Callable[[], Any]) -> Spent:
-        with Roofline(device) as roofline:
+        with shapes_only(self.device.kind):
+            lowest = [candidate(0)]
+            step = _peak(lambda: engine.train(lowest, [[longest] * batch_size], _nothing))
+            judging = _peak(lambda: engine.evaluate(lowest, [longest] * together, _nothing))
+            with engine.remembering():
+                shared = self._spent(lambda: engine.train([], steps, _nothing)) * (1 / len(steps))
+                last = own(depth - 1)
+                before = own(depth - 2) if depth > 1 else last
+        width = backbone.hidden_size * self.dtype.itemsize
+        kept = tuple(
+            float(min(engine.budget, n * longest.rows(self.packed) * longest.tokens(self.packed)) * width)
+            for n in (batch_size, together)
+        )
+        train, selected = ((a, b.without(a)) for a, b in zip(last, before, strict=True))
+        return _Found(shared, train, selected, step, judging, (kept[0], kept[1]))
+
+    def _spent(self, work: Callable[[], Any]) -> Spent:
+        with Roofline(self.device) as roofline:
             work()
-        return roofline.spent * (1 / len(documents))
+        return Spent(roofline.spent.seconds, roofline.spent.flops)
 
-    def own(layer: int) -> tuple[Spent, Spent]:
-        group = [candidate(layer)]
-        judged = [
-            spent(lambda document=document: engine.evaluate(group, [document], nothing))
-            for document in documents
-        ]
-        return spent(lambda: engine.train(group, steps, nothing)), sum(judged, Spent())
 
-    with engine.remembering():
-        shared = spent(lambda: engine.train([], steps, nothing))
-        train, selection = own(depth - 1)
-        if depth == 1:
-            return Rates(shared, train, shared, selection)
-        above = depth - 1 - sum(sites) / len(sites)
-        wider = own(depth - 2)
-    return Rates(
-        shared,
-        train + wider[0].without(train) * above,
-        shared,
-        selection + wider[1].without(selection) * above,
-    )
+def _peak(work: Callable[[], Any]) -> int:
+    with PeakMemory("meta") as memory:
+        work()
+    return int(memory.peak)
+
+
+def _tokens(document: Document) -> int:
+    return document.tokens(True)
+
+
+def _nothing(_done: int) -> None:
+    pass

@@ -102,7 +102,7 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, device: Device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
-        self.spent = Spent()
+        self.spent: Spent = Spent()
         self._flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
