@@ -82,21 +82,23 @@ class BlankEngine(Trajectory):
         self, model: nn.Module, backbone: Backbone, objective: Objective, *, packed: bool, budget: int
     ) -> None:
         super().__init__(model, backbone, BlankObjective(objective), packed=packed, budget=budget)
-        self._frozen: dict[torch.Size, dict[int, Any]] | None = None
+        self._frozen: dict[torch.Size, dict[int, Any]] = {}
+        self._remembers = False
 
     def outputs(self, batch: Batch, layers: Collection[int]) -> dict[int, Any]:
         """The frozen model's output at every block."""
-        every = range(len(self.backbone.blocks))
-        if self._frozen is None:
-            return super().outputs(batch, every)
         shape = batch.inputs["input_ids"].shape
-        if shape not in self._frozen:
-            self._frozen[shape] = super().outputs(batch, every)
+        if not (self._remembers and shape in self._frozen):
+            self._frozen[shape] = super().outputs(batch, range(len(self.backbone.blocks)))
         return self._frozen[shape]
+
+    def forget(self) -> None:
+        """Let go of the outputs of frozen passes."""
+        self._frozen = {}
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
         """Inside the block, frozen passes over as many tokens as one before take nothing."""
-        self._frozen = {}
+        self._remembers = True
         yield
-        self._frozen = None
+        self._remembers = False

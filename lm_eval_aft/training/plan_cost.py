@@ -129,7 +129,7 @@ class _Found:
     """What a model of some depth takes.
 
     Attributes:
-        shared: a document's frozen pass.
+        shared: a document's frozen pass, trained on and judged on.
         train, selection: a candidate's own part, of a document: at the last layer, and for each block
             above its layer.
         step, judging: bytes of the heaviest passes with a candidate at layer 0, all blocks' outputs kept.
@@ -137,7 +137,7 @@ class _Found:
         graph: bytes that a block above the candidate's layer keeps for the backward pass.
     """
 
-    shared: Spent
+    shared: tuple[Spent, Spent]
     train: tuple[Spent, Spent]
     selection: tuple[Spent, Spent]
     step: float
@@ -148,8 +148,9 @@ class _Found:
     def deeper(self, other: _Found, blocks: int, more: int) -> _Found:
         """Carried on by ``more`` blocks, from one with so many ``blocks`` more than this."""
         factor = more / blocks
+        first, second = (a + b.without(a) * factor for a, b in zip(self.shared, other.shared, strict=True))
         return _Found(
-            self.shared + other.shared.without(self.shared) * factor,
+            (first, second),
             self.train,
             self.selection,
             self.step + (other.step - self.step) * factor,
@@ -161,7 +162,7 @@ class _Found:
     def rates(self, above: float) -> Rates:
         """What documents cost when candidates have so many blocks above their layer, on average."""
         train, selection = (last + block * above for last, block in (self.train, self.selection))
-        return Rates(self.shared, train, self.shared, selection)
+        return Rates(self.shared[0], train, self.shared[1], selection)
 
     def peak(self, below: int, unkept: int) -> float:
         """Bytes when the lowest layer has so many blocks below, and so many blocks' outputs are not kept."""
@@ -189,8 +190,12 @@ class _Trial:
         engine = BlankEngine(model, backbone, self.objective, packed=self.packed, budget=self.budget)
         depth = len(backbone.blocks)
         longest = max(self.documents, key=_tokens)
-        together = max(1, min(selection, engine.budget // longest.tokens(self.packed)))
-        steps = [[document] for document in self.documents[:-1] or self.documents]
+        typical = self.documents[:-1] or self.documents
+
+        def together(document: Document) -> list[Document]:
+            """As many like it as are judged in one pass."""
+            rows = engine.budget // (document.rows(self.packed) * document.tokens(self.packed))
+            return [document] * max(1, min(selection, rows))
 
         def candidate(layer: int) -> Candidate:
             layers = tuple(range(depth)) if self.method.together else (layer,)
@@ -198,38 +203,41 @@ class _Trial:
             placed = {name: tensor.to("meta", master_dtype(self.dtype)) for name, tensor in tensors.items()}
             return Candidate(layer, 0, Recipe(), Intervention(self.method, placed))
 
-        def own(layer: int) -> tuple[Spent, Spent]:
-            group = [candidate(layer)]
-            judged = [self._spent(lambda: engine.evaluate(group, step, _nothing)) for step in steps]  # noqa: B023
-            trained = self._spent(lambda: engine.train(group, steps, _nothing))
-            return trained * (1 / len(steps)), sum(judged, Spent()) * (1 / len(steps))
+        def spent(group: Sequence[Candidate]) -> tuple[Spent, Spent]:
+            trained = judged = Spent()
+            for document in typical:
+                many = together(document)
+                trained += self._spent(lambda: engine.train(group, [[document]], _nothing))  # noqa: B023
+                judged += self._spent(lambda: engine.evaluate(group, many, _nothing)) * (1 / len(many))  # noqa: B023
+            return trained * (1 / len(typical)), judged * (1 / len(typical))
 
         with shapes_only(self.device.kind):
-            lowest = [candidate(0)]
-            step = _peak(lambda: engine.train(lowest, [[longest] * batch_size], _nothing))
-            judging = _peak(lambda: engine.evaluate(lowest, [longest] * together, _nothing))
+            lowest, most = [candidate(0)], together(longest)
+            step = self._peak(engine, lambda: engine.train(lowest, [[longest] * batch_size], _nothing))
+            judging = self._peak(engine, lambda: engine.evaluate(lowest, most, _nothing))
+            shared = spent([])
             with engine.remembering():
-                shared = self._spent(lambda: engine.train([], steps, _nothing)) * (1 / len(steps))
-                last = own(depth - 1)
-                before = own(depth - 2) if depth > 1 else last
+                last = spent([candidate(depth - 1)])
+                before = spent([candidate(depth - 2)]) if depth > 1 else last
         width = backbone.hidden_size * self.dtype.itemsize
         kept = tuple(
             float(min(engine.budget, n * longest.rows(self.packed) * longest.tokens(self.packed)) * width)
-            for n in (batch_size, together)
+            for n in (batch_size, len(most))
         )
         train, selected = ((a, b.without(a)) for a, b in zip(last, before, strict=True))
         return _Found(shared, train, selected, step, judging, (kept[0], kept[1]))
+
+    def _peak(self, engine: BlankEngine, work: Callable[[], Any]) -> int:
+        engine.forget()
+        with PeakMemory("meta") as memory:
+            work()
+        engine.forget()
+        return int(memory.peak)
 
     def _spent(self, work: Callable[[], Any]) -> Spent:
         with Roofline(self.device) as roofline:
             work()
         return Spent(roofline.spent.seconds, roofline.spent.flops)
-
-
-def _peak(work: Callable[[], Any]) -> int:
-    with PeakMemory("meta") as memory:
-        work()
-    return int(memory.peak)
 
 
 def _tokens(document: Document) -> int:
