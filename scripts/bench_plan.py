@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python scripts/bench_plan.py            # both parts
     OMP_NUM_THREADS=1 python scripts/bench_plan.py --check    # against measurements on this CPU, small shapes
 
-Operations must equal a formula written out here, and what `FlopCounterMode` counts on a loaded model; memory and time
-are compared with a process of its own that loads random weights and runs a step at every layer.
+Operations must equal a formula written out here, and what `FlopCounterMode` counts on a loaded model; memory
+and time are compared with a process of its own that loads random weights and runs a step at every layer.
 """
 
 from __future__ import annotations
