@@ -24,33 +24,34 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from lm_eval_aft.backbone import find_backbone
-from lm_eval_aft.cli.options import quiet_libraries
+from lm_eval_aft.cli.options import print_table, quiet_libraries
+from lm_eval_aft.cli.training_report import duration
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packing import Document
 from lm_eval_aft.training.estimate import peak_memory
 from lm_eval_aft.training.fit import Candidate, Recipe
-from lm_eval_aft.training.known_models import Lengths, documents_of
+from lm_eval_aft.training.known_models import Lengths, documents_of, find_config, typical_documents
 from lm_eval_aft.training.objectives import Choice
 from lm_eval_aft.training.plan_cost import plan_cost
 from lm_eval_aft.training.protocols import Protocol
 from lm_eval_aft.training.rates import flops_of
-from lm_eval_aft.training.roofline import this_cpu
+from lm_eval_aft.training.roofline import DEVICES, this_cpu
 from lm_eval_aft.training.trajectory import Trajectory
 
 SHAPES: dict[str, Any] = {
     "pythia-70m": GPTNeoXConfig(
         vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048
     ),
-    "llama 768x8": LlamaConfig(
-        vocab_size=32000, hidden_size=768, num_hidden_layers=8, num_attention_heads=12, intermediate_size=2048
+    "llama 512x8": LlamaConfig(
+        vocab_size=16000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408
     ),
-    "qwen2 512x10": Qwen2Config(
+    "qwen2 384x10": Qwen2Config(
         vocab_size=20000,
-        hidden_size=512,
+        hidden_size=384,
         num_hidden_layers=10,
-        num_attention_heads=8,
+        num_attention_heads=6,
         num_key_value_heads=2,
-        intermediate_size=1536,
+        intermediate_size=1024,
     ),
 }
 TASKS: dict[str, tuple[Lengths, ...]] = {
@@ -157,12 +158,10 @@ def measure(shape: str, task: str) -> Measured:
     before = resident()
     with peak_memory(torch.device("cpu")) as peak:
         run()
-    used, most, times = peak(), resident("VmHWM") - before, []
-    for _ in range(2):
-        started = time.process_time()
-        run()
-        times.append(time.process_time() - started)
-    return Measured(flops_of(run), used, most, min(times))
+    used, most = peak(), resident("VmHWM") - before
+    started = time.process_time()
+    run()
+    return Measured(flops_of(run), used, most, time.process_time() - started)
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -171,7 +170,7 @@ def resident(field: str = "VmRSS") -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
-def planned(shape: str, task: str, budget: int | None = None) -> Any:
+def planned(shape: str, task: str) -> Any:
     """The plan of just that: every document trained on and judged on once, at every layer."""
     docs = documents(task, False)
     once = Protocol("once", train_docs=len(docs), selection_docs=len(docs), epochs=1, seeds=1)
@@ -196,6 +195,7 @@ def check() -> list[dict[str, Any]]:
                     "flops_formula": exact,
                     "flops_counted": real.flops,
                     "flops_planned": round(plan.estimate.flops),
+                    "flops_equal": exact == real.flops == round(plan.estimate.flops),
                     "bytes_measured": real.bytes,
                     "bytes_planned": plan.estimate.peak_bytes,
                     "bytes_ratio": round(plan.estimate.peak_bytes / real.bytes, 3),
@@ -209,17 +209,76 @@ def check() -> list[dict[str, Any]]:
     return found
 
 
+# Task, examples in the prompt, protocol.
+PLANS = [
+    ("hellaswag", 0, "maximum"),
+    ("hellaswag", 10, "adaptive"),
+    ("arc_challenge", 25, "adaptive"),
+    ("gsm8k", 5, "adaptive"),
+]
+
+
+def plans(model: str) -> list[dict[str, Any]]:
+    """What runs on a model would cost on devices that are not here, in bfloat16."""
+    config, found = find_config(model), []
+    for name, device in DEVICES.items():
+        for task, shots, protocol in PLANS:
+            objective = "lm" if task == "gsm8k" else "choice"
+            cost = plan_cost(
+                config, protocol, typical_documents(task, shots), device=device, objective=objective
+            )
+            found.append(
+                {
+                    "device": name,
+                    "task": f"{task} {shots}-shot",
+                    "protocol": protocol,
+                    "steps": cost.steps,
+                    "flops": cost.estimate.flops,
+                    "seconds": round(cost.estimate.seconds),
+                    "weight_gib": round(cost.weight_bytes / 2**30, 2),
+                    "above_gib": round(cost.estimate.peak_bytes / 2**30, 2),
+                    "total_gb": round(cost.total_bytes / 1e9, 2),
+                    "fits": cost.fits,
+                }
+            )
+            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    return found
+
+
 @click.command()
 @click.option("--measure", "shape", hidden=True)
 @click.option("--task", hidden=True)
-@click.option("--check", "only_check", is_flag=True)
-def main(shape: str | None, task: str | None, only_check: bool) -> None:
-    """Check plans against measurements, then plan."""
+@click.option("--check", "only", flag_value="check", help="Only compare plans with measurements.")
+@click.option("--plan", "only", flag_value="plan", help="Only plan.")
+@click.option("--model", default="meta-llama/Llama-2-7b-hf", show_default=True)
+def main(shape: str | None, task: str | None, only: str | None, model: str) -> None:
+    """Check plans against measurements, then plan for a model that is not here."""
     quiet_libraries()
     if shape and task:
         print(json.dumps(vars(measure(shape, task))))
         return
-    checked = check()
+    result: dict[str, Any] = {}
+    if only != "plan":
+        result["checked"] = check()
+        keys = ("shape", "task", "flops_equal", "bytes_ratio", "seconds_ratio")
+        rows = [[str(each[key]) for key in keys] for each in result["checked"]]
+        print_table("Planned over measured", keys, rows)
+    if only != "check":
+        result["plans"] = plans(model)
+        for device in DEVICES.values():
+            click.echo(
+                f"{device.name}: taken to reach {device.flops:.3g} FLOP/s and {device.bandwidth:.3g} bytes/s."
+            )
+        rows = [
+            [
+                each["device"], each["task"], each["protocol"], f"{each['steps']:,}", f"{each['flops']:.2g}",
+                duration(each["seconds"]), f"{each['total_gb']:.1f} GB", "yes" if each["fits"] else "no",
+            ]
+            for each in result["plans"]
+        ]  # fmt: skip
+        columns = ("GPU", "task", "protocol", "steps", "FLOP", "time", "memory", "fits")
+        print_table(f"{model}, bfloat16", columns, rows)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

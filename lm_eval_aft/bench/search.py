@@ -174,8 +174,8 @@ def _draw(search: Search, prepared: Prepared, say: Callable[[str], None], progre
             writer.write(asdict(point))
         points.append(point)
         say(
-            f"trial {number}: layer {point.layer}, lr {point.lr:.2g}, l2 {point.l2:g}, {point.epochs} epochs: "
-            f"{point.change:+.4f} nats"
+            f"trial {number}: layer {point.layer}, lr {point.lr:.2g}, l2 {point.l2:g}, "
+            f"{point.epochs} epochs: {point.change:+.4f} nats"
         )
     best = min(points, key=Point.order)
     begun = search.output / f".{WINNER}.begun"

@@ -95,7 +95,8 @@ def search(
             expected = cost(prepared)
             click.echo(
                 f"At most about {duration(expected.seconds)} on this machine as it is now, "
-                f"{expected.flops:.3g} floating-point operations, {expected.peak_bytes / 2**20:,.0f} MiB above the weights."
+                f"{expected.flops:.3g} floating-point operations, "
+                f"{expected.peak_bytes / 2**20:,.0f} MiB above the weights."
             )
         else:
             click.echo(f"{trials} trials of at most {max(space.epochs)} epochs, {seeds} seed(s) each.")
