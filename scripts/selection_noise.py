@@ -308,7 +308,7 @@ def reported(trained: Trained, folder: Path) -> list[dict[str, Any]]:
 
 @click.command()
 @click.option("--simulation-only", is_flag=True)
-@click.option("--documents", default=200, show_default=True, help="Evaluation documents of the demo.")
+@click.option("--documents", default=110, show_default=True, help="Evaluation documents of the demo.")
 @click.option("--draws", default=2000, show_default=True, help="Redrawn labels.")
 @click.option("--simulations", default=4000, show_default=True)
 def main(simulation_only: bool, documents: int, draws: int, simulations: int) -> None:
@@ -320,7 +320,8 @@ def main(simulation_only: bool, documents: int, draws: int, simulations: int) ->
     rows = [
         (
             f"{x['accuracy']:.0%}", f"{x['document']:.2f}", f"{x['steered']:.2f}", f"{x['seed']:.2f}",
-            f"{x['best_layer']:+.1f}", f"{x['best_final']:+.1f}", f"{x['positive']:.0%}", f"{x['four_of_four']:.0%}",
+            f"{x['best_layer']:+.1f}", f"{x['best_final']:+.1f}", f"{x['positive']:.0%}",
+            f"{x['four_of_four']:.0%}",
         )
         for x in lines
     ]  # fmt: skip
@@ -333,7 +334,7 @@ def main(simulation_only: bool, documents: int, draws: int, simulations: int) ->
             folder = Path(name)
             write_task(folder, documents)
             lm = AFTLM("demo", device="cpu", batch_size=32)
-            trained = train(lm, folder, train_docs=50, selection_docs=60)
+            trained = train(lm, folder, train_docs=24, selection_docs=40)
             result["redrawn"] = redraw(trained, draws)
             result["reported"] = reported(trained, folder)
         rows = [
