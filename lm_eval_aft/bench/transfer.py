@@ -118,7 +118,8 @@ def _rows(folder: Path, names: Mapping[str, str]) -> list[tuple[str, bool, Row]]
         if not row.primary:
             continue
         if row.kind == "placebo":
-            found.append((row.run.removeprefix("placebo/").replace("-random-", ", random "), True, row))
+            label = row.run.removeprefix("placebo/").removeprefix(f"{SHELF}-")
+            found.append((label.replace("-random-", ", random "), True, row))
         elif specs.get(row.run) in names:
             found.append((names[specs[row.run]], False, row))
     return found
