@@ -167,11 +167,11 @@ class Trained:
     metadata: dict[str, Any]
 
 
-def train(lm: AFTLM, folder: Path, train_docs: int, selection_docs: int) -> Trained:
+def train(lm: AFTLM, folder: Path, train_docs: int, selection_docs: int, layers: str = "all") -> Trained:
     """Every layer, three seeds, ten epochs; nothing is chosen yet."""
     plan = TrainingPlan.of(
         TASK, "maximum", metric=METRIC, include_path=(str(folder),), lr=1e-2, l2=0.0, batch_size=4,
-        train_docs=train_docs, selection_docs=selection_docs, seeds=SEEDS,
+        train_docs=train_docs, selection_docs=selection_docs, seeds=SEEDS, layers=layers,
     )  # fmt: skip
     prepared = prepare(lm, plan)
     extractor = prepared.splits.extractor  # type: ignore[union-attr]
@@ -308,10 +308,21 @@ def reported(trained: Trained, folder: Path) -> list[dict[str, Any]]:
 
 @click.command()
 @click.option("--simulation-only", is_flag=True)
-@click.option("--documents", default=110, show_default=True, help="Evaluation documents of the demo.")
+@click.option("--documents", default=200, show_default=True, help="Evaluation documents of the demo.")
+@click.option("--train-docs", default=50, show_default=True)
+@click.option("--selection-docs", default=100, show_default=True)
+@click.option("--layers", default="all", show_default=True, help="Of the demo model.")
 @click.option("--draws", default=2000, show_default=True, help="Redrawn labels.")
 @click.option("--simulations", default=4000, show_default=True)
-def main(simulation_only: bool, documents: int, draws: int, simulations: int) -> None:
+def main(
+    simulation_only: bool,
+    documents: int,
+    train_docs: int,
+    selection_docs: int,
+    layers: str,
+    draws: int,
+    simulations: int,
+) -> None:
     """What choosing on the reported documents manufactures."""
     quiet_libraries()
     lines = []
@@ -334,7 +345,7 @@ def main(simulation_only: bool, documents: int, draws: int, simulations: int) ->
             folder = Path(name)
             write_task(folder, documents)
             lm = AFTLM("demo", device="cpu", batch_size=32)
-            trained = train(lm, folder, train_docs=24, selection_docs=40)
+            trained = train(lm, folder, train_docs, selection_docs, layers)
             result["redrawn"] = redraw(trained, draws)
             result["reported"] = reported(trained, folder)
         rows = [

@@ -39,10 +39,11 @@ def draw_matrix(matrix: Matrix, path: Path) -> None:
             shade = colours.to_rgba(up * 100 * cell.difference) if cell and cell.share else "#f3f4f6"
             axes.add_patch(Rectangle((x, y), 1, 1, facecolor=shade, edgecolor="white", linewidth=2))
             if cell is not None:
-                _write_cell(axes, x, y, cell, shade)
-            if cell is not None and cell.own:
-                frame = (x + 0.025, y + 0.035), 0.95, 0.93
-                axes.add_patch(Rectangle(*frame, fill=False, edgecolor="black", linewidth=2))
+                dark = cell.share and _dark(shade)
+                _write_cell(axes, x, y, cell, dark)
+                if cell.own:
+                    frame, edge = ((x + 0.025, y + 0.035), 0.95, 0.93), "white" if dark else "black"
+                    axes.add_patch(Rectangle(*frame, fill=False, edgecolor=edge, linewidth=2.5))
     axes.set(xlim=(0, len(tasks)), ylim=(len(vectors), 0), ylabel="vector trained on")
     labels = [_label(task, first.get(task)) for task in tasks]
     axes.set_xticks([x + 0.5 for x in range(len(tasks))], labels, fontsize=9)
@@ -59,9 +60,13 @@ def draw_matrix(matrix: Matrix, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def _write_cell(axes: Any, x: int, y: int, cell: Cell, shade: Any) -> None:
-    """The difference and its interval, in what can be read on the shade."""
-    dark = not isinstance(shade, str) and 0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] < 0.5
+def _dark(shade: Any) -> bool:
+    """Whether white can be read on a colour better than black (luma, ITU-R BT.601)."""
+    return bool(0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] < 0.5)
+
+
+def _write_cell(axes: Any, x: int, y: int, cell: Cell, dark: bool) -> None:
+    """The difference and its interval."""
     told = cell.verdict in MARKS
     ink = "white" if dark else "black" if told else "#4b5563"
     factor, digits = (100, 1) if cell.share else (1, 3)
