@@ -91,7 +91,9 @@ def test_operations_are_exact_and_memory_is_near() -> None:
     assert plan.fits
     ten = plan_cost(tiny(), Protocol("ten", **{**SIZES, "epochs": 10}), documents, device=CPU, budget=1)
     assert ten.estimate.flops == pytest.approx(10 * flops)
-    assert ten.weight_bytes == plan.weight_bytes / 2  # bfloat16
+    assert ten.weight_bytes == pytest.approx(
+        plan.weight_bytes / 2, rel=1e-2
+    )  # bfloat16, but for rotary tables
 
 
 SIZES: dict[str, Any] = {"train_docs": 2, "selection_docs": 2, "seeds": 1}
