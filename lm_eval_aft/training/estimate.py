@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_aft.documents import Document, units
 from lm_eval_aft.training.fit import Candidate, Engine, in_steps
 from lm_eval_aft.training.protocols import Stage
+from lm_eval_aft.training.rates import Spent, flops_of, measure_rates
 
 SAMPLE = 4  # documents timed
 
@@ -29,17 +29,21 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors alive at once inside a ``with`` block; ``peak`` is the most.
 
     Tensors made before the block do not count; memory that kernels use for themselves is not seen.
+
+    Args:
+        only: count the tensors of this type of device alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, only: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._only = only
         self.alive = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and self._only in (None, leaf.device.type):
                 self._count(leaf.untyped_storage(), [a for a in tree_leaves(args) if isinstance(a, Tensor)])
         return output
 
@@ -111,6 +115,7 @@ def estimate(
     selection: Sequence[Document],
     stages: Sequence[Stage],
     batch_size: int,
+    seeds: int = 1,
 ) -> Estimate:
     """Run a few documents through a candidate at every layer and extrapolate.
 
@@ -119,40 +124,36 @@ def estimate(
 
     Args:
         group: a candidate at each layer, which will be trained.
+        seeds: with how many the final stage trains its candidates.
     """
+    with peak_memory(_device(group)) as peak:
+        heaviest_passes(engine, group, train, selection, batch_size)
+        peak_bytes = peak()  # read here: what follows is heavier than the run
+
+    def meter(work: Callable[[], None]) -> Spent:
+        return Spent(_seconds(work), flops_of(work))
+
+    total = measure_rates(engine, group, _spread(train), _spread(selection), meter).total(stages, seeds)
+    return Estimate(total.seconds, total.flops, peak_bytes)
+
+
+def heaviest_passes(
+    engine: Engine,
+    group: Sequence[Candidate],
+    train: Sequence[Document],
+    selection: Sequence[Document],
+    batch_size: int,
+) -> None:
+    """A step on the longest training documents and the largest batch of selection documents."""
 
     def nothing(_done: int) -> None:
         pass
 
     longest = next(iter(in_steps(_longest_first(train), batch_size)))
     judged = _longest_first(selection)
-    together = max(1, getattr(engine, "budget", 0) // _tokens(judged[0]), len(_first_unit(judged)))
-    with peak_memory(_device(group)) as peak:
-        engine.train(group, [longest], nothing)
-        engine.evaluate(group, judged[:together], nothing)
-        peak_bytes = peak()  # read here: what follows is heavier than the run
-    steps, judged = _spread(train), [document for unit in _spread(selection) for document in unit]
-
-    def train_sample() -> None:
-        engine.train(group, steps, nothing)
-
-    def evaluate_sample() -> None:
-        engine.evaluate(group, judged, nothing)
-
-    trained, evaluated = _seconds(train_sample), _seconds(evaluate_sample)
-    train_flops, evaluate_flops = _flops(train_sample), _flops(evaluate_sample)
-    of_train = 1 / (sum(map(len, steps)) * len(group))
-    of_selection = 1 / (len(judged) * len(group))
-
-    def total(per_train: float, per_selection: float) -> float:
-        return sum(
-            stage.candidates
-            * stage.epochs
-            * (stage.train * per_train * of_train + stage.selection * per_selection * of_selection)
-            for stage in stages
-        )
-
-    return Estimate(total(trained, evaluated), total(train_flops, evaluate_flops), peak_bytes)
+    together = max(1, getattr(engine, "budget", 0) // _tokens(judged[0]), len(units(judged)[0]))
+    engine.train(group, [longest], nothing)
+    engine.evaluate(group, judged[:together], nothing)
 
 
 def _device(group: Sequence[Candidate]) -> torch.device:
@@ -165,31 +166,21 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def _flops(work: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return int(counter.get_total_flops())
-
-
 def _tokens(document: Document) -> int:
     return document.tokens(True)
 
 
-def _spread(documents: Sequence[Document]) -> list[list[Document]]:
+def _spread(documents: Sequence[Document]) -> list[Document]:
     """A few documents, with their groups, evenly spread over the range of lengths."""
-    together = _by_unit(documents)
-    together.sort(key=_longest)
+    together = sorted(_by_unit(documents), key=_longest)
     n = min(max(2, SAMPLE // len(together[0])), len(together))
-    return [together[round((i + 0.5) / n * len(together) - 0.5)] for i in range(n)]
+    places = [round((i + 0.5) / n * len(together) - 0.5) for i in range(n)]
+    return [document for place in places for document in together[place]]
 
 
 def _longest_first(documents: Sequence[Document]) -> list[Document]:
     together = sorted(_by_unit(documents), key=_longest, reverse=True)
     return [document for unit in together for document in unit]
-
-
-def _first_unit(documents: Sequence[Document]) -> list[int]:
-    return units(documents)[0]
 
 
 def _by_unit(documents: Sequence[Document]) -> list[list[Document]]:
