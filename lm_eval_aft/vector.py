@@ -271,6 +271,8 @@ def replacing(target: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())  # else a loss of power may leave the new name with nothing behind it
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600, which would not survive sharing

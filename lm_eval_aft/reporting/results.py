@@ -174,10 +174,16 @@ def find_results(source: Path) -> list[Path]:
     """
     if source.is_file() and source.suffix == ".json":
         return [source]
-    found = sorted(source.rglob("results_*.json"), key=lambda path: (path.name, str(path)))
+    # What lies in a hidden folder is being written, or was when its process died.
+    seen = (path for path in source.rglob("results_*.json") if not _hidden(path.relative_to(source)))
+    found = sorted(seen, key=lambda path: (path.name, str(path)))
     if not found:
         raise AFTError(f"No lm-eval results below {source}.", "Give the folder named by --output_path.")
     return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts[:-1])
 
 
 def group_results(files: list[Path]) -> list[list[Path]]:
