@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -14,23 +13,18 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_aft.alone import alone_in
 from lm_eval_aft.answer_only import require_scorable, scorable
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.evaluation_folder import BEGUN, lacking, note_asked, whole
 from lm_eval_aft.harness import check_names, task_manager_for
 from lm_eval_aft.library import Library
-from lm_eval_aft.library.files import sha256
-from lm_eval_aft.library.header import FILE_NAME
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.routing import Routing
 from lm_eval_aft.runs import Run, plan_runs
-from lm_eval_aft.vector import canonical_json, replacing
 
 if TYPE_CHECKING:
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
-
-# What an evaluation was asked, and where a run's files lie until they are whole.
-ASKED, BEGUN = ".asked.json", ".scoring"
 
 
 def evaluate_pair(
@@ -83,7 +77,7 @@ def evaluate_pair(
     arguments = {"softmax_dtype": "float32", **(model_args or {})}
     asked = {"model": model, "model_args": arguments, "tasks": list(tasks), "flags": list(flags)}
     with alone_in(folder):
-        missing, note = _begin(folder, runs, asked, shelf, resume)
+        missing, note = lacking(folder, runs, asked, shelf, resume)
         if missing:
             _evaluate(model, arguments, missing, tasks, folder, flags, shelf, answer_only, note)
     return runs
@@ -123,9 +117,7 @@ def _evaluate(
             routings[run.name] = lm.routing_of(run.route, Library(shelf), allow_mismatch=mismatch)
     lm.score_along(in_force)
     if int(os.environ.get("RANK", "0")) == 0:
-        shutil.rmtree(folder / BEGUN, ignore_errors=True)
-        with replacing(folder / ASKED) as temporary:
-            temporary.write_text(note, encoding="utf-8")
+        note_asked(folder, note)
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
         lm.answer_only = run.answer_only
@@ -139,53 +131,6 @@ def _evaluate(
         if run.answer_only:
             described["answer_only"] = True
         _score(lm, run, config, manager, folder, described)
-
-
-def _begin(
-    folder: Path, runs: Sequence[Run], asked: dict[str, Any], shelf: str | None, resume: bool
-) -> tuple[list[Run], str]:
-    """The runs that an output folder lacks, and what to note there of what was asked of it.
-
-    Raises:
-        AFTError: it holds some already and is not to be resumed, or was asked something else.
-    """
-    asked = {**asked, "runs": {run.name: _depends_on(run, shelf) for run in runs}}
-    asked = json.loads(json.dumps(asked, default=str))
-    taken = [run.name for run in runs if (folder / run.name).exists()]
-    if taken and not resume:
-        raise AFTError(
-            f"{folder} already holds {', '.join(taken)}.",
-            "Choose another output folder, or keep them and score what is missing with --resume.",
-        )
-    if taken:
-        before = _read_asked(folder)
-        differing = [key for key in sorted(asked) if key != "runs" and asked[key] != before.get(key)]
-        known = before.get("runs", {})
-        differing += [name for name in taken if asked["runs"][name] != known.get(name, "not recorded")]
-        if differing:
-            raise AFTError(
-                f"What is in {folder} was asked otherwise: {', '.join(differing)} differ.",
-                "Give the same arguments again, or choose another output folder.",
-            )
-        asked["runs"] = known | asked["runs"]
-    return [run for run in runs if run.name not in taken], canonical_json(asked)
-
-
-def _read_asked(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / ASKED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("runs"), dict) else {}
-
-
-def _depends_on(run: Run, shelf: str | None) -> Any:
-    """What steers a run: the vector's digest; for a router its table's and the library's."""
-    if run.route is None:
-        return run.vector.digest() if run.vector else None
-    library, table = Library(shelf), Path(run.route.partition(":")[2])
-    found: dict[str, Any] = {name: sha256(library.path(name) / FILE_NAME) for name in library.names()}
-    return {"route": run.route, "table": sha256(table) if table.is_file() else None, "vectors": found}
 
 
 def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> EvaluatorConfig:
@@ -267,8 +212,7 @@ def _score(
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:
         tracker.save_results_samples(task_name=task, samples=samples[task])
-    written = list(folder.rglob("*.json*"))
-    if len(written) < 1 + len(results["configs"]):
+    if not whole(folder, {task: len(samples[task]) for task in results["configs"]}):
         # The tracker logs failures to write, and goes on.
         raise AFTError(f"The results could not be written to {place}.", "Check its rights and free space.")
     place.parent.mkdir(parents=True, exist_ok=True)
