@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.errors import AFTError, refuse_pickle
+from lm_eval_aft.header_entry import parse_entry
 from lm_eval_aft.methods import METHODS
 
 # As lm_eval_aft.vector has them; importing that module would import torch.
@@ -72,12 +73,19 @@ def read_header(path: Path) -> Header:
     try:
         declared = json.loads(raw)
         metadata = declared.pop("__metadata__", {})
-        aft = json.loads(metadata.get("aft", "null"))
+        form, text = metadata.get("format"), metadata.get("aft", "null")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise AFTError(f"{path} cannot be read: its header is not that of a safetensors file.") from error
-    if metadata.get("format") != FORMAT or not isinstance(aft, dict):
+    try:
+        aft = parse_entry(text)
+    except (ValueError, TypeError) as error:
+        form, reason = None, f" ({error})"
+    else:
+        reason = ""
+    if form != FORMAT:
         raise AFTError(
-            f"{path} is a safetensors file but not a steering vector.", "Give a file written by train-vector."
+            f"{path} is a safetensors file but not a steering vector{reason}.",
+            "Give a file written by train-vector.",
         )
     layers = _check_tensors(path, declared, size - 8 - length, aft)
     return Header(layers, int(aft["hidden_size"]), size, aft)
