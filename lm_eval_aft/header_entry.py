@@ -1,11 +1,18 @@
-"""The ``aft`` entry of a vector file's header: JSON from anybody, made fit for use or refused."""
+"""The header of a vector file: bytes from anybody, made fit for use or refused."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any, NoReturn
 
+from lm_eval_aft.errors import AFTError
+
+# A header with 10,000 selection documents and the fingerprint of a large model stays below 1 MB.
+MAX_HEADER = 16 * 2**20
+# 200 layers of 32,768 fp32 numbers are 26 MB.
+MAX_FILE = 256 * 2**20
 # What the entry's parts are where they are there at all; readers rely on it.
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
@@ -29,6 +36,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def check_lengths(path: Path, size: int, header: int) -> None:
+    """Raise `AFTError` for a file, or a header that it declares, longer than any vector's (bytes)."""
+    if size > MAX_FILE:
+        raise AFTError(f"{path} is {size:,} bytes long; no vector is longer than {MAX_FILE:,}.")
+    if header > MAX_HEADER:
+        raise AFTError(
+            f"{path} declares a header of {header:,} bytes; no vector has more than {MAX_HEADER:,}."
+        )
 
 
 def parse_entry(text: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lm_eval_aft.errors import AFTError, refuse_pickle
-from lm_eval_aft.header_entry import parse_entry
+from lm_eval_aft.header_entry import check_lengths, parse_entry
 from lm_eval_aft.methods import METHODS
 from lm_eval_aft.positions import POSITIONS
 
@@ -231,6 +231,7 @@ def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with source.open("rb") as stream:
         start = stream.read(9)
     refuse_pickle(source, start)
+    check_lengths(source, source.stat().st_size, int.from_bytes(start[:8], "little"))
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
             raw = file.metadata() or {}

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 DONE, REFUSED, BROKEN = 0, 3, 4
+HUNG = 1800.0  # seconds; machines may be busy
 FORK = multiprocessing.get_context("fork")  # the children have torch and the model already
 FAULTS = ("kill", "term", "disk", "space", "readonly", "clock", "second")
 
@@ -211,10 +212,10 @@ def begun(job: Job, folder: Path, words: Path, before: Callable[[], None] = lamb
 
 def ended(process: Any, allowed: tuple[int, ...], words: Path) -> int:
     """Wait for it; anything but these exit codes is a failure."""
-    process.join(300)
+    process.join(HUNG)
     if process.exitcode is None:
         process.kill()
-        raise ValueError("it hung for 300 seconds")
+        raise ValueError(f"it hung for {HUNG:.0f} seconds")
     if process.exitcode not in allowed:
         told = words.read_text(encoding="utf-8")[-1500:] if words.exists() else ""
         raise ValueError(f"exit code {process.exitcode} instead of {allowed}: {told}")

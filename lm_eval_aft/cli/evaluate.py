@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from lm_eval_aft.cli.offline import offline_option
 from lm_eval_aft.cli.options import ended, parse_model_args, quiet_libraries
 from lm_eval_aft.termination import Terminated, terminable
 
@@ -15,6 +16,7 @@ from lm_eval_aft.termination import Terminated, terminable
     "eval",
     context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
 )
+@offline_option
 @click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
 @click.option(
     "--vector", "vectors", multiple=True, help="Folder, library name, Hub id or expression; may repeat."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lm_eval_aft.alone import alone_in
+from lm_eval_aft.cli.offline import offline_option
 from lm_eval_aft.cli.options import ended, parse_model_args, print_table, quiet_libraries
 from lm_eval_aft.cli.vectors_share import library_option
 from lm_eval_aft.errors import AFTError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("train-set", context_settings={"help_option_names": ["-h", "--help"]})
+@offline_option
 @click.argument("study", type=click.Path(path_type=Path, dir_okay=False))
 @library_option
 @click.option("--model", help="Hub name or local folder of the base model.  [default: the study's]")
