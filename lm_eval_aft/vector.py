@@ -228,10 +228,14 @@ def _sorted_out(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[int, Ten
 
 def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and the decoded ``aft`` header of a safetensors file. Never unpickles."""
-    with source.open("rb") as stream:
-        start = stream.read(9)
+    try:
+        with source.open("rb") as stream:
+            start = stream.read(9)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise AFTError(f"{source} cannot be read: {error.strerror}.", "Check the path and rights.") from error
     refuse_pickle(source, start)
-    check_lengths(source, source.stat().st_size, int.from_bytes(start[:8], "little"))
+    check_lengths(source, size, int.from_bytes(start[:8], "little"))
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
             raw = file.metadata() or {}

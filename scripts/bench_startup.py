@@ -1,7 +1,8 @@
 """What the registration hook costs every start of Python, and what importing the package costs.
 
 Starts two fresh environments in turn, alike except for the start-up file, and compares the medians of the
-wall time of ``python -c pass``; then times ``import lm_eval_aft`` in fresh interpreters. The last line printed is the result as JSON; times are milliseconds.
+wall time of ``python -c pass``; then times ``import lm_eval_aft`` in fresh interpreters. The last line
+printed is the result as JSON; times are milliseconds.
 
     python scripts/bench_startup.py --rounds 100
 """

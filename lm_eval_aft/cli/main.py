@@ -10,13 +10,14 @@ from lm_eval_aft.cli.export import export, import_
 from lm_eval_aft.cli.lm_eval import lm_eval
 from lm_eval_aft.cli.methods import methods
 from lm_eval_aft.cli.offline import offline_option
+from lm_eval_aft.cli.plain_errors import PlainGroup
 from lm_eval_aft.cli.report import report
 from lm_eval_aft.cli.tasks import tasks, tasks_path_command
 from lm_eval_aft.cli.train import train_vector
 from lm_eval_aft.cli.vectors import vectors
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=PlainGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @offline_option
 @click.version_option(__version__, package_name="lm-eval-aft")
 def aft() -> None:

@@ -11,12 +11,13 @@ import click
 from lm_eval_aft.alone import alone_in
 from lm_eval_aft.cli.offline import offline_option
 from lm_eval_aft.cli.options import ended, parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.cli.plain_errors import PlainCommand
 from lm_eval_aft.cli.training_report import duration, print_result, print_stages
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.termination import Terminated, terminable
 
 
-@click.command("train-vector", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("train-vector", cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @offline_option
 @click.option("--model", required=True, help="Hub name or local folder of a causal LM, or `demo`.")
 @click.option(

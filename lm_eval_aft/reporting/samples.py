@@ -108,7 +108,11 @@ def _digest(value: Any) -> bytes:
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     offset = 0
-    with path.open("rb") as stream:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise AFTError(f"{path} cannot be read: {error.strerror}.", "Check its rights.") from error
+    with opened as stream:
         for number, line in enumerate(stream, start=1):
             yield number, offset, line
             offset += len(line)
