@@ -95,7 +95,7 @@ def _vector(folder: Path) -> Path:
     return folder
 
 
-@sizes(60, 1500, 10_000)
+@sizes(60, 500, 10_000)
 @pytest.mark.timeout(3600)
 def test_headers_that_load_can_be_used(mutations: int, tmp_path: Path) -> None:
     """Whatever parts of the header are changed: listing, showing, adding up, cards and reports cope."""
@@ -155,7 +155,7 @@ def _results(folder: Path) -> None:
     write_results(folder / "steered" / "v", better, vector=steered_by())
 
 
-@sizes(40, 1000, 10_000)
+@sizes(40, 700, 10_000)
 @pytest.mark.timeout(3600)
 def test_result_folders(mutations: int, tmp_path: Path) -> None:
     rng, outcomes = random.Random(mutations), Counter[str]()
@@ -233,7 +233,7 @@ STUDY = (
 )
 
 
-@sizes(300, 10_000, 50_000)
+@sizes(300, 3000, 50_000)
 @pytest.mark.timeout(3600)
 def test_tables_and_studies(mutations: int, tmp_path: Path) -> None:
     rng, outcomes = random.Random(mutations), Counter[str]()
@@ -304,7 +304,7 @@ WORDS = (
 )
 
 
-@sizes(40, 600, 3000)
+@sizes(40, 300, 3000)
 @pytest.mark.timeout(3600)
 def test_command_lines(mutations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arguments at random for every command; models and data that would cost time are not among them."""

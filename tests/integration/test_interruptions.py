@@ -82,6 +82,7 @@ def test_sigterm_in_the_midst_of_an_epoch_loses_no_step(
     assert not list((tmp_path / "ended").rglob(".*"))
 
 
+@pytest.mark.slow
 def test_a_diverged_candidate_is_told_though_the_run_ended_before_its_epoch_did(
     lm: AFTLM, plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def _without_asked(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
+@pytest.mark.slow
 def test_a_long_epoch_is_saved_in_between(
     lm: AFTLM, plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +133,7 @@ def test_a_long_epoch_is_saved_in_between(
     assert told(tmp_path / "long") == told(tmp_path / "short")
 
 
+@pytest.mark.slow
 def test_the_clock_may_jump(
     lm: AFTLM, plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +300,7 @@ def test_overwriting_dies_half_way(
     assert not list((tmp_path / "v").rglob(".*"))
 
 
+@pytest.mark.slow
 def test_resume_after_the_ledger_was_cut_anywhere(
     lm: AFTLM, plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +341,7 @@ def test_resume_after_the_ledger_was_cut_anywhere(
             open_run(tmp_path / "v", settings, resume=True)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_commands_with_143(tmp_path: Path, checkpoint: Callable[..., str]) -> None:
     """As a scheduler sends it, to a real process."""
     command = [sys.executable, "-m", "lm_eval_aft.cli.main", "train", "--model", "demo"]
