@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_aft.alone import alone_in
 from lm_eval_aft.answer_only import require_scorable, scorable
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.evaluation_folder import BEGUN, lacking, note_asked, whole
+from lm_eval_aft.evaluation_folder import lacking, note_asked, whole
 from lm_eval_aft.harness import check_names, task_manager_for
 from lm_eval_aft.library import Library
 from lm_eval_aft.lm import AFTLM
@@ -95,7 +95,7 @@ def _evaluate(
     note: str,
 ) -> None:
     arguments = dict(arguments)
-    config = _parse(tasks, folder, flags)
+    config = read_flags(tasks, folder, flags)
     manager = task_manager_for(tasks, [config.include_path] if config.include_path else [])
     check_names(tasks, manager)
     if answer_only:
@@ -130,11 +130,15 @@ def _evaluate(
             described["library"] = shelf
         if run.answer_only:
             described["answer_only"] = True
-        _score(lm, run, config, manager, folder, described)
+        score(lm, run, config, manager, folder / run.name, described)
 
 
-def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> EvaluatorConfig:
-    """Read lm-eval's own flags with lm-eval's own parser."""
+def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) -> EvaluatorConfig:
+    """Read lm-eval's own flags with lm-eval's own parser.
+
+    Raises:
+        AFTError: lm-eval refuses them, or they name model arguments.
+    """
     from lm_eval._cli.run import Run as StockRun
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
@@ -150,14 +154,26 @@ def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> Evaluato
     return config
 
 
-def _score(
+def score(
     lm: AFTLM,
     run: Run,
     config: EvaluatorConfig,
     manager: TaskManager,
-    output: Path,
+    folder: Path,
     model_args: dict[str, Any],
 ) -> None:
+    """Score what is in force on ``lm``, and write lm-eval's ordinary result files into ``folder``.
+
+    The folder appears whole or not at all.
+
+    Args:
+        run: names the vector in force, if it has a place.
+        config: the evaluation, as `read_flags` makes it.
+        model_args: what the results say the model was loaded with.
+
+    Raises:
+        AFTError: the results cannot be written.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
@@ -170,8 +186,8 @@ def _score(
         loaded = manager.load(tasks)["tasks"]
         tasks = [loaded[name] for name in scorable(loaded)[0]]
     seeds = config.seed or [None] * 4
-    folder, place = output / BEGUN / run.name, output / run.name
-    tracker = EvaluationTracker(output_path=str(folder))
+    begun = folder.with_name(f".{folder.name}.scoring")
+    tracker = EvaluationTracker(output_path=str(begun))
     results: Any = simple_evaluate(
         model=lm,
         tasks=tasks,
@@ -198,6 +214,7 @@ def _score(
     )
     if results is None:  # not the main process
         return
+    shutil.rmtree(begun, ignore_errors=True)  # of a process that died in here
     samples = results.pop("samples")
     if lm.routing is not None:
         _say_routes(lm.routing, results, samples)
@@ -212,12 +229,10 @@ def _score(
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:
         tracker.save_results_samples(task_name=task, samples=samples[task])
-    if not whole(folder, {task: len(samples[task]) for task in results["configs"]}):
+    if not whole(begun, {task: len(samples[task]) for task in results["configs"]}):
         # The tracker logs failures to write, and goes on.
-        raise AFTError(f"The results could not be written to {place}.", "Check its rights and free space.")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(place)
-    shutil.rmtree(output / BEGUN)
+        raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
+    begun.rename(folder)
 
 
 def _announce(left_out: dict[str, str]) -> None:

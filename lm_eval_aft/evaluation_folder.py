@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from lm_eval_aft.library.header import FILE_NAME
 from lm_eval_aft.runs import Run
 from lm_eval_aft.vector import canonical_json, replacing
 
-# The note of what was asked, and where a run's files lie until they are whole.
-ASKED, BEGUN = ".asked.json", ".scoring"
+# The note of what was asked.
+ASKED = ".asked.json"
 
 
 def lacking(
@@ -50,8 +49,7 @@ def lacking(
 
 
 def note_asked(folder: Path, note: str) -> None:
-    """Write what `lacking` gave, and drop what a process that died had begun."""
-    shutil.rmtree(folder / BEGUN, ignore_errors=True)
+    """Write what `lacking` gave."""
     with replacing(folder / ASKED) as temporary:
         temporary.write_text(note, encoding="utf-8")
 
