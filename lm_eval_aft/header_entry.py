@@ -56,7 +56,7 @@ def parse_entry(text: str) -> dict[str, Any]:
             not of the kind it should be; the message says which.
     """
     try:
-        found = json.loads(text, parse_constant=_refuse)
+        found = json.loads(text, parse_constant=_refuse, parse_int=_whole)
         if _SURROGATE.search(text):  # half a character, which no file can be written with
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -69,6 +69,12 @@ def parse_entry(text: str) -> dict[str, Any]:
         if not fine:
             raise ValueError(f"its {key!r} is a {type(value).__name__}, not a {kinds[0].__name__}")
     return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20:  # no arithmetic with it
+        raise ValueError("it holds a number that is too large")
+    return int(digits)
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -244,7 +244,7 @@ def read_results(file: Path) -> dict[str, Any]:
         raise AFTError(f"{file} holds no lm-eval results.", "Give a results_*.json that lm_eval wrote.")
     for key in _MAPPINGS:
         _require_mapping(results, key, file)
-    for parent in ("results", "configs"):
+    for parent in ("results", "configs", "higher_is_better"):
         for task in results[parent]:
             _require_mapping(results[parent], task, file)
     info = _require_mapping(results["config"], "aft", file)

@@ -66,7 +66,7 @@ def read_samples(path: Path, config: dict[str, Any]) -> dict[str, dict[int, Samp
                 },
                 offset,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise AFTError(f"{where} lacks what lm-eval logs ({error!r}).", AGAIN) from error
         rows = found.setdefault(filter_name, {})
         if doc_id in rows:
