@@ -28,6 +28,20 @@ class AFTError(click.ClickException):
         self.hint = hint
 
 
+def model_not_loaded(name: object, error: Exception) -> AFTError:
+    """What to raise when transformers cannot load a model."""
+    if "trust_remote_code" in str(error):
+        return AFTError(
+            f"The model {name!r} brings code of its own, which is not run unasked.",
+            "Read that code; if you trust it, give trust_remote_code=true among the model arguments.",
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return AFTError(
+        f"The model {name!r} cannot be loaded: {reason}",
+        "Give a local folder written by save_pretrained, or the name of a model on the Hub.",
+    )
+
+
 def print_errors_plainly() -> None:
     """Let an uncaught ``AFTError`` end a foreign program with its message alone.
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_aft.alone import alone_in
 from lm_eval_aft.answer_only import require_scorable, scorable
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.evaluation_folder import lacking, note_asked, whole
 from lm_eval_aft.harness import check_names, task_manager_for
 from lm_eval_aft.library import Library
 from lm_eval_aft.lm import AFTLM
@@ -36,6 +40,7 @@ def evaluate_pair(
     answer_only: bool = False,
     model_args: dict[str, Any] | None = None,
     flags: Sequence[str] = (),
+    resume: bool = False,
 ) -> list[Run]:
     """Score the baseline and every vector (and placebos, and routers) with lm-eval.
 
@@ -45,7 +50,8 @@ def evaluate_pair(
     compare them with `lm_eval_aft.reporting.results`.
 
     Each run lands in ``output/<name>`` exactly as ``lm_eval --model aft --log_samples`` would
-    write it. Log-softmax is taken in fp32 on every side unless ``model_args`` says otherwise.
+    write it, and appears there whole or not at all. Log-softmax is taken in fp32 on every side unless
+    ``model_args`` says otherwise.
 
     Args:
         library: folder of the library that names come from; default the user's own.
@@ -53,9 +59,11 @@ def evaluate_pair(
         answer_only: score the baseline and every vector with the contexts removed too, as
             ``answer-only/...``, on those tasks that have options or answers to score.
         flags: further flags of ``lm_eval run``, for example ``["--limit", "50"]``.
+        resume: keep the runs that are in ``output`` already, and score the others.
 
     Raises:
-        AFTError: bad input; or an output folder that already holds such runs.
+        AFTError: bad input; an output folder that already holds such runs, or was asked something else;
+            or another process is writing there.
     """
     shelf = None if library is None else str(library)
     chosen = [vectors] if isinstance(vectors, str) else vectors
@@ -66,11 +74,28 @@ def evaluate_pair(
             "--answer-only needs a vector." if answer_only else "Give a vector or a router.",
         )
     folder = Path(output)
-    taken = [run.name for run in runs if (folder / run.name).exists()]
-    if taken:
-        raise AFTError(f"{folder} already holds {', '.join(taken)}.", "Choose another output folder.")
     arguments = {"softmax_dtype": "float32", **(model_args or {})}
-    config = _parse(tasks, folder, flags)
+    asked = {"model": model, "model_args": arguments, "tasks": list(tasks), "flags": list(flags)}
+    with alone_in(folder):
+        missing, note = lacking(folder, runs, asked, shelf, resume)
+        if missing:
+            _evaluate(model, arguments, missing, tasks, folder, flags, shelf, answer_only, note)
+    return runs
+
+
+def _evaluate(
+    model: str,
+    arguments: dict[str, Any],
+    runs: Sequence[Run],
+    tasks: Sequence[str],
+    folder: Path,
+    flags: Sequence[str],
+    shelf: str | None,
+    answer_only: bool,
+    note: str,
+) -> None:
+    arguments = dict(arguments)
+    config = read_flags(tasks, folder, flags)
     manager = task_manager_for(tasks, [config.include_path] if config.include_path else [])
     check_names(tasks, manager)
     if answer_only:
@@ -91,6 +116,8 @@ def evaluate_pair(
         if run.route is not None:
             routings[run.name] = lm.routing_of(run.route, Library(shelf), allow_mismatch=mismatch)
     lm.score_along(in_force)
+    if int(os.environ.get("RANK", "0")) == 0:
+        note_asked(folder, note)
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
         lm.answer_only = run.answer_only
@@ -103,12 +130,15 @@ def evaluate_pair(
             described["library"] = shelf
         if run.answer_only:
             described["answer_only"] = True
-        _score(lm, run, config, manager, folder / run.name, described)
-    return runs
+        score(lm, run, config, manager, folder / run.name, described)
 
 
-def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> EvaluatorConfig:
-    """Read lm-eval's own flags with lm-eval's own parser."""
+def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) -> EvaluatorConfig:
+    """Read lm-eval's own flags with lm-eval's own parser.
+
+    Raises:
+        AFTError: lm-eval refuses them, or they name model arguments.
+    """
     from lm_eval._cli.run import Run as StockRun
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
@@ -124,7 +154,7 @@ def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> Evaluato
     return config
 
 
-def _score(
+def score(
     lm: AFTLM,
     run: Run,
     config: EvaluatorConfig,
@@ -132,6 +162,18 @@ def _score(
     folder: Path,
     model_args: dict[str, Any],
 ) -> None:
+    """Score what is in force on ``lm``, and write lm-eval's ordinary result files into ``folder``.
+
+    The folder appears whole or not at all.
+
+    Args:
+        run: names the vector in force, if it has a place.
+        config: the evaluation, as `read_flags` makes it.
+        model_args: what the results say the model was loaded with.
+
+    Raises:
+        AFTError: the results cannot be written.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
@@ -144,7 +186,8 @@ def _score(
         loaded = manager.load(tasks)["tasks"]
         tasks = [loaded[name] for name in scorable(loaded)[0]]
     seeds = config.seed or [None] * 4
-    tracker = EvaluationTracker(output_path=str(folder))
+    begun = folder.with_name(f".{folder.name}.scoring")
+    tracker = EvaluationTracker(output_path=str(begun))
     results: Any = simple_evaluate(
         model=lm,
         tasks=tasks,
@@ -171,6 +214,7 @@ def _score(
     )
     if results is None:  # not the main process
         return
+    shutil.rmtree(begun, ignore_errors=True)  # of a process that died in here
     samples = results.pop("samples")
     if lm.routing is not None:
         _say_routes(lm.routing, results, samples)
@@ -185,10 +229,10 @@ def _score(
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:
         tracker.save_results_samples(task_name=task, samples=samples[task])
-    written = list(folder.rglob("*.json*"))
-    if len(written) < 1 + len(results["configs"]):
+    if not whole(begun, {task: len(samples[task]) for task in results["configs"]}):
         # The tracker logs failures to write, and goes on.
         raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
+    begun.rename(folder)
 
 
 def _announce(left_out: dict[str, str]) -> None:

@@ -109,7 +109,7 @@ def check_fingerprint(
     present = fingerprint(model, tokenizer)
     try:
         differences = compare_fingerprints(recorded, present)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AFTError(f"The vector's fingerprint is damaged ({error!r}).", "Train it again.") from error
     trained_on = (metadata.get("base_model") or {}).get("name", "an unnamed model")
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -138,7 +138,9 @@ def _same_weights(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> bo
     if {"float16", "bfloat16"} <= dtypes:
         tiny = 2.0**-24  # the smallest subnormal of fp16
         return bool(torch.allclose(ours, theirs, rtol=2.0**-8, atol=tiny))
-    coarser = getattr(torch, max(dtypes, key=lambda name: _COARSENESS.get(name, 2)))
+    if not dtypes <= _COARSENESS.keys():
+        raise ValueError(f"a dtype of {sorted(dtypes)} is not known")
+    coarser = getattr(torch, max(dtypes, key=lambda name: _COARSENESS[name]))
     return bool(torch.equal(ours.to(coarser), theirs.to(coarser)))
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lm_eval_aft.answer_only import refuse_generation, without_contexts
 from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.demo import resolve_pretrained
-from lm_eval_aft.errors import AFTError, print_errors_plainly
+from lm_eval_aft.errors import AFTError, model_not_loaded, print_errors_plainly
 from lm_eval_aft.in_force import InForce
 from lm_eval_aft.library import Library, load_vector
 from lm_eval_aft.library.names import as_spec
@@ -86,11 +86,8 @@ class AFTLM(HFLM):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             super().__init__(pretrained=pretrained, device=device, **kwargs)
-        except OSError as error:
-            raise AFTError(
-                f"The model {pretrained!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
-                "Give a local folder written by save_pretrained, or the name of a model on the Hub.",
-            ) from error
+        except (OSError, ValueError) as error:
+            raise model_not_loaded(pretrained, error) from error
         if self.backend != "causal":
             raise AFTError("Encoder-decoder models are not supported.", "Use a decoder-only (causal) model.")
         self._blocks = blocks

@@ -119,6 +119,8 @@ def _label(text: str) -> str:
 
 def _unique(name: str, runs: Sequence[Run]) -> str:
     taken = {run.name for run in runs}
+    if name.endswith(".json"):  # lm-eval would take it for a file
+        name += "_"
     candidate, count = name, 2
     while candidate in taken:
         candidate, count = f"{name}-{count}", count + 1

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.field_types import check_field_types
 from lm_eval_aft.library.names import check_name
 from lm_eval_aft.library.route import read_table
 from lm_eval_aft.training.examples import PromptSettings
@@ -130,6 +131,7 @@ def _entry(name: Any, value: Any, defaults: Mapping[str, Any], include: tuple[st
     settings = {key: _value(key, each) for key, each in merged.items()}
     if prompts:
         settings["prompts"] = PromptSettings(**prompts)
+        check_field_types(settings["prompts"])
     if include:
         settings["include_path"] = include
     return StudyEntry(name, task, settings, limit)

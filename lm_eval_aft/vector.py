@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lm_eval_aft.errors import AFTError, refuse_pickle
+from lm_eval_aft.header_entry import check_lengths, parse_entry
 from lm_eval_aft.methods import METHODS
 from lm_eval_aft.positions import POSITIONS
 
@@ -159,6 +161,8 @@ class SteeringVector:
         coefficient = header["coefficient"]
         if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
             raise AFTError(f"{source} declares coefficient {coefficient!r}, which is not a number.")
+        if abs(coefficient) > sys.float_info.max:  # an integer may be
+            raise AFTError(f"{source} declares a coefficient that is too large.")
         vector = cls.__new__(cls)
         vector.layers = {k: layers[k].to(torch.float32) for k in sorted(layers)}
         vector.extra = {k: extra[k].to(torch.float32) for k in sorted(extra)}
@@ -224,9 +228,14 @@ def _sorted_out(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[int, Ten
 
 def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and the decoded ``aft`` header of a safetensors file. Never unpickles."""
-    with source.open("rb") as stream:
-        start = stream.read(9)
+    try:
+        with source.open("rb") as stream:
+            start = stream.read(9)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise AFTError(f"{source} cannot be read: {error.strerror}.", "Check the path and rights.") from error
     refuse_pickle(source, start)
+    check_lengths(source, size, int.from_bytes(start[:8], "little"))
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
             raw = file.metadata() or {}
@@ -236,15 +245,18 @@ def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     f"(format {raw.get('format')!r}, wanted {FORMAT!r}).",
                     "Give a file written by train-vector.",
                 )
-            header = json.loads(raw.get("aft", "null"))
+            try:
+                header = parse_entry(raw.get("aft", "null"))
+            except ValueError as error:
+                raise AFTError(
+                    f"{source} has no sound 'aft' header: {error}.", "Give a file written by train-vector."
+                ) from error
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise AFTError(
             f"{source} cannot be read: truncated or not a safetensors file ({error}).",
             "Copy or train it again.",
         ) from error
-    if not isinstance(header, dict):
-        raise AFTError(f"{source} has no 'aft' header.", "Give a file written by train-vector.")
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise AFTError(f"{source} holds tensors that are not floating point.")
     return tensors, header
@@ -271,6 +283,8 @@ def replacing(target: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())  # else a loss of power may leave the new name with nothing behind it
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600, which would not survive sharing

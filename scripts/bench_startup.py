@@ -1,7 +1,8 @@
-"""What the registration hook costs every start of Python.
+"""What the registration hook costs every start of Python, and what importing the package costs.
 
 Starts two fresh environments in turn, alike except for the start-up file, and compares the medians of the
-wall time of ``python -c pass``. The last line printed is the result as JSON; times are milliseconds.
+wall time of ``python -c pass``; then times ``import lm_eval_aft`` in fresh interpreters. The last line
+printed is the result as JSON; times are milliseconds.
 
     python scripts/bench_startup.py --rounds 100
 """
@@ -26,6 +27,13 @@ line = open(sys.argv[1]).read()
 start = time.perf_counter()
 exec(line)
 print((time.perf_counter() - start) * 1e3)
+"""
+
+IMPORT = """
+import time
+start, cpu = time.perf_counter(), time.process_time()
+import lm_eval_aft
+print((time.perf_counter() - start) * 1e3, (time.process_time() - cpu) * 1e3)
 """
 
 
@@ -78,6 +86,11 @@ def main() -> None:
             for _ in range(rounds)
         ]
 
+        imports = []
+        for _ in range(rounds):
+            done = subprocess.run([plain, "-c", IMPORT], capture_output=True, text=True, check=True)
+            imports.append(tuple(map(float, done.stdout.split())))
+
     pairs = [a - b for a, b in zip(with_hook, without, strict=True)]
     result = {
         "without_ms": round(statistics.median(without), 3),
@@ -85,6 +98,8 @@ def main() -> None:
         "cost_ms": round(statistics.median(with_hook) - statistics.median(without), 3),
         "median_paired_difference_ms": round(statistics.median(pairs), 3),
         "start_up_file_alone_ms": round(statistics.median(inside), 3),
+        "import_package_ms": round(statistics.median(wall for wall, _ in imports), 3),
+        "import_package_cpu_ms": round(statistics.median(cpu for _, cpu in imports), 3),
         "rounds": rounds,
         "python": platform.python_version(),
         "platform": sys.platform,

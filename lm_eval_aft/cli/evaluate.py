@@ -7,13 +7,16 @@ from pathlib import Path
 
 import click
 
-from lm_eval_aft.cli.options import parse_model_args, quiet_libraries
+from lm_eval_aft.cli.offline import offline_option
+from lm_eval_aft.cli.options import ended, parse_model_args, quiet_libraries
+from lm_eval_aft.termination import Terminated, terminable
 
 
 @click.command(
     "eval",
     context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
 )
+@offline_option
 @click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
 @click.option(
     "--vector", "vectors", multiple=True, help="Folder, library name, Hub id or expression; may repeat."
@@ -41,6 +44,7 @@ from lm_eval_aft.cli.options import parse_model_args, quiet_libraries
 @click.option("--device", help="cuda, cuda:1, cpu, ...  [default: cuda where there is one]")
 @click.option("--dtype", help="float32, bfloat16, float16.  [default: the checkpoint's]")
 @click.option("--model-args", help="Further arguments of lm-eval's hf model: revision=...,peft=...")
+@click.option("--resume", is_flag=True, help="Keep the runs that are in the output folder, score the others.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def evaluate(
     model: str,
@@ -55,6 +59,7 @@ def evaluate(
     device: str | None,
     dtype: str | None,
     model_args: str | None,
+    resume: bool,
     flags: tuple[str, ...],
 ) -> None:
     """Score the baseline and steered model with lm-eval, and compare them pair by pair.
@@ -78,19 +83,24 @@ def evaluate(
     from lm_eval_aft.cli.report import print_report
     from lm_eval_aft.evaluation import evaluate_pair
 
-    runs = evaluate_pair(
-        model,
-        vectors,
-        [name.strip() for name in tasks.split(",")],
-        output,
-        placebo=placebo,
-        all_seeds=all_seeds,
-        answer_only=answer_only,
-        library=library,
-        routes=routes,
-        model_args=parse_model_args(model_args, device=device, dtype=dtype),
-        flags=flags,
-    )
+    try:
+        with terminable():
+            runs = evaluate_pair(
+                model,
+                vectors,
+                [name.strip() for name in tasks.split(",")],
+                output,
+                placebo=placebo,
+                all_seeds=all_seeds,
+                answer_only=answer_only,
+                library=library,
+                routes=routes,
+                model_args=parse_model_args(model_args, device=device, dtype=dtype),
+                flags=flags,
+                resume=resume,
+            )
+    except (KeyboardInterrupt, Terminated) as end:
+        ended(end, output)
     if int(os.environ.get("RANK", "0")) == 0:
         from lm_eval_aft.reporting.report import build_report
         from lm_eval_aft.reporting.results import read_run

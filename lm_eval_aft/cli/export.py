@@ -9,10 +9,12 @@ from pathlib import Path
 
 import click
 
+from lm_eval_aft.cli.offline import offline_option
 from lm_eval_aft.cli.options import quiet_libraries
 
 
 @click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
+@offline_option
 @click.argument("vector")
 @click.option(
     "--to",

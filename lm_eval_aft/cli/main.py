@@ -9,6 +9,8 @@ from lm_eval_aft.cli.evaluate import evaluate
 from lm_eval_aft.cli.export import export, import_
 from lm_eval_aft.cli.lm_eval import lm_eval
 from lm_eval_aft.cli.methods import methods
+from lm_eval_aft.cli.offline import offline_option
+from lm_eval_aft.cli.plain_errors import PlainGroup
 from lm_eval_aft.cli.report import report
 from lm_eval_aft.cli.search import search
 from lm_eval_aft.cli.tasks import tasks, tasks_path_command
@@ -17,7 +19,8 @@ from lm_eval_aft.cli.transfer import transfer
 from lm_eval_aft.cli.vectors import vectors
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=PlainGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@offline_option
 @click.version_option(__version__, package_name="lm-eval-aft")
 def aft() -> None:
     """Activation Fine-Tuning for lm-evaluation-harness.

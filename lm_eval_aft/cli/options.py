@@ -6,12 +6,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.termination import EXIT_CODE, Terminated
 
 
 def quiet_libraries() -> None:
@@ -44,6 +46,14 @@ def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
             raise AFTError(f"Cannot read model arguments {text!r}.", "Write key=value,key=value.")
         found = dict(simple_parse_args_string(text))
     return found | {key: value for key, value in overrides.items() if value is not None}
+
+
+def ended(end: BaseException, output: Path | None = None) -> NoReturn:
+    """Tell that Ctrl-C or SIGTERM ended a command that can be resumed; exit with 130 or 143."""
+    terminated = isinstance(end, Terminated)
+    word, where = "Terminated" if terminated else "Interrupted", f" --output {output}" if output else ""
+    print(f"\n{word}. What is finished is kept: go on with --resume{where}.", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_CODE if terminated else 130) from None
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], mark: int = -1) -> None:

@@ -8,12 +8,17 @@ from typing import Any
 
 import click
 
-from lm_eval_aft.cli.options import parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.alone import alone_in
+from lm_eval_aft.cli.offline import offline_option
+from lm_eval_aft.cli.options import ended, parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.cli.plain_errors import PlainCommand
 from lm_eval_aft.cli.training_report import duration, print_result, print_stages
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.termination import Terminated, terminable
 
 
-@click.command("train-vector", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("train-vector", cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@offline_option
 @click.option("--model", required=True, help="Hub name or local folder of a causal LM, or `demo`.")
 @click.option(
     "--task",
@@ -155,10 +160,18 @@ def train_vector(**options: Any) -> None:
       train-vector --model gpt2 --task arc_easy --protocol maximum --lr 1e-2 --dry-run
       accelerate launch -m lm_eval_aft.cli.train --model gpt2 --task arc_easy --output arc
     """
-    from_user = options.pop
-    dry_run, output = from_user("dry_run"), from_user("output")
+    dry_run, output = options.pop("dry_run"), options.pop("output")
     if output is None and not dry_run:
         raise AFTError("No output folder was given.", "Add --output FOLDER, or --dry-run to see the plan.")
+    try:
+        with terminable(), alone_in(None if dry_run else output):
+            _train(options, output, dry_run)
+    except (KeyboardInterrupt, Terminated) as end:
+        ended(end, output)
+
+
+def _train(options: dict[str, Any], output: Path | None, dry_run: bool) -> None:
+    from_user = options.pop
     quiet_libraries()
     from lm_eval_aft.lm import AFTLM
     from lm_eval_aft.training.examples import PromptSettings
@@ -209,13 +222,7 @@ def train_vector(**options: Any) -> None:
                 f"keeps up to {plan.rft.samples} times as many. Sampling comes on top."
             )
         return
-    try:
-        result = run(prepared, output, resume=resume)
-    except KeyboardInterrupt:
-        click.echo(
-            f"\nInterrupted. Finished epochs are kept: go on with --resume --output {output}.", err=True
-        )
-        raise SystemExit(130) from None
+    result = run(prepared, output, resume=resume)
     if leads:
         print_result(result, model, plan.include_path)
 

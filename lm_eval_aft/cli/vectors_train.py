@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lm_eval_aft.cli.options import parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.alone import alone_in
+from lm_eval_aft.cli.offline import offline_option
+from lm_eval_aft.cli.options import ended, parse_model_args, print_table, quiet_libraries
 from lm_eval_aft.cli.vectors_share import library_option
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.termination import Terminated, terminable
 
 if TYPE_CHECKING:
     from lm_eval_aft.train_set import TrainSet
 
 
 @click.command("train-set", context_settings={"help_option_names": ["-h", "--help"]})
+@offline_option
 @click.argument("study", type=click.Path(path_type=Path, dir_okay=False))
 @library_option
 @click.option("--model", help="Hub name or local folder of the base model.  [default: the study's]")
@@ -83,27 +87,27 @@ def train_set(
         job.check_fresh()
     arguments = parse_model_args(model_args, device=device, dtype=dtype)
     try:
-        failed = job.train(arguments, say=click.echo)
-        for name, needs in plan.unavailable.items():
-            click.echo(f"{name}: not trainable. {needs}")
-        if not no_scores and len(failed) < len(plan.entries):
-            from lm_eval_aft.reporting.cross_scores import NOTE, TABLE, cross_score, table
+        with terminable(), alone_in(job.folder):
+            failed = job.train(arguments, say=click.echo)
+            for name, needs in plan.unavailable.items():
+                click.echo(f"{name}: not trainable. {needs}")
+            if not no_scores and len(failed) < len(plan.entries):
+                from lm_eval_aft.reporting.cross_scores import NOTE, TABLE, cross_score, table
 
-            rows = cross_score(
-                plan,
-                shelf,
-                base,
-                limit=limit,
-                model_args=arguments,
-                flags=["--batch_size", batch_size],
-                say=click.echo,
-            )
-            columns, lines = table(rows)
-            print_table("Cross-scores", columns, lines)
-            click.echo(f"{NOTE}\nWritten: {shelf.root / TABLE}.md and .json")
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. What is finished is kept: go on with --resume.", err=True)
-        raise SystemExit(130) from None
+                rows = cross_score(
+                    plan,
+                    shelf,
+                    base,
+                    limit=limit,
+                    model_args=arguments,
+                    flags=["--batch_size", batch_size],
+                    say=click.echo,
+                )
+                columns, lines = table(rows)
+                print_table("Cross-scores", columns, lines)
+                click.echo(f"{NOTE}\nWritten: {shelf.root / TABLE}.md and .json")
+    except (KeyboardInterrupt, Terminated) as end:
+        ended(end)
     if failed:
         raise AFTError(
             f"{len(failed)} of {len(plan.entries)} vectors were not trained: {', '.join(failed)}.",

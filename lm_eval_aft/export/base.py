@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.demo import resolve_pretrained
-from lm_eval_aft.errors import AFTError
+from lm_eval_aft.errors import AFTError, model_not_loaded
 from lm_eval_aft.fingerprint import check_fingerprint
 from lm_eval_aft.methods import METHODS
 from lm_eval_aft.steering import add_at, check_fits
@@ -81,14 +81,14 @@ def load_base(name: str, revision: str | None = None, blocks: str | None = None)
 
     path = resolve_pretrained(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype="auto").eval()
+        # Left open, transformers would ask the terminal whether to run a stranger's code.
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype="auto", trust_remote_code=False
+        ).eval()
     except (OSError, ValueError) as error:
-        raise AFTError(
-            f"The model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
-            "Give a local folder written by save_pretrained, or the name of a model on the Hub.",
-        ) from error
+        raise model_not_loaded(name, error) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         tokenizer = None  # a bare checkpoint: its weights can be exported all the same
     model.requires_grad_(False)

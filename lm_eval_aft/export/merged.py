@@ -122,7 +122,7 @@ def _save(base: Base, model: Any, folder: Path) -> None:
 def _reloaded_logits(folder: Path, prompts: list[Tensor]) -> list[Tensor]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     return probe_logits(model, prompts)
 
 
@@ -132,7 +132,7 @@ def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
         return
     from transformers import AutoTokenizer
 
-    again = AutoTokenizer.from_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     texts = ["Question: What is 7 + 48?\nAnswer:", "  The quick brown fox — naïve, 北京.\n\n\tdef f(x):"]
     same = all(again(text)["input_ids"] == tokenizer(text)["input_ids"] for text in texts)
     same = same and again.get_vocab() == tokenizer.get_vocab()

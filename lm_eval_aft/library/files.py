@@ -10,7 +10,8 @@ import stat
 from pathlib import Path
 
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.library.header import FILE_NAME, MAX_FILE, OPEN_FLAGS, read_header
+from lm_eval_aft.header_entry import MAX_FILE
+from lm_eval_aft.library.header import FILE_NAME, OPEN_FLAGS, read_header
 from lm_eval_aft.library.names import PART
 
 CARD = "README.md"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval_aft.errors import AFTError
+from lm_eval_aft.errors import model_not_loaded
 from lm_eval_aft.library.header import Header
 
 
@@ -54,11 +54,7 @@ def identify(model: str, *, weights: bool = False) -> Identity:
         if weights:
             loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise AFTError(
-            f"The model {model!r} cannot be read: {reason}",
-            "Give a local folder written by save_pretrained, or the name of a model on the Hub.",
-        ) from error
+        raise model_not_loaded(model, error) from error
     text = config.get_text_config()
     found = fingerprint(loaded, tokenizer)
     if getattr(config, "quantization_config", None) is not None:

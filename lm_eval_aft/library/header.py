@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.errors import AFTError, refuse_pickle
+from lm_eval_aft.header_entry import check_lengths, parse_entry
 from lm_eval_aft.methods import METHODS
 
 # As lm_eval_aft.vector has them; importing that module would import torch.
 FORMAT = "aft/1"
 FILE_NAME = "vector.safetensors"
 
-# A header with 10,000 selection documents and the fingerprint of a large model stays below 1 MB.
-MAX_HEADER = 16 * 2**20
-# 200 layers of 32,768 fp32 numbers are 26 MB.
-MAX_FILE = 256 * 2**20
 # Links are not followed, and a pipe must not make anybody wait.
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -72,12 +69,19 @@ def read_header(path: Path) -> Header:
     try:
         declared = json.loads(raw)
         metadata = declared.pop("__metadata__", {})
-        aft = json.loads(metadata.get("aft", "null"))
+        form, text = metadata.get("format"), metadata.get("aft", "null")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise AFTError(f"{path} cannot be read: its header is not that of a safetensors file.") from error
-    if metadata.get("format") != FORMAT or not isinstance(aft, dict):
+    try:
+        aft = parse_entry(text)
+    except (ValueError, TypeError) as error:
+        form, reason = None, f" ({error})"
+    else:
+        reason = ""
+    if form != FORMAT:
         raise AFTError(
-            f"{path} is a safetensors file but not a steering vector.", "Give a file written by train-vector."
+            f"{path} is a safetensors file but not a steering vector{reason}.",
+            "Give a file written by train-vector.",
         )
     layers = _check_tensors(path, declared, size - 8 - length, aft)
     return Header(layers, int(aft["hidden_size"]), size, aft)
@@ -88,12 +92,7 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     if len(start) < 8:
         raise AFTError(f"{path} cannot be read: truncated or not a safetensors file.")
     (length,) = struct.unpack("<Q", start[:8])
-    if size > MAX_FILE:
-        raise AFTError(f"{path} is {size:,} bytes long; no vector is longer than {MAX_FILE:,}.")
-    if length > MAX_HEADER:
-        raise AFTError(
-            f"{path} declares a header of {length:,} bytes; no vector has more than {MAX_HEADER:,}."
-        )
+    check_lengths(path, size, length)
     if 8 + length > size:
         raise AFTError(f"{path} cannot be read: truncated or not a safetensors file.")
     return int(length)

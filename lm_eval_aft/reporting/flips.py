@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lm_eval_aft.errors import AFTError
 from lm_eval_aft.reporting.pairing import Comparison
 from lm_eval_aft.reporting.results import Run, TaskRun
+from lm_eval_aft.reporting.samples import AGAIN
 
 CONTEXT_CHARACTERS = 1500
 
@@ -15,7 +17,14 @@ def flipped_documents(baseline: Run, run: Run, comparison: Comparison, limit: in
     before, after = baseline.tasks[comparison.task], run.tasks[comparison.task]
 
     def tell(ids: list[int]) -> list[dict[str, Any]]:
-        return [_document(before, after, comparison, i) for i in ids[:limit]]
+        try:
+            return [_document(before, after, comparison, i) for i in ids[:limit]]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise AFTError(
+                f"{before.samples_file} or {after.samples_file.name} lacks what lm-eval logs of a document "
+                f"({error!r}).",
+                AGAIN,
+            ) from error
 
     return {
         "run": run.name,

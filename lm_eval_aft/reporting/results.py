@@ -174,10 +174,16 @@ def find_results(source: Path) -> list[Path]:
     """
     if source.is_file() and source.suffix == ".json":
         return [source]
-    found = sorted(source.rglob("results_*.json"), key=lambda path: (path.name, str(path)))
+    # What lies in a hidden folder is being written, or was when its process died.
+    seen = (path for path in source.rglob("results_*.json") if not _hidden(path.relative_to(source)))
+    found = sorted(seen, key=lambda path: (path.name, str(path)))
     if not found:
         raise AFTError(f"No lm-eval results below {source}.", "Give the folder named by --output_path.")
     return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts[:-1])
 
 
 def group_results(files: list[Path]) -> list[list[Path]]:
@@ -238,7 +244,7 @@ def read_results(file: Path) -> dict[str, Any]:
         raise AFTError(f"{file} holds no lm-eval results.", "Give a results_*.json that lm_eval wrote.")
     for key in _MAPPINGS:
         _require_mapping(results, key, file)
-    for parent in ("results", "configs"):
+    for parent in ("results", "configs", "higher_is_better"):
         for task in results[parent]:
             _require_mapping(results[parent], task, file)
     info = _require_mapping(results["config"], "aft", file)

@@ -66,7 +66,7 @@ def read_samples(path: Path, config: dict[str, Any]) -> dict[str, dict[int, Samp
                 },
                 offset,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise AFTError(f"{where} lacks what lm-eval logs ({error!r}).", AGAIN) from error
         rows = found.setdefault(filter_name, {})
         if doc_id in rows:
@@ -108,7 +108,11 @@ def _digest(value: Any) -> bytes:
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     offset = 0
-    with path.open("rb") as stream:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise AFTError(f"{path} cannot be read: {error.strerror}.", "Check its rights.") from error
+    with opened as stream:
         for number, line in enumerate(stream, start=1):
             yield number, offset, line
             offset += len(line)

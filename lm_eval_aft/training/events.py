@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from lm_eval_aft.termination import Terminated
 from lm_eval_aft.training.fit import Candidate
 from lm_eval_aft.training.ledger import Ledger, State, save_state
 from lm_eval_aft.training.objectives import Score
 
+# Seconds of an unfinished epoch that a sudden death may cost.
+SAVE_EVERY = 300.0
+
 
 class Events:
-    """Tells the outside what a sweep does; see `lm_eval_aft.training.sweep.Events`."""
+    """Tells the outside what a sweep does; see `lm_eval_aft.training.sweep.Events`.
+
+    Args:
+        asked: whether the process was asked to end.
+    """
 
     def __init__(
         self,
@@ -23,9 +32,11 @@ class Events:
         settings: dict[str, Any],
         ledger: Ledger | None,
         saved: dict[str, State],
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self._bar, self._folder, self._settings, self._ledger = bar, folder, settings, ledger
-        self._told = {name for name, (_, values) in saved.items() if values["stopped"]}
+        self._told = {n for n, (_, values) in saved.items() if values["stopped"] and not values["steps"]}
+        self._asked, self._saved_at = asked, time.monotonic()
 
     def tick(self, done: int, /) -> None:
         self._bar.update(done)
@@ -58,3 +69,11 @@ class Events:
     def save(self, candidates: Iterable[Candidate]) -> None:
         if self._ledger and self._folder:
             save_state(self._folder, self._settings, self._ledger, candidates)
+        self._saved_at = time.monotonic()
+
+    def pause(self, candidates: Iterable[Candidate]) -> None:
+        asked = self._asked()
+        if asked or time.monotonic() - self._saved_at > SAVE_EVERY:
+            self.save(candidates)
+        if asked:
+            raise Terminated

@@ -66,6 +66,7 @@ class Candidate:
         best: its tensors after the best epoch so far.
         stage: the part of the protocol it belongs to.
         scores: the selection score after each epoch so far.
+        steps: optimiser steps done in an epoch that is not finished.
     """
 
     layer: int
@@ -79,6 +80,7 @@ class Candidate:
     best_epoch: int = 0
     stale: int = 0
     stopped: str = ""
+    steps: int = 0
     _adam: torch.optim.Adam = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -188,6 +190,7 @@ class Candidate:
             "scores": [score.to_dict() for score in self.scores],
             "stale": self.stale,
             "stopped": self.stopped,
+            "steps": self.steps,
             "best_epoch": self.best_epoch,
             "best_score": self.best_score.to_dict() if self.best_score else None,
         }
@@ -208,6 +211,7 @@ class Candidate:
         self.best = best or None
         self.scores, self.stale = [Score(**score) for score in values["scores"]], values["stale"]
         self.stopped, self.best_epoch = values["stopped"], values["best_epoch"]
+        self.steps = values["steps"]
         self.best_score = Score(**values["best_score"]) if values["best_score"] else None
 
 

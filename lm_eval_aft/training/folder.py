@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
+from lm_eval_aft.alone import LOCK
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.training.ledger import LEDGER, Ledger, State, load_state, save_state
 from lm_eval_aft.training.record import now
@@ -22,7 +24,7 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
     """
     if folder.exists() and not folder.is_dir():
         raise AFTError(f"The output {folder} is a file.", "Give a folder.")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(each.name == LOCK for each in folder.iterdir()):
         return
     if not (resume or overwrite):
         raise AFTError(
@@ -45,15 +47,15 @@ def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Ledg
     check_output(folder, resume=True)
     ledger = Ledger(folder)
     if resume and folder.exists():
+        _sweep_up(folder)
         saved = load_state(folder, settings, ledger)
         if saved is not None:
             return ledger, saved
         if (folder / FILE_NAME).exists():
             raise AFTError(f"The run in {folder} is finished.", "Replace it with --overwrite.")
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _empty(folder)
     except OSError as error:
         raise AFTError(f"Cannot write into {folder}: {error.strerror}.", "Choose another folder.") from error
     ledger.append(
@@ -61,6 +63,26 @@ def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Ledg
     )
     save_state(folder, settings, ledger, ())
     return ledger, {}
+
+
+def _empty(folder: Path) -> None:
+    """Delete a former run. Its vector goes first and its ledger last: dying half-way leaves no finished
+    run, and one that still is known as a run."""
+    order = {FILE_NAME: 0, LEDGER: 2}
+    for each in sorted(folder.iterdir(), key=lambda path: order.get(path.name, 1)):
+        if each.name == LOCK:
+            continue
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        else:
+            each.unlink()
+
+
+def _sweep_up(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed while it wrote."""
+    for each in folder.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            each.unlink()
 
 
 def seed_file(folder: Path, seed: int) -> Path:

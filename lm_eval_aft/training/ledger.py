@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,18 @@ class Ledger:
             writer.write(entry)
         self.lines += 1
 
+    def sync(self) -> None:
+        """Have all lines on the disk, where no loss of power takes them."""
+        with self.path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
     def cut(self, lines: int) -> None:
         """Drop what was written after the last saved state."""
         with self.path.open("rb") as stream:
             kept = [line for line, _ in zip(stream, range(lines), strict=False)]
-        if len(kept) < lines:
+        if len(kept) < lines or not kept[-1].endswith(b"\n"):
             raise AFTError(
-                f"{self.path} has fewer lines than its state file says.", "Start again with --overwrite."
+                f"{self.path} is shorter than its state file says.", "Start again with --overwrite."
             )
         with replacing(self.path) as temporary:
             temporary.write_bytes(b"".join(kept))
@@ -57,6 +63,7 @@ def save_state(
         its_tensors, values[candidate.name] = candidate.state()
         tensors |= {f"{candidate.name}/{key}": value.contiguous() for key, value in its_tensors.items()}
     header = {"settings": settings, "lines": ledger.lines, "candidates": values}
+    ledger.sync()
     with replacing(folder / STATE) as temporary:
         save_file(tensors, temporary, metadata={"state": canonical_json(header)})
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.field_types import check_field_types
 from lm_eval_aft.methods import DEFAULT as DEFAULT_METHOD
 from lm_eval_aft.methods import find_method
 from lm_eval_aft.training.examples import PromptSettings
@@ -31,6 +32,7 @@ class RFTSettings:
     filter: str | None = None
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         fine = {"samples": self.samples >= 1, "rounds": self.rounds >= 1}
         fine["temperature"] = 0 < self.temperature < math.inf
         for name, good in fine.items():
@@ -71,6 +73,9 @@ class TrainingPlan:
     include_path: tuple[str, ...] = ()
     rft: RFTSettings | None = None
 
+    def __post_init__(self) -> None:
+        check_field_types(self)
+
     def seeds(self) -> range:
         """The seeds themselves."""
         return range(self.first_seed, self.first_seed + self.protocol.seeds)
@@ -95,7 +100,7 @@ class TrainingPlan:
         names = [name.strip() for name in task.split(",")]
         if len(set(names)) < len(names) or not all(names):
             raise AFTError(f"The tasks {task!r} name one twice, or none.", "Name each task once.")
-        base = find_protocol(protocol) if isinstance(protocol, str) else protocol
+        base = protocol if isinstance(protocol, Protocol) else find_protocol(str(protocol))
         own = {each.name for each in fields(cls)}
         rounds = {f"rft_{each.name}": each.name for each in fields(RFTSettings)}
         given = {rounds[name]: value for name, value in settings.items() if name in rounds}

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.field_types import check_field_types
 
 SMALLEST_SHARE = 8  # documents below which a share of them says nothing
 
@@ -89,6 +90,7 @@ class Protocol:
     retries: int = 0
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         fine = {name: getattr(self, name) >= 1 for name in ("epochs", "min_epochs", "seeds", "batch_size")}
         counts = ("train_docs", "selection_docs", "finalists", "share_fewshot")
         fine |= {name: getattr(self, name) >= 1 for name in counts}

@@ -85,6 +85,9 @@ class Events(Interface):
     def save(self, candidates: Iterable[Candidate]) -> None:
         """Everything so far can be resumed from here."""
 
+    def pause(self, candidates: Iterable[Candidate]) -> None:
+        """So it can in the midst of an epoch, if somebody wants; may end the run."""
+
 
 @dataclass
 class Sweep:
@@ -145,7 +148,7 @@ class Sweep:
         """The frozen model on the first ``selection`` documents of the selection split, or all."""
         n = len(self.selection) if selection is None else selection
         if n not in self._baselines:
-            score = self.engine.baseline(self.selection[:n], self.events.tick)
+            score = self.engine.baseline(self.selection[:n], self._tick)
             self._baselines[n] = self.workers.agree(score)
         return self._baselines[n]
 
@@ -209,25 +212,39 @@ class Sweep:
         pass per selection batch serves everybody.
         """
         baseline = self.baseline(selection)
-        while live := [c for c in group if not c.stopped and c.epoch < epochs]:
+        while live := [c for c in group if (not c.stopped or c.steps) and c.epoch < epochs]:
             epoch = min(candidate.epoch for candidate in live)
             live = [candidate for candidate in live if candidate.epoch == epoch]
             mine = self.workers.mine(live)
-            for seed in sorted({candidate.seed for candidate in mine if candidate.trained}):
-                ours = [candidate for candidate in mine if candidate.seed == seed]
+            for seed, done in sorted({(c.seed, c.steps) for c in mine if c.trained}):
+                ours = [c for c in mine if (c.seed, c.steps) == (seed, done)]
                 documents = self.train[seed][:train]
                 random.Random(f"{seed}|{epoch}").shuffle(documents)
                 steps = list(in_steps(interleaved(documents), self.protocol.batch_size))
-                self.engine.train(ours, steps, self.events.tick)
+                self._train(ours, steps[done:])
             finite = [candidate for candidate in mine if not candidate.stopped]
             if finite:
-                scores = self.engine.evaluate(finite, self.selection[:selection], self.events.tick)
+                scores = self.engine.evaluate(finite, self.selection[:selection], self._tick)
                 for candidate, score in zip(finite, scores, strict=True):
                     candidate.record(score, baseline)
             self.workers.exchange(live)
             for candidate in live:
+                candidate.steps = 0
                 self.events.epoch(candidate, baseline)
             self.events.save(self.candidates.values())
+
+    def _train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]]) -> None:
+        """Step by step: between two steps the run can be saved, and ended."""
+        for step in steps:
+            self.engine.train(candidates, [step], self.events.tick)
+            for candidate in candidates:
+                candidate.steps += 1
+            self.events.pause(self.candidates.values())
+
+    def _tick(self, done: int, /) -> None:
+        # Scoring changes no candidate, so that anywhere in it the run can be saved.
+        self.events.tick(done)
+        self.events.pause(self.candidates.values())
 
     def _rank(
         self, groups: Sequence[list[Candidate]], selection: int, epochs: slice

@@ -13,9 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lm_eval_aft.alone import alone_in
 from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.packing import Document
+from lm_eval_aft.termination import postponed
 from lm_eval_aft.training.calibrate import Calibration, calibrate, norm_cap
 from lm_eval_aft.training.card import write_card
 from lm_eval_aft.training.controls import spoil
@@ -91,19 +93,20 @@ def train_vector(
         AFTError: see `prepare`; or the output folder is taken.
     """
     folder = None if output is None else Path(output)
-    if folder is not None and int(os.environ.get("RANK", "0")) == 0:
-        check_output(folder, resume=resume, overwrite=overwrite)
-    arguments = model_args or {}
-    lm = model if isinstance(model, AFTLM) else AFTLM(model, **arguments)
-    if lm is not model and "dtype" not in arguments:
-        to_training_dtype(lm.model)
-    return run(prepare(lm, TrainingPlan.of(task, **settings)), folder, resume=resume, progress=progress)
+    with alone_in(folder):
+        if folder is not None and int(os.environ.get("RANK", "0")) == 0:
+            check_output(folder, resume=resume, overwrite=overwrite)
+        arguments = model_args or {}
+        lm = model if isinstance(model, AFTLM) else AFTLM(model, **arguments)
+        if lm is not model and "dtype" not in arguments:
+            to_training_dtype(lm.model)
+        return run(prepare(lm, TrainingPlan.of(task, **settings)), folder, resume=resume, progress=progress)
 
 
 def run(
     prepared: Prepared, folder: Path | None, *, resume: bool = False, progress: bool = True
 ) -> TrainingResult:
-    """Carry out a prepared plan.
+    """Carry out a prepared plan, in a folder that the caller holds (`lm_eval_aft.alone.alone_in`).
 
     Raises:
         AFTError: the output folder cannot be used, nothing kept a finite score, or (`rft`) the model
@@ -146,8 +149,8 @@ def run_sweep(
         smoothing=0.05,
         disable=not (progress and workers.leads),
     )
-    with progress_bar as bar:
-        events = Events(bar, folder, settings, log, saved)
+    with progress_bar as bar, postponed() as asked:
+        events = Events(bar, folder, settings, log, saved, asked)
         sweep = Sweep(
             engine,
             plan.protocol,

@@ -353,7 +353,7 @@ def test_fits(library: Library, checkpoint: Callable[..., str]) -> None:
         )
         assert [entry["name"] for entry in json.loads(done.stdout)] == names
         assert ("weights not" in done.stderr) == (not flags)
-    assert "cannot be read" in run("list", "--library", library.root, "--fits", "/no/model", code=1).output
+    assert "cannot be loaded" in run("list", "--library", library.root, "--fits", "/no/model", code=1).output
     assert "--fits" in run("list", "--library", library.root, "--weights", code=1).output
 
 

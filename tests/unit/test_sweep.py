@@ -37,7 +37,7 @@ class Scripted:
     def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
         for candidate in candidates:
             with torch.no_grad():
-                candidate.vector.add_(1.0)
+                candidate.vector.fill_(candidate.epoch + 1.0)
             self.trained[candidate.name] = self.trained.get(candidate.name, 0) + sum(map(len, steps))
 
     def evaluate(
@@ -62,6 +62,9 @@ class Silent:
         self.epochs.append((candidate.name, candidate.epoch))
 
     def save(self, candidates: Iterable[Candidate]) -> None:
+        pass
+
+    def pause(self, candidates: Iterable[Candidate]) -> None:
         pass
 
 
