@@ -115,7 +115,7 @@ def outcomes(folder: Path, task: str) -> list[float]:
     return [float(sample[metric]) for sample in kept]
 
 
-def interval(differences: Sequence[Sequence[float]], documents: bool = False) -> str:
+def interval(differences: Sequence[Sequence[float]], documents: bool = False) -> tuple[float, float, float]:
     """Mean in points and its 95 % t interval over seeds or draws; with ``documents``, over both.
 
     Args:
@@ -126,8 +126,8 @@ def interval(differences: Sequence[Sequence[float]], documents: bool = False) ->
     if documents:
         shares = [100 * statistics.fmean(column) for column in zip(*differences, strict=True)]
         spread += statistics.variance(shares) / len(shares)
-    half = student.ppf(0.975, len(gains) - 1) * spread**0.5
-    return f"{mean:+7.2f} [{mean - half:+7.2f}, {mean + half:+7.2f}]"
+    half = float(student.ppf(0.975, len(gains) - 1)) * spread**0.5
+    return mean, mean - half, mean + half
 
 
 def line(folder: Path, task: str, name: str, files: Sequence[str]) -> dict[str, Any]:
@@ -141,10 +141,20 @@ def line(folder: Path, task: str, name: str, files: Sequence[str]) -> dict[str, 
         gains.append(100 * (won - lost) / len(before))
         p_values.append(mcnemar_exact(won, lost))
     shown = " ".join(f"{gain:+.1f}" for gain in gains[:SEEDS])
+    _, low, high = interval(rows, documents=True)
     if name.startswith(("random", "shuffled", "format")):
-        shown = f"{min(gains):+.1f} to {max(gains):+.1f}; over documents too {interval(rows, True)}"
-    click.echo(f"  {name:22s} {interval(rows)}  {shown}  p {min(p_values):.2g} to {max(p_values):.2g}")
-    return {"task": task, "setting": name, "n": len(before), "gains": gains, "p": p_values}
+        shown = f"{min(gains):+.1f} to {max(gains):+.1f}; over documents too [{low:+.2f}, {high:+.2f}]"
+    mean, *bounds = interval(rows)
+    span = ", ".join(f"{bound:+6.2f}" for bound in bounds)
+    click.echo(f"  {name:22s} {mean:+7.2f} [{span}]  {shown}  p {min(p_values):.2g} to {max(p_values):.2g}")
+    return {
+        "task": task,
+        "setting": name,
+        "n": len(before),
+        "gains": gains,
+        "p": p_values,
+        "wide": [low, high],
+    }
 
 
 @click.command()
