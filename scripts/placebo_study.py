@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python scripts/placebo_study.py
 
-scores pairs of opposite random directions, and the trained vector cut to the same norm, at every layer on the
-500 selection documents of the multiple-choice task's training split; the evaluation split is not read. To first
-order opposite directions cancel: what a pair gains on average is of second order, no direction's own doing.
-Some five minutes on one core.
+scores pairs of opposite random directions, and the trained vector cut to the same norm, at every layer on
+the 500 selection documents of the multiple-choice task's training split; the evaluation split is not read.
+To first order opposite directions cancel: what a pair gains on average is of second order, no direction's
+own doing. Some five minutes on one core.
 """
 
 from __future__ import annotations
