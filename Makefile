@@ -24,8 +24,7 @@ endif
 # Tests never touch the network.
 PYTEST = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=10
 
-DEMO_TRAINING = --protocol maximum --layers 25%-75% --train-docs 300 --selection-docs 500 --epochs 4 --lr 1e-2 \
-	--l2 0.02 --batch-size 4
+DEMO_TRAINING = --protocol maximum --train-docs 300 --selection-docs 500 --epochs 4 --lr 1e-2 --l2 0.02 --batch-size 4
 DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math --include_path tasks \
 	--device cpu --batch_size 32 --log_samples
 
