@@ -195,7 +195,7 @@ def main(output: Path, sizes: str, draws: int) -> None:
             click.echo(f"  {f'{shots}-shot prompt':22s} {gain:+7.2f}  p {p:.2g}")
             rows.append({"task": task, "setting": name, "n": len(before), "gains": [gain], "p": [p]})
         rows += [line(folder, task, name, group) for name, group in files.items()]
-    (output / "table.json").write_text(json.dumps(rows, indent=1))
+        (output / "table.json").write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
