@@ -39,13 +39,12 @@ TASKS = {
 }
 SEEDS = 3
 # The same for every method: two learning rates tried on each layer, then the best with all seeds. The layers
-# are those of the protocol `rapid`, the penalty that of `make demo`: at block 0 and without a penalty vectors
-# come out long enough for a random direction to gain something too (README, "Methods, positions, strength").
+# are those of the protocol `rapid`: at block 0 vectors come out long enough for a random direction to gain
+# something too (placebo_study.py).
 RECIPE: dict[str, Any] = {
     "protocol": "adaptive",
     "layers": "25%-75%",
     "lr": (2e-3, 1e-2),
-    "l2": 0.02,
     "min_epochs": 1,
     "batch_size": 4,
     "finalists": 1,
@@ -53,19 +52,23 @@ RECIPE: dict[str, Any] = {
     "retries": 0,
     "progress": False,
 }
+# The penalty of `make demo` keeps short what is added everywhere. Methods that read h have none: on them it
+# weighs on every parameter, a router's too, which is no measure of length (drab-strong then barely learns).
+L2 = 0.02
 # Sums have one continuation with many scored tokens, questions one right option out of four.
 SELECTION = {"aft_demo_choice": 300, "aft_demo_math": 100}
 EPOCHS = {"aft_demo_choice": 6, "aft_demo_math": 3}
 
 
-def sized(task: str, size: int) -> dict[str, Any]:
-    """The part of the recipe that depends on the training size.
+def sized(task: str, size: int, method: str = "static") -> dict[str, Any]:
+    """The part of the recipe that depends on the task, the training size and the method.
 
     The search sees up to 250, then 500 documents; the epochs keep the longest runs near 500 steps.
     """
     rungs = tuple(Rung(min(1.0, seen / size), part, 1, 1 / 2) for seen, part in ((250, 1 / 2), (500, 1)))
     epochs = min(EPOCHS[task], max(1, 2000 // size))
-    return {"train_docs": size, "selection_docs": SELECTION[task], "rungs": rungs, "epochs": epochs}
+    own = {"method": method, "l2": L2 if METHODS[method].constant else 0.0}
+    return {**own, "train_docs": size, "selection_docs": SELECTION[task], "rungs": rungs, "epochs": epochs}
 
 
 def trained(lm: AFTLM, output: Path, task: str, name: str, **settings: Any) -> list[str]:
@@ -175,7 +178,7 @@ def main(output: Path, sizes: str, draws: int, methods: str, tasks: str) -> None
         for size in numbers:
             for method in methods.split(","):
                 name = f"{method}-{size}"
-                files[name] = trained(lm, output, task, name, method=method, **sized(task, size))
+                files[name] = trained(lm, output, task, name, **sized(task, size, method))
         control_size = numbers[min(1, len(numbers) - 1)]
         name = f"{spoiled}-{control_size}"
         files[name] = trained(lm, output, task, name, control=spoiled, **sized(task, control_size))
