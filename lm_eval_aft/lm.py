@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from lm_eval_aft.answer_only import refuse_generation, without_contexts
-from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.backbone import check_causal, find_backbone, input_device
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.errors import AFTError, print_errors_plainly
 from lm_eval_aft.in_force import InForce
@@ -86,13 +86,13 @@ class AFTLM(HFLM):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             super().__init__(pretrained=pretrained, device=device, **kwargs)
-        except OSError as error:
-            raise AFTError(
-                f"The model {pretrained!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
-                "Give a local folder written by save_pretrained, or the name of a model on the Hub.",
-            ) from error
+        except (OSError, ValueError, ImportError) as error:
+            raise _unloadable(pretrained, error) from error
         if self.backend != "causal":
             raise AFTError("Encoder-decoder models are not supported.", "Use a decoder-only (causal) model.")
+        if self.device.type == "meta":  # stock looks at the first weights, which lie on disk
+            self._device = input_device(self.model)
+        check_causal(self.model)
         self._blocks = blocks
         self.fast, self.answer_only = bool(fast), bool(answer_only)
         self._shared: tuple[Paths, Texts] | None = None
@@ -302,3 +302,13 @@ class AFTLM(HFLM):
         """How many documents were scored by which path, since the model was last steered."""
         taken = sum((part.taken for part in self._shared or ()), Counter[str]())
         return taken + self._companions.paths if self._companions and self.vector else taken
+
+
+def _unloadable(pretrained: Any, error: Exception) -> AFTError:
+    name = repr(pretrained) if isinstance(pretrained, str) else type(pretrained).__name__
+    why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    hint = "Give a local folder written by save_pretrained, or the name of a model on the Hub."
+    if "Unrecognized configuration class" in why:
+        why = "transformers has no causal language model for this kind of checkpoint."
+        hint = "From Python, load it with a class of its own and pass the model itself as pretrained."
+    return AFTError(f"The model {name} cannot be loaded: {why}", hint)

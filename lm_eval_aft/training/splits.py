@@ -171,7 +171,9 @@ def prompted(carved: Carved, barred: Callable[[dict[str, Any]], bool] = lambda _
             selection.append(example)
     if not selection:
         raise AFTError(
-            f"No document of split {carved.split!r} has a usable gold answer.", "Check the task's YAML."
+            f"No document of split {carved.split!r} has a usable gold answer: a right option and a wrong one, "
+            "or a text.",
+            "Check the task's YAML, or choose another task.",
         )
     counts |= {"pool": len(pool), "selection": len(selection)}
     digest = hashlib.sha256("".join(key for _, _, key in chosen).encode()).hexdigest()
@@ -189,6 +191,11 @@ def _doc_hash(doc: dict[str, Any]) -> str:
 
 def _training_split(task: ConfigurableTask, wanted: str | None) -> str:
     splits = ", ".join(map(str, task.dataset))
+    if not (task.has_test_docs() or task.has_validation_docs()):
+        raise AFTError(
+            f"Task {task.config.task!r} has no split to be evaluated on; its data has: {splits}.",
+            "Name one in its YAML, as test_split or validation_split.",
+        )
     reported = evaluation_split(task)
     if wanted is None:
         if not task.has_training_docs():

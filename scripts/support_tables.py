@@ -1,0 +1,79 @@
+"""Writes docs/families.md and docs/tasks.md: what works, by which way, and what is refused with which words.
+
+Every line is the outcome of a trial (tests/support) that compares with code of transformers and lm-eval
+alone; a wrong number or an exception stops the line, and the program ends with 1. The tests run the same
+trials and compare with the pages. Needs the development tools, and torchao for one line.
+
+    OMP_NUM_THREADS=1 python scripts/support_tables.py families
+    OMP_NUM_THREADS=1 python scripts/support_tables.py tasks
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import transformers
+
+from tests.support import tables
+
+T = TypeVar("T")
+
+
+def collect(names: list[str], trial: Callable[[str, Path], T]) -> list[T]:
+    """Outcomes in order; ends the program after the last if any failed."""
+    rows, failed = [], []
+    for name in names:
+        started = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                rows.append(trial(name, Path(folder)))
+                said = getattr(rows[-1], "verdict", "")
+            except Exception:  # a fault of the package, whatever it is
+                failed.append(name)
+                said = "FAILED\n" + traceback.format_exc()
+        print(f"{time.process_time() - started:5.1f} s  {name}: {said}", flush=True)
+    if failed:
+        sys.exit(f"{len(failed)} failed, nothing was written: {', '.join(failed)}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=["families", "tasks"])
+    parser.add_argument("names", nargs="*", help="only these; nothing is written then")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if args.which == "families":
+        from tests.support.subjects import SUBJECTS, tried
+
+        rows = collect(args.names or list(SUBJECTS), tried)
+        page, text = tables.FAMILIES, tables.families_page(rows)
+    else:
+        from tests.support.task_trial import CASES, tried_task
+
+        task_rows = collect(args.names or list(CASES), tried_task)
+        page, text = tables.TASKS, tables.tasks_page(task_rows)
+    if args.names:
+        print(text)
+    else:
+        page.write_text(text)
+        print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main()
