@@ -68,7 +68,7 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
     except ImportError as error:
         raise AFTError(
             f"The code of task {name!r} cannot be imported: {_first_line(error)}.",
-            "Install what it needs; where it is a part of a library that is gone, the task needs an older one.",
+            "Install what it needs; a part that a library has no more needs an older library.",
         ) from error
     except (OSError, ValueError, KeyError, ConnectionError) as error:
         raise AFTError(
@@ -154,7 +154,9 @@ def list_tasks(
     """Tasks whose names match, in alphabetical order; of ``manager``, by default of the full index."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    manager = manager or full_index(include_path)
+    if manager is None:  # a plain name is found without reading every task there is
+        plain = not set(pattern) & set("*?[")
+        manager = task_manager_for([pattern], include_path) if plain else full_index(include_path)
     listings = []
     for name in fnmatch.filter(manager.all_subtasks, pattern):
         path = manager.task_index[name].yaml_path
@@ -163,7 +165,11 @@ def list_tasks(
         listings.append(
             TaskListing(
                 name,
-                str(config.get("output_type", "generate_until" if path and not config.get("class") else "python")),
+                str(
+                    config.get(
+                        "output_type", "generate_until" if path and not config.get("class") else "python"
+                    )
+                ),
                 config.get("training_split"),
                 config.get("test_split") or config.get("validation_split"),
                 metrics,

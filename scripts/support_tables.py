@@ -11,6 +11,8 @@ trials and compare with the pages. Needs the development tools, and torchao for 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import sys
 import tempfile
@@ -32,15 +34,28 @@ from tests.support import tables
 T = TypeVar("T")
 
 
-def collect(names: list[str], trial: Callable[[str, Path], T]) -> list[T]:
-    """Outcomes in order; ends the program after the last if any failed."""
+def collect(
+    names: list[str], trial: Callable[[str, Path], T], row: Callable[..., T], keep: Path | None
+) -> list[T]:
+    """Outcomes in order; ends the program after the last if any failed.
+
+    What ``keep`` holds from an earlier run is not tried again, and what is found is added to it.
+    """
+    kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
+    known = {each["name"]: row(**each) for each in kept}
     rows, failed = [], []
     for name in names:
+        if name in known:
+            rows.append(known[name])
+            continue
         started = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             try:
                 rows.append(trial(name, Path(folder)))
                 said = getattr(rows[-1], "verdict", "")
+                if keep:
+                    with keep.open("a") as file:
+                        file.write(json.dumps(dataclasses.asdict(rows[-1])) + "\n")  # type: ignore[call-overload]
             except Exception:  # a fault of the package, whatever it is
                 failed.append(name)
                 said = "FAILED\n" + traceback.format_exc()
@@ -51,22 +66,26 @@ def collect(names: list[str], trial: Callable[[str, Path], T]) -> list[T]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("which", choices=["families", "tasks"])
     parser.add_argument("names", nargs="*", help="only these; nothing is written then")
+    parser.add_argument("--keep", type=Path, help="file to keep outcomes in, and to go on from")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if args.which == "families":
         from tests.support.subjects import SUBJECTS, tried
+        from tests.support.trial import Row
 
-        rows = collect(args.names or list(SUBJECTS), tried)
+        rows = collect(args.names or list(SUBJECTS), tried, Row, args.keep)
         page, text = tables.FAMILIES, tables.families_page(rows)
     else:
-        from tests.support.task_trial import CASES, tried_task
+        from tests.support.task_trial import CASES, TaskRow, tried_task
 
-        task_rows = collect(args.names or list(CASES), tried_task)
+        task_rows = collect(args.names or list(CASES), tried_task, TaskRow, args.keep)
         page, text = tables.TASKS, tables.tasks_page(task_rows)
     if args.names:
         print(text)

@@ -85,7 +85,7 @@ class Extractor:
         except Exception as error:  # whatever a template or a function of the task makes of a document
             why = (str(error).strip().splitlines() or ["no message"])[0]
             raise AFTError(
-                f"lm-eval cannot build the prompts of task {self.task.config.task!r}: {type(error).__name__}, {why}",
+                f"lm-eval cannot build a prompt of {self.task.config.task!r}: {type(error).__name__}, {why}",
                 "Check the fields that its YAML names against a document, and try --num-fewshot 0.",
             ) from error
 

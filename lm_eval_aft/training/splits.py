@@ -171,8 +171,8 @@ def prompted(carved: Carved, barred: Callable[[dict[str, Any]], bool] = lambda _
             selection.append(example)
     if not selection:
         raise AFTError(
-            f"No document of split {carved.split!r} has a usable gold answer: a right option and a wrong one, "
-            "or a text.",
+            f"No document of split {carved.split!r} has a usable gold answer: right options beside wrong "
+            "ones, or a text.",
             "Check the task's YAML, or choose another task.",
         )
     counts |= {"pool": len(pool), "selection": len(selection)}

@@ -1,4 +1,4 @@
-"""The pages docs/families.md and docs/tasks.md say what the trials find, and every trial agrees with stock."""
+"""docs/families.md and docs/tasks.md say what the trials find, and every trial agrees with stock."""
 
 from __future__ import annotations
 
@@ -20,16 +20,41 @@ FAMILIES_OFTEN = (
 )
 FAMILIES_SLOW = (
     *("gemma2", "opt-post", "gptj", "falcon-rope", "mpt", "phi3-window", "llama-dynamic-rope", "gpt_oss"),
-    *("deepseek_v3", "llama4_text", "rwkv", "jamba", "recurrent_gemma", "qwen3_next", "zamba2", "fuyu", "xlm"),
+    *(
+        "deepseek_v3",
+        "llama4_text",
+        "rwkv",
+        "jamba",
+        "recurrent_gemma",
+        "qwen3_next",
+        "zamba2",
+        "fuyu",
+        "xlm",
+    ),
     *("llama with flex attention", "llama in int8 (torchao)", "llama, embedding and blocks on disk"),
     "llava as a model object",
 )
 TASKS_OFTEN = (
     *("winogrande", "copa", "nq_open", "webqs", "letters as options", "several right options"),
-    *("custom_dataset, a function", "chat, examples as turns (choice)", "one split only", "no split to score on"),
+    *(
+        "custom_dataset, a function",
+        "chat, examples as turns (choice)",
+        "one split only",
+        "no split to score on",
+    ),
 )
 TASKS_SLOW = (
-    *("hellaswag", "mutual", "paws_en", "medqa_4options", "record", "coqa", "drop", "boolq-seq2seq", "fld_default"),
+    *(
+        "hellaswag",
+        "mutual",
+        "paws_en",
+        "medqa_4options",
+        "record",
+        "coqa",
+        "drop",
+        "boolq-seq2seq",
+        "fld_default",
+    ),
     *("hendrycks_math_algebra", "truthfulqa-multi_mc2_en", "wikitext", "aime", "a group", "a tag"),
     *("contexts as options (winogrande's way)", "acc_mutual_info", "chat with gen_prefix"),
     "loglikelihood with a training split",

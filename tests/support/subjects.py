@@ -92,7 +92,12 @@ def offloaded(*on_disk: str) -> Loader:
     def load(work: Path) -> Subject:
         from transformers import AutoModelForCausalLM
 
-        parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb"]
+        parts = [
+            "model.embed_tokens",
+            *(f"model.layers.{i}" for i in range(4)),
+            "model.norm",
+            "model.rotary_emb",
+        ]
         places = {part: "disk" if part in on_disk else "cpu" for part in [*parts, "lm_head"]}
         folder = save(BASE, work / "base")
         model = AutoModelForCausalLM.from_pretrained(

