@@ -15,13 +15,14 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_aft import AFTError, train_vector
+from lm_eval_aft import AFTError
 from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.harness import list_tasks, load_task, task_manager_for
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.training.examples import Example, Extractor, PromptSettings
 from lm_eval_aft.training.plan import TrainingPlan
 from lm_eval_aft.training.prepared import prepare
+from lm_eval_aft.training.train import run
 from tests.support.task_data import OWN, STOCK, own_doc
 from tests.support.trial import LAYER, instances, plain_hook
 
@@ -157,7 +158,7 @@ def tried_task(case: str, work: Path, lm: AFTLM | None = None) -> TaskRow:
     try:
         settings["prompts"] = PromptSettings(shots, chat, None, chat)
         prepared = prepare(lm, TrainingPlan.of(name, **settings))
-        result = train_vector(lm, name, work / "vector", progress=False, **settings)
+        result = run(prepared, None, progress=False)
     except AFTError as error:
         row.why = f"{error.what} {error.hint}".replace(str(work), "").split(" Nearest")[0]
         row.trained = row.scored = "refused"
@@ -166,8 +167,8 @@ def tried_task(case: str, work: Path, lm: AFTLM | None = None) -> TaskRow:
         return row
     assert listed, "aft tasks --trainable leaves out what works"
     row.trained = prepared.objective.name
-    task = load_task(name, [folder])
-    extractor = Extractor(task, lm, settings["prompts"])
+    extractor = prepared.splits.extractor
+    task = extractor.task
     _prompts_are_the_harnesss(task, extractor, folder, name, shots, prompts, lm)
     _selection_score_is_plain(prepared, result, lm)
     row.marked = _gold_is_marked(task, extractor, prepared)
