@@ -19,9 +19,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
@@ -35,11 +35,12 @@ T = TypeVar("T")
 
 
 def collect(
-    names: list[str], trial: Callable[[str, Path], T], row: Callable[..., T], keep: Path | None
+    names: list[str], trial: Callable[[str, Path], T], row: Callable[..., T], keep: Path | None, only: bool
 ) -> list[T]:
     """Outcomes in order; ends the program after the last if any failed.
 
-    What ``keep`` holds from an earlier run is not tried again, and what is found is added to it.
+    What ``keep`` holds from an earlier run is not tried again, and what is found is added to it. With
+    ``only`` there are no trials: what it does not hold is left out.
     """
     kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
     known = {each["name"]: row(**each) for each in kept}
@@ -47,6 +48,8 @@ def collect(
     for name in names:
         if name in known:
             rows.append(known[name])
+            continue
+        if only:
             continue
         started = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +68,11 @@ def collect(
     return rows
 
 
+def missing(names: Iterable[str], rows: Iterable[Any], wanted: list[str]) -> list[str]:
+    """What has no outcome, unless only some were wanted."""
+    return [] if wanted else sorted({*names} - {row.name for row in rows})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,6 +80,7 @@ def main() -> None:
     parser.add_argument("which", choices=["families", "tasks"])
     parser.add_argument("names", nargs="*", help="only these; nothing is written then")
     parser.add_argument("--keep", type=Path, help="file to keep outcomes in, and to go on from")
+    parser.add_argument("--kept-only", action="store_true", help="write the page of what is kept so far")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -80,13 +89,13 @@ def main() -> None:
         from tests.support.subjects import SUBJECTS, tried
         from tests.support.trial import Row
 
-        rows = collect(args.names or list(SUBJECTS), tried, Row, args.keep)
-        page, text = tables.FAMILIES, tables.families_page(rows)
+        rows = collect(args.names or list(SUBJECTS), tried, Row, args.keep, args.kept_only)
+        page, text = tables.FAMILIES, tables.families_page(rows, missing(SUBJECTS, rows, args.names))
     else:
         from tests.support.task_trial import CASES, TaskRow, tried_task
 
-        task_rows = collect(args.names or list(CASES), tried_task, TaskRow, args.keep)
-        page, text = tables.TASKS, tables.tasks_page(task_rows)
+        task_rows = collect(args.names or list(CASES), tried_task, TaskRow, args.keep, args.kept_only)
+        page, text = tables.TASKS, tables.tasks_page(task_rows, missing(CASES, task_rows, args.names))
     if args.names:
         print(text)
     else:

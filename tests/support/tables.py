@@ -59,8 +59,14 @@ def family_reasons(row: Row) -> list[str]:
     return [f"- **{row.name}**, {', '.join(parts)}: {why}" for why, parts in found.items()]
 
 
-def families_page(rows: Sequence[Row]) -> str:
-    """docs/families.md."""
+def untried(names: Iterable[str]) -> list[str]:
+    """A list of what has no line yet; nothing where there is nothing to list."""
+    listed = [f"- {name}" for name in names]
+    return ["## Not tried yet", "", *listed, ""] if listed else []
+
+
+def families_page(rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
+    """docs/families.md; ``missing`` are to be listed without a line."""
     count = {
         verdict: sum(row.verdict == verdict for row in rows) for verdict in ("passed", "fallback", "refused")
     }
@@ -79,6 +85,7 @@ def families_page(rows: Sequence[Row]) -> str:
             "",
             *(each for row in rows for each in family_reasons(row)),
             "",
+            *untried(missing),
         ]
     )
 
@@ -92,8 +99,8 @@ def task_reasons(row: TaskRow) -> list[str]:
     return [f"- **{row.name}**: {row.why}"] if row.why else []
 
 
-def tasks_page(rows: Sequence[TaskRow]) -> str:
-    """docs/tasks.md."""
+def tasks_page(rows: Sequence[TaskRow], missing: Sequence[str] = ()) -> str:
+    """docs/tasks.md; ``missing`` are to be listed without a line."""
     refused = sum(bool(row.why) for row in rows)
     stock = sum(row.name in STOCK for row in rows)
     head = ("task", "output type", "made of", "verdict", "objective", "gold marked right", "scores")
@@ -111,5 +118,6 @@ def tasks_page(rows: Sequence[TaskRow]) -> str:
             "",
             *(each for row in rows for each in task_reasons(row)),
             "",
+            *untried(missing),
         ]
     )
