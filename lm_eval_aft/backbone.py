@@ -68,7 +68,10 @@ def find_backbone(model: nn.Module, blocks: str | None = None) -> Backbone:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model's inputs go: to its first weights, or, if those lie on disk, where they will be used."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # a model that does not say
+        embedding = None
     place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return next(model.parameters()).device if place is None else torch.device(place)
 
