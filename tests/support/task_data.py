@@ -313,7 +313,8 @@ OWN: dict[str, Own] = {
         _CHOICE.replace("doc_to_choice: options", "doc_to_choice: [A, B, C, D]").replace(": gold", ": letter")
         + _BOTH
     ),
-    "several right options": Own(_CHOICE.replace(": gold", ": also") + _BOTH),
+    # lm-eval itself cannot write a list of indices as a few-shot answer.
+    "several right options": Own(_CHOICE.replace(": gold", ": also") + _BOTH + "num_fewshot: 0\n"),
     "target as template": Own(_CHOICE.replace(": gold", ': "{{options[gold]}}"') + _BOTH),
     "doc_to_choice, a function": Own(
         _CHOICE.replace(": options", ": !function own_utils.choices") + _BOTH,
