@@ -71,6 +71,11 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
             "Install what it needs; a part that a library has no more needs an older library.",
         ) from error
     except (OSError, ValueError, KeyError, ConnectionError) as error:
+        if "must have valid or test docs" in str(error):
+            raise AFTError(
+                f"Task {name!r} has no split to be evaluated on.",
+                "Name one in its YAML, as test_split or validation_split.",
+            ) from error
         raise AFTError(
             f"The data of task {name!r} cannot be loaded: {_first_line(error)}",
             "Check the network, or run where the data set's folder is (offline, lm-eval finds "

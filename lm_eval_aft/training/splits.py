@@ -191,11 +191,6 @@ def _doc_hash(doc: dict[str, Any]) -> str:
 
 def _training_split(task: ConfigurableTask, wanted: str | None) -> str:
     splits = ", ".join(map(str, task.dataset))
-    if not (task.has_test_docs() or task.has_validation_docs()):
-        raise AFTError(
-            f"Task {task.config.task!r} has no split to be evaluated on; its data has: {splits}.",
-            "Name one in its YAML, as test_split or validation_split.",
-        )
     reported = evaluation_split(task)
     if wanted is None:
         if not task.has_training_docs():
