@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lm_eval_aft.errors import AFTError
@@ -58,10 +59,42 @@ def find_backbone(model: nn.Module, blocks: str | None = None) -> Backbone:
     if blocks is not None:
         name, found = blocks, _by_path(model, blocks)
     else:
-        name, found = _by_structure(model, getattr(text, "num_hidden_layers", None))
+        depth = getattr(text, "decoder_layers", None) or getattr(text, "num_hidden_layers", None)
+        name, found = _by_structure(model, depth)
     if not isinstance(hidden_size, int):
         raise AFTError(f"The config of {type(model).__name__} names no hidden_size.")
     return Backbone(name, list(found), hidden_size)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: to its first weights, or, if those lie on disk, where they will be used."""
+    try:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # a model that does not say
+        embedding = None
+    place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return next(model.parameters()).device if place is None else torch.device(place)
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module) -> None:
+    """Raise `AFTError` for a model whose tokens see later ones: it would read the answer it scores.
+
+    Only families that have both kinds say in their config which they are (``is_decoder``); where it says
+    no, a pass over two tokens tells, as some set the switch on a copy.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "is_decoder", True):
+        return
+    device = input_device(model)
+    one, other = (model(input_ids=torch.tensor([[2, last]], device=device)).logits[0, 0] for last in (3, 4))
+    if not torch.equal(one, other):
+        raise AFTError(
+            f"{type(model).__name__} is no causal model as its config has it: its tokens see later ones, so "
+            "it would read the answer that it is to score.",
+            "Use a decoder-only model, or set is_decoder in its config if it was trained as one.",
+        )
 
 
 def _by_path(model: nn.Module, path: str) -> nn.ModuleList:
@@ -85,6 +118,10 @@ def _by_structure(model: nn.Module, depth: int | None) -> tuple[str, nn.ModuleLi
     fitting = [item for item in lists if depth is None or len(item[1]) == depth]
     named = [item for item in fitting if item[0].rpartition(".")[2] in _USUAL_NAMES]
     candidates = named or fitting
+    if len(candidates) > 1:  # a vision tower may be as deep as the language model
+        decoder = getattr(model, "get_decoder", lambda: None)()
+        inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+        candidates = [item for item in candidates if id(item[1]) in inside] or candidates
     if depth is None and candidates:
         longest = max(len(blocks) for _, blocks in candidates)
         candidates = [item for item in candidates if len(item[1]) == longest]

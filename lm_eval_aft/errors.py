@@ -29,17 +29,19 @@ class AFTError(click.ClickException):
 
 
 def model_not_loaded(name: object, error: Exception) -> AFTError:
-    """What to raise when transformers cannot load a model."""
+    """What to raise when transformers cannot load a model (its name, or the model itself)."""
+    told = repr(name) if isinstance(name, str) else type(name).__name__
     if "trust_remote_code" in str(error):
         return AFTError(
-            f"The model {name!r} brings code of its own, which is not run unasked.",
+            f"The model {told} brings code of its own, which is not run unasked.",
             "Read that code; if you trust it, give trust_remote_code=true among the model arguments.",
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return AFTError(
-        f"The model {name!r} cannot be loaded: {reason}",
-        "Give a local folder written by save_pretrained, or the name of a model on the Hub.",
-    )
+    hint = "Give a local folder written by save_pretrained, or the name of a model on the Hub."
+    if "Unrecognized configuration class" in reason:
+        reason = "transformers has no causal language model for this kind of checkpoint."
+        hint = "From Python, load it with a class of its own and pass the model itself as pretrained."
+    return AFTError(f"The model {told} cannot be loaded: {reason}", hint)
 
 
 def print_errors_plainly() -> None:

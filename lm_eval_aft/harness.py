@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Output types that can be trained on, and the objective each is trained with.
 TRAINABLE = {"multiple_choice": "choice", "generate_until": "lm", "loglikelihood": "lm"}
+NOT_TEXT = ("image", "audio")  # what a task's documents may hold, by its doc_to_...
 
 
 def tasks_path() -> Path:
@@ -64,7 +65,17 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
         )
     try:
         task = manager.load(name)["tasks"][name]
+    except ImportError as error:
+        raise AFTError(
+            f"The code of task {name!r} cannot be imported: {_first_line(error)}.",
+            "Install what it needs; a part that a library has no more needs an older library.",
+        ) from error
     except (OSError, ValueError, KeyError, ConnectionError) as error:
+        if "must have valid or test docs" in str(error):
+            raise AFTError(
+                f"Task {name!r} has no split to be evaluated on.",
+                "Name one in its YAML, as test_split or validation_split.",
+            ) from error
         raise AFTError(
             f"The data of task {name!r} cannot be loaded: {_first_line(error)}",
             "Check the network, or run where the data set's folder is (offline, lm-eval finds "
@@ -122,8 +133,8 @@ def full_index(include_path: Sequence[str | Path] = ()) -> TaskManager:
 class TaskListing:
     """A task as its YAML describes it, no data loaded.
 
-    ``trainable``: it has a training split apart from its evaluation split, and a type that
-    training knows.
+    ``trainable``: it has a training split apart from its evaluation split, a type that training
+    knows, text alone, and options of which not all are right.
     """
 
     name: str
@@ -131,19 +142,26 @@ class TaskListing:
     training_split: str | None
     evaluation_split: str | None
     metrics: tuple[str, ...]
+    text_only: bool = True
 
     @property
     def trainable(self) -> bool:
         """Whether train-vector can train on it."""
-        apart = self.training_split not in (None, self.evaluation_split)
-        return apart and self.output_type in TRAINABLE
+        apart = self.evaluation_split and self.training_split not in (None, self.evaluation_split)
+        # Options scored by exact match are accepted answers, all of them right.
+        choosable = self.output_type != "multiple_choice" or set(self.metrics) != {"exact_match"}
+        return bool(apart) and self.output_type in TRAINABLE and self.text_only and choosable
 
 
-def list_tasks(pattern: str = "*", include_path: Sequence[str | Path] = ()) -> list[TaskListing]:
-    """Tasks whose names match, in alphabetical order."""
+def list_tasks(
+    pattern: str = "*", include_path: Sequence[str | Path] = (), manager: TaskManager | None = None
+) -> list[TaskListing]:
+    """Tasks whose names match, in alphabetical order; of ``manager``, by default of the full index."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    manager = full_index(include_path)
+    if manager is None:  # a plain name is found without reading every task there is
+        plain = not set(pattern) & set("*?[")
+        manager = task_manager_for([pattern], include_path) if plain else full_index(include_path)
     listings = []
     for name in fnmatch.filter(manager.all_subtasks, pattern):
         path = manager.task_index[name].yaml_path
@@ -152,10 +170,15 @@ def list_tasks(pattern: str = "*", include_path: Sequence[str | Path] = ()) -> l
         listings.append(
             TaskListing(
                 name,
-                str(config.get("output_type", "generate_until" if path else "python")),
+                str(
+                    config.get(
+                        "output_type", "generate_until" if path and not config.get("class") else "python"
+                    )
+                ),
                 config.get("training_split"),
                 config.get("test_split") or config.get("validation_split"),
                 metrics,
+                not any(config.get(f"doc_to_{kind}") for kind in NOT_TEXT),
             )
         )
     return listings

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from lm_eval_aft.answer_only import refuse_generation, without_contexts
-from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.backbone import check_causal, find_backbone, input_device
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.errors import AFTError, model_not_loaded, print_errors_plainly
 from lm_eval_aft.in_force import InForce
@@ -86,10 +86,13 @@ class AFTLM(HFLM):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             super().__init__(pretrained=pretrained, device=device, **kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise model_not_loaded(pretrained, error) from error
         if self.backend != "causal":
             raise AFTError("Encoder-decoder models are not supported.", "Use a decoder-only (causal) model.")
+        if self.device.type == "meta":  # stock looks at the first weights, which lie on disk
+            self._device = input_device(self.model)
+        check_causal(self.model)
         self._blocks = blocks
         self.fast, self.answer_only = bool(fast), bool(answer_only)
         self._shared: tuple[Paths, Texts] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_eval_aft.backbone import input_device
 from lm_eval_aft.documents import Document, lay_out, units
 from lm_eval_aft.packing import continuation_logits, make_batch, option_logprobs
 
@@ -26,8 +27,13 @@ def refused(model: nn.Module, longest: int) -> str:
     config: Any = model.config
     text = config.get_text_config()
     family = str(getattr(text, "model_type", ""))
-    if family in UNPACKABLE:
+    if family in UNPACKABLE and getattr(text, "alibi", True):
         return f"{family}: {UNPACKABLE[family]}"
+    if getattr(model, "_is_stateful", False):
+        return f"{family}: its blocks carry a state along the row, which no mask divides"
+    kernel = getattr(config, "_attn_implementation", None)
+    if kernel not in (None, "eager", "sdpa"):
+        return f"{kernel} takes no 4-D masks"
     window = getattr(text, "sliding_window", None)
     if window and getattr(text, "use_sliding_window", True) and longest > window:
         return f"prompts are longer than the sliding window of {window} tokens"
@@ -73,7 +79,7 @@ def may_pack(model: nn.Module, documents: Sequence[Document]) -> str:
     scores = []
     try:
         for packed in (True, False):
-            batch = make_batch(probe, packed, parameter.device, parameter.dtype)
+            batch = make_batch(probe, packed, input_device(model), parameter.dtype)
             with torch.no_grad():
                 scores.append(option_logprobs(continuation_logits(model, batch), batch))
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:

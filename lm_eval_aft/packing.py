@@ -187,7 +187,7 @@ def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Te
             handle.remove()
     if logits.shape[:2] != (1, len(positions)) or handle is None:
         logits = logits.reshape(-1, logits.shape[-1])[positions.to(logits.device)]
-    return logits.reshape(len(positions), -1)
+    return logits.reshape(len(positions), logits.shape[-1])
 
 
 def option_logprobs(logits: Tensor, batch: Batch) -> Tensor:

@@ -225,8 +225,8 @@ def _shifted_by_row(hidden: Tensor, states: Sequence[int], shifts: Mapping[int, 
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The residual stream in a block's output: itself, or the first entry of a tuple."""
-    found = output[0] if isinstance(output, tuple) else output
+    """The residual stream in a block's output: itself, or the first entry of a tuple or list."""
+    found = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(found, Tensor):
         raise AFTError(f"A decoder block returned {type(found).__name__}, not a tensor of hidden states.")
     return found
@@ -234,4 +234,6 @@ def hidden_states(output: Any) -> Tensor:
 
 def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     """``output`` with its residual stream replaced by ``hidden``."""
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -15,85 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-WORDS = (
-    "the a cat dog bird fish tree stone river sees eats likes finds red blue green small large one two "
-    "three four five six seven eight nine ten Question Answer is not and or : . ? , # yes no up down"
-).split()
+from tests.support.families import CORE as FAMILIES
+from tests.support.families import WORDS, tiny_model, tiny_tokenizer
 
-# family -> config class and what makes it tiny beyond hidden size, depth and heads
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt_neox": ("GPTNeoXConfig", {}),
-    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
-    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2}),
-    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8}),
-    "phi": ("PhiConfig", {}),
-    "stablelm": ("StableLmConfig", {"num_key_value_heads": 2}),
-    "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": None}),
-    "mistral-window": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 6}),
-    "gpt2": ("GPT2Config", {}),
-    "opt": ("OPTConfig", {"word_embed_proj_dim": 32, "ffn_dim": 64}),
-    "gemma2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6}),
-    "olmo2": ("Olmo2Config", {}),
-    "granite": ("GraniteConfig", {"residual_multiplier": 0.5}),
-    "falcon": ("FalconConfig", {"alibi": True}),
-    "bloom": ("BloomConfig", {}),
-    "gpt_neo": ("GPTNeoConfig", {"attention_types": [[["global", "local"], 2]], "window_size": 6}),
-    "smollm3": ("SmolLM3Config", {"num_key_value_heads": 2}),
-}
-
-
-def tiny_model(family: str, seed: int = 0, dtype: Any = None, layers: int = 4) -> Any:
-    """A random model of a family: hidden size 32, 4 blocks, vocabulary of the tiny tokenizer."""
-    import torch
-    import transformers
-
-    name, extra = FAMILIES[family]
-    cls = getattr(transformers, name)
-    common = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 1,
-    }
-    config = cls(**common, **extra)
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    # The default initialisation is so small that every answer looks alike.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4)
-    return model.to(dtype or torch.float32).eval()
-
-
-def tiny_tokenizer() -> Any:
-    """A word-level tokenizer over 64 tokens, white space kept as a token of its own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<eos>", "<pad>", "<unk>", " ", "\n", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(" ", behavior="isolated"),
-            pre_tokenizers.Split("\n", behavior="isolated"),
-            pre_tokenizers.Punctuation(),
-        ]
-    )
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
-    fast.chat_template = (
-        "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} \n {% endfor %}"
-        "{% if add_generation_prompt %}assistant : {% endif %}"
-    )
-    return fast
+__all__ = ["FAMILIES", "WORDS", "tiny_model", "tiny_tokenizer"]
 
 
 @pytest.fixture(scope="session")

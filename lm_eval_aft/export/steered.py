@@ -63,5 +63,11 @@ def _loaded_logits(base: Base, file: Path, prompts: list[Tensor]) -> list[Tensor
     if base.tokenizer is None:
         raise AFTError(f"{base.name} has no tokenizer, which lm-eval needs.")
     lm: Any = SteeredModel(base.model, str(file), device="cpu", tokenizer=base.tokenizer)
-    with torch.no_grad():
-        return [lm._model_call(ids) for ids in prompts]
+    try:
+        with torch.no_grad():
+            return [lm._model_call(ids) for ids in prompts]
+    except TypeError as error:  # its hook takes tensors and tuples
+        raise AFTError(
+            f"lm-eval's steered model cannot hook blocks of {base.config.model_type} ({error}).",
+            "Score it with `--model aft`, or use --to merged or --to peft.",
+        ) from error

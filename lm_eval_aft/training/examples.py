@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft.documents import Document
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.harness import TRAINABLE, set_num_fewshot
+from lm_eval_aft.harness import NOT_TEXT, TRAINABLE, set_num_fewshot
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -63,6 +63,11 @@ class Extractor:
                 f"Task {task.config.task!r} is of type {task.OUTPUT_TYPE!r}, which cannot be trained on.",
                 f"Trainable types: {', '.join(TRAINABLE)}.",
             )
+        if any(getattr(task.config, f"doc_to_{kind}", None) for kind in NOT_TEXT):
+            raise AFTError(
+                f"The prompts of task {task.config.task!r} hold images or sounds.",
+                "Vectors are trained on text: choose a task of text alone.",
+            )
         self.task = task
         self.settings = settings
         self.num_fewshot = set_num_fewshot(task, settings.num_fewshot)
@@ -72,7 +77,21 @@ class Extractor:
         self._multiturn = settings.apply_chat_template if multiturn is None else multiturn
 
     def requests(self, doc: dict[str, Any]) -> list[tuple[Any, ...]]:
-        """The arguments of the harness's own requests for this document."""
+        """The arguments of the harness's own requests for this document.
+
+        Raises:
+            AFTError: the task's own templates or functions fail on it.
+        """
+        try:
+            return self._requests(doc)
+        except Exception as error:  # whatever a template or a function of the task makes of a document
+            why = (str(error).strip().splitlines() or ["no message"])[0]
+            raise AFTError(
+                f"lm-eval cannot build a prompt of {self.task.config.task!r}: {type(error).__name__}, {why}",
+                "Check the fields that its YAML names against a document, and try --num-fewshot 0.",
+            ) from error
+
+    def _requests(self, doc: dict[str, Any]) -> list[tuple[Any, ...]]:
         context = self.task.fewshot_context(
             doc,
             num_fewshot=self.num_fewshot,
@@ -107,8 +126,8 @@ class Extractor:
         # Tasks that score mutual information append requests without context: not options.
         pairs = tuple((str(context), str(tail)) for context, tail, *_ in requests[: len(choices)])
         gold = self._gold(doc, choices)
-        if not gold or len(pairs) < 2:
-            return None
+        if not gold or len(set(gold)) == len(pairs):
+            return None  # nothing to choose
         lengths = tuple(float(max(1, len(choice))) for choice in choices)
         return Example(doc_id, pairs, gold, lengths, doc=doc)
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.backbone import Backbone, input_device
 from lm_eval_aft.packing import Batch, Document, make_batch
 from lm_eval_aft.positions import roles, row_roles
 from lm_eval_aft.steering import add_all
@@ -58,7 +58,7 @@ class Reference:
         return self.objective.summarise(outcomes)
 
     def _logits(self, document: Document, candidate: Candidate | None) -> tuple[Tensor, Batch]:
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         rows = []
         shifts = {} if candidate is None else candidate.intervention.shifts()
         for context, continuation in document.pairs:

@@ -179,7 +179,9 @@ def prompted(
                 selection.append(example)
     if not selection:
         raise AFTError(
-            f"No document of split {carved.split!r} has a usable gold answer.", "Check the task's YAML."
+            f"No document of split {carved.split!r} has a usable gold answer: right options beside wrong "
+            "ones, or a text.",
+            "Check the task's YAML, or choose another task.",
         )
     counts |= {"pool": len(pool), "selection": len(selection)}
     digest = hashlib.sha256("".join(key for _, _, key in chosen).encode()).hexdigest()

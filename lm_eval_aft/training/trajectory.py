@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.backbone import Backbone, input_device
 from lm_eval_aft.documents import Document, token_budget_batches, units
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.intervention import Intervention
@@ -64,7 +64,7 @@ class Trajectory:
         self.backbone = backbone
         self.objective = objective
         self.packed = packed
-        device = next(model.parameters()).device.type
+        device = input_device(model).type
         self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
 
     @subnormals_flushed()
@@ -126,7 +126,7 @@ class Trajectory:
         parameter = next(self.model.parameters())
         for indices in token_budget_batches(documents, self.packed, self.budget):
             chosen = [documents[i] for i in indices]
-            yield make_batch(chosen, self.packed, parameter.device, parameter.dtype)
+            yield make_batch(chosen, self.packed, input_device(self.model), parameter.dtype)
 
     @torch.no_grad()
     def outputs(self, batch: Batch, layers: Collection[int]) -> dict[int, Any]:
@@ -182,7 +182,14 @@ def make_engine(
     """The fastest engine that agrees with the plain one on these documents, and its name.
 
     Tries packed rows, then unpacked rows resumed from a layer, then the plain engine.
+
+    Raises:
+        AFTError: the model's attention has no gradients on its device.
     """
+    if _no_gradients(model):
+        raise AFTError(
+            "flex attention has no gradients on a CPU.", "Load the model with attn_implementation=sdpa."
+        )
     reason = may_pack(model, documents)
     if reason:
         logger.info("Rows are not packed: %s.", reason)
@@ -199,11 +206,11 @@ def make_engine(
 def _resuming_differs(engine: Trajectory, reference: Reference, document: Document) -> str:
     """Compare both engines on one document under a vector as long as a typical hidden state."""
     layer = (len(engine.backbone.blocks) - 1) // 2
-    parameter = next(engine.model.parameters())
-    batch = make_batch([document], engine.packed, parameter.device, parameter.dtype)
+    parameter, device = next(engine.model.parameters()), input_device(engine.model)
+    batch = make_batch([document], engine.packed, device, parameter.dtype)
     outputs = engine.outputs(batch, [layer])
     size = _median_norm(outputs[layer]) / engine.backbone.hidden_size**0.5
-    vector = torch.linspace(-1, 1, engine.backbone.hidden_size, device=parameter.device) * 0.1 * size
+    vector = torch.linspace(-1, 1, engine.backbone.hidden_size, device=device) * 0.1 * size
     static = Intervention.static(layer, vector.to(master_dtype(parameter.dtype)))
     probe = Candidate(layer, 0, Recipe(), static)
     try:
@@ -231,11 +238,17 @@ def residual_norm(model: nn.Module, backbone: Backbone, layer: int, documents: S
     parameter = next(model.parameters())
     norms = []
     for document in documents:
-        batch = make_batch([Document(document.pairs[:1])], False, parameter.device, parameter.dtype)
+        batch = make_batch([Document(document.pairs[:1])], False, input_device(model), parameter.dtype)
         with capture(backbone, [layer]) as outputs:
             _run_blocks(model, batch)
         norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1))
     return float(torch.cat(norms).median())
+
+
+def _no_gradients(model: nn.Module) -> bool:
+    config: Any = getattr(model, "config", None)
+    flex = getattr(config, "_attn_implementation", None) == "flex_attention"
+    return flex and input_device(model).type == "cpu"
 
 
 def _run_blocks(model: nn.Module, batch: Batch) -> None:

@@ -44,6 +44,10 @@ PACKED = {
     "olmo2",
     "smollm3",
 }
+# Every way through the engine: packed, behind a window, ALiBi, masks of their own. The others follow the same
+# ways, and test_support takes each of them through training against plain autograd.
+OFTEN = ("gpt_neox", "llama", "gemma2", "bloom", "gpt_neo")
+BY_TIER = [pytest.param(family, marks=[] if family in OFTEN else [pytest.mark.full]) for family in FAMILIES]
 CPU = (torch.device("cpu"), torch.float32)
 
 
@@ -97,7 +101,7 @@ def gradient(engine: Engine, model: Any, layer: int, docs: Sequence[Document]) -
 @pytest.mark.parametrize(
     "objective", [Choice("acc"), Choice("acc_norm"), LM()], ids=lambda o: f"{o.name}-{o.metric}"
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_TIER)
 def test_engine_equals_reference(family: str, objective: Objective) -> None:
     model = tiny_model(family)
     backbone = find_backbone(model)
@@ -164,7 +168,7 @@ def test_a_model_that_cannot_resume_falls_back_to_the_plain_engine() -> None:
     assert isinstance(engine, Reference)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_TIER)
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_same_vector_after_three_epochs(family: str, batch_size: int) -> None:
     model = tiny_model(family)

@@ -18,7 +18,11 @@ from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.lm import AFTLM
 from tests.conftest import tiny_tokenizer
 
-FAMILIES = ["gpt_neox", "llama", "qwen2", "phi", "stablelm", "mistral", "gpt2"]
+# test_support compares the same path of every family with `hf` under a plain hook.
+FAMILIES = [
+    *("gpt_neox", "llama", "gpt2"),
+    *(pytest.param(family, marks=pytest.mark.full) for family in ("qwen2", "phi", "stablelm", "mistral")),
+]
 # The tokenizer is passed along: by folder, some families would get a class of their own for it.
 OPTIONS: dict[str, Any] = {"device": "cpu", "batch_size": 3, "tokenizer": tiny_tokenizer()}
 CONTEXTS = ["the cat sees", "one two three four five", "Question : is the red fish small ?", "a"]
