@@ -70,7 +70,7 @@ def evaluate_pair(
     if taken:
         raise AFTError(f"{folder} already holds {', '.join(taken)}.", "Choose another output folder.")
     arguments = {"softmax_dtype": "float32", **(model_args or {})}
-    config = _parse(tasks, folder, flags)
+    config = read_flags(tasks, folder, flags)
     manager = task_manager_for(tasks, [config.include_path] if config.include_path else [])
     check_names(tasks, manager)
     if answer_only:
@@ -103,12 +103,16 @@ def evaluate_pair(
             described["library"] = shelf
         if run.answer_only:
             described["answer_only"] = True
-        _score(lm, run, config, manager, folder / run.name, described)
+        score(lm, run, config, manager, folder / run.name, described)
     return runs
 
 
-def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> EvaluatorConfig:
-    """Read lm-eval's own flags with lm-eval's own parser."""
+def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) -> EvaluatorConfig:
+    """Read lm-eval's own flags with lm-eval's own parser.
+
+    Raises:
+        AFTError: lm-eval refuses them, or they name model arguments.
+    """
     from lm_eval._cli.run import Run as StockRun
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
@@ -124,7 +128,7 @@ def _parse(tasks: Sequence[str], folder: Path, flags: Sequence[str]) -> Evaluato
     return config
 
 
-def _score(
+def score(
     lm: AFTLM,
     run: Run,
     config: EvaluatorConfig,
@@ -132,6 +136,16 @@ def _score(
     folder: Path,
     model_args: dict[str, Any],
 ) -> None:
+    """Score what is in force on ``lm``, and write lm-eval's ordinary result files into ``folder``.
+
+    Args:
+        run: names the vector in force, if it has a place.
+        config: the evaluation, as `read_flags` makes it.
+        model_args: what the results say the model was loaded with.
+
+    Raises:
+        AFTError: the results cannot be written.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 

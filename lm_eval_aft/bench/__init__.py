@@ -1,0 +1,1 @@
+"""Whole studies: models × tasks × methods × seeds from one file."""
