@@ -94,9 +94,10 @@ class Store:
 class Ledger:
     """``ledger.jsonl``: one line per finished cell, and what else happened; written by one process."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mend: bool = True) -> None:
         self.path = path
-        self._mend()
+        if mend:
+            self._mend()
         self.outcomes: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, dict[str, Any]] = {}
         with jsonlines.open(path) as reader:

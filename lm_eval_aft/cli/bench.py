@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     help="Work on cells whose name MODEL/TASK/METHOD/seed-N, or a part of it, fits; may repeat.",
 )
 @click.option("--dry-run", is_flag=True, help="Print cells, steps, operations and memory; run nothing.")
+@click.option(
+    "--tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --dry-run: hours at this sustained speed.",
+)
 @click.option("--device", help="cuda, cuda:1, cpu, ...  [default: cuda where there is one]")
 @click.option(
     "--executor",
@@ -52,6 +57,7 @@ def bench(
     resume: bool,
     only: tuple[str, ...],
     dry_run: bool,
+    tflops: float | None,
     device: str | None,
     executor: str,
     **ray: Any,
@@ -87,7 +93,7 @@ def bench(
     if dry_run:
         from lm_eval_aft.cli.bench_plan import print_plan
 
-        print_plan(plan, output, only)
+        print_plan(plan, output, only, device, tflops)
         return
     if output is None:
         raise AFTError("No output folder was given.", "Add --output FOLDER, or --dry-run to see the plan.")
