@@ -11,8 +11,10 @@ from lm_eval_aft.cli.export import export, import_
 from lm_eval_aft.cli.lm_eval import lm_eval
 from lm_eval_aft.cli.methods import methods
 from lm_eval_aft.cli.report import report
+from lm_eval_aft.cli.search import search
 from lm_eval_aft.cli.tasks import tasks, tasks_path_command
 from lm_eval_aft.cli.train import train_vector
+from lm_eval_aft.cli.transfer import transfer
 from lm_eval_aft.cli.vectors import vectors
 
 
@@ -38,8 +40,10 @@ aft.add_command(import_)
 aft.add_command(bench)
 aft.add_command(lm_eval)
 aft.add_command(methods)
+aft.add_command(search)
 aft.add_command(tasks)
 aft.add_command(tasks_path_command)
+aft.add_command(transfer)
 aft.add_command(vectors)
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def cross_score(
             own += ["--include_path", study.include_path[0]]
         asked = {"model": model, "vectors": digests, "flags": own, "model_args": model_args or {}}
         folder = library.root / FOLDER / "scores" / task
-        if _asked(folder) != json.loads(canonical_json(asked)):
+        if not is_scored(folder, asked):
             say(f"{task}: scoring {len(names)} vectors and the baseline ...")
-            _score(folder, asked, model, names, task, library, model_args, own)
+            score(folder, asked, model, names, task, library, model_args, own)
         trained_on = {each.name: each.plan().tasks for each in entries}
         report = compare(folder)
         by_run = {each["run"]: each["values"].get("vector") for each in report.settings}
@@ -113,7 +113,7 @@ NOTE = (
 )
 
 
-def _score(
+def score(
     folder: Path,
     asked: dict[str, Any],
     model: str,
@@ -122,22 +122,37 @@ def _score(
     library: Library,
     model_args: dict[str, Any] | None,
     flags: Sequence[str],
+    placebo: str = "none",
 ) -> None:
-    """Into a folder of another name first: what has its place is whole."""
+    """Score the baseline and vectors on a task, and note in the folder what was ``asked``.
+
+    Into a folder of another name first: what has its place is whole.
+    """
     begun = folder.with_name(f".{folder.name}.begun")
     for old in (begun, folder):
         shutil.rmtree(old, ignore_errors=True)
     begun.mkdir(parents=True)
-    evaluate_pair(model, names, [task], begun, library=library.root, model_args=model_args, flags=flags)
+    evaluate_pair(
+        model,
+        names,
+        [task],
+        begun,
+        placebo=placebo,
+        library=library.root,
+        model_args=model_args,
+        flags=flags,
+    )
     (begun / _ASKED).write_text(canonical_json(asked), encoding="utf-8")
     begun.rename(folder)
 
 
-def _asked(folder: Path) -> Any:
+def is_scored(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether the folder holds scores that were asked for in just this way."""
     try:
-        return json.loads((folder / _ASKED).read_text(encoding="utf-8"))
+        found = json.loads((folder / _ASKED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return False
+    return bool(found == json.loads(canonical_json(asked)))
 
 
 def _digest(library: Library, name: str) -> str:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_aft.packing import Document
 from lm_eval_aft.training.fit import Candidate, Engine
 from lm_eval_aft.training.protocols import Stage
+from lm_eval_aft.training.rates import Spent, flops_of, measure_rates
 
 SAMPLE = 4  # documents timed
 
@@ -29,17 +29,21 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors alive at once inside a ``with`` block; ``peak`` is the most.
 
     Tensors made before the block do not count; memory that kernels use for themselves is not seen.
+
+    Args:
+        only: count the tensors of this type of device alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, only: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._only = only
         self.alive = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and self._only in (None, leaf.device.type):
                 self._count(leaf.untyped_storage(), [a for a in tree_leaves(args) if isinstance(a, Tensor)])
         return output
 
@@ -111,6 +115,7 @@ def estimate(
     selection: Sequence[Document],
     stages: Sequence[Stage],
     batch_size: int,
+    seeds: int = 1,
 ) -> Estimate:
     """Run a few documents through a candidate at every layer and extrapolate.
 
@@ -119,7 +124,27 @@ def estimate(
 
     Args:
         group: a candidate at each layer, which will be trained.
+        seeds: with how many the final stage trains its candidates.
     """
+    with peak_memory(_device(group)) as peak:
+        heaviest_passes(engine, group, train, selection, batch_size)
+        peak_bytes = peak()  # read here: what follows is heavier than the run
+
+    def meter(work: Callable[[], None]) -> Spent:
+        return Spent(_seconds(work), flops_of(work))
+
+    total = measure_rates(engine, group, _spread(train), _spread(selection), meter).total(stages, seeds)
+    return Estimate(total.seconds, total.flops, peak_bytes)
+
+
+def heaviest_passes(
+    engine: Engine,
+    group: Sequence[Candidate],
+    train: Sequence[Document],
+    selection: Sequence[Document],
+    batch_size: int,
+) -> None:
+    """A step on the longest training documents and the largest batch of selection documents."""
 
     def nothing(_done: int) -> None:
         pass
@@ -127,31 +152,8 @@ def estimate(
     longest = sorted(train, key=_tokens)[-batch_size:]
     judged = sorted(selection, key=_tokens)
     together = max(1, getattr(engine, "budget", 0) // _tokens(judged[-1]))
-    with peak_memory(_device(group)) as peak:
-        engine.train(group, [longest], nothing)
-        engine.evaluate(group, judged[-together:], nothing)
-        peak_bytes = peak()  # read here: what follows is heavier than the run
-    sample, judged = _spread(train), _spread(selection)
-
-    def train_sample() -> None:
-        engine.train(group, [[document] for document in sample], nothing)
-
-    def evaluate_sample() -> None:
-        engine.evaluate(group, judged, nothing)
-
-    trained, evaluated = _seconds(train_sample), _seconds(evaluate_sample)
-    train_flops, evaluate_flops = _flops(train_sample), _flops(evaluate_sample)
-    of_train, of_selection = 1 / (len(sample) * len(group)), 1 / (len(judged) * len(group))
-
-    def total(per_train: float, per_selection: float) -> float:
-        return sum(
-            stage.candidates
-            * stage.epochs
-            * (stage.train * per_train * of_train + stage.selection * per_selection * of_selection)
-            for stage in stages
-        )
-
-    return Estimate(total(trained, evaluated), total(train_flops, evaluate_flops), peak_bytes)
+    engine.train(group, [longest], nothing)
+    engine.evaluate(group, judged[-together:], nothing)
 
 
 def _device(group: Sequence[Candidate]) -> torch.device:
@@ -162,12 +164,6 @@ def _seconds(work: Callable[[], None]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _flops(work: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return int(counter.get_total_flops())
 
 
 def _tokens(document: Document) -> int:

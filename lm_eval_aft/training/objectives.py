@@ -279,5 +279,6 @@ def _stderr(losses: NDArray[np.float64]) -> float:
 def _per_document(values: Tensor, batch: Batch) -> Tensor:
     """Mean over each document's scored tokens, shape (documents,)."""
     owner = batch.document.to(values.device)[batch.option.to(values.device)]
-    count = torch.bincount(owner, minlength=len(batch.documents)).to(values.dtype)
-    return torch.zeros_like(count).index_add(0, owner, values) / count
+    empty = torch.zeros(len(batch.documents), dtype=values.dtype, device=values.device)
+    count = empty.index_add(0, owner, torch.ones_like(values))
+    return empty.index_add(0, owner, values) / count

@@ -200,7 +200,10 @@ def cost(prepared: Prepared) -> Estimate:
     engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, selection)
     starts = _starts(prepared, {plan.first_seed: train}, selection)
     group = [Candidate(site, 0, Recipe(), starts(site, plan.first_seed)) for site in prepared.sites]
-    return estimate(engine, group, train, selection, prepared.stages(), plan.protocol.batch_size)
+    protocol = plan.protocol
+    return estimate(
+        engine, group, train, selection, prepared.stages(), protocol.batch_size, seeds=protocol.seeds
+    )
 
 
 def _starts(prepared: Prepared, train: dict[int, list[Document]], selection: Sequence[Document]) -> Starts:

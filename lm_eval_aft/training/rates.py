@@ -1,0 +1,119 @@
+"""What documents cost, and what a protocol's stages come to at that price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from lm_eval_aft.packing import Document
+from lm_eval_aft.training.fit import Candidate, Engine
+from lm_eval_aft.training.protocols import Stage
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+
+
+# The counter knows the attention kernels of GPUs only; these are the CPU's, which do the same products.
+CPU_ATTENTION: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds and floating-point operations (in matrix products and attention) of some work."""
+
+    seconds: float = 0.0
+    flops: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.seconds + other.seconds, self.flops + other.flops)
+
+    def __mul__(self, factor: float) -> Spent:
+        return Spent(self.seconds * factor, self.flops * factor)
+
+    def without(self, part: Spent) -> Spent:
+        """What is left when a part of the work is left out; timings may jitter, so never below nothing."""
+        return Spent(max(0.0, self.seconds - part.seconds), max(0.0, self.flops - part.flops))
+
+
+# Does some work, and says what it took.
+Meter = Callable[[Callable[[], None]], Spent]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one document costs.
+
+    Attributes:
+        train_shared: the frozen pass that all candidates of a seed start from, trained on.
+        train_own: one candidate's own part, mean over layers.
+        selection_shared, selection_own: the same, judged on.
+    """
+
+    train_shared: Spent
+    train_own: Spent
+    selection_shared: Spent
+    selection_own: Spent
+
+    def total(self, stages: Sequence[Stage], seeds: int) -> Spent:
+        """What a protocol's stages come to at most; in the final one each seed has a pass of its own."""
+        found = Spent()
+        for stage in stages:
+            passes = min(seeds, stage.candidates) if stage.name == "final" else 1
+            trained = self.train_shared * passes + self.train_own * stage.candidates
+            judged = self.selection_shared + self.selection_own * stage.candidates
+            found = found + (trained * stage.train + judged * stage.selection) * stage.epochs
+        return found
+
+
+def measure_rates(
+    engine: Engine,
+    group: Sequence[Candidate],
+    train: Sequence[Document],
+    selection: Sequence[Document],
+    meter: Meter,
+) -> Rates:
+    """Carry a few documents through the engine, with a group of candidates and with none."""
+
+    def trained(candidates: Sequence[Candidate]) -> Spent:
+        return meter(lambda: engine.train(candidates, [[document] for document in train], _nothing))
+
+    def judged(candidates: Sequence[Candidate]) -> Spent:
+        return meter(lambda: _evaluate(engine, candidates, selection))
+
+    shared_train, shared_selection = trained([]), judged([])
+    own_train = trained(group).without(shared_train) * (1 / len(group))
+    own_selection = judged(group).without(shared_selection) * (1 / len(group))
+    per_train, per_selection = 1 / len(train), 1 / len(selection)
+    return Rates(
+        shared_train * per_train,
+        own_train * per_train,
+        shared_selection * per_selection,
+        own_selection * per_selection,
+    )
+
+
+def flops_of(work: Callable[[], None]) -> int:
+    """Floating-point operations of matrix products and attention, as `FlopCounterMode` counts them."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def _evaluate(engine: Engine, candidates: Sequence[Candidate], documents: Sequence[Document]) -> None:
+    engine.evaluate(candidates, documents, _nothing)
+
+
+def _nothing(_done: int) -> None:
+    pass
