@@ -203,15 +203,26 @@ def list_tasks(pattern: str = "*", include_path: Sequence[str | Path] = ()) -> l
 
 def find_definition(name: str, include_path: Sequence[str | Path] = ()) -> Path | None:
     """The file that defines a plain task, by a text search; ``None`` where there is none."""
+    *folders, stock = task_folders(include_path)
+    for folder in folders:
+        if (path := _search(folder, name)) is not None:
+            return path
+    return _search_stock(stock, name)
+
+
+def _search(folder: Path, name: str) -> Path | None:
     pattern = re.compile(rf"^task:\s*['\"]?{re.escape(name)}['\"]?\s*(#.*)?$", re.MULTILINE)
-    for folder in task_folders(include_path):
-        for path in sorted(folder.rglob("*.yaml")):
-            try:
-                if pattern.search(path.read_text(encoding="utf-8")):
-                    return path
-            except (OSError, UnicodeDecodeError):
-                continue
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            if pattern.search(path.read_text(encoding="utf-8")):
+                return path
+        except (OSError, UnicodeDecodeError):
+            continue
     return None
+
+
+# The harness's own thousands of files do not change while we run.
+_search_stock = cache(_search)
 
 
 def set_num_fewshot(task: ConfigurableTask, num_fewshot: int | None) -> int:

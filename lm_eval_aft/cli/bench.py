@@ -134,7 +134,16 @@ def _executor(name: str, plan: BenchStudy, store: Store, device: str | None, ray
             flag = given[0].replace("_", "-")
             raise AFTError(f"--{flag} is for Ray.", "Add --executor ray.")
         return Local(Session(store, device=device, batch_size=plan.batch_size, data=plan.data))
-    raise AFTError("not yet")
+    from lm_eval_aft.bench.ray_workers import Ray, RayOptions, read_runtime_env
+
+    options = RayOptions(
+        address=ray["ray_address"],
+        workers=ray["workers"],
+        gpus=ray["gpus_per_worker"],
+        cpus=ray["cpus_per_worker"],
+        runtime_env=read_runtime_env(ray["ray_runtime_env"]),
+    )
+    return Ray(store, {"device": device, "batch_size": plan.batch_size, "data": plan.data}, options)
 
 
 def _print_report(report: BenchReport, output: Path) -> None:

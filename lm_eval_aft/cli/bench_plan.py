@@ -24,7 +24,7 @@ def print_plan(
     """Print what a study would do and cost; nothing is loaded, trained or written."""
     from lm_eval_aft.bench.cost import Paper
     from lm_eval_aft.bench.driver import study_cells
-    from lm_eval_aft.bench.shapes import SHIPPED, find_shape
+    from lm_eval_aft.bench.shapes import find_shape
     from lm_eval_aft.training.trajectory import DEFAULT_TOKEN_BUDGET, TOKEN_BUDGET
 
     cells = [cell for cell in study_cells(study) if cell.matches(only)]
@@ -37,7 +37,7 @@ def print_plan(
         if not own:
             continue
         shape = find_shape(entry)
-        if shape.source == SHIPPED:
+        if shape.shipped:
             shipped.append(entry.name)
         paper = Paper(shape, budget)
         total, peak = 0.0, 0
@@ -87,7 +87,7 @@ def _print_notes(
         click.echo(f"About {whole / (tflops * 1e12) / 3600:.1f} hours at {tflops:g} TFLOP/s sustained.")
     click.echo(
         f"Passes of at most {budget:,} tokens ({'a CPU' if budget < 10_000 else 'a GPU'}; --device decides), "
-        "documents of the lengths in lm_eval_aft/bench/paper.yaml."
+        "documents of the lengths in lm_eval_aft/training/known_models.py."
     )
     if shipped:
         click.echo(
