@@ -141,7 +141,7 @@ class Ray:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises bare ones
             raise AFTError(
                 f"Ray cannot be used: {str(error).strip().partition(chr(10))[0]}", "Check --ray-address."
             ) from error

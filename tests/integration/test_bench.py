@@ -333,3 +333,22 @@ def test_a_study_killed_again_and_again_ends_with_the_same_table(
     lines = [json.loads(line) for line in (tmp_path / "killed/ledger.jsonl").read_text().splitlines()]
     finished = [line["name"] for line in lines if line["event"] == "cell"]
     assert len(finished) == len(set(finished)) == 4  # one line per finished cell
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_local_study_in_small(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer seeds, methods and documents; the models, the tasks and their real data as shipped."""
+    monkeypatch.setenv("AFT_TEST_DATA", str(data_root))
+    shipped = Path(__file__).parents[2] / "scripts/studies/local.yaml"
+    whole = read_bench(shipped)
+    assert [len(part) for part in (whole.models, whole.tasks, whole.methods, whole.seeds)] == [3, 5, 3, 2]
+    table = yaml.safe_load(shipped.read_text())
+    table["tasks"] = ["aft_demo_choice", {"task": "aft_demo_math", "limit": 4}, table["tasks"][2]]
+    table |= {"methods": ["static"], "seeds": 1, "evaluation": {"limit": 8}}
+    table["recipe"] |= {"layers": "50%", "train_docs": 8, "selection_docs": 8}
+    study = tmp_path / "local.yaml"
+    study.write_text(yaml.safe_dump(table))
+    call(study, tmp_path / "out")
+    assert states(tmp_path / "out") == {"done": 9}
+    assert {row["n"] for row in rows(tmp_path / "out")} == {"4", "8"}

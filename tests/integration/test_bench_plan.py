@@ -66,7 +66,7 @@ def test_a_shipped_study_passes_its_dry_run_offline(study: str) -> None:
     for line in lines:
         weights, above, whole = (float(text) for text in line.split("│")[5:8])
         assert 0 < weights < 16
-        assert 0 < above
+        assert above > 0
         assert whole == pytest.approx(weights + above, abs=0.11)
     print(done.output)
 
@@ -119,8 +119,8 @@ def test_operations_on_paper_are_those_that_a_real_model_makes(family: str) -> N
     )  # fmt: skip
     (batch,) = engine.batches([document])
     # Attention the plain way, whose products the counter sees on every device.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            continuation_logits(model, batch)
+    plainly = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with plainly, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        continuation_logits(model, batch)
     passes = paper.passes("arc_easy", 0, "static", 1)
     assert passes.at("forward", 6) == counter.get_total_flops()
