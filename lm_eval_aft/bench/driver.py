@@ -14,7 +14,7 @@ from lm_eval_aft.bench.executors import Executor
 from lm_eval_aft.bench.matrix import Cell, build_cells
 from lm_eval_aft.bench.progress import Progress
 from lm_eval_aft.bench.render import write_report
-from lm_eval_aft.bench.schedule import Schedule
+from lm_eval_aft.bench.schedule import DONE, PRUNED, Schedule
 from lm_eval_aft.bench.store import Store
 from lm_eval_aft.bench.study import BenchStudy
 from lm_eval_aft.bench.table import BenchReport, build_report
@@ -63,7 +63,8 @@ def run_study(
         _recover(schedule, store)
         with shown.over(schedule):
             executor.run(schedule, shown.begin, lambda done: _finish(schedule, store, done, shown))
-        shutil.rmtree(store.root / "work", ignore_errors=True)
+        if all(state in (DONE, PRUNED) for state in schedule.states.values()):
+            shutil.rmtree(store.root / "work", ignore_errors=True)  # else somebody may go on from there
         report = build_report(study, schedule)
         write_report(report, store.root)
     return report

@@ -195,6 +195,7 @@ def test_a_pair_that_stays_behind_is_pruned_and_told(
     assert done["trained"] == 1
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_stops_no_other_and_is_tried_again(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
