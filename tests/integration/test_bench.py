@@ -353,3 +353,46 @@ def test_the_local_study_in_small(data_root: Path, tmp_path: Path, monkeypatch: 
     call(study, tmp_path / "out")
     assert states(tmp_path / "out") == {"done": 9}
     assert {row["n"] for row in rows(tmp_path / "out")} == {"4", "8"}
+
+
+class SuddenDeath(BaseException):
+    """Goes through every handler of errors."""
+
+
+def test_a_study_interrupted_at_any_point_ends_with_the_same_table(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval_aft import evaluation
+    from lm_eval_aft.bench import store
+    from lm_eval_aft.training import events
+
+    study = write(recipe={**QUICK, "epochs": 2}, methods=["static"], tasks=["toy_choice"])
+    call(study, tmp_path / "whole")
+    output = tmp_path / "killed"
+    # In the middle of training; before a vector gets its place; while scoring; before a line is written.
+    for owner, name, count in (
+        (events.Events, "save", 1),
+        (store.Store, "settle", 1),
+        (evaluation, "score", 0),
+        (store.Ledger, "append", 1),
+    ):
+        plain, left = getattr(owner, name), [count]
+
+        def dying(*args: Any, plain: Any = plain, left: list[int] = left, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise SuddenDeath
+            return plain(*args, **kwargs)
+
+        words = ["bench", str(study), "--output", str(output), "--device", "cpu", "--resume"]
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, staticmethod(dying) if name == "settle" else dying)
+            with pytest.raises(SuddenDeath):
+                CliRunner().invoke(aft, words, catch_exceptions=False)
+    call(study, output, "--resume")
+    assert (output / "report.csv").read_bytes() == (tmp_path / "whole/report.csv").read_bytes()
+    lines = [json.loads(line) for line in (output / "ledger.jsonl").read_text().splitlines()]
+    assert sorted(line["name"] for line in lines if line["event"] == "cell") == [
+        "demo/toy_choice/static/seed-0",
+        "demo/toy_choice/static/seed-1",
+    ]
