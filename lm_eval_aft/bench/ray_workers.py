@@ -133,7 +133,11 @@ class Ray:
         own: dict[str, Any] = {"address": address}
         if address is None:  # a cluster of this machine, with room for the workers asked for
             wanted = math.ceil((self.options.workers or 1) * self.options.cpus)
-            own = {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
+            own = {
+                "address": "local",
+                "num_cpus": max(os.cpu_count() or 1, wanted),
+                "include_dashboard": False,
+            }
         try:
             ray.init(
                 **own,

@@ -124,7 +124,7 @@ def read_bench(path: Path) -> BenchStudy:
         fields.fault("evaluation.batch_size", f"wants a number or auto, got {batch_size!r}.")
     study = BenchStudy(
         name=fields.text(table.get("study"), "study", path.stem),
-        models=_models(fields, table.get("models")),
+        models=_models(fields, table.get("models"), path.parent),
         tasks=_tasks(fields, table.get("tasks"), limit),
         methods=_methods(fields, table.get("methods", ["static"])),
         seeds=_seeds(fields, table.get("seeds", 1)),
@@ -141,14 +141,16 @@ def read_bench(path: Path) -> BenchStudy:
     return study
 
 
-def _models(fields: Fields, value: Any) -> tuple[ModelEntry, ...]:
+def _models(fields: Fields, value: Any, base: Path) -> tuple[ModelEntry, ...]:
     found = []
     for i, each in enumerate(fields.items(value, "models")):
         where = f"models[{i}]"
         own = fields.mapping(each, where, _MODEL, head="pretrained")
         pretrained = fields.text(own.get("pretrained"), f"{where}.pretrained")
-        if pretrained.startswith(("/", "./", "../")) and not Path(pretrained).is_dir():
-            fields.fault(f"{where}.pretrained", f"there is no folder {pretrained}.")
+        if pretrained.startswith(("/", "./", "../")):
+            pretrained = str((base / pretrained).resolve())
+            if not Path(pretrained).is_dir():
+                fields.fault(f"{where}.pretrained", f"there is no folder {pretrained}.")
         arguments = fields.mapping(own.get("model_args"), f"{where}.model_args")
         arguments |= {key: own[key] for key in ("dtype", "revision") if own.get(key) is not None}
         name = fields.name(own.get("name", pretrained.rstrip("/").rpartition("/")[2]), f"{where}.name")
