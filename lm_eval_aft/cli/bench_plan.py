@@ -91,7 +91,7 @@ def _print_notes(
     )
     if shipped:
         click.echo(
-            f"The Hub was not reached; shapes of {', '.join(shipped)} are numbers shipped for estimates."
+            f"Not read from the Hub: shapes of {', '.join(shipped)} are numbers shipped for estimates."
         )
     if assumed:
         click.echo(f"Lengths of {', '.join(assumed)} are not known: taken as typical.")
