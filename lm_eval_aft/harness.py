@@ -6,8 +6,10 @@ import difflib
 import fnmatch
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +93,44 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
     return task
 
 
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Inside the block lm-eval compiles each prompt template once, not once for every document.
+
+    The templates are the same objects it would make anew; over a large task that is most of the time.
+    """
+    from lm_eval.utils import env
+
+    compile_template = env.from_string
+    env.from_string = cache(compile_template)
+    try:
+        yield
+    finally:
+        env.from_string = compile_template
+
+
+@contextmanager
+def environment_asked_once(known: list[str]) -> Iterator[None]:
+    """Inside the block lm-eval describes the machine in its results by asking once, not for every run.
+
+    The description lists installed packages, which takes a second. ``known`` keeps it between blocks.
+    """
+    from torch.utils import collect_env
+
+    ask = collect_env.get_pretty_env_info
+
+    def told() -> str:
+        if not known:
+            known.append(str(ask()))  # type: ignore[no-untyped-call]
+        return known[0]
+
+    collect_env.get_pretty_env_info = told
+    try:
+        yield
+    finally:
+        collect_env.get_pretty_env_info = ask
+
+
 def check_names(names: Sequence[str], manager: TaskManager) -> None:
     """Raise `AFTError` with the nearest names for a task the manager does not know."""
     for name in names:
@@ -110,7 +150,7 @@ def task_manager_for(names: Sequence[str], include_path: Sequence[str | Path] = 
     """
     from lm_eval.tasks import TaskManager
 
-    definitions = [_find_definition(name, include_path) for name in names]
+    definitions = [find_definition(name, include_path) for name in names]
     if None not in definitions:
         # Earlier folders win in task_folders, later ones in TaskManager.
         folders = list(dict.fromkeys(str(path.parent) for path in definitions if path))
@@ -184,16 +224,28 @@ def list_tasks(
     return listings
 
 
-def _find_definition(name: str, include_path: Sequence[str | Path]) -> Path | None:
+def find_definition(name: str, include_path: Sequence[str | Path] = ()) -> Path | None:
+    """The file that defines a plain task, by a text search; ``None`` where there is none."""
+    *folders, stock = task_folders(include_path)
+    for folder in folders:
+        if (path := _search(folder, name)) is not None:
+            return path
+    return _search_stock(stock, name)
+
+
+def _search(folder: Path, name: str) -> Path | None:
     pattern = re.compile(rf"^task:\s*['\"]?{re.escape(name)}['\"]?\s*(#.*)?$", re.MULTILINE)
-    for folder in task_folders(include_path):
-        for path in sorted(folder.rglob("*.yaml")):
-            try:
-                if pattern.search(path.read_text(encoding="utf-8")):
-                    return path
-            except (OSError, UnicodeDecodeError):
-                continue
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            if pattern.search(path.read_text(encoding="utf-8")):
+                return path
+        except (OSError, UnicodeDecodeError):
+            continue
     return None
+
+
+# The harness's own thousands of files do not change while we run.
+_search_stock = cache(_search)
 
 
 def set_num_fewshot(task: ConfigurableTask, num_fewshot: int | None) -> int:

@@ -128,7 +128,7 @@ def _entry(name: Any, value: Any, defaults: Mapping[str, Any], include: tuple[st
         for key in ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
         if key in merged
     }
-    settings = {key: _value(key, each) for key, each in merged.items()}
+    settings = {key: setting_value(key, each) for key, each in merged.items()}
     if prompts:
         settings["prompts"] = PromptSettings(**prompts)
         check_field_types(settings["prompts"])
@@ -137,14 +137,14 @@ def _entry(name: Any, value: Any, defaults: Mapping[str, Any], include: tuple[st
     return StudyEntry(name, task, settings, limit)
 
 
-def _value(key: str, value: Any) -> Any:
+def setting_value(key: str, value: Any) -> Any:
     """A setting as the plan takes it: YAML reads 1e-3 as text, and a lone layer as a number."""
     if key == "layers":
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         return float(value)
     if isinstance(value, list):
-        return tuple(_value("", each) for each in value)
+        return tuple(setting_value("", each) for each in value)
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lm_eval_aft import __version__
+from lm_eval_aft.cli.bench import bench
 from lm_eval_aft.cli.evaluate import evaluate
 from lm_eval_aft.cli.export import export, import_
 from lm_eval_aft.cli.lm_eval import lm_eval
@@ -39,6 +40,7 @@ aft.add_command(evaluate)
 aft.add_command(report)
 aft.add_command(export)
 aft.add_command(import_)
+aft.add_command(bench)
 aft.add_command(lm_eval)
 aft.add_command(methods)
 aft.add_command(search)

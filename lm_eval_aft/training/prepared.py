@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.harness import load_task
+from lm_eval_aft.harness import compiled_once, load_task
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.methods import DEFAULT as DEFAULT_METHOD
 from lm_eval_aft.methods import Method, find_method
@@ -121,8 +121,14 @@ def _listed(value: Any) -> Any:
     return (", ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else value
 
 
-def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
+Documents = tuple[list[Extractor], Splits | MixedSplits]
+
+
+def prepare(lm: AFTLM, plan: TrainingPlan, kept: dict[Any, Documents] | None = None) -> Prepared:
     """Check a plan against its model and task, and build the documents it needs.
+
+    Args:
+        kept: documents of earlier plans for this model; plans that differ in their recipe only share them.
 
     Raises:
         AFTError: anything the plan asks for that cannot be.
@@ -130,21 +136,33 @@ def prepare(lm: AFTLM, plan: TrainingPlan) -> Prepared:
     backbone = find_backbone(lm.model)
     layers = parse_layers(plan.protocol.layers, len(backbone.blocks))
     _check_intervention(plan)
-    extractors = [Extractor(load_task(name, plan.include_path), lm, plan.prompts) for name in plan.tasks]
+    most = (plan.protocol.train_docs, plan.protocol.selection_docs)
+    wanted = (plan.train_docs, plan.selection_docs, plan.train_split, most, plan.protocol.share_fewshot)
+    asked = (plan.task, plan.prompts, plan.include_path, *wanted)
+    known = None if kept is None else kept.get(asked)
+    extractors = known[0] if known else _extractors(lm, plan)
     name = _objective_name(plan, extractors)
     check_control(plan.control, name)
     objectives = [_objective(plan, name, extractor) for extractor in extractors]
-    most = (plan.protocol.train_docs, plan.protocol.selection_docs)
-    wanted = (plan.train_docs, plan.selection_docs, plan.train_split, most, plan.protocol.share_fewshot)
-    splits: Splits | MixedSplits
-    if len(extractors) == 1:
-        objective, splits = objectives[0], split_task(extractors[0], *wanted)
-        own = [splits]
-    else:
-        objective, splits = Mixture(objectives, plan.tasks), split_tasks(extractors, plan.tasks, *wanted)
-        own = splits.parts
+    with compiled_once():
+        splits = known[1] if known else _split(extractors, plan.tasks, wanted)
+    if kept is not None:
+        kept[asked] = (extractors, splits)
+    several = isinstance(splits, MixedSplits)
+    objective = Mixture(objectives, plan.tasks) if several else objectives[0]
+    own = splits.parts if isinstance(splits, MixedSplits) else [splits]
     parts = [TaskPart(*each) for each in zip(plan.tasks, objectives, own, strict=True)]
     return Prepared(plan, lm, backbone, objective, splits, layers, parts)
+
+
+def _extractors(lm: AFTLM, plan: TrainingPlan) -> list[Extractor]:
+    return [Extractor(load_task(name, plan.include_path), lm, plan.prompts) for name in plan.tasks]
+
+
+def _split(extractors: list[Extractor], tasks: list[str], wanted: Any) -> Splits | MixedSplits:
+    if len(extractors) == 1:
+        return split_task(extractors[0], *wanted)
+    return split_tasks(extractors, tasks, *wanted)
 
 
 def _check_intervention(plan: TrainingPlan) -> None:

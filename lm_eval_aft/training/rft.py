@@ -216,7 +216,9 @@ class Rounds:
             each.save(seed_file(self.folder, seed))
         self._note("chosen", best, {"layer": next(iter(vector.layers)), "time": now()})
         write_card(self.folder, vector)
-        shutil.copyfile(self.folder / "rounds" / str(shown) / PICTURE, self.folder / PICTURE)
+        drawn = self.folder / "rounds" / str(shown) / PICTURE
+        if drawn.exists():
+            shutil.copyfile(drawn, self.folder / PICTURE)
         # The vector last: a folder that has one is finished.
         vector.save(self.folder)
         drop_state(self.folder)

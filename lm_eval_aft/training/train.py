@@ -104,25 +104,37 @@ def train_vector(
 
 
 def run(
-    prepared: Prepared, folder: Path | None, *, resume: bool = False, progress: bool = True
+    prepared: Prepared,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    picture: bool = True,
 ) -> TrainingResult:
     """Carry out a prepared plan, in a folder that the caller holds (`lm_eval_aft.alone.alone_in`).
+
+    ``picture``: draw ``sweep.png``, which takes a second or two.
 
     Raises:
         AFTError: the output folder cannot be used, nothing kept a finite score, or (`rft`) the model
             never writes a right answer.
     """
     if prepared.plan.rft is None:
-        return run_sweep(prepared, folder, resume=resume, progress=progress)
+        return run_sweep(prepared, folder, resume=resume, progress=progress, picture=picture)
     started = time.monotonic()
-    train = partial(run_sweep, resume=True, progress=progress)
+    train = partial(run_sweep, resume=True, progress=progress, picture=picture)
     vector, finalists = Rounds(prepared, folder, train, resume=resume, progress=progress).run()
     seconds, engine = time.monotonic() - started, str(vector.metadata["engine"])
     return TrainingResult(vector, finalists, None, folder, seconds, engine, prepared.splits.counts)
 
 
 def run_sweep(
-    prepared: Prepared, folder: Path | None, *, resume: bool = False, progress: bool = True
+    prepared: Prepared,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    picture: bool = True,
 ) -> TrainingResult:
     """Train a plan's candidates on its documents, once, and choose among them.
 
@@ -181,7 +193,7 @@ def run_sweep(
     vector = finalists[found.finalist.seed]
     result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
     if folder and log:
-        _write(folder, result, found, log)
+        _write(folder, result, found, log, picture)
     return result
 
 
@@ -245,13 +257,14 @@ def _screen(
     return (order if screen == "order" else sorted(order[: int(screen)])), said
 
 
-def _write(folder: Path, result: TrainingResult, sweep: SweepResult, ledger: Ledger) -> None:
+def _write(folder: Path, result: TrainingResult, sweep: SweepResult, ledger: Ledger, picture: bool) -> None:
     for seed, vector in result.finalists.items():
         vector.save(seed_file(folder, seed))
     chosen = sweep.finalist
     ledger.append(event="chosen", candidate=chosen.name, layer=chosen.layer, seed=chosen.seed, time=now())
     write_card(folder, result.vector)
-    draw_sweep(sweep, str(result.vector.metadata["metric"]), folder / PICTURE)
+    if picture:
+        draw_sweep(sweep, str(result.vector.metadata["metric"]), folder / PICTURE)
     # The vector last: a folder that has one is finished.
     result.vector.save(folder)
     drop_state(folder)

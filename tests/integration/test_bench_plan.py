@@ -1,0 +1,126 @@
+"""Dry runs: the shipped studies offline, and their costs against counting on real models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
+
+from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.bench.cost import Paper
+from lm_eval_aft.bench.shapes import Shape, mean_and_longest
+from lm_eval_aft.bench.study import read_bench
+from lm_eval_aft.cli.main import aft
+from lm_eval_aft.packing import continuation_logits
+from lm_eval_aft.training.known_models import KNOWN, find_config
+from lm_eval_aft.training.objectives import make_objective
+from lm_eval_aft.training.trajectory import Trajectory
+from tests.conftest import FAMILIES, tiny_model
+
+STUDIES = Path(__file__).parents[2] / "scripts/studies"
+# study -> cells, models, tasks
+SHIPPED = {
+    "rapid": (63, 7, 3),
+    "maximum": (90, 5, 3),
+    "full": (45, 5, 3),
+    "search": (108, 3, 3),
+    "transfer": (36, 3, 4),
+    "methods": (160, 2, 2),
+    "scale-7b": (27, 3, 3),
+}
+# Parameters as published with the models; checks the shapes that estimates are made from.
+PUBLISHED = {
+    "EleutherAI/pythia-160m": 162_322_944,
+    "EleutherAI/pythia-410m": 405_334_016,
+    "Qwen/Qwen1.5-0.5B": 463_987_712,
+    "Qwen/Qwen1.5-1.8B": 1_836_828_672,
+    "Qwen/Qwen1.5-7B": 7_721_324_544,
+    "microsoft/phi-1_5": 1_418_270_720,
+    "stabilityai/stablelm-2-1_6b": 1_644_515_328,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+}
+
+
+def models_of(study: str) -> list[str]:
+    return [entry.pretrained for entry in read_bench(STUDIES / f"{study}.yaml").models]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", SHIPPED)
+def test_a_shipped_study_passes_its_dry_run_offline(study: str) -> None:
+    done = CliRunner().invoke(aft, ["bench", str(STUDIES / f"{study}.yaml"), "--dry-run", "--tflops", "60"])
+    assert done.exit_code == 0, done.output
+    cells, models, tasks = SHIPPED[study]
+    assert f"{cells} cells (0 finished), {models * tasks} baselines, {models} models" in done.output
+    assert re.search(r"About [\d.]+ hours at 60 TFLOP/s", done.output)
+    lines = [line for line in done.output.splitlines() if " B │" in line]
+    assert len(lines) == models
+    for line in lines:
+        weights, above, whole = (float(text) for text in line.split("│")[5:8])
+        assert 0 < weights < 16
+        assert above > 0
+        assert whole == pytest.approx(weights + above, abs=0.11)
+    print(done.output)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_shipped_shapes_have_the_published_number_of_parameters(model: str) -> None:
+    shape = Shape(find_config(model), True, torch.bfloat16)
+    assert sum(parameter.numel() for parameter in shape.model().parameters()) == PUBLISHED[model]
+
+
+def test_every_model_of_the_hub_studies_has_a_shipped_shape_and_a_tiny_relative() -> None:
+    used = {model for study in SHIPPED for model in models_of(study)}
+    assert used <= set(KNOWN)
+    assert {KNOWN[model][0] for model in used} <= set(FAMILIES)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_families_of_the_hub_studies_run(
+    tmp_path: Path, toy_tasks: Callable[..., str], checkpoint: Callable[..., str]
+) -> None:
+    families = sorted({KNOWN[model][0] for study in SHIPPED for model in models_of(study)})
+    assert families == ["gpt_neox", "llama", "mistral", "phi", "qwen2", "stablelm"]
+    named = {family: "mistral-window" if family == "mistral" else family for family in families}
+    content: dict[str, Any] = {
+        "models": [{"name": family, "pretrained": checkpoint(named[family])} for family in families],
+        "tasks": ["toy_choice", {"task": "toy_generate", "limit": 4}],
+        "methods": ["static"],
+        "recipe": {"protocol": "rapid", "layers": "1,2", "train_docs": 8, "selection_docs": 8, "epochs": 1},
+        "evaluation": {"limit": 8},
+        "include_path": toy_tasks(),
+    }
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(content))
+    done = CliRunner().invoke(
+        aft, ["bench", str(study), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "12 cells: 12 done" in done.output
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "phi", "stablelm", "mistral-window"])
+def test_operations_on_paper_are_those_that_a_real_model_makes(family: str) -> None:
+    model = tiny_model(family, layers=6)
+    paper = Paper(Shape(model.config, False, torch.float32), budget=1024)
+    document, _ = mean_and_longest("arc_easy", 0)
+    engine = Trajectory(
+        model, find_backbone(model), make_objective("choice", "acc", ["acc"]),
+        packed=family != "mistral-window", budget=1024,
+    )  # fmt: skip
+    (batch,) = engine.batches([document])
+    # Attention the plain way, whose products the counter sees on every device.
+    plainly = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with plainly, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        continuation_logits(model, batch)
+    passes = paper.passes("arc_easy", 0, "static", 1)
+    assert passes.at("forward", 6) == counter.get_total_flops()
