@@ -6,6 +6,8 @@ PYTHON ?= python3
 #   make setup TORCH="torch --index-url ADDRESS"
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# Tests run in so many processes, file by file.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,7 +24,7 @@ endif
 endif
 
 # Tests never touch the network.
-PYTEST = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=10
+PYTEST = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=15 -n $(WORKERS) --dist loadfile
 
 DEMO_TRAINING = --protocol maximum --train-docs 300 --selection-docs 500 --epochs 4 --lr 1e-2 --l2 0.02 --batch-size 4
 DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math --include_path tasks \

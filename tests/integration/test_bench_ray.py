@@ -17,7 +17,8 @@ from lm_eval_aft.bench.store import Store
 from lm_eval_aft.bench.study import read_bench
 from lm_eval_aft.bench.work import Session
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# Ray is an extra, and gives its own processes 30 seconds to start, which a busy machine may not keep.
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 SETTINGS: dict[str, Any] = {"device": "cpu", "batch_size": "8", "data": None}
 RECIPE = {
     "protocol": "maximum", "layers": "1", "train_docs": 8, "selection_docs": 12, "epochs": 2,
