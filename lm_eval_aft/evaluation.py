@@ -14,7 +14,7 @@ from lm_eval_aft.alone import alone_in
 from lm_eval_aft.answer_only import require_scorable, scorable
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.evaluation_folder import lacking, note_asked, whole
-from lm_eval_aft.harness import check_names, task_manager_for
+from lm_eval_aft.harness import check_names, environment_asked_once, task_manager_for
 from lm_eval_aft.library import Library
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.routing import Routing
@@ -118,6 +118,7 @@ def _evaluate(
     lm.score_along(in_force)
     if int(os.environ.get("RANK", "0")) == 0:
         note_asked(folder, note)
+    described_once: list[str] = []
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
         lm.answer_only = run.answer_only
@@ -130,7 +131,8 @@ def _evaluate(
             described["library"] = shelf
         if run.answer_only:
             described["answer_only"] = True
-        score(lm, run, config, manager, folder / run.name, described)
+        with environment_asked_once(described_once):
+            score(lm, run, config, manager, folder / run.name, described)
 
 
 def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) -> EvaluatorConfig:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import transformers
 
+from lm_eval_aft.harness import environment_asked_once
 from tests.support import tables
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ def collect(
     kept = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
     known = {each["name"]: row(**each) for each in kept}
     rows, failed = [], []
+    described: list[str] = []
     for name in names:
         if name in known:
             rows.append(known[name])
@@ -52,7 +54,7 @@ def collect(
         if only:
             continue
         started = time.process_time()
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, environment_asked_once(described):
             try:
                 rows.append(trial(name, Path(folder)))
                 said = getattr(rows[-1], "verdict", "")

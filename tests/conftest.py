@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,15 @@ from tests.support.families import CORE as FAMILIES
 from tests.support.families import WORDS, tiny_model, tiny_tokenizer
 
 __all__ = ["FAMILIES", "WORDS", "tiny_model", "tiny_tokenizer"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine_described_once() -> Iterator[None]:
+    """lm-eval lists the installed packages for every result, which takes a second: once will do."""
+    from lm_eval_aft.harness import environment_asked_once
+
+    with environment_asked_once([]):
+        yield
 
 
 @pytest.fixture(scope="session")

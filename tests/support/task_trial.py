@@ -85,9 +85,9 @@ def byte_model() -> AFTLM:
 
 def stock_file(name: str) -> Path:
     """Where lm-eval defines a task."""
-    from lm_eval_aft.harness import _find_definition
+    from lm_eval_aft.harness import find_definition
 
-    found = _find_definition(name, [])
+    found = find_definition(name, [])
     assert found is not None, f"lm-eval has no task {name}"
     return found
 
