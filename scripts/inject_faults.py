@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python scripts/inject_faults.py --times 50
 
-A job (a training, an evaluation, vectors added to a library) is run once undisturbed. Then, again and again,
-it is begun in a process of its own, a fault strikes at a random moment, and it is taken up again; what it
+A job (a training, an evaluation, a study, vectors added to a library) is run once undisturbed. Then, again
+and again, it is begun in a process of its own, a fault strikes at a random moment, and it is taken up again; what it
 comes to is compared with the undisturbed run: vectors and ledgers by their bytes (times apart), evaluations
 by every answer and score. Faults: `kill` (SIGKILL), `term` (SIGTERM: exit code 143), `disk` (no file may grow
 beyond a random size), `space` (a tmpfs of random size; needs the right to mount), `readonly` (likewise),
@@ -59,6 +59,17 @@ class Job:
     faults: tuple[str, ...] = FAULTS
 
 
+# Two cells of one model and task, and a baseline.
+STUDY = """
+models: [demo]
+tasks: [aft_demo_choice]
+methods: [static, {name: placebo, control: random}]
+seeds: 1
+recipe: {protocol: rapid, layers: "1", train_docs: 8, selection_docs: 8, epochs: 1, batch_size: 4, lr: 1.0e-2}
+evaluation: {limit: 16, batch_size: 16}
+"""
+
+
 @dataclass
 class Count:
     """What was injected and what became of it."""
@@ -74,6 +85,12 @@ class Count:
 
 def jobs(scratch: Path) -> list[Job]:
     """The jobs; a further command is one more row here."""
+    from lm_eval_aft import AFTError
+    from lm_eval_aft.bench.driver import run_study
+    from lm_eval_aft.bench.executors import Local
+    from lm_eval_aft.bench.store import Store
+    from lm_eval_aft.bench.study import read_bench
+    from lm_eval_aft.bench.work import Session
     from lm_eval_aft.evaluation import evaluate_pair
     from lm_eval_aft.library import Library
     from lm_eval_aft.lm import AFTLM
@@ -111,10 +128,23 @@ def jobs(scratch: Path) -> list[Job]:
             for number in range(3):
                 Library(folder).add(scratch / "vector", f"math/number-{number}", replace=True)
 
+    study = scratch / "study.yaml"
+    study.write_text(STUDY)
+
+    def bench(folder: Path) -> None:
+        store = Store(folder)
+        worker = Local(Session(store, device="cpu", batch_size="16", data=None))
+        with terminable():
+            report = run_study(read_bench(study), study, store, worker, resume=True)
+        failed = [cell for cell in report.cells if cell.state == "failed"]
+        if failed:
+            raise AFTError(str(failed[0].why), "Go on with --resume.")
+
     train(scratch / "vector")
     return [
         Job("train", train, vector_outcome),
         Job("eval", evaluate, scores_outcome),
+        Job("bench", bench, study_outcome),
         # Adding takes no lock: several processes may add at once.
         Job("vectors add", add, library_outcome, ("kill", "term", "disk", "space", "readonly", "clock")),
     ]
@@ -130,6 +160,19 @@ def vector_outcome(folder: Path) -> Any:
         vectors[str(path.relative_to(folder))] = {k: v.tobytes() for k, v in load_file(path).items()}
     lines = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
     return names, vectors, [{k: v for k, v in line.items() if k != "time"} for line in lines]
+
+
+def study_outcome(folder: Path) -> Any:
+    """Every vector's tensors, every score of every document, and the table."""
+    vectors = {}
+    for path in sorted(folder.glob("vectors/*")):
+        vectors[path.name] = vector_outcome(path)[1]
+    scores = {
+        path.name: scores_outcome(path)
+        for part in ("scores", "baselines")
+        for path in sorted(folder.glob(f"{part}/*"))
+    }
+    return vectors, scores, (folder / "report.csv").read_text()
 
 
 def scores_outcome(folder: Path) -> Any:
@@ -336,7 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--times", type=int, default=50, help="kills per job (default 50)")
     parser.add_argument("--others", type=int, help="other faults per job and kind (default: a fifth of it)")
-    parser.add_argument("--jobs", default="train,eval,vectors add", help="comma-separated")
+    parser.add_argument("--jobs", default="train,eval,bench,vectors add", help="comma-separated")
     parser.add_argument("--faults", default=",".join(FAULTS), help="comma-separated")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def run_study(
             f"Cells are named MODEL/TASK/METHOD/seed-N, for example {cells[0].name}.",
         )
     shown = progress or Progress(quiet=True)
-    with store.opened(resume) as ledger:
+    with _writing(store), store.opened(resume) as ledger:
         shutil.copyfile(source, store.root / "study.yaml")
         ledger.append(event="start", time=now(), version=__version__, cells=len(cells), only=list(only))
         schedule = Schedule(cells, store, ledger, prune=study.prune, only=only)
@@ -68,6 +68,18 @@ def run_study(
         report = build_report(study, schedule)
         write_report(report, store.root)
     return report
+
+
+@contextlib.contextmanager
+def _writing(store: Store) -> Iterator[None]:
+    """A full or read-only disk ends a study in one message; what is finished stays."""
+    try:
+        yield
+    except OSError as error:
+        raise AFTError(
+            f"Cannot write into {store.root}: {error.strerror or error}.",
+            "Make room or choose another folder, and go on with --resume.",
+        ) from error
 
 
 def _finish(schedule: Schedule, store: Store, done: Done, shown: Progress) -> None:

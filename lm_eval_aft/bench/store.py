@@ -86,7 +86,7 @@ class Store:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # sudden death gives it back
             except OSError as error:
                 raise AFTError(
-                    f"Another process is working on the study in {self.root}.", "Wait for it, or end it."
+                    f"Another process is writing into {self.root}.", "Wait for it, or end it."
                 ) from error
             yield Ledger(path)
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lm_eval_aft.cli.options import print_table, quiet_libraries
+from lm_eval_aft.cli.options import ended, print_table, quiet_libraries
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.termination import Terminated, terminable
 
 if TYPE_CHECKING:
     from lm_eval_aft.bench.executors import Executor
@@ -103,18 +104,18 @@ def bench(
 
     store = Store(output)
     try:
-        report = run_study(
-            plan,
-            study,
-            store,
-            _executor(executor, plan, store, device, ray),
-            resume=resume,
-            only=only,
-            progress=Progress(),
-        )
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. What is finished is kept: go on with --resume.", err=True)
-        raise SystemExit(130) from None
+        with terminable():
+            report = run_study(
+                plan,
+                study,
+                store,
+                _executor(executor, plan, store, device, ray),
+                resume=resume,
+                only=only,
+                progress=Progress(),
+            )
+    except (KeyboardInterrupt, Terminated) as end:
+        ended(end, output)
     _print_report(report, output)
     failed = [cell for cell in report.cells if cell.state == "failed"]
     if failed:

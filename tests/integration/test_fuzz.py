@@ -20,6 +20,8 @@ import yaml
 from click.testing import CliRunner
 
 from lm_eval_aft import AFTError, SteeringVector
+from lm_eval_aft.bench.driver import study_cells
+from lm_eval_aft.bench.study import read_bench
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.library import Library
 from lm_eval_aft.library.route import make_router, parse_keyword_table, parse_task_table
@@ -232,12 +234,21 @@ STUDY = (
 )
 
 
+BENCH = (
+    "study: s\nmodels: [demo, {name: m, pretrained: gpt2, dtype: float32}]\ntasks: [aft_demo_choice, "
+    "{task: aft_demo_math, limit: 16}]\nmethods: [static, {name: p, control: random}]\nseeds: 2\n"
+    "recipe: {protocol: rapid, layers: '25%', train_docs: 16, lr: 0.01}\n"
+    "evaluation: {limit: 32, batch_size: 16}\n"
+    "prune: true\nearlier: rapid\n"
+)
+
+
 @sizes(300, 3000, 50_000)
 @pytest.mark.timeout(3600)
 def test_tables_and_studies(mutations: int, tmp_path: Path) -> None:
     rng, outcomes = random.Random(mutations), Counter[str]()
     for _ in range(mutations):
-        text = rng.choice((*TABLES, STUDY))
+        text = rng.choice((*TABLES, STUDY, BENCH))
         raw = _yaml_damage(text, rng)
         try:
             if text == STUDY:
@@ -245,6 +256,9 @@ def test_tables_and_studies(mutations: int, tmp_path: Path) -> None:
                 study = read_study(tmp_path / "study.yaml")
                 for entry in study.entries:
                     entry.plan()
+            elif text == BENCH:
+                (tmp_path / "study.yaml").write_bytes(raw)
+                study_cells(read_bench(tmp_path / "study.yaml"))
             elif text == TABLES[0]:
                 parse_keyword_table(raw.decode(errors="replace")).route("solve this")
             else:
