@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python scripts/inject_faults.py --times 50
 
 A job (a training, an evaluation, a study, vectors added to a library) is run once undisturbed. Then, again
-and again, it is begun in a process of its own, a fault strikes at a random moment, and it is taken up again; what it
-comes to is compared with the undisturbed run: vectors and ledgers by their bytes (times apart), evaluations
-by every answer and score. Faults: `kill` (SIGKILL), `term` (SIGTERM: exit code 143), `disk` (no file may grow
+and again, it is begun in a process of its own, a fault strikes at a random moment, and it is taken up again;
+what it comes to is compared with the undisturbed run: vectors and ledgers by their bytes (times apart),
+evaluations by every answer and score. Faults: `kill` (SIGKILL), `term` (SIGTERM: exit code 143), `disk` (no file may grow
 beyond a random size), `space` (a tmpfs of random size; needs the right to mount), `readonly` (likewise),
 `clock` (the wall clock jumps about), `second` (another process on the same folder is refused).
 
@@ -179,7 +179,7 @@ def scores_outcome(folder: Path) -> Any:
     """Every document's answers and scores in every run, and the scores of the tasks."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*.json*")):
-        run = path.relative_to(folder).parts[:2] if path.parent != folder else (path.name,)
+        run = path.relative_to(folder).parent.parts[:2] if path.parent != folder else (path.name,)
         if path.name.startswith("samples_"):
             task = path.name[len("samples_") :].rpartition("_")[0]
             rows = [json.loads(line) for line in path.read_text().splitlines()]
