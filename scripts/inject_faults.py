@@ -5,9 +5,9 @@
 A job (a training, an evaluation, a study, vectors added to a library) is run once undisturbed. Then, again
 and again, it is begun in a process of its own, a fault strikes at a random moment, and it is taken up again;
 what it comes to is compared with the undisturbed run: vectors and ledgers by their bytes (times apart),
-evaluations by every answer and score. Faults: `kill` (SIGKILL), `term` (SIGTERM: exit code 143), `disk` (no file may grow
-beyond a random size), `space` (a tmpfs of random size; needs the right to mount), `readonly` (likewise),
-`clock` (the wall clock jumps about), `second` (another process on the same folder is refused).
+evaluations by every answer and score. Faults: `kill` (SIGKILL), `term` (SIGTERM: exit code 143), `disk` (no
+file may grow beyond a random size), `space` (a tmpfs of random size; needs the right to mount), `readonly`
+(likewise), `clock` (the wall clock jumps about), `second` (another process on the same folder is refused).
 
 A fault is `lost` when the job cannot be taken up, comes to something else, leaves strange files, or fails in
 any other way than by one clear message. The last line printed is the count as JSON.
