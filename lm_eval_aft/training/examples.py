@@ -188,6 +188,11 @@ def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:
                 head, tail = ([prefix], tail) if prefix != tail[0] else (tail[:1], tail[1:])
             else:
                 head, tail = lm._encode_pair(context, continuation)
+            if not tail:
+                raise AFTError(
+                    f"The tokenizer makes nothing of {continuation!r} (document {example.doc_id}).",
+                    "Check that it is the model's own, or give another: --model-args tokenizer=...",
+                )
             tail = tail[:limit]
             # Room for one token more than the window: the last one is only predicted.
             pairs.append((tuple(head[-(limit + 1 - len(tail)) :]), tuple(tail)))
