@@ -235,7 +235,7 @@ def _data(fields: Fields, value: Any, base: Path) -> str | None:
 def _earlier(fields: Fields, value: Any) -> str:
     if value is None:
         return ""
-    if value not in TABLES:
+    if not isinstance(value, str) or value not in TABLES:
         fields.fault("earlier", f"there is no table {value!r}; choose one of: {', '.join(TABLES)}.")
     return str(value)
 
