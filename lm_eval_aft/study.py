@@ -76,18 +76,28 @@ class Study:
         return found | {task: None for task in self.tasks if task not in found}
 
 
+def read_mapping(path: Path, hint: str) -> dict[Any, Any]:
+    """What a study file says, whatever that is.
+
+    Raises:
+        AFTError: it cannot be read, is not YAML or not a mapping.
+    """
+    try:
+        table = yaml.safe_load(read_table(path))
+    except yaml.YAMLError as error:
+        raise AFTError(f"The study {path} is not YAML: {str(error).partition(chr(10))[0]}", hint) from error
+    if not isinstance(table, dict):
+        raise AFTError(f"The study {path} must be a mapping.", hint)
+    return table
+
+
 def read_study(path: Path) -> Study:
     """Read a study file.
 
     Raises:
         AFTError: it cannot be read, or says something that cannot be; the place is named.
     """
-    try:
-        table = yaml.safe_load(read_table(path))
-    except yaml.YAMLError as error:
-        raise AFTError(f"The study {path} is not YAML: {str(error).partition(chr(10))[0]}", _HINT) from error
-    if not isinstance(table, dict):
-        raise AFTError(f"The study {path} must be a mapping.", _HINT)
+    table = read_mapping(path, _HINT)
     unknown = [str(key) for key in table if key not in _KEYS]
     if unknown:
         raise AFTError(f"The study {path} has unknown keys: {', '.join(unknown)}.", _HINT)

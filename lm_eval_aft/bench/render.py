@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -14,28 +12,24 @@ from typing import Any
 from lm_eval_aft.bench.shown import summary, tables
 from lm_eval_aft.bench.table import BenchReport
 from lm_eval_aft.reporting import plots
+from lm_eval_aft.reporting.formats import json_text, write_formats
 from lm_eval_aft.reporting.verdicts import Row
-from lm_eval_aft.vector import replacing
 
 
 def write_report(report: BenchReport, folder: Path) -> list[Path]:
     """Write ``report.md``, ``.html``, ``.json`` and ``.csv``; each appears whole or not at all."""
-    makers: dict[str, Callable[[BenchReport], str]] = {
-        "md": to_markdown,
-        "html": to_html,
-        "json": to_json,
-        "csv": to_csv,
+    texts = {
+        "md": to_markdown(report),
+        "html": to_html(report),
+        "json": to_json(report),
+        "csv": to_csv(report),
     }
-    for suffix, make in makers.items():
-        text = make(report)
-        with replacing(folder / f"report.{suffix}") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return [folder / f"report.{suffix}" for suffix in makers]
+    return write_formats(texts, folder, "report")
 
 
 def to_json(report: BenchReport) -> str:
     """Everything, with full precision."""
-    return json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(report.to_dict())
 
 
 _FACTS = ("sha256", "layers", "norm", "epoch", "selection_change", "retries", "pruned", "train")

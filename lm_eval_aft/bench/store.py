@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 import jsonlines
 
+from lm_eval_aft.alone import LOCK, alone_in
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.vector import FILE_NAME
 
@@ -65,7 +65,8 @@ class Store:
                 process is at it.
         """
         path = self.root / LEDGER
-        if self.root.exists() and not path.exists() and any(self.root.iterdir()):
+        foreign = self.root.is_dir() and any(each.name != LOCK for each in self.root.iterdir())
+        if foreign and not path.exists():
             raise AFTError(
                 f"The output folder {self.root} is not empty, and no study wrote what is in it.",
                 "Choose another folder.",
@@ -76,18 +77,8 @@ class Store:
                 "Go on with --resume (what is finished is kept, also where the study file was changed), or "
                 "choose another folder.",
             )
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            stream = path.open("ab")
-        except OSError as error:
-            raise AFTError(f"Cannot write {path}: {error.strerror}.", "Choose another folder.") from error
-        with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # sudden death gives it back
-            except OSError as error:
-                raise AFTError(
-                    f"Another process is writing into {self.root}.", "Wait for it, or end it."
-                ) from error
+        with alone_in(self.root):
+            path.touch()
             yield Ledger(path)
 
 

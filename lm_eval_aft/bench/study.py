@@ -7,14 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lm_eval_aft.bench.earlier import TABLES
 from lm_eval_aft.bench.fields import HINT, Fields
 from lm_eval_aft.demo import NAME as DEMO
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.library.route import read_table
-from lm_eval_aft.study import setting_value
+from lm_eval_aft.study import read_mapping, setting_value
 from lm_eval_aft.training.examples import PromptSettings
 from lm_eval_aft.training.plan import TrainingPlan
 from lm_eval_aft.training.protocols import DEFAULT, parse_rungs
@@ -109,14 +105,8 @@ def read_bench(path: Path) -> BenchStudy:
     Raises:
         AFTError: it cannot be read, or says something that cannot be; every such field is named.
     """
-    try:
-        table = yaml.safe_load(read_table(path))
-    except yaml.YAMLError as error:
-        raise AFTError(f"The study {path} is not YAML: {str(error).partition(chr(10))[0]}", HINT) from error
-    if not isinstance(table, dict):
-        raise AFTError(f"The study {path} must be a mapping.", HINT)
     fields = Fields(path)
-    table = fields.expanded(fields.mapping(table, "", _TOP), "")
+    table = fields.expanded(fields.mapping(read_mapping(path, HINT), "", _TOP), "")
     evaluation = fields.mapping(table.get("evaluation"), "evaluation", _EVALUATION)
     limit = fields.count(evaluation.get("limit"), "evaluation.limit")
     batch_size = evaluation.get("batch_size", 16)

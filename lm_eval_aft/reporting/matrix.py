@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.reporting import cells
-from lm_eval_aft.vector import replacing
+from lm_eval_aft.reporting.formats import json_text, write_formats
 
 NAME = "transfer"
 MARKS = {"better": " ▲", "worse": " ▼"}
@@ -92,20 +91,12 @@ def write_matrix(matrix: Matrix, folder: Path) -> list[Path]:
     Raises:
         AFTError: the folder cannot be written.
     """
-    texts = {
-        "md": to_markdown(matrix),
-        "json": json.dumps(matrix.to_dict(), indent=2, ensure_ascii=False) + "\n",
-        "csv": to_csv(matrix),
-    }
     from lm_eval_aft.reporting.heatmap import draw_matrix  # matplotlib
 
-    written = [folder / f"{NAME}.png"]
-    draw_matrix(matrix, written[0])
-    for ending, text in texts.items():
-        written.append(folder / f"{NAME}.{ending}")
-        with replacing(written[-1]) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return written
+    picture = folder / f"{NAME}.png"
+    draw_matrix(matrix, picture)
+    texts = {"md": to_markdown(matrix), "json": json_text(matrix.to_dict()), "csv": to_csv(matrix)}
+    return [picture, *write_formats(texts, folder, NAME)]
 
 
 def table(matrix: Matrix) -> tuple[list[str], list[list[str]]]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.reporting import cells, plots
+from lm_eval_aft.reporting.formats import json_text, write_formats
 from lm_eval_aft.reporting.report import Report
 from lm_eval_aft.reporting.verdicts import Row
-from lm_eval_aft.vector import replacing
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
@@ -24,33 +21,18 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     Raises:
         AFTError: the folder cannot be written.
     """
-    written = []
-    makers: dict[str, Callable[[Report], str]] = {
-        "md": to_markdown,
-        "json": to_json,
-        "csv": to_csv,
-        "html": to_html,
+    texts = {
+        "md": to_markdown(report),
+        "json": to_json(report),
+        "csv": to_csv(report),
+        "html": to_html(report),
     }
-    for suffix, make in makers.items():
-        text = make(report)
-        with replacing(folder / f"report.{suffix}") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        written.append(folder / f"report.{suffix}")
-    return written
+    return write_formats(texts, folder, "report")
 
 
 def to_json(report: Report) -> str:
     """Everything, with full precision."""
-    return json.dumps(_finite(report.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities, which lm-eval logs of settings now and then and JSON does not know, as null."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json_text(report.to_dict())
 
 
 def to_csv(report: Report) -> str:
