@@ -33,7 +33,7 @@ from lm_eval_aft.training.fit import Candidate, Recipe
 from lm_eval_aft.training.known_models import Lengths, documents_of, find_config, typical_documents
 from lm_eval_aft.training.objectives import Choice
 from lm_eval_aft.training.plan_cost import plan_cost
-from lm_eval_aft.training.protocols import Protocol
+from lm_eval_aft.training.protocols import Protocol, find_protocol
 from lm_eval_aft.training.rates import flops_of
 from lm_eval_aft.training.roofline import DEVICES, this_cpu
 from lm_eval_aft.training.trajectory import Trajectory
@@ -110,7 +110,7 @@ def weights(config: Any) -> int:
     return 2 * width**2 + 2 * width * keys + 3 * width * inner
 
 
-def documents(task: str, loaded: bool, vocabulary: int = 100) -> list[Document]:
+def documents_like(task: str, loaded: bool, vocabulary: int = 100) -> list[Document]:
     made = documents_of(TASKS[task])
     if not loaded:
         return made
@@ -137,7 +137,7 @@ def measure(shape: str, task: str) -> Measured:
     config = SHAPES[shape]
     model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
     backbone = find_backbone(model)
-    docs = documents(task, True)
+    docs = documents_like(task, True)
     engine = Trajectory(model, backbone, Choice("acc_norm"), packed=True)
 
     def run() -> None:
@@ -172,7 +172,7 @@ def resident(field: str = "VmRSS") -> int:
 
 def planned(shape: str, task: str) -> Any:
     """The plan of just that: every document trained on and judged on once, at every layer."""
-    docs = documents(task, False)
+    docs = documents_like(task, False)
     once = Protocol("once", train_docs=len(docs), selection_docs=len(docs), epochs=1, seeds=1)
     last = [max(docs, key=lambda document: document.tokens(True))]
     return plan_cost(SHAPES[shape], once, [*docs, *last], device=this_cpu(), dtype=torch.float32, budget=1)
@@ -187,7 +187,7 @@ def check() -> list[dict[str, Any]]:
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=OWN_PAGES)
             real = Measured(**json.loads(done.stdout.splitlines()[-1]))
             plan = planned(shape, task)
-            exact = formula(SHAPES[shape], documents(task, False))
+            exact = formula(SHAPES[shape], documents_like(task, False))
             found.append(
                 {
                     "shape": shape,
@@ -224,9 +224,8 @@ def plans(model: str) -> list[dict[str, Any]]:
     for name, device in DEVICES.items():
         for task, shots, protocol in PLANS:
             objective = "lm" if task == "gsm8k" else "choice"
-            cost = plan_cost(
-                config, protocol, typical_documents(task, shots), device=device, objective=objective
-            )
+            documents = typical_documents(task, shots, find_protocol(protocol).share_fewshot)
+            cost = plan_cost(config, protocol, documents, device=device, objective=objective)
             found.append(
                 {
                     "device": name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from lm_eval_aft.bench.study import ModelEntry
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.packing import Document
 from lm_eval_aft.training.blank import blank_model, shallower
-from lm_eval_aft.training.known_models import KNOWN, LENGTHS, Lengths, documents_of, find_config
+from lm_eval_aft.training.known_models import KNOWN, LENGTHS, Lengths, find_config, with_examples
 
 # Documents in the training and evaluation splits, with the data of the Hub.
 SIZES = {
@@ -74,12 +73,10 @@ def lengths_known(task: str) -> bool:
     return task in LENGTHS or task in _DEMO
 
 
-def mean_and_longest(task: str, shots: int) -> tuple[Document, Document]:
-    """A document of mean length and a very long one, with so many examples in the prompt."""
+def typical(task: str, shots: int, share: int) -> list[Document]:
+    """Documents of typical lengths with so many examples in the prompt, ``share`` of them with the same.
+
+    Very long ones come last.
+    """
     lengths, example = LENGTHS.get(task) or _DEMO.get(task) or _UNKNOWN
-    *typical, longest = lengths
-    count = max(len(tails) for _, tails in typical)
-    tail = round(fmean(each for _, tails in typical for each in tails))
-    mean = (round(fmean(context for context, _ in typical)), (tail,) * count)
-    first, second = documents_of([(c + shots * example, tails) for c, tails in (mean, longest)])
-    return first, second
+    return with_examples(lengths, shots * example, share)

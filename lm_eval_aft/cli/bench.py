@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     metavar="GLOB",
     help="Work on cells whose name MODEL/TASK/METHOD/seed-N, or a part of it, fits; may repeat.",
 )
-@click.option("--dry-run", is_flag=True, help="Print cells, steps, operations and memory; run nothing.")
+@click.option("--dry-run", is_flag=True, help="Print cells, steps, hours and memory; run nothing.")
 @click.option(
-    "--tflops",
-    type=click.FloatRange(min=0, min_open=True),
-    help="With --dry-run: hours at this sustained speed.",
+    "--plan-for",
+    type=click.Choice(["24gb", "80gb", "cpu"]),
+    default="80gb",
+    show_default=True,
+    help="With --dry-run: the device: an RTX 4090, an A100, or this machine's processor.",
 )
 @click.option("--device", help="cuda, cuda:1, cpu, ...  [default: cuda where there is one]")
 @click.option(
@@ -58,7 +60,7 @@ def bench(
     resume: bool,
     only: tuple[str, ...],
     dry_run: bool,
-    tflops: float | None,
+    plan_for: str,
     device: str | None,
     executor: str,
     **ray: Any,
@@ -73,7 +75,7 @@ def bench(
 
     \b
     Examples:
-      aft bench scripts/studies/rapid.yaml --dry-run
+      aft bench scripts/studies/rapid.yaml --dry-run --plan-for 24gb
       aft bench scripts/studies/rapid.yaml --output rapid --device cuda
       aft bench scripts/studies/rapid.yaml --output rapid --resume --only 'pythia-*'
       aft bench scripts/studies/full.yaml --output full --executor ray --gpus-per-worker 0.5
@@ -94,7 +96,7 @@ def bench(
     if dry_run:
         from lm_eval_aft.cli.bench_plan import print_plan
 
-        print_plan(plan, output, only, device, tflops)
+        print_plan(plan, output, only, plan_for)
         return
     if output is None:
         raise AFTError("No output folder was given.", "Add --output FOLDER, or --dry-run to see the plan.")

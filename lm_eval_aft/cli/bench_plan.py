@@ -1,4 +1,4 @@
-"""What ``aft bench --dry-run`` prints: cells, steps, operations and memory, model by model."""
+"""What ``aft bench --dry-run`` prints: cells, steps, operations, hours and memory, model by model."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from lm_eval_aft.cli.options import print_table
 if TYPE_CHECKING:
     from lm_eval_aft.bench.matrix import Cell
     from lm_eval_aft.bench.study import BenchStudy
+    from lm_eval_aft.training.rates import Spent
+    from lm_eval_aft.training.roofline import Device
 
 GIB = 2**30
 
 
-def print_plan(
-    study: BenchStudy, output: Path | None, only: Sequence[str], device: str | None, tflops: float | None
-) -> None:
+def print_plan(study: BenchStudy, output: Path | None, only: Sequence[str], plan_for: str) -> None:
     """Print what a study would do and cost; nothing is loaded, trained or written."""
+    from tqdm import tqdm
+
     from lm_eval_aft.bench.cost import Paper
     from lm_eval_aft.bench.driver import study_cells
     from lm_eval_aft.bench.shapes import find_shape
-    from lm_eval_aft.training.trajectory import DEFAULT_TOKEN_BUDGET, TOKEN_BUDGET
+    from lm_eval_aft.training.rates import Spent
+    from lm_eval_aft.training.roofline import DEVICES, this_cpu
 
     cells = [cell for cell in study_cells(study) if cell.matches(only)]
-    finished = _finished(cells, output)
-    budget = TOKEN_BUDGET.get((device or "cuda").partition(":")[0], DEFAULT_TOKEN_BUDGET)
+    device = this_cpu() if plan_for == "cpu" else DEVICES[plan_for]
     shots = _shots(study)
-    rows, models, whole, shipped, assumed = [], [], 0.0, [], set[str]()
+    kinds = dict.fromkeys((cell.model.name, cell.task.name, cell.method.name) for cell in cells)
+    bar = tqdm(total=len(kinds), desc="planning", unit="kind", leave=False, disable=None)
+    rows, models, whole, shipped, assumed = [], [], Spent(), [], set[str]()
     for entry in study.models:
         own = [cell for cell in cells if cell.model.name == entry.name]
         if not own:
@@ -39,32 +43,45 @@ def print_plan(
         shape = find_shape(entry)
         if shape.shipped:
             shipped.append(entry.name)
-        paper = Paper(shape, budget)
-        total, peak = 0.0, 0
+        paper = Paper(shape, device)
+        total, peak, heaviest = Spent(), 0, own[0]
         for task, method in dict.fromkeys((cell.task.name, cell.method.name) for cell in own):
+            bar.set_postfix_str(f"{entry.name}/{task}/{method}")
             same = [cell for cell in own if (cell.task.name, cell.method.name) == (task, method)]
             cost = paper.cost(same[0], shots(same[0]))
-            flops = len(same) * (cost.train_flops + cost.score_flops)
-            total, peak = total + flops, max(peak, cost.peak_bytes)
+            spent = cost.whole * len(same)
+            total += spent
+            if cost.peak_bytes > peak:
+                peak, heaviest = cost.peak_bytes, same[0]
             assumed |= {task} if paper.assumed(same[0]) else set()
             numbers = (f"{len(same) * n:,}" for n in (cost.candidates, cost.steps))
-            rows.append((entry.name, task, method, str(len(same)), *numbers, f"{flops:.3g}"))
+            rows.append((entry.name, task, method, str(len(same)), *numbers, *_spent(spent)))
+            bar.update()
         baselines = {cell.baseline_key: cell for cell in own}
-        total += sum(paper.baseline_flops(cell, shots(cell)) for cell in baselines.values())
+        for cell in baselines.values():
+            total += paper.baseline(cell, shots(cell))
         whole += total
-        weights = paper.weights / GIB
-        memory = (f"{weights:.1f}", f"{peak / GIB:.1f}", f"{weights + peak / GIB:.1f}")
+        memory = (paper.weights, peak, paper.weights + peak)
         dtype = str(shape.dtype).removeprefix("torch.")
         size = f"{paper.parameters / 1e9:.3g} B"
-        models.append(
-            (entry.name, size, dtype, str(len(own)), *memory, f"{total:.3g}", *_hours(total, tflops))
-        )
-    columns = ("model", "task", "method", "cells", "candidates", "steps", "operations")
+        fits = "yes"
+        if paper.weights + peak > device.memory:
+            budget = paper.fitting_budget(heaviest, shots(heaviest))
+            fits = f"in {budget:,} tokens" if budget else "NO"
+        gibibytes = (f"{each / GIB:.1f}" for each in memory)
+        models.append((entry.name, size, dtype, str(len(own)), *gibibytes, fits, *_spent(total)))
+    bar.close()
+    columns = ("model", "task", "method", "cells", "candidates", "steps", "operations", "hours")
     print_table(f"Study {study.name} (nothing was run)", columns, rows)
-    hours = ("hours",) if tflops else ()
-    heads = ("model", "parameters", "dtype", "cells", "weights", "above", "GiB in all", "operations", *hours)
-    print_table("By model; memory in GiB, baselines included", heads, models)
-    _print_notes(study, cells, finished, shipped, sorted(assumed), budget, whole, tflops)
+    heads = ("model", "parameters", "dtype", "cells", "weights", "above", "GiB in all", "fits")
+    title = f"By model on {device.name}; memory in GiB, baselines included"
+    print_table(title, (*heads, "operations", "hours"), models)
+    _print_notes(study, cells, _finished(cells, output), shipped, sorted(assumed), device, whole)
+
+
+def _spent(spent: Spent) -> tuple[str, str]:
+    hours = spent.seconds / 3600
+    return f"{spent.flops:.3g}", f"{hours:.1f}" if hours >= 0.95 else f"{hours:.2g}"
 
 
 def _print_notes(
@@ -73,21 +90,22 @@ def _print_notes(
     finished: int,
     shipped: Sequence[str],
     assumed: Sequence[str],
-    budget: int,
-    whole: float,
-    tflops: float | None,
+    device: Device,
+    whole: Spent,
 ) -> None:
     baselines = len({cell.baseline_key for cell in cells})
     click.echo(
         f"{len(cells)} cells ({finished} finished), {baselines} baselines, "
-        f"{len({cell.model.name for cell in cells})} models loaded once each: {whole:.3g} floating-point "
-        "operations at most, retries aside."
+        f"{len({cell.model.name for cell in cells})} models loaded once each: "
+        f"{whole.flops:.3g} floating-point operations and {whole.seconds / 3600:.1f} hours at most, "
+        "retries aside."
     )
-    if tflops:
-        click.echo(f"About {whole / (tflops * 1e12) / 3600:.1f} hours at {tflops:g} TFLOP/s sustained.")
     click.echo(
-        f"Passes of at most {budget:,} tokens ({'a CPU' if budget < 10_000 else 'a GPU'}; --device decides), "
-        "documents of the lengths in lm_eval_aft/training/known_models.py."
+        f"{device.name} is taken to reach {device.flops / 1e12:.3g} TFLOP/s and "
+        f"{device.bandwidth / 1e9:.3g} GB/s; documents' lengths are those in "
+        "lm_eval_aft/training/known_models.py. Generated answers count as if they were read, which takes as "
+        "many operations and less time. Out of memory, training goes on in passes of fewer tokens; a budget "
+        "beside `fits` is one at which it would."
     )
     if shipped:
         click.echo(
@@ -97,10 +115,6 @@ def _print_notes(
         click.echo(f"Lengths of {', '.join(assumed)} are not known: taken as typical.")
     if study.prune:
         click.echo("Pruning may leave out seeds of what stays behind its baseline after all retries.")
-
-
-def _hours(flops: float, tflops: float | None) -> tuple[str, ...]:
-    return (f"{flops / (tflops * 1e12) / 3600:.1f}",) if tflops else ()
 
 
 def _finished(cells: Sequence[Cell], output: Path | None) -> int:

@@ -102,8 +102,11 @@ LENGTHS: dict[str, tuple[tuple[Lengths, ...], int]] = {
 }
 
 
-def typical_documents(task: str, num_fewshot: int = 0) -> list[Document]:
+def typical_documents(task: str, num_fewshot: int = 0, share: int = 1) -> list[Document]:
     """Documents as long as a well-known task's, without contents; the longest comes last.
+
+    Args:
+        share: how many of each length show the same examples, where they show any.
 
     Raises:
         AFTError: the task's lengths are not known here.
@@ -114,7 +117,20 @@ def typical_documents(task: str, num_fewshot: int = 0) -> list[Document]:
             f"Known: {', '.join(LENGTHS)}. Use documents_of with lengths of your own.",
         )
     lengths, example = LENGTHS[task]
-    return documents_of([(context + num_fewshot * example, tails) for context, tails in lengths])
+    return with_examples(lengths, num_fewshot * example, share)
+
+
+def with_examples(lengths: Sequence[Lengths], examples: int, share: int) -> list[Document]:
+    """Documents of these lengths after so many tokens of examples, ``share`` of each length with the same."""
+    if not examples or share == 1:
+        return documents_of([(examples + context, tails) for context, tails in lengths])
+    found = []
+    for group, (context, tails) in enumerate(lengths):
+        for member in range(share):
+            prompt = (0,) * examples + (1 + member,) * context
+            pairs = tuple((prompt, (0,) * tail) for tail in tails)
+            found.append(Document(pairs, (0,), tuple(map(float, tails)), group=group))
+    return found
 
 
 def documents_of(lengths: Sequence[Lengths]) -> list[Document]:

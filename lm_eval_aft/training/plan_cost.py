@@ -8,16 +8,16 @@ by `lm_eval_aft.training.roofline`. Blocks being alike, a few of them tell what 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.documents import Document, lay_out, units
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.methods import DEFAULT as DEFAULT_METHOD
 from lm_eval_aft.methods import Method, find_method
-from lm_eval_aft.packing import Document
 from lm_eval_aft.training.blank import BlankEngine, blank_model, blocks_alike, may_pack_blank, shallower
 from lm_eval_aft.training.estimate import Estimate, PeakMemory
 from lm_eval_aft.training.fit import Candidate, Recipe
@@ -42,6 +42,7 @@ class PlanCost:
         parameters: of the model; ``weight_bytes`` is what they take.
         packed: whether a question's options would share a row.
         steps: optimiser steps, over all candidates.
+        scored: reading one document, its continuations scored: what an evaluation costs for each.
     """
 
     device: Device
@@ -51,6 +52,7 @@ class PlanCost:
     packed: bool
     stages: tuple[Stage, ...]
     steps: int
+    scored: Spent
 
     @property
     def total_bytes(self) -> int:
@@ -82,6 +84,7 @@ def plan_cost(
         config: of a causal LM; see `lm_eval_aft.training.known_models`.
         protocol: by name, or one that was changed.
         documents: of typical lengths, the longest last; it decides the memory, the others the time.
+            Those of one group (showing the same examples) share rows and steps, as in training.
             See `lm_eval_aft.training.known_models.typical_documents`.
         train_docs, selection_docs: as the task has them; default: as many as the protocol wants.
         budget: most tokens of a pass; default: what suits the device.
@@ -121,6 +124,7 @@ def plan_cost(
         packed,
         tuple(stages),
         sum(stage.candidates * stage.epochs * -(-stage.train // recipe.batch_size) for stage in stages),
+        whole.scored,
     )
 
 
@@ -130,6 +134,7 @@ class _Found:
 
     Attributes:
         shared: a document's frozen pass, trained on and judged on.
+        scored: a document's frozen pass with its continuations scored.
         train, selection: a candidate's own part, of a document: at the last layer, and for each block
             above its layer.
         step, judging: bytes of the heaviest passes with a candidate at layer 0, all blocks' outputs kept.
@@ -138,6 +143,7 @@ class _Found:
     """
 
     shared: tuple[Spent, Spent]
+    scored: Spent
     train: tuple[Spent, Spent]
     selection: tuple[Spent, Spent]
     step: float
@@ -148,9 +154,11 @@ class _Found:
     def deeper(self, other: _Found, blocks: int, more: int) -> _Found:
         """Carried on by ``more`` blocks, from one with so many ``blocks`` more than this."""
         factor = more / blocks
-        first, second = (a + b.without(a) * factor for a, b in zip(self.shared, other.shared, strict=True))
+        passes = zip((*self.shared, self.scored), (*other.shared, other.scored), strict=True)
+        first, second, scored = (a + b.without(a) * factor for a, b in passes)
         return _Found(
             (first, second),
+            scored,
             self.train,
             self.selection,
             self.step + (other.step - self.step) * factor,
@@ -189,13 +197,13 @@ class _Trial:
         backbone = find_backbone(model)
         engine = BlankEngine(model, backbone, self.objective, packed=self.packed, budget=self.budget)
         depth = len(backbone.blocks)
-        longest = max(self.documents, key=_tokens)
-        typical = self.documents[:-1] or self.documents
+        every = [[self.documents[i] for i in unit] for unit in units(self.documents)]
+        longest, typical = max(every, key=_tokens), every[:-1] or every
 
-        def together(document: Document) -> list[Document]:
-            """As many like it as are judged in one pass."""
-            rows = engine.budget // (document.rows(self.packed) * document.tokens(self.packed))
-            return [document] * max(1, min(selection, rows))
+        def together(unit: Sequence[Document]) -> list[Document]:
+            """As many like these as are judged in one pass."""
+            rows = engine.budget // self._places(unit)
+            return _alike(unit, max(1, min(selection // len(unit), rows)))
 
         def candidate(layer: int) -> Candidate:
             layers = tuple(range(depth)) if self.method.together else (layer,)
@@ -205,27 +213,41 @@ class _Trial:
 
         def spent(group: Sequence[Candidate]) -> tuple[Spent, Spent]:
             trained = judged = Spent()
-            for document in typical:
-                many = together(document)
-                trained += self._spent(lambda: engine.train(group, [[document]], _nothing))  # noqa: B023
+            for unit in typical:
+                many, own = together(unit), 1 / len(unit)
+                trained += self._spent(lambda: engine.train(group, [unit], _nothing)) * own  # noqa: B023
                 judged += self._spent(lambda: engine.evaluate(group, many, _nothing)) * (1 / len(many))  # noqa: B023
             return trained * (1 / len(typical)), judged * (1 / len(typical))
 
+        def baseline() -> Spent:
+            scored = Spent()
+            for unit in typical:
+                many = together(unit)
+                scored += self._spent(lambda: engine.baseline(many, _nothing)) * (1 / len(many))  # noqa: B023
+            return scored * (1 / len(typical))
+
+        lowest, most = [candidate(0)], together(longest)
+        few = _alike(longest, -(-batch_size // len(longest)))
+        step, judging = engine.lay_out(few), engine.lay_out(most)
+        for unit in typical:
+            engine.lay_out(unit)
+            engine.lay_out(together(unit))
         with shapes_only(self.device.kind):
-            lowest, most = [candidate(0)], together(longest)
-            step = self._peak(engine, lambda: engine.train(lowest, [[longest] * batch_size], _nothing))
-            judging = self._peak(engine, lambda: engine.evaluate(lowest, most, _nothing))
-            shared = spent([])
+            step += self._peak(engine, lambda: engine.train(lowest, [few], _nothing))
+            judging += self._peak(engine, lambda: engine.evaluate(lowest, most, _nothing))
+            shared, scored = spent([]), baseline()
             with engine.remembering():
                 last = spent([candidate(depth - 1)])
                 before = spent([candidate(depth - 2)]) if depth > 1 else last
         width = backbone.hidden_size * self.dtype.itemsize
-        kept = tuple(
-            float(min(engine.budget, n * longest.rows(self.packed) * longest.tokens(self.packed)) * width)
-            for n in (batch_size, len(most))
-        )
+        kept = tuple(float(min(engine.budget, self._places(many)) * width) for many in (few, most))
         train, selected = ((a, b.without(a)) for a, b in zip(last, before, strict=True))
-        return _Found(shared, train, selected, step, judging, (kept[0], kept[1]))
+        return _Found(shared, scored, train, selected, step, judging, (kept[0], kept[1]))
+
+    def _places(self, documents: Sequence[Document]) -> int:
+        """Tokens, padding included, of the rows that documents take."""
+        rows = lay_out(documents, self.packed)
+        return len(rows) * max(row.width for row in rows)
 
     def _peak(self, engine: BlankEngine, work: Callable[[], Any]) -> int:
         engine.forget()
@@ -240,8 +262,13 @@ class _Trial:
         return Spent(roofline.spent.seconds, roofline.spent.flops)
 
 
-def _tokens(document: Document) -> int:
-    return document.tokens(True)
+def _alike(unit: Sequence[Document], times: int) -> list[Document]:
+    """So many groups like this one, or documents like these."""
+    return [d if d.group is None else replace(d, group=k) for k in range(times) for d in unit]
+
+
+def _tokens(unit: Sequence[Document]) -> int:
+    return max(document.tokens(True) for document in unit)
 
 
 def _nothing(_done: int) -> None:

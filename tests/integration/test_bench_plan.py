@@ -11,16 +11,17 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_aft.backbone import find_backbone
-from lm_eval_aft.bench.cost import Paper
-from lm_eval_aft.bench.shapes import Shape, mean_and_longest
+from lm_eval_aft.bench.shapes import Shape, typical
 from lm_eval_aft.bench.study import read_bench
 from lm_eval_aft.cli.main import aft
-from lm_eval_aft.packing import continuation_logits
 from lm_eval_aft.training.known_models import KNOWN, find_config
 from lm_eval_aft.training.objectives import make_objective
+from lm_eval_aft.training.plan_cost import plan_cost
+from lm_eval_aft.training.protocols import Protocol
+from lm_eval_aft.training.rates import flops_of
+from lm_eval_aft.training.roofline import Device
 from lm_eval_aft.training.trajectory import Trajectory
 from tests.conftest import FAMILIES, tiny_model
 
@@ -62,11 +63,13 @@ def models_of(study: str) -> list[str]:
     ],
 )
 def test_a_shipped_study_passes_its_dry_run_offline(study: str) -> None:
-    done = CliRunner().invoke(aft, ["bench", str(STUDIES / f"{study}.yaml"), "--dry-run", "--tflops", "60"])
+    done = CliRunner().invoke(
+        aft, ["bench", str(STUDIES / f"{study}.yaml"), "--dry-run", "--plan-for", "24gb"]
+    )
     assert done.exit_code == 0, done.output
     cells, models, tasks = SHIPPED[study]
     assert f"{cells} cells (0 finished), {models * tasks} baselines, {models} models" in done.output
-    assert re.search(r"About [\d.]+ hours at 60 TFLOP/s", done.output)
+    assert re.search(r"operations and [\d.]+ hours at most", done.output)
     lines = [line for line in done.output.splitlines() if " B │" in line]
     assert len(lines) == models
     for line in lines:
@@ -120,18 +123,16 @@ def test_the_families_of_the_hub_studies_run(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "phi", "stablelm", "mistral-window"])
-def test_operations_on_paper_are_those_that_a_real_model_makes(family: str) -> None:
+def test_scoring_on_paper_makes_the_operations_that_a_real_model_makes(family: str) -> None:
     model = tiny_model(family, layers=6)
-    paper = Paper(Shape(model.config, False, torch.float32), budget=1024)
-    document, _ = mean_and_longest("arc_easy", 0)
-    engine = Trajectory(
-        model, find_backbone(model), make_objective("choice", "acc", ["acc"]),
-        packed=family != "mistral-window", budget=1024,
-    )  # fmt: skip
-    (batch,) = engine.batches([document])
-    # Attention the plain way, whose products the counter sees on every device.
-    plainly = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with plainly, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        continuation_logits(model, batch)
-    passes = paper.passes("arc_easy", 0, "static", 1)
-    assert passes.at("forward", 6) == counter.get_total_flops()
+    packed = family != "mistral-window"
+    documents = typical("arc_easy", 0, 1)
+    objective = make_objective("choice", "acc", ["acc"])
+    engine = Trajectory(model, find_backbone(model), objective, packed=packed, budget=1024)
+    cpu = Device("a CPU", "cpu", 1e10, 1e10, 1e10, 1e-6)
+    protocol = Protocol("once", train_docs=2, selection_docs=2, epochs=1, seeds=1)
+    plan = plan_cost(model.config, protocol, documents, device=cpu, dtype=torch.float32, budget=1024)
+    assert plan.packed == packed
+    # The longest one decides the memory only. Judged one by one, so that padding is none or the same.
+    counted = sum(flops_of(lambda: engine.baseline([one], lambda _: None)) for one in documents[:-1])  # noqa: B023
+    assert round(plan.scored.flops * len(documents[:-1])) == counted
