@@ -24,10 +24,11 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from lm_eval_aft.backbone import find_backbone
-from lm_eval_aft.cli.options import print_table, quiet_libraries
+from lm_eval_aft.cli.options import print_table
 from lm_eval_aft.cli.training_report import duration
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.packing import Document
+from lm_eval_aft.quiet import quiet_libraries
 from lm_eval_aft.training.estimate import peak_memory
 from lm_eval_aft.training.fit import Candidate, Recipe
 from lm_eval_aft.training.known_models import Lengths, documents_of, find_config, typical_documents

@@ -36,9 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config
 
 from lm_eval_aft.backbone import Backbone, find_backbone
-from lm_eval_aft.cli.options import quiet_libraries
 from lm_eval_aft.documents import Document, lay_out
 from lm_eval_aft.intervention import Intervention
+from lm_eval_aft.quiet import quiet_libraries
 from lm_eval_aft.steering import add_at
 from lm_eval_aft.training.estimate import estimate, peak_memory
 from lm_eval_aft.training.fit import Candidate, Recipe, in_steps

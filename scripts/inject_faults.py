@@ -385,7 +385,7 @@ def main() -> None:
     options = parser.parse_args()
     others = max(1, options.times // 5) if options.others is None else options.others
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from lm_eval_aft.cli.options import quiet_libraries
+    from lm_eval_aft.quiet import quiet_libraries
 
     quiet_libraries()
     rng, count = random.Random(options.seed), Count()

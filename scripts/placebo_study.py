@@ -18,10 +18,10 @@ from method_study import interval
 from torch import Tensor
 
 from lm_eval_aft import train_vector
-from lm_eval_aft.cli.options import quiet_libraries
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.packing import Document
+from lm_eval_aft.quiet import quiet_libraries
 from lm_eval_aft.training.examples import encode
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe
 from lm_eval_aft.training.plan import TrainingPlan

@@ -36,11 +36,12 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from lm_eval_aft import SteeringVector
-from lm_eval_aft.cli.options import print_table, quiet_libraries
+from lm_eval_aft.cli.options import print_table
 from lm_eval_aft.evaluation import evaluate_pair
 from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.harness import tasks_path
 from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.quiet import quiet_libraries
 from lm_eval_aft.reporting.report import compare
 from lm_eval_aft.reporting.stats import mcnemar_exact
 from lm_eval_aft.training.examples import encode

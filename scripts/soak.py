@@ -37,9 +37,9 @@ class Soak:
     """One process's work and what is counted of it."""
 
     def __init__(self, folder: Path) -> None:
-        from lm_eval_aft.cli.options import quiet_libraries
         from lm_eval_aft.library import Library
         from lm_eval_aft.lm import AFTLM
+        from lm_eval_aft.quiet import quiet_libraries
 
         quiet_libraries()
         self.folder, self.library = folder, Library(folder / "library")

@@ -73,7 +73,7 @@ class Worker:
     """What runs inside an actor."""
 
     def __init__(self, root: str, word: str, settings: dict[str, Any], shared: bool) -> None:
-        from lm_eval_aft.cli.options import quiet_libraries
+        from lm_eval_aft.quiet import quiet_libraries
 
         quiet_libraries()
         logging.getLogger("lm_eval_aft").setLevel(logging.WARNING)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lm_eval_aft.cli.options import ended, print_table, quiet_libraries
+from lm_eval_aft.cli.options import ended, print_table
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.quiet import quiet_libraries
 from lm_eval_aft.termination import Terminated, terminable
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from lm_eval_aft.cli.offline import offline_option
-from lm_eval_aft.cli.options import ended, parse_model_args, quiet_libraries
+from lm_eval_aft.cli.options import ended, parse_model_args
+from lm_eval_aft.quiet import quiet_libraries
 from lm_eval_aft.termination import Terminated, terminable
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from lm_eval_aft.cli.offline import offline_option
-from lm_eval_aft.cli.options import quiet_libraries
+from lm_eval_aft.quiet import quiet_libraries
 
 
 @click.command("export", context_settings={"help_option_names": ["-h", "--help"]})

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from lm_eval_aft.cli.options import parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.cli.options import parse_model_args, print_table
 from lm_eval_aft.cli.shared import plan_settings, training_options
 from lm_eval_aft.cli.training_report import duration, print_stages
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.quiet import quiet_libraries
 
 SHOWN = 20  # lines of the table in the terminal
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from lm_eval_aft.cli.options import print_table, quiet_libraries
+from lm_eval_aft.cli.options import print_table
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.quiet import quiet_libraries
 
 
 @click.command("tasks", context_settings={"help_option_names": ["-h", "--help"]})

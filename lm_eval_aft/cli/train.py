@@ -10,10 +10,11 @@ import click
 
 from lm_eval_aft.alone import alone_in
 from lm_eval_aft.cli.offline import offline_option
-from lm_eval_aft.cli.options import ended, parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.cli.options import ended, parse_model_args, print_table
 from lm_eval_aft.cli.plain_errors import PlainCommand
 from lm_eval_aft.cli.training_report import duration, print_result, print_stages
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.quiet import quiet_libraries
 from lm_eval_aft.termination import Terminated, terminable
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from lm_eval_aft.cli.options import parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.cli.options import parse_model_args, print_table
 from lm_eval_aft.cli.shared import plan_settings, scoring_flags, training_options
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.quiet import quiet_libraries
 
 
 @training_options(

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lm_eval_aft.cli.options import quiet_libraries
 from lm_eval_aft.cli.vectors_share import compose, library_option, pull, push
 from lm_eval_aft.cli.vectors_train import train_set
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from lm_eval_aft.library.entry import Entry

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lm_eval_aft.cli.options import print_table, quiet_libraries
+from lm_eval_aft.cli.options import print_table
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from lm_eval_aft.vector import SteeringVector

@@ -9,9 +9,10 @@ import click
 
 from lm_eval_aft.alone import alone_in
 from lm_eval_aft.cli.offline import offline_option
-from lm_eval_aft.cli.options import ended, parse_model_args, print_table, quiet_libraries
+from lm_eval_aft.cli.options import ended, parse_model_args, print_table
 from lm_eval_aft.cli.vectors_share import library_option
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.quiet import quiet_libraries
 from lm_eval_aft.termination import Terminated, terminable
 
 if TYPE_CHECKING:
