@@ -22,6 +22,7 @@ from lm_eval_aft.runs import Run, plan_runs
 
 if TYPE_CHECKING:
     from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
@@ -176,21 +177,55 @@ def score(
     Raises:
         AFTError: the results cannot be written.
     """
-    from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
     if run.spec is not None:
         model_args = {**model_args, "vector": run.spec}
     if lm.routing is not None:
         model_args = {**model_args, "library": str(lm.routing.library), "route": lm.routing.spec}
-    tasks: list[Any] = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
-    if run.answer_only:  # the tasks themselves: by their names they would lose their group's settings
-        loaded = manager.load(tasks)["tasks"]
-        tasks = [loaded[name] for name in scorable(loaded)[0]]
-    seeds = config.seed or [None] * 4
     begun = folder.with_name(f".{folder.name}.scoring")
     tracker = EvaluationTracker(output_path=str(begun))
-    results: Any = simple_evaluate(
+    results = _evaluated(lm, _tasks(run, config, manager), config, manager, tracker)
+    if results is None:  # not the main process
+        return
+    shutil.rmtree(begun, ignore_errors=True)  # of a process that died in here
+    samples = results.pop("samples")
+    if lm.routing is not None:
+        _say_routes(lm.routing, results, samples)
+    results["config"] |= {"model": "aft", "model_args": model_args}
+    tracker.general_config_tracker.log_experiment_args(
+        "aft",
+        model_args,
+        config.system_instruction,
+        lm.chat_template(config.apply_chat_template) if config.apply_chat_template else None,
+        bool(config.fewshot_as_multiturn),
+    )
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    if not whole(begun, {task: len(samples[task]) for task in results["configs"]}):
+        # The tracker logs failures to write, and goes on.
+        raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
+    begun.rename(folder)
+
+
+def _tasks(run: Run, config: EvaluatorConfig, manager: TaskManager) -> list[Any]:
+    tasks: list[Any] = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
+    if not run.answer_only:
+        return tasks
+    # The tasks themselves: by their names they would lose their group's settings.
+    loaded = manager.load(tasks)["tasks"]
+    return [loaded[name] for name in scorable(loaded)[0]]
+
+
+def _evaluated(
+    lm: AFTLM, tasks: list[Any], config: EvaluatorConfig, manager: TaskManager, tracker: EvaluationTracker
+) -> Any:
+    """lm-eval's results; ``None`` where another process has them."""
+    from lm_eval import simple_evaluate
+
+    seeds = config.seed or [None] * 4
+    return simple_evaluate(
         model=lm,
         tasks=tasks,
         num_fewshot=config.num_fewshot,
@@ -214,27 +249,6 @@ def score(
         fewshot_random_seed=seeds[3],
         confirm_run_unsafe_code=config.confirm_run_unsafe_code,
     )
-    if results is None:  # not the main process
-        return
-    shutil.rmtree(begun, ignore_errors=True)  # of a process that died in here
-    samples = results.pop("samples")
-    if lm.routing is not None:
-        _say_routes(lm.routing, results, samples)
-    results["config"] |= {"model": "aft", "model_args": model_args}
-    tracker.general_config_tracker.log_experiment_args(
-        "aft",
-        model_args,
-        config.system_instruction,
-        lm.chat_template(config.apply_chat_template) if config.apply_chat_template else None,
-        bool(config.fewshot_as_multiturn),
-    )
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task in results["configs"]:
-        tracker.save_results_samples(task_name=task, samples=samples[task])
-    if not whole(begun, {task: len(samples[task]) for task in results["configs"]}):
-        # The tracker logs failures to write, and goes on.
-        raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
-    begun.rename(folder)
 
 
 def _announce(left_out: dict[str, str]) -> None:

@@ -113,6 +113,7 @@ class Sweep:
     candidates: dict[str, Candidate] = field(default_factory=dict)
     _baselines: dict[int, Score] = field(default_factory=dict)
     _found: dict[int, LayerResult] = field(default_factory=dict)
+    _untold: dict[str, range] = field(default_factory=dict)
 
     def run(self) -> SweepResult:
         """Search, weigh penalties, train the finalists, retry where nothing helped.
@@ -200,6 +201,7 @@ class Sweep:
         made = Candidate(layer, seed, recipe, start, stage)
         if made.name in self.saved:
             made.restore(*self.saved[made.name])
+            self._untold[made.name] = range(made.epoch)
         self.candidates[made.name] = made
         return made
 
@@ -212,6 +214,7 @@ class Sweep:
         pass per selection batch serves everybody.
         """
         baseline = self.baseline(selection)
+        self._tell_of_earlier(self.workers.mine(group), epochs, train, selection)
         while live := [c for c in group if (not c.stopped or c.steps) and c.epoch < epochs]:
             epoch = min(candidate.epoch for candidate in live)
             live = [candidate for candidate in live if candidate.epoch == epoch]
@@ -232,6 +235,17 @@ class Sweep:
                 candidate.steps = 0
                 self.events.epoch(candidate, baseline)
             self.events.save(self.candidates.values())
+
+    def _tell_of_earlier(
+        self, group: Sequence[Candidate], epochs: int, train: int | None, selection: int | None
+    ) -> None:
+        """Count the epochs that an interrupted run has done already."""
+        for candidate in group:
+            left = self._untold.get(candidate.name, range(0))
+            told = range(left.start, max(left.start, min(left.stop, epochs)))
+            self._untold[candidate.name] = range(told.stop, left.stop)
+            documents = len(self.train[candidate.seed][:train]) + len(self.selection[:selection])
+            self.events.tick(len(told) * documents)
 
     def _train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]]) -> None:
         """Step by step: between two steps the run can be saved, and ended."""

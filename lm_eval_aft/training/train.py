@@ -32,6 +32,7 @@ from lm_eval_aft.training.picture import draw_sweep
 from lm_eval_aft.training.plan import TrainingPlan
 from lm_eval_aft.training.precision import to_training_dtype
 from lm_eval_aft.training.prepared import Prepared, prepare
+from lm_eval_aft.training.protocols import Stage
 from lm_eval_aft.training.record import finished_vector, now, training_metadata
 from lm_eval_aft.training.rft import Rounds
 from lm_eval_aft.training.screen import first_gradients, layer_order, rank_correlation
@@ -153,15 +154,8 @@ def run_sweep(
         log, saved = open_run(folder, settings, resume)
     saved = workers.agree(saved)
     layers, screened = _screen(plan.screen, engine, prepared.sites, train[plan.first_seed])
-    stages = prepared.stages()
-    progress_bar = tqdm(
-        total=sum(stage.documents for stage in stages) // workers.size + len(selection),
-        desc=f"{stages[0].name}: {stages[0].candidates} candidates",
-        unit="doc",
-        smoothing=0.05,
-        disable=not (progress and workers.leads),
-    )
-    with progress_bar as bar, postponed() as asked:
+    bar = _progress_bar(prepared.stages(), workers, len(selection), progress)
+    with bar, postponed() as asked:
         events = Events(bar, folder, settings, log, saved, asked)
         sweep = Sweep(
             engine,
@@ -195,6 +189,17 @@ def run_sweep(
     if folder and log:
         _write(folder, result, found, log, picture)
     return result
+
+
+def _progress_bar(stages: Sequence[Stage], workers: Workers, judged: int, shown: bool) -> Any:
+    """Counts documents, each as often as a candidate reads it."""
+    return tqdm(
+        total=sum(stage.documents for stage in stages) // workers.size + judged,
+        desc=f"{stages[0].name}: {stages[0].candidates} candidates",
+        unit="doc",
+        smoothing=0.05,
+        disable=not (shown and workers.leads),
+    )
 
 
 def cost(prepared: Prepared) -> Estimate:

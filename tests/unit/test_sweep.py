@@ -54,9 +54,10 @@ class Scripted:
 class Silent:
     def __init__(self) -> None:
         self.epochs: list[tuple[str, int]] = []
+        self.ticked = 0
 
     def tick(self, done: int, /) -> None:
-        pass
+        self.ticked += done
 
     def epoch(self, candidate: Candidate, baseline: Score) -> None:
         self.epochs.append((candidate.name, candidate.epoch))
@@ -261,3 +262,43 @@ def test_changes_and_rungs_in_writing() -> None:
 def test_recipe_is_checked() -> None:
     with pytest.raises(AFTError):
         Recipe(lr=-1)
+
+
+@dataclass
+class Counting(Scripted):
+    """Ticks as engines do."""
+
+    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+        super().train(candidates, steps, tick)
+        tick(len(candidates) * sum(map(len, steps)))
+
+    def evaluate(
+        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+    ) -> list[Score]:
+        tick(len(candidates) * len(documents))
+        return super().evaluate(candidates, documents, tick)
+
+
+@pytest.mark.parametrize("name", ["adaptive", "optimized", "maximum"])
+def test_a_resumed_run_counts_the_work_done_before(name: str) -> None:
+    protocol = find_protocol(name)
+    seeds = range(protocol.seeds)
+
+    def sweep(saved: dict[str, Any]) -> tuple[Sweep, Silent, Counting]:
+        engine, events = Counting(by_layer), Silent()
+        train = {seed: list(DOCS) for seed in seeds}
+        made = Sweep(
+            engine, protocol, range(6), seeds, train, DOCS,
+            lambda layer, seed, noise: Intervention.static(layer, torch.zeros(4)), events, saved=saved,
+        )  # fmt: skip
+        made.run()
+        return made, events, engine
+
+    whole, events, engine = sweep({})
+    assert events.ticked == sum(engine.trained.values()) + sum(engine.judged.values()) > 0
+    states = {name: candidate.state() for name, candidate in whole.candidates.items()}
+    # All of it was done, or all but some candidates'.
+    for kept in (len(states), len(states) // 2):
+        _, again, worked = sweep(dict(list(states.items())[:kept]))
+        assert again.ticked == events.ticked
+        assert (sum(worked.trained.values()) == 0) == (kept == len(states))
