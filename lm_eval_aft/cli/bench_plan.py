@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,63 +21,82 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
+@dataclass
+class _Shown:
+    """Lines of the two tables, and what the notes below them tell.
+
+    Attributes:
+        rows: by model, task and method.
+        models: by model.
+        shipped: models whose shape is known here and was not read.
+        assumed: tasks whose lengths are only guessed.
+    """
+
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    models: list[tuple[str, ...]] = field(default_factory=list)
+    shipped: list[str] = field(default_factory=list)
+    assumed: set[str] = field(default_factory=set)
+
+
 def print_plan(study: BenchStudy, output: Path | None, only: Sequence[str], plan_for: str) -> None:
     """Print what a study would do and cost; nothing is loaded, trained or written."""
     from tqdm import tqdm
 
-    from lm_eval_aft.bench.cost import Paper
     from lm_eval_aft.bench.driver import study_cells
-    from lm_eval_aft.bench.shapes import find_shape
     from lm_eval_aft.training.rates import Spent
     from lm_eval_aft.training.roofline import DEVICES, this_cpu
 
     cells = [cell for cell in study_cells(study) if cell.matches(only)]
     device = this_cpu() if plan_for == "cpu" else DEVICES[plan_for]
-    shots = _shots(study)
+    shots, shown, whole = _shots(study), _Shown(), Spent()
     kinds = dict.fromkeys((cell.model.name, cell.task.name, cell.method.name) for cell in cells)
-    bar = tqdm(total=len(kinds), desc="planning", unit="kind", leave=False, disable=None)
-    rows, models, whole, shipped, assumed = [], [], Spent(), [], set[str]()
-    for entry in study.models:
-        own = [cell for cell in cells if cell.model.name == entry.name]
-        if not own:
-            continue
-        shape = find_shape(entry)
-        if shape.shipped:
-            shipped.append(entry.name)
-        paper = Paper(shape, device)
-        total, peak, heaviest = Spent(), 0, own[0]
-        for task, method in dict.fromkeys((cell.task.name, cell.method.name) for cell in own):
-            bar.set_postfix_str(f"{entry.name}/{task}/{method}")
-            same = [cell for cell in own if (cell.task.name, cell.method.name) == (task, method)]
-            cost = paper.cost(same[0], shots(same[0]))
-            spent = cost.whole * len(same)
-            total += spent
-            if cost.peak_bytes > peak:
-                peak, heaviest = cost.peak_bytes, same[0]
-            assumed |= {task} if paper.assumed(same[0]) else set()
-            numbers = (f"{len(same) * n:,}" for n in (cost.candidates, cost.steps))
-            rows.append((entry.name, task, method, str(len(same)), *numbers, *_spent(spent)))
-            bar.update()
-        baselines = {cell.baseline_key: cell for cell in own}
-        for cell in baselines.values():
-            total += paper.baseline(cell, shots(cell))
-        whole += total
-        memory = (paper.weights, peak, paper.weights + peak)
-        dtype = str(shape.dtype).removeprefix("torch.")
-        size = f"{paper.parameters / 1e9:.3g} B"
-        fits = "yes"
-        if paper.weights + peak > device.memory:
-            budget = paper.fitting_budget(heaviest, shots(heaviest))
-            fits = f"in {budget:,} tokens" if budget else "NO"
-        gibibytes = (f"{each / GIB:.1f}" for each in memory)
-        models.append((entry.name, size, dtype, str(len(own)), *gibibytes, fits, *_spent(total)))
-    bar.close()
+    with tqdm(total=len(kinds), desc="planning", unit="kind", leave=False, disable=None) as bar:
+        for entry in study.models:
+            if own := [cell for cell in cells if cell.model.name == entry.name]:
+                whole += _plan_model(own, shots, device, shown, bar)
     columns = ("model", "task", "method", "cells", "candidates", "steps", "operations", "hours")
-    print_table(f"Study {study.name} (nothing was run)", columns, rows)
+    print_table(f"Study {study.name} (nothing was run)", columns, shown.rows)
     heads = ("model", "parameters", "dtype", "cells", "weights", "above", "GiB in all", "fits")
     title = f"By model on {device.name}; memory in GiB, baselines included"
-    print_table(title, (*heads, "operations", "hours"), models)
-    _print_notes(study, cells, _finished(cells, output), shipped, sorted(assumed), device, whole)
+    print_table(title, (*heads, "operations", "hours"), shown.models)
+    _print_notes(study, cells, _finished(cells, output), shown, device, whole)
+
+
+def _plan_model(own: Sequence[Cell], shots: Any, device: Device, shown: _Shown, bar: Any) -> Spent:
+    """What a model's cells and baselines take."""
+    from lm_eval_aft.bench.cost import Paper
+    from lm_eval_aft.bench.shapes import find_shape
+    from lm_eval_aft.training.rates import Spent
+
+    name = own[0].model.name
+    shape = find_shape(own[0].model)
+    if shape.shipped:
+        shown.shipped.append(name)
+    paper = Paper(shape, device)
+    total, peak, heaviest = Spent(), 0, own[0]
+    for task, method in dict.fromkeys((cell.task.name, cell.method.name) for cell in own):
+        bar.set_postfix_str(f"{name}/{task}/{method}")
+        same = [cell for cell in own if (cell.task.name, cell.method.name) == (task, method)]
+        cost = paper.cost(same[0], shots(same[0]))
+        spent = cost.whole * len(same)
+        total += spent
+        if cost.peak_bytes > peak:
+            peak, heaviest = cost.peak_bytes, same[0]
+        if paper.assumed(same[0]):
+            shown.assumed.add(task)
+        numbers = (f"{len(same) * n:,}" for n in (cost.candidates, cost.steps))
+        shown.rows.append((name, task, method, str(len(same)), *numbers, *_spent(spent)))
+        bar.update()
+    for cell in {cell.baseline_key: cell for cell in own}.values():
+        total += paper.baseline(cell, shots(cell))
+    fits = "yes"
+    if paper.weights + peak > device.memory:
+        budget = paper.fitting_budget(heaviest, shots(heaviest))
+        fits = f"in {budget:,} tokens" if budget else "NO"
+    gibibytes = (f"{each / GIB:.1f}" for each in (paper.weights, peak, paper.weights + peak))
+    size, dtype = f"{paper.parameters / 1e9:.3g} B", str(shape.dtype).removeprefix("torch.")
+    shown.models.append((name, size, dtype, str(len(own)), *gibibytes, fits, *_spent(total)))
+    return total
 
 
 def _spent(spent: Spent) -> tuple[str, str]:
@@ -88,8 +108,7 @@ def _print_notes(
     study: BenchStudy,
     cells: Sequence[Cell],
     finished: int,
-    shipped: Sequence[str],
-    assumed: Sequence[str],
+    shown: _Shown,
     device: Device,
     whole: Spent,
 ) -> None:
@@ -107,12 +126,11 @@ def _print_notes(
         "many operations and less time. Out of memory, training goes on in passes of fewer tokens; a budget "
         "beside `fits` is one at which it would."
     )
-    if shipped:
-        click.echo(
-            f"Not read from the Hub: shapes of {', '.join(shipped)} are numbers shipped for estimates."
-        )
-    if assumed:
-        click.echo(f"Lengths of {', '.join(assumed)} are not known: taken as typical.")
+    if shown.shipped:
+        models = ", ".join(shown.shipped)
+        click.echo(f"Not read from the Hub: shapes of {models} are numbers shipped for estimates.")
+    if shown.assumed:
+        click.echo(f"Lengths of {', '.join(sorted(shown.assumed))} are not known: taken as typical.")
     if study.prune:
         click.echo("Pruning may leave out seeds of what stays behind its baseline after all retries.")
 
