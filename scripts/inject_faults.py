@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 DONE, REFUSED, BROKEN = 0, 3, 4
+MOST = 5  # kills injected for each that is to strike
 HUNG = 1800.0  # seconds; machines may be busy
 FORK = multiprocessing.get_context("fork")  # the children have torch and the model already
 FAULTS = ("kill", "term", "disk", "space", "readonly", "clock", "second")
@@ -352,9 +353,12 @@ def run(
     count: Count,
     rng: random.Random,
 ) -> None:
-    """Inject one kind of fault into one job so many times."""
+    """Inject one kind of fault into one job so many times; kills until so many found it at work."""
     key, started = f"{job.name}: {fault}", time.monotonic()
-    for number in range(times):
+    for number in itertools.count():
+        done = count.struck[key] if fault == "kill" else number
+        if done >= times or number >= MOST * times:
+            break
         trial = place / f"{fault}-{number}"
         trial.mkdir()
         count.injected[key] += 1
@@ -377,7 +381,9 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--times", type=int, default=50, help="kills per job (default 50)")
+    parser.add_argument(
+        "--times", type=int, default=50, help="kills per job that find it at work (default 50)"
+    )
     parser.add_argument("--others", type=int, help="other faults per job and kind (default: a fifth of it)")
     parser.add_argument("--jobs", default="train,eval,bench,vectors add", help="comma-separated")
     parser.add_argument("--faults", default=",".join(FAULTS), help="comma-separated")
