@@ -30,7 +30,7 @@ def test_random_faults_lose_nothing() -> None:
     faults = "kill,term,disk,clock,second"  # mounting needs rights that not everybody has
     found = last_line("inject_faults.py", "--times", "2", "--others", "1", "--faults", faults, "--seed", "7")
     assert found["lost"] == 0
-    # Four jobs: two kills that strike and one each of three others; all but `vectors add` know a second process.
+    # Four jobs: two kills that strike, one each of three others; three jobs know a second process.
     assert found["injected"] == found["resumed"] >= 4 * 2 + 4 * 3 + 3
     kills = {kind: n for kind, n in found["by_kind"]["stopped"].items() if kind.endswith(": kill")}
     assert len(kills) == 4
