@@ -31,7 +31,7 @@ DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math 
 	--device cpu --batch_size 32 --log_samples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-full check format clean
+.PHONY: help setup demo test test-slow test-full coverage check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ test-slow: setup ## tests that take minutes
 test-full: setup ## the long matrix of tests
 	$(PYTEST) -m "full and not gpu" $(PYTEST_ARGS)
 
+coverage: setup ## lines of the package that the default and the slow tests run
+	$(PYTEST) -m "not full and not gpu" --cov --cov-report= $(PYTEST_ARGS)
+	$(BIN)/coverage report
+
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,5 +78,5 @@ format: setup ## apply the formatter and the lint fixes
 	$(BIN)/ruff format .
 
 clean: ## remove what builds, tests and the demo leave behind (not .venv)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo-results
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* demo-results
 	find lm_eval_aft tasks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
