@@ -256,3 +256,119 @@ def test_compare_paired_counts(pairs: list[tuple[bool, bool]]) -> None:
     assert found.p_value == stats.mcnemar_exact(found.wins, found.losses)
     turned = stats.compare_paired(after, before)
     assert (turned.wins, turned.losses, turned.p_value) == (found.losses, found.wins, found.p_value)
+
+
+def scores(n: int, seed: int, binary: bool) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    if binary:
+        return rng.integers(0, 2, n).astype(float), rng.integers(0, 2, n).astype(float)
+    before = rng.normal(size=n)
+    return before, before + rng.normal(0.1, 1, n)
+
+
+@pytest.mark.parametrize("n", [2, 3, 40])
+def test_standard_errors_are_those_of_scipy(n: int) -> None:
+    values, _ = scores(n, n, binary=False)
+    assert stats.mean_stderr(list(values)) == pytest.approx(scipy.stats.sem(values))
+
+
+def test_every_figure_of_a_binary_comparison_is_what_its_name_says() -> None:
+    before, after = scores(300, 1, binary=True)
+    found = stats.compare_paired(list(before), list(after), seed=3)
+    wins, losses = int(((after == 1) & (before == 0)).sum()), int(((after == 0) & (before == 1)).sum())
+    assert 0 < wins != losses > 0
+    assert (found.n, found.wins, found.losses, found.clusters) == (300, wins, losses, None)
+    assert (found.baseline, found.steered) == (before.mean(), after.mean())
+    assert found.difference == pytest.approx((wins - losses) / 300)
+    assert found.baseline_stderr == pytest.approx(scipy.stats.sem(before))
+    assert found.steered_stderr == pytest.approx(scipy.stats.sem(after))
+    assert (found.low, found.high) == stats.bonett_price_interval(wins, losses, 300)
+    assert found.p_value == stats.mcnemar_exact(wins, losses)
+    assert found.mde == stats.minimum_detectable_effect(300, (wins + losses) / 300)
+    assert found.mde is not None
+    assert (found.test, found.interval) == ("exact McNemar", "Bonett-Price")
+
+
+@pytest.mark.parametrize("half", ["before", "after"])
+def test_every_figure_of_a_graded_comparison_is_what_its_name_says(half: str) -> None:
+    before, after = scores(300, 2, binary=False)
+    if half == "before":  # one side of zeros and ones does not make the pair binary
+        after = np.round(np.clip(after, 0, 1))
+        before += after.mean() - before.mean() - 0.1
+    elif half == "after":
+        before = np.round(np.clip(before, 0, 1))
+        after += before.mean() - after.mean() + 0.1
+    found = stats.compare_paired(list(before), list(after), seed=3)
+    assert (found.low, found.high) == stats.bootstrap_interval(after - before, seed=3)
+    assert (found.low, found.high) != stats.bootstrap_interval(after - before)
+    assert found.p_value == stats.sign_flip_test(after - before, 3)
+    assert found.p_value != stats.sign_flip_test(after - before)
+    assert (found.mde, found.clusters) == (None, None)
+    assert found.baseline_stderr == pytest.approx(scipy.stats.sem(before))
+    assert (found.test, found.interval) == ("sign-flip over documents", "paired bootstrap")
+    default = stats.compare_paired(list(before), list(after))
+    assert default.p_value == stats.sign_flip_test(after - before, 0)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_every_figure_of_a_clustered_comparison_is_what_its_name_says(binary: bool) -> None:
+    before, after = scores(300, 4, binary)
+    names = [f"story {i // 3}" for i in range(300)]
+    found = stats.compare_paired(list(before), list(after), names, seed=3)
+    sums = (after - before).reshape(100, 3).sum(axis=1)
+    assert found.clusters == 100
+    assert found.p_value == stats.sign_flip_test(sums, 3) != stats.sign_flip_test(sums)
+    assert (found.low, found.high) == stats.cluster_interval(after - before, names)
+    assert found.mde is None
+    assert (found.test, found.interval) == ("sign-flip over clusters", "cluster-robust t")
+    few = stats.compare_paired(list(before), list(after), ["one"] * 300)
+    assert few.clusters is None
+
+
+def test_bootstrap_quantiles_and_the_smallest_sample() -> None:
+    rng = np.random.default_rng(0)
+    d = rng.normal(0.3, 1, 2000)
+    for alpha in (0.05, 0.2):
+        found = stats.bootstrap_interval(d, alpha=alpha)
+        half = scipy.stats.norm.ppf(1 - alpha / 2) * scipy.stats.sem(d)
+        assert found == pytest.approx((d.mean() - half, d.mean() + half), abs=0.05 * half)
+    assert stats.bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)
+    # With so many documents that draws come in several portions, each of them counts once.
+    many = rng.normal(0, 1, 8000)
+    assert stats.bootstrap_interval(many, draws=1501) != stats.bootstrap_interval(many, draws=1500)
+    # Every document can be drawn, the first one too.
+    first = stats.bootstrap_interval([100.0] + [0.0] * 4)
+    assert first is not None
+    assert first[1] > 0
+
+
+def test_sign_flip_in_portions_and_beyond() -> None:
+    rng = np.random.default_rng(1)
+    for n in (17, 3000, 5000, 5001):
+        d = rng.normal(0.5 / math.sqrt(n), 1, n)
+        normal = 2 * scipy.stats.norm.sf(abs(d.sum()) / math.sqrt(float(np.square(d).sum())))
+        assert stats.sign_flip_test(d, draws=20_000) == pytest.approx(normal, abs=0.04), n
+    assert stats.sign_flip_test([1.0]) == 1.0
+    # The observed pattern is among those drawn: p is never 0.
+    assert stats.sign_flip_test([1.0] * 40, draws=99) == 1 / 100
+    # A drawn sum as large as the observed one counts.
+    assert stats.sign_flip_test([1.0, -1.0] * 9, draws=999) == 1.0
+
+
+def test_bounds_of_what_can_be() -> None:
+    low, high = stats.wilson_interval(3, 3)
+    assert low < 1
+    assert high == 1.0
+    with pytest.raises(ValueError, match="^a proportion of nothing has no interval$"):
+        stats.wilson_interval(0, 0)
+    with pytest.raises(ValueError, match="^there is nothing to compare$"):
+        stats.compare_paired([], [])
+    with pytest.raises(ValueError, match="^scores must be finite numbers$"):
+        stats.compare_paired([math.nan], [1.0])
+    # Everything discordant: nothing is left to chance but who wins.
+    assert stats.mcnemar_power(10, 1.0, 1.0) == pytest.approx(1.0)
+    reject = sum(math.comb(10, k) * 0.8**k * 0.2 ** (10 - k) for k in (0, 1, 9, 10))
+    assert stats.mcnemar_power(10, 1.0, 0.6) == pytest.approx(reject)
+    assert stats.minimum_detectable_effect(6, 1.0, power=0.5) == pytest.approx(
+        2 * 0.5 ** (1 / 6) - 1, abs=1e-3
+    )
