@@ -240,12 +240,15 @@ class Sweep:
         self, group: Sequence[Candidate], epochs: int, train: int | None, selection: int | None
     ) -> None:
         """Count the epochs that an interrupted run has done already."""
+        done = 0
         for candidate in group:
             left = self._untold.get(candidate.name, range(0))
             told = range(left.start, max(left.start, min(left.stop, epochs)))
             self._untold[candidate.name] = range(told.stop, left.stop)
             documents = len(self.train[candidate.seed][:train]) + len(self.selection[:selection])
-            self.events.tick(len(told) * documents)
+            done += len(told) * documents
+        if done:
+            self.events.tick(done)
 
     def _train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]]) -> None:
         """Step by step: between two steps the run can be saved, and ended."""
