@@ -70,11 +70,15 @@ class Paper:
         return not lengths_known(cell.task.task)
 
     def fitting_budget(self, cell: Cell, shots: int) -> int | None:
-        """The most tokens a pass may have for a cell to fit the device, halved as training does; or none."""
+        """Tokens a pass may have for a cell to fit the device, halved as training does; ``None`` for none."""
         budget = self.budget or TOKEN_BUDGET.get(self.device.kind, DEFAULT_TOKEN_BUDGET)
+        plan = self._plan(cell, shots)
+        # Memory grows with the tokens at most in proportion: what is left of it says where to begin.
+        share = max(0.0, self.device.memory - plan.weight_bytes) / plan.estimate.peak_bytes
+        while budget >= LEAST_BUDGET and share < 1:
+            budget, share = budget // 2, share * 2
         while budget >= LEAST_BUDGET:
-            plan = Paper(self.shape, self.device, budget)._plan(cell, shots)
-            if plan.fits:
+            if Paper(self.shape, self.device, budget)._plan(cell, shots).fits:
                 return budget
             budget //= 2
         return None

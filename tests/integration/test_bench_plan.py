@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import yaml
 from click.testing import CliRunner
 
 from lm_eval_aft.backbone import find_backbone
-from lm_eval_aft.bench.shapes import Shape, typical
+from lm_eval_aft.bench.cost import Paper
+from lm_eval_aft.bench.driver import study_cells
+from lm_eval_aft.bench.shapes import Shape, find_shape, typical
 from lm_eval_aft.bench.study import read_bench
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.training.known_models import KNOWN, find_config
@@ -22,7 +25,7 @@ from lm_eval_aft.training.plan_cost import plan_cost
 from lm_eval_aft.training.protocols import Protocol
 from lm_eval_aft.training.rates import flops_of
 from lm_eval_aft.training.roofline import Device
-from lm_eval_aft.training.trajectory import Trajectory
+from lm_eval_aft.training.trajectory import DEFAULT_TOKEN_BUDGET, Trajectory
 from tests.conftest import FAMILIES, tiny_model
 
 STUDIES = Path(__file__).parents[2] / "scripts/studies"
@@ -78,6 +81,23 @@ def test_a_shipped_study_passes_its_dry_run_offline(study: str) -> None:
         assert above > 0
         assert whole == pytest.approx(weights + above, abs=0.11)
     print(done.output)
+
+
+def test_what_does_not_fit_is_planned_in_smaller_passes(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("models: [demo]\ntasks: [arc_easy]\nmethods: [static]\nrecipe: {protocol: rapid}\n")
+    (cell,) = study_cells(read_bench(study))[:1]
+    shape = find_shape(cell.model)
+    roomy = Device("a GPU", "cuda", 1e14, 1e12, 1e12, 1e-5)
+    whole = Paper(shape, roomy)
+    assert whole.fitting_budget(cell, 0) == DEFAULT_TOKEN_BUDGET
+    above = whole.cost(cell, 0).peak_bytes
+    small = replace(roomy, memory=whole.weights + above / 5)
+    budget = Paper(shape, small).fitting_budget(cell, 0)
+    assert budget is not None
+    assert DEFAULT_TOKEN_BUDGET / 16 <= budget <= DEFAULT_TOKEN_BUDGET / 4
+    assert Paper(shape, small, budget).cost(cell, 0).peak_bytes <= above / 5
+    assert Paper(shape, replace(roomy, memory=whole.weights)).fitting_budget(cell, 0) is None
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
