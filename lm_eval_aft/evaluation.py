@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_aft.alone import alone_in
 from lm_eval_aft.answer_only import require_scorable, scorable
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.evaluation_folder import lacking, note_asked, whole
+from lm_eval_aft.evaluation_folder import begun, lacking, note_asked, whole
 from lm_eval_aft.harness import check_names, environment_asked_once, task_manager_for
 from lm_eval_aft.library import Library
 from lm_eval_aft.lm import AFTLM
@@ -183,12 +183,12 @@ def score(
         model_args = {**model_args, "vector": run.spec}
     if lm.routing is not None:
         model_args = {**model_args, "library": str(lm.routing.library), "route": lm.routing.spec}
-    begun = folder.with_name(f".{folder.name}.scoring")
-    tracker = EvaluationTracker(output_path=str(begun))
+    place = begun(folder)
+    tracker = EvaluationTracker(output_path=str(place))
     results = _evaluated(lm, _tasks(run, config, manager), config, manager, tracker)
     if results is None:  # not the main process
         return
-    shutil.rmtree(begun, ignore_errors=True)  # of a process that died in here
+    shutil.rmtree(place, ignore_errors=True)  # of a process that died in here
     samples = results.pop("samples")
     if lm.routing is not None:
         _say_routes(lm.routing, results, samples)
@@ -203,10 +203,10 @@ def score(
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:
         tracker.save_results_samples(task_name=task, samples=samples[task])
-    if not whole(begun, {task: len(samples[task]) for task in results["configs"]}):
+    if not whole(place, {task: len(samples[task]) for task in results["configs"]}):
         # The tracker logs failures to write, and goes on.
         raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
-    begun.rename(folder)
+    place.rename(folder)
 
 
 def _tasks(run: Run, config: EvaluatorConfig, manager: TaskManager) -> list[Any]:

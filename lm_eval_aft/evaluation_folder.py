@@ -18,6 +18,17 @@ from lm_eval_aft.vector import canonical_json, replacing
 ASKED = ".asked.json"
 
 
+def begun(folder: Path) -> Path:
+    """Where a run's results are written until they are whole; see `is_begun`."""
+    return folder.with_name(f".{folder.name}.scoring")
+
+
+def is_begun(name: str) -> bool:
+    """Whether a folder of that name holds results being written, or left by a process that died."""
+    # A leading dot alone says nothing: lm-eval calls ../models/m's folder ..__models__m.
+    return name.startswith(".") and name.endswith(".scoring")
+
+
 def lacking(
     folder: Path, runs: Sequence[Run], asked: dict[str, Any], shelf: str | None, resume: bool
 ) -> tuple[list[Run], str]:

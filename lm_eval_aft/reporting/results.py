@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.evaluation_folder import is_begun
 from lm_eval_aft.reporting.samples import AGAIN, Sample, decode, mean_metrics, read_samples
 
 _MAPPINGS = (
@@ -174,16 +175,12 @@ def find_results(source: Path) -> list[Path]:
     """
     if source.is_file() and source.suffix == ".json":
         return [source]
-    # What lies in a hidden folder is being written, or was when its process died.
-    seen = (path for path in source.rglob("results_*.json") if not _hidden(path.relative_to(source)))
+    seen = source.rglob("results_*.json")
+    seen = (path for path in seen if not any(map(is_begun, path.relative_to(source).parts[:-1])))
     found = sorted(seen, key=lambda path: (path.name, str(path)))
     if not found:
         raise AFTError(f"No lm-eval results below {source}.", "Give the folder named by --output_path.")
     return found
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts[:-1])
 
 
 def group_results(files: list[Path]) -> list[list[Path]]:

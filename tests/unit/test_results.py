@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,21 @@ def test_missing_results_and_samples(tmp_path: Path) -> None:
     (folder / "model" / f"results_{STAMP}.json").write_text("{}")
     with pytest.raises(AFTError, match="holds no lm-eval results"):
         read_run(folder)
+
+
+def test_folders_named_after_a_relative_path_and_unfinished_ones(tmp_path: Path) -> None:
+    """lm-eval names the folder of ../models/m ..__models__m; what is still being written does not count."""
+    for name, outcomes in (("baseline", ZEROS), ("steered/arc", ONES)):
+        vector = steered_by() if name != "baseline" else None
+        folder = write_results(tmp_path / name, {TASK: outcomes}, vector=vector)
+        (folder / "model").rename(folder / "..__models__m")
+    shutil.copytree(tmp_path / "baseline", tmp_path / "steered" / ".other.scoring")
+    (row,) = compare(tmp_path).rows
+    assert row.run == "steered/arc"
+    died = tmp_path / "died"
+    shutil.copytree(tmp_path / "baseline", died / ".baseline.scoring")
+    with pytest.raises(AFTError, match="No lm-eval results below"):
+        read_run(died)
 
 
 def test_a_samples_file_cut_off(tmp_path: Path) -> None:
