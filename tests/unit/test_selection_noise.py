@@ -41,6 +41,7 @@ def test_only_the_biased_choice_gains_from_labels_that_mean_nothing(script: Modu
     trained = script.Trained(
         baseline=rng.integers(0, 4, 100),
         states=rng.integers(0, 4, (*shape, 100)),
+        close=np.zeros((*shape, 100), dtype=bool),
         selection=rng.random(shape),
         vectors={},
         gold=np.zeros(100, dtype=np.int64),
