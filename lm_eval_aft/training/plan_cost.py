@@ -123,9 +123,13 @@ def plan_cost(
         sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers())),
         packed,
         tuple(stages),
-        sum(stage.candidates * stage.epochs * -(-stage.train // recipe.batch_size) for stage in stages),
+        _steps(stages, recipe.batch_size) if how.trained else 0,
         whole.scored,
     )
+
+
+def _steps(stages: Sequence[Stage], batch_size: int) -> int:
+    return sum(stage.candidates * stage.epochs * -(-stage.train // batch_size) for stage in stages)
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,8 @@ class _Trial:
             trained = judged = Spent()
             for unit in typical:
                 many, own = together(unit), 1 / len(unit)
-                trained += self._spent(lambda: engine.train(group, [unit], _nothing)) * own  # noqa: B023
+                if self.method.trained or not group:
+                    trained += self._spent(lambda: engine.train(group, [unit], _nothing)) * own  # noqa: B023
                 judged += self._spent(lambda: engine.evaluate(group, many, _nothing)) * (1 / len(many))  # noqa: B023
             return trained * (1 / len(typical)), judged * (1 / len(typical))
 
@@ -233,7 +238,8 @@ class _Trial:
             engine.lay_out(unit)
             engine.lay_out(together(unit))
         with shapes_only(self.device.kind):
-            step += self._peak(engine, lambda: engine.train(lowest, [few], _nothing))
+            stepped = lowest if self.method.trained else []
+            step += self._peak(engine, lambda: engine.train(stepped, [few], _nothing))
             judging += self._peak(engine, lambda: engine.evaluate(lowest, most, _nothing))
             shared, scored = spent([]), baseline()
             with engine.remembering():

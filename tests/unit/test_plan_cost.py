@@ -96,6 +96,26 @@ def test_operations_are_exact_and_memory_is_near() -> None:
     )  # bfloat16, but for rotary tables
 
 
+@pytest.mark.parametrize("method", ["drab", "drab-strong", "mlp", "all-layers", "caa"])
+def test_every_method_can_be_planned(method: str) -> None:
+    documents = documents_of([*LENGTHS, LENGTHS[-1]])
+    plans = [
+        plan_cost(tiny(), ONCE, documents, device=CPU, dtype=torch.float32, budget=1, method=name)
+        for name in ("static", method)
+    ]
+    static, other = plans
+    assert other.scored == static.scored
+    assert other.estimate.peak_bytes > 0
+    if method == "caa":  # nothing is trained
+        assert other.steps == 0
+        assert 0 < other.estimate.flops < static.estimate.flops
+    elif method == "all-layers":  # one candidate, where static has one for each layer
+        assert other.steps * DEPTH == static.steps
+    else:
+        assert other.steps == static.steps
+        assert other.estimate.flops >= static.estimate.flops
+
+
 SIZES: dict[str, Any] = {"train_docs": 2, "selection_docs": 2, "seeds": 1}
 
 
