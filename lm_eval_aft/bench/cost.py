@@ -23,6 +23,7 @@ class Cost:
         candidates: candidates trained, over all stages.
         steps: optimiser steps of all candidates together.
         training, scoring: the baseline's scoring is not counted here.
+        parameters, weight_bytes: the model's.
         peak_bytes: memory above the weights, at the longest documents.
     """
 
@@ -30,6 +31,8 @@ class Cost:
     steps: int
     training: Spent
     scoring: Spent
+    parameters: int
+    weight_bytes: int
     peak_bytes: int
 
     @property
@@ -42,10 +45,8 @@ class Paper:
     """Costs of one model's cells on some device."""
 
     def __init__(self, shape: Shape, device: Device, budget: int | None = None) -> None:
-        self.shape, self.device, self.budget = shape, device, budget
-        model = shape.model()
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.shape, self.device = shape, device
+        self.budget = budget or TOKEN_BUDGET.get(device.kind, DEFAULT_TOKEN_BUDGET)
         self._plans: dict[tuple[str, int, str, Protocol], PlanCost] = {}
 
     def cost(self, cell: Cell, shots: int) -> Cost:
@@ -56,6 +57,8 @@ class Paper:
             plan.steps,
             Spent(plan.estimate.seconds, plan.estimate.flops),
             self.baseline(cell, shots) * (1 + cell.placebos),
+            plan.parameters,
+            plan.weight_bytes,
             plan.estimate.peak_bytes,
         )
 
@@ -71,8 +74,9 @@ class Paper:
 
     def fitting_budget(self, cell: Cell, shots: int) -> int | None:
         """Tokens a pass may have for a cell to fit the device, halved as training does; ``None`` for none."""
-        budget = self.budget or TOKEN_BUDGET.get(self.device.kind, DEFAULT_TOKEN_BUDGET)
-        plan = self._plan(cell, shots)
+        plan, budget = self._plan(cell, shots), self.budget
+        if plan.fits:
+            return budget
         # Memory grows with the tokens at most in proportion: what is left of it says where to begin.
         share = max(0.0, self.device.memory - plan.weight_bytes) / plan.estimate.peak_bytes
         while budget >= LEAST_BUDGET and share < 1:

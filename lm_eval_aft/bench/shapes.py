@@ -11,8 +11,15 @@ from torch import nn
 from lm_eval_aft.bench.study import ModelEntry
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.packing import Document
-from lm_eval_aft.training.blank import blank_model, shallower
-from lm_eval_aft.training.known_models import KNOWN, LENGTHS, Lengths, find_config, with_examples
+from lm_eval_aft.training.blank import blank_model
+from lm_eval_aft.training.known_models import (
+    KNOWN,
+    LENGTHS,
+    Lengths,
+    find_config,
+    typical_documents,
+    with_examples,
+)
 
 # Documents in the training and evaluation splits, with the data of the Hub.
 SIZES = {
@@ -24,11 +31,7 @@ SIZES = {
     "aft_demo_math": (2600, 1100),
 }
 UNKNOWN_SIZES = (1000, 1000)
-# Typical and longest documents of further tasks, in tokens, and those that an example in the prompt adds.
-_DEMO: dict[str, tuple[tuple[Lengths, ...], int]] = {
-    "aft_demo_choice": (((16, (2, 2, 2, 2)), (22, (4, 4, 4, 4))), 18),
-    "aft_demo_math": (((26, (12,)), (36, (14,))), 38),
-}
+# Lengths taken for any other task; see `lm_eval_aft.training.known_models.LENGTHS`.
 _UNKNOWN: tuple[tuple[Lengths, ...], int] = (((70, (15,) * 4), (180, (50,) * 4)), 90)
 
 
@@ -46,10 +49,9 @@ class Shape:
     shipped: bool
     dtype: torch.dtype
 
-    def model(self, depth: int | None = None) -> nn.Module:
-        """The model on the meta device, of its own depth or another: shapes, and no numbers."""
-        config = self.config if depth is None else shallower(self.config, depth)
-        return blank_model(config, self.dtype)
+    def model(self) -> nn.Module:
+        """The model on the meta device: shapes, and no numbers."""
+        return blank_model(self.config, self.dtype)
 
 
 def find_shape(entry: ModelEntry) -> Shape:
@@ -70,7 +72,7 @@ def find_shape(entry: ModelEntry) -> Shape:
 
 def lengths_known(task: str) -> bool:
     """Whether the lengths of a task's documents are, and not only guessed."""
-    return task in LENGTHS or task in _DEMO
+    return task in LENGTHS
 
 
 def typical(task: str, shots: int, share: int) -> list[Document]:
@@ -78,5 +80,7 @@ def typical(task: str, shots: int, share: int) -> list[Document]:
 
     Very long ones come last.
     """
-    lengths, example = LENGTHS.get(task) or _DEMO.get(task) or _UNKNOWN
+    if lengths_known(task):
+        return typical_documents(task, shots, share)
+    lengths, example = _UNKNOWN
     return with_examples(lengths, shots * example, share)

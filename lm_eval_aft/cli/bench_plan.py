@@ -73,15 +73,14 @@ def _plan_model(own: Sequence[Cell], shots: Any, device: Device, shown: _Shown, 
     if shape.shipped:
         shown.shipped.append(name)
     paper = Paper(shape, device)
-    total, peak, heaviest = Spent(), 0, own[0]
+    total, costs = Spent(), []
     for task, method in dict.fromkeys((cell.task.name, cell.method.name) for cell in own):
         bar.set_postfix_str(f"{name}/{task}/{method}")
         same = [cell for cell in own if (cell.task.name, cell.method.name) == (task, method)]
         cost = paper.cost(same[0], shots(same[0]))
         spent = cost.whole * len(same)
         total += spent
-        if cost.peak_bytes > peak:
-            peak, heaviest = cost.peak_bytes, same[0]
+        costs.append((cost, same[0]))
         if paper.assumed(same[0]):
             shown.assumed.add(task)
         numbers = (f"{len(same) * n:,}" for n in (cost.candidates, cost.steps))
@@ -89,12 +88,12 @@ def _plan_model(own: Sequence[Cell], shots: Any, device: Device, shown: _Shown, 
         bar.update()
     for cell in {cell.baseline_key: cell for cell in own}.values():
         total += paper.baseline(cell, shots(cell))
-    fits = "yes"
-    if paper.weights + peak > device.memory:
-        budget = paper.fitting_budget(heaviest, shots(heaviest))
-        fits = f"in {budget:,} tokens" if budget else "NO"
-    gibibytes = (f"{each / GIB:.1f}" for each in (paper.weights, peak, paper.weights + peak))
-    size, dtype = f"{paper.parameters / 1e9:.3g} B", str(shape.dtype).removeprefix("torch.")
+    most, cell = max(costs, key=lambda each: each[0].peak_bytes)
+    budget = paper.fitting_budget(cell, shots(cell))
+    fits = "yes" if budget == paper.budget else f"in {budget:,} tokens" if budget else "NO"
+    memory = (most.weight_bytes, most.peak_bytes, most.weight_bytes + most.peak_bytes)
+    gibibytes = (f"{each / GIB:.1f}" for each in memory)
+    size, dtype = f"{most.parameters / 1e9:.3g} B", str(shape.dtype).removeprefix("torch.")
     shown.models.append((name, size, dtype, str(len(own)), *gibibytes, fits, *_spent(total)))
     return total
 
@@ -112,11 +111,11 @@ def _print_notes(
     device: Device,
     whole: Spent,
 ) -> None:
-    baselines = len({cell.baseline_key for cell in cells})
+    baselines, (operations, hours) = len({cell.baseline_key for cell in cells}), _spent(whole)
     click.echo(
         f"{len(cells)} cells ({finished} finished), {baselines} baselines, "
         f"{len({cell.model.name for cell in cells})} models loaded once each: "
-        f"{whole.flops:.3g} floating-point operations and {whole.seconds / 3600:.1f} hours at most, "
+        f"{operations} floating-point operations and {hours} hours at most, "
         "retries aside."
     )
     click.echo(

@@ -91,13 +91,14 @@ def test_what_does_not_fit_is_planned_in_smaller_passes(tmp_path: Path) -> None:
     roomy = Device("a GPU", "cuda", 1e14, 1e12, 1e12, 1e-5)
     whole = Paper(shape, roomy)
     assert whole.fitting_budget(cell, 0) == DEFAULT_TOKEN_BUDGET
-    above = whole.cost(cell, 0).peak_bytes
-    small = replace(roomy, memory=whole.weights + above / 5)
+    cost = whole.cost(cell, 0)
+    above = cost.peak_bytes
+    small = replace(roomy, memory=cost.weight_bytes + above / 5)
     budget = Paper(shape, small).fitting_budget(cell, 0)
     assert budget is not None
     assert DEFAULT_TOKEN_BUDGET / 16 <= budget <= DEFAULT_TOKEN_BUDGET / 4
     assert Paper(shape, small, budget).cost(cell, 0).peak_bytes <= above / 5
-    assert Paper(shape, replace(roomy, memory=whole.weights)).fitting_budget(cell, 0) is None
+    assert Paper(shape, replace(roomy, memory=cost.weight_bytes)).fitting_budget(cell, 0) is None
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
