@@ -232,8 +232,20 @@ def run_case(bench: Bench, name: str, requests: Requests, rounds: int, many: boo
         share = f"{work[key] / statistics.median(values) / rate / 1e9:6.0%} of peak" if key in work else ""
         print(f"  {key:20s} {spread(values)} s  {share}")
     median = {key: statistics.median(values) for key, values in times.items()}
+    cases = compared(f"{bench.shape}/{name}", median, work, results)
+    equal = all(a[1] == b[1] for a, b in zip(results["ours"], results["steered"], strict=True))
+    for case in cases:
+        case["greedy_equal"] = equal
+        work_ratio = f"{case['flop_ratio']:6.2f}x in flops" if "flop_ratio" in case else ""
+        print(f"  {case['name']:50s} {case['ratio']:6.2f}x, off by {case['max_abs_diff']:.1e}, {work_ratio}")
+    return cases
+
+
+def compared(
+    label: str, median: dict[str, float], work: dict[str, int], results: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Ours against stock: median seconds, operations counted, and how far apart the answers are."""
     best = min(median["hf"], median["steered"])
-    label = f"{bench.shape}/{name}"
     cases = [
         {
             "name": f"{label}/steered",
@@ -257,7 +269,7 @@ def run_case(bench: Bench, name: str, requests: Requests, rounds: int, many: boo
             "max_abs_diff": 0.0,
         },
     ]
-    if many:
+    if "ours, baseline + 4" in results:
         cases.append(
             {
                 "name": f"{label}/baseline+4",
@@ -265,12 +277,6 @@ def run_case(bench: Bench, name: str, requests: Requests, rounds: int, many: boo
                 "max_abs_diff": difference(results["ours, baseline + 4"][1], results["steered"]),
             }
         )
-    for case in cases:
-        case["greedy_equal"] = all(
-            a[1] == b[1] for a, b in zip(results["ours"], results["steered"], strict=True)
-        )
-        work_ratio = f"{case['flop_ratio']:6.2f}x in flops" if "flop_ratio" in case else ""
-        print(f"  {case['name']:50s} {case['ratio']:6.2f}x, off by {case['max_abs_diff']:.1e}, {work_ratio}")
     return cases
 
 

@@ -229,6 +229,26 @@ def flops(work: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
+def race(sides: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], float]:
+    """Seconds of every side, taken in turn, and the engine's largest relative gradient error."""
+    sides["engine"]()  # loads what is loaded on first use
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    error = 0.0
+    for number in range(rounds):
+        for name, work in sides.items():
+            if number and name.startswith("un"):
+                continue  # these tell what is gained by what: one round is enough
+            seconds, result = timed(work)
+            times[name].append(seconds)
+            if name == "naive":
+                truth = result
+            elif name == "engine":
+                error = max(
+                    error, *(float((a - b).norm() / b.norm()) for a, b in zip(result, truth, strict=True))
+                )
+    return times, error
+
+
 def measure(case: Case, rounds: int, bf16: bool) -> dict[str, Any]:
     """Time one case on both sides."""
     torch.manual_seed(0)
@@ -273,21 +293,7 @@ def measure(case: Case, rounds: int, bf16: bool) -> dict[str, Any]:
         "naive judging": judge_naive,
         "engine judging": lambda: engine.evaluate(candidates(), docs, nothing),
     }
-    sides["engine"]()  # loads what is loaded on first use
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    error = 0.0
-    for number in range(rounds):
-        for name, work in sides.items():
-            if number and name.startswith("un"):
-                continue  # these tell what is gained by what: one round is enough
-            seconds, result = timed(work)
-            times[name].append(seconds)
-            if name == "naive":
-                truth = result
-            elif name == "engine":
-                error = max(
-                    error, *(float((a - b).norm() / b.norm()) for a, b in zip(result, truth, strict=True))
-                )
+    times, error = race(sides, rounds)
     if bf16:
         for name in ("engine", "engine judging"):
             model.to(torch.bfloat16)

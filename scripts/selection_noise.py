@@ -173,6 +173,15 @@ class Trained:
     metadata: dict[str, Any]
 
 
+METADATA = {
+    "base_model": {"name": "demo", "revision": "main"},
+    "task": TASK,
+    "num_fewshot": 0,
+    "objective": "choice",
+    "metric": METRIC,
+}
+
+
 def train(lm: AFTLM, folder: Path, train_docs: int, selection_docs: int, layers: str = "all") -> Trained:
     """Every layer, three seeds, ten epochs; nothing is chosen yet."""
     plan = TrainingPlan.of(
@@ -184,16 +193,14 @@ def train(lm: AFTLM, folder: Path, train_docs: int, selection_docs: int, layers:
     docs = list(extractor.task.eval_docs)
     examples = [extractor.example(doc, i) for i, doc in enumerate(docs)]
     encoded = encode([each for each in examples if each is not None], lm)
-    # The engine judges long documents first: in that order from the start, and put back afterwards.
-    order = sorted(range(len(encoded)), key=lambda i: -encoded[i].tokens(True))
-    evaluation = [encoded[i] for i in order]
     selection = encode(prepared.splits.selection, lm)
     training = {seed: encode(prepared.splits.train(seed), lm) for seed in range(SEEDS)}
     objective = Listening(METRIC)
     engine, _ = make_engine(lm.model, prepared.backbone, objective, selection)
-    if not getattr(engine, "packed", True):
-        order = sorted(range(len(encoded)), key=lambda i: -encoded[i].tokens(False))
-        evaluation = [encoded[i] for i in order]
+    # The engine judges long documents first: in that order from the start, and put back afterwards.
+    packed = getattr(engine, "packed", True)
+    order = sorted(range(len(encoded)), key=lambda i: -encoded[i].tokens(packed))
+    evaluation = [encoded[i] for i in order]
     starts = Starts(
         lm.model, prepared.backbone, prepared.method, "all", prepared.layers, training, [], lm.max_length
     )
@@ -210,10 +217,8 @@ def train(lm: AFTLM, folder: Path, train_docs: int, selection_docs: int, layers:
     close = np.zeros(states.shape, dtype=bool)
     vectors = {}
     for seed in range(SEEDS):
-        group = [
-            Candidate(layer, seed, Recipe(lr=1e-2, clip=1.0), starts(layer, seed))
-            for layer in prepared.layers
-        ]
+        recipe = Recipe(lr=1e-2, clip=1.0)
+        group = [Candidate(layer, seed, recipe, starts(layer, seed)) for layer in prepared.layers]
         for epoch in range(EPOCHS):
             documents = list(training[seed])
             random.Random(f"{seed}|{epoch}").shuffle(documents)
@@ -226,12 +231,8 @@ def train(lm: AFTLM, folder: Path, train_docs: int, selection_docs: int, layers:
                 vectors[place, seed, epoch] = candidate.vector.detach().clone()
             click.echo(f"seed {seed}, epoch {epoch + 1} of {EPOCHS}", err=True)
     metadata = {
-        "base_model": {"name": "demo", "revision": "main"},
+        **METADATA,
         "fingerprint": fingerprint(lm.model, lm.tokenizer),
-        "task": TASK,
-        "num_fewshot": 0,
-        "objective": "choice",
-        "metric": METRIC,
         "documents": [_doc_hash(doc)[:16] for doc in docs],
         "selection_documents": list(prepared.splits.selection_documents),
     }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lm_eval_aft.cli.options import parse_model_args, print_table
 from lm_eval_aft.cli.shared import plan_settings, training_options
-from lm_eval_aft.cli.training_report import duration, print_stages
+from lm_eval_aft.cli.training_report import print_cost, print_stages
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from lm_eval_aft.bench.points import Point
 
 SHOWN = 20  # lines of the table in the terminal
 
@@ -76,7 +80,6 @@ def search(
       aft search --model M --task gsm8k --strategy optuna --trials 40 --lr 1e-4,1e-2 --output o
     """
     quiet_libraries()
-    from lm_eval_aft.bench.points import COLUMNS, NOTE, table, write_table
     from lm_eval_aft.bench.search import WINNER, Search, Space
     from lm_eval_aft.training.protocols import parse_numbers
     from lm_eval_aft.training.train import cost
@@ -93,12 +96,7 @@ def search(
     if dry_run:
         if strategy == "grid":
             print_stages(prepared.stages())
-            expected = cost(prepared)
-            click.echo(
-                f"At most about {duration(expected.seconds)} on this machine as it is now, "
-                f"{expected.flops:.3g} floating-point operations, "
-                f"{expected.peak_bytes / 2**20:,.0f} MiB above the weights."
-            )
+            print_cost(cost(prepared))
         else:
             click.echo(f"{trials} trials of at most {max(space.epochs)} epochs, {seeds} seed(s) each.")
         return
@@ -107,7 +105,15 @@ def search(
     except KeyboardInterrupt:
         click.echo("\nInterrupted. What is finished is kept: the same command goes on.", err=True)
         raise SystemExit(130) from None
-    title = f"{strategy} search: {model}, {task}"
+    _print_points(points, output, f"{strategy} search: {model}, {task}")
+    click.echo(f"The winner is {output / WINNER}. Score it:")
+    click.echo(f"  aft eval --model {model} --vector {output / WINNER} --tasks {task} --output RESULTS")
+
+
+def _print_points(points: Sequence[Point], output: Path, title: str) -> None:
+    """Write the whole table, print the best of it."""
+    from lm_eval_aft.bench.points import COLUMNS, NOTE, table, write_table
+
     written = write_table(points, output, title)
     print_table(title, COLUMNS, table(points)[:SHOWN], 0)
     if len(points) > SHOWN:
@@ -115,8 +121,6 @@ def search(
     click.echo(NOTE.format(count=len(points)))
     if points[0].change >= 0:
         click.echo("No setting improved on the baseline: expect no gain from this vector.")
-    click.echo(f"The winner is {output / WINNER}. Score it:")
-    click.echo(f"  aft eval --model {model} --vector {output / WINNER} --tasks {task} --output RESULTS")
 
 
 def _whole(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,10 +12,13 @@ from lm_eval_aft.alone import alone_in
 from lm_eval_aft.cli.offline import offline_option
 from lm_eval_aft.cli.options import ended, parse_model_args, print_table
 from lm_eval_aft.cli.plain_errors import PlainCommand
-from lm_eval_aft.cli.training_report import duration, print_result, print_stages
+from lm_eval_aft.cli.training_report import print_cost, print_result, print_stages
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.quiet import quiet_libraries
 from lm_eval_aft.termination import Terminated, terminable
+
+if TYPE_CHECKING:
+    from lm_eval_aft.training.prepared import Prepared
 
 
 @click.command("train-vector", cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -181,7 +184,7 @@ def _train(options: dict[str, Any], output: Path | None, dry_run: bool) -> None:
     from lm_eval_aft.training.precision import to_training_dtype
     from lm_eval_aft.training.prepared import prepare
     from lm_eval_aft.training.protocols import parse_numbers, parse_rungs
-    from lm_eval_aft.training.train import cost, run
+    from lm_eval_aft.training.train import run
 
     resume, overwrite = from_user("resume"), from_user("overwrite")
     leads = int(os.environ.get("RANK", "0")) == 0  # of several processes one looks and speaks
@@ -207,25 +210,26 @@ def _train(options: dict[str, Any], output: Path | None, dry_run: bool) -> None:
         to_training_dtype(lm.model)
     prepared = prepare(lm, plan)
     if dry_run:
-        rows = [(key, str(value)) for key, value in prepared.summary().items()]
-        print_table("Plan (nothing was trained)", ("setting", "value"), rows)
-        print_stages(prepared.stages())
-        click.echo("Measuring a few documents ...", err=True)
-        expected = cost(prepared)
-        click.echo(
-            f"At most about {duration(expected.seconds)} on this machine as it is now (retries aside), "
-            f"{expected.flops:.3g} floating-point operations, "
-            f"{expected.peak_bytes / 2**20:,.0f} MiB above the loaded weights."
-        )
-        if plan.rft is not None:
-            click.echo(
-                f"That is one of at most {plan.rft.rounds} rounds with one kept answer per problem; a round "
-                f"keeps up to {plan.rft.samples} times as many. Sampling comes on top."
-            )
+        _dry_run(prepared)
         return
     result = run(prepared, output, resume=resume)
     if leads:
         print_result(result, model, plan.include_path)
+
+
+def _dry_run(prepared: Prepared) -> None:
+    from lm_eval_aft.training.train import cost
+
+    rows = [(key, str(value)) for key, value in prepared.summary().items()]
+    print_table("Plan (nothing was trained)", ("setting", "value"), rows)
+    print_stages(prepared.stages())
+    click.echo("Measuring a few documents ...", err=True)
+    print_cost(cost(prepared), retries=True)
+    if (rft := prepared.plan.rft) is not None:
+        click.echo(
+            f"That is one of at most {rft.rounds} rounds with one kept answer per problem; a round "
+            f"keeps up to {rft.samples} times as many. Sampling comes on top."
+        )
 
 
 if __name__ == "__main__":

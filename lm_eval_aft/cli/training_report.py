@@ -10,6 +10,7 @@ import click
 from lm_eval_aft.cli.options import print_table
 
 if TYPE_CHECKING:
+    from lm_eval_aft.training.estimate import Estimate
     from lm_eval_aft.training.protocols import Stage
     from lm_eval_aft.training.sweep import SweepResult
     from lm_eval_aft.training.train import TrainingResult
@@ -137,6 +138,16 @@ def print_stages(stages: Sequence[Stage]) -> None:
     ]
     columns = ("stage", "candidates", "train docs", "selection docs", "epochs", "keep", "candidate-docs")
     print_table("Stages, at most", columns, rows)
+
+
+def print_cost(expected: Estimate, retries: bool = False) -> None:
+    """What a run would take; ``retries``: it may start some candidates again, which is not counted."""
+    aside = " (retries aside)" if retries else ""
+    click.echo(
+        f"At most about {duration(expected.seconds)} on this machine as it is now{aside}, "
+        f"{expected.flops:.3g} floating-point operations, "
+        f"{expected.peak_bytes / 2**20:,.0f} MiB above the loaded weights."
+    )
 
 
 def duration(seconds: float) -> str:

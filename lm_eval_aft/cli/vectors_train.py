@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -93,20 +93,7 @@ def train_set(
             for name, needs in plan.unavailable.items():
                 click.echo(f"{name}: not trainable. {needs}")
             if not no_scores and len(failed) < len(plan.entries):
-                from lm_eval_aft.reporting.cross_scores import NOTE, TABLE, cross_score, table
-
-                rows = cross_score(
-                    plan,
-                    shelf,
-                    base,
-                    limit=limit,
-                    model_args=arguments,
-                    flags=["--batch_size", batch_size],
-                    say=click.echo,
-                )
-                columns, lines = table(rows)
-                print_table("Cross-scores", columns, lines)
-                click.echo(f"{NOTE}\nWritten: {shelf.root / TABLE}.md and .json")
+                _score(job, limit, arguments, batch_size)
     except (KeyboardInterrupt, Terminated) as end:
         ended(end)
     if failed:
@@ -114,6 +101,19 @@ def train_set(
             f"{len(failed)} of {len(plan.entries)} vectors were not trained: {', '.join(failed)}.",
             "The reasons stand above; put them right and go on with --resume.",
         )
+
+
+def _score(job: TrainSet, limit: int | None, arguments: dict[str, Any], batch_size: str) -> None:
+    """Score every vector on every task, and print and write the table."""
+    from lm_eval_aft.reporting.cross_scores import NOTE, TABLE, cross_score, table
+
+    flags = ["--batch_size", batch_size]
+    rows = cross_score(
+        job.study, job.library, job.model, limit=limit, model_args=arguments, flags=flags, say=click.echo
+    )
+    columns, lines = table(rows)
+    print_table("Cross-scores", columns, lines)
+    click.echo(f"{NOTE}\nWritten: {job.library.root / TABLE}.md and .json")
 
 
 def _print_plan(job: TrainSet) -> None:

@@ -142,21 +142,8 @@ def _lines(
     def y(value: float) -> float:
         return 18 + (high - min(value, high)) / ((high - low) or 1) * (height - bottom - 22)
 
-    parts = []
-    for tick in ticks:
-        parts.append(
-            f'<line class="grid" x1="{left}" x2="{WIDTH - 4}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
-    for tick in dict.fromkeys(round(t) for t in _ticks(first, last) if first <= round(t) <= last):
-        parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{height - 20}" text-anchor="middle">{tick}</text>'
-        )
-    parts.append(
-        f'<text class="tick" x="{(left + WIDTH) / 2:.0f}" y="{height - 4}" text-anchor="middle">{axis}</text>'
-    )
+    wholes = list(dict.fromkeys(round(t) for t in _ticks(first, last) if first <= round(t) <= last))
+    parts = _axes(ticks, wholes, x, y, left, height, axis)
     if baseline is not None:
         at = f"{y(baseline):.1f}"
         parts.append(f'<line class="reference" x1="{left}" x2="{WIDTH - 4}" y1="{at}" y2="{at}"/>')
@@ -173,6 +160,28 @@ def _lines(
             ]
     parts += [f'<circle class="fill good" cx="{x(a):.1f}" cy="{y(b):.1f}" r="6"/>' for a, b in marks]
     return _svg(height, label, parts)
+
+
+def _axes(
+    ticks: Sequence[float], wholes: Sequence[int], x: Any, y: Any, left: int, height: int, axis: str
+) -> list[str]:
+    """Lines across at ``ticks``, numbers below at ``wholes``, and what those are."""
+    parts = []
+    for tick in ticks:
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{WIDTH - 4}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
+    for whole in wholes:
+        parts.append(
+            f'<text class="tick" x="{x(whole):.1f}" y="{height - 20}" text-anchor="middle">{whole}</text>'
+        )
+    parts.append(
+        f'<text class="tick" x="{(left + WIDTH) / 2:.0f}" y="{height - 4}" text-anchor="middle">{axis}</text>'
+    )
+    return parts
 
 
 def _grid(

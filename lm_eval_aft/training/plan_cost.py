@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.backbone import Backbone, find_backbone
 from lm_eval_aft.documents import Document, lay_out, units
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.methods import DEFAULT as DEFAULT_METHOD
@@ -209,12 +209,6 @@ class _Trial:
             rows = engine.budget // self._places(unit)
             return _alike(unit, max(1, min(selection // len(unit), rows)))
 
-        def candidate(layer: int) -> Candidate:
-            layers = tuple(range(depth)) if self.method.together else (layer,)
-            tensors = self.method.start(backbone.hidden_size, layers, torch.Generator())
-            placed = {name: tensor.to("meta", master_dtype(self.dtype)) for name, tensor in tensors.items()}
-            return Candidate(layer, 0, Recipe(), Intervention(self.method, placed))
-
         def spent(group: Sequence[Candidate]) -> tuple[Spent, Spent]:
             trained = judged = Spent()
             for unit in typical:
@@ -231,7 +225,7 @@ class _Trial:
                 scored += self._spent(lambda: engine.baseline(many, _nothing)) * (1 / len(many))  # noqa: B023
             return scored * (1 / len(typical))
 
-        lowest, most = [candidate(0)], together(longest)
+        lowest, most = [self._candidate(backbone, 0)], together(longest)
         few = _alike(longest, -(-batch_size // len(longest)))
         step, judging = engine.lay_out(few), engine.lay_out(most)
         for unit in typical:
@@ -243,12 +237,18 @@ class _Trial:
             judging += self._peak(engine, lambda: engine.evaluate(lowest, most, _nothing))
             shared, scored = spent([]), baseline()
             with engine.remembering():
-                last = spent([candidate(depth - 1)])
-                before = spent([candidate(depth - 2)]) if depth > 1 else last
+                last = spent([self._candidate(backbone, depth - 1)])
+                before = spent([self._candidate(backbone, depth - 2)]) if depth > 1 else last
         width = backbone.hidden_size * self.dtype.itemsize
         kept = tuple(float(min(engine.budget, self._places(many)) * width) for many in (few, most))
         train, selected = ((a, b.without(a)) for a, b in zip(last, before, strict=True))
         return _Found(shared, scored, train, selected, step, judging, (kept[0], kept[1]))
+
+    def _candidate(self, backbone: Backbone, layer: int) -> Candidate:
+        layers = tuple(range(len(backbone.blocks))) if self.method.together else (layer,)
+        tensors = self.method.start(backbone.hidden_size, layers, torch.Generator())
+        placed = {name: tensor.to("meta", master_dtype(self.dtype)) for name, tensor in tensors.items()}
+        return Candidate(layer, 0, Recipe(), Intervention(self.method, placed))
 
     def _places(self, documents: Sequence[Document]) -> int:
         """Tokens, padding included, of the rows that documents take."""

@@ -106,11 +106,13 @@ def training_metadata(
         },
         "seconds": round(seconds, 1),
         "created": now(),
-        "versions": {
-            name: version(name) for name in ("lm-eval-aft", "torch", "transformers", "lm-eval", "datasets")
-        }
-        | {"python": platform.python_version()},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lm-eval-aft", "torch", "transformers", "lm-eval", "datasets")
+    return {name: version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def _tasks(prepared: Prepared) -> dict[str, Any]:

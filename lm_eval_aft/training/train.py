@@ -157,17 +157,10 @@ def run_sweep(
     bar = _progress_bar(prepared.stages(), workers, len(selection), progress)
     with bar, postponed() as asked:
         events = Events(bar, folder, settings, log, saved, asked)
+        starts = _starts(prepared, train, selection)
         sweep = Sweep(
-            engine,
-            plan.protocol,
-            layers,
-            plan.seeds(),
-            train,
-            selection,
-            _starts(prepared, train, selection),
-            events,
-            workers,
-            saved,
+            *(engine, plan.protocol, layers, plan.seeds(), train, selection),
+            *(starts, events, workers, saved),
         )
         baseline = sweep.baseline()
         if log and log.lines == 1:
@@ -175,15 +168,13 @@ def run_sweep(
         found = sweep.run()
         calibration = _calibrate(prepared, engine, found, selection, events) if workers.leads else None
         calibration = workers.agree(calibration)
-    if screened and plan.screen == "order":
-        changes = {result.layer: result.change for result in found.layers}
-        screened["rank_correlation"] = rank_correlation(screened["order"], changes)
+    if screened:
+        _check_screen(screened, plan.screen, found)
     seconds = time.monotonic() - started
     drawn = len(train[plan.first_seed])
     metadata = training_metadata(prepared, found, identity, engine_name, seconds, drawn, screened)
-    finalists = {
-        c.seed: finished_vector(c, metadata, plan.control, calibration) for c in found.chosen.candidates
-    }
+    candidates = found.chosen.candidates
+    finalists = {c.seed: finished_vector(c, metadata, plan.control, calibration) for c in candidates}
     vector = finalists[found.finalist.seed]
     result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
     if folder and log:
@@ -260,6 +251,13 @@ def _screen(
     order = layer_order(gradients, layers)
     said = {"order": order, "gradient_norm": {str(k): float(v.norm()) for k, v in gradients.items()}}
     return (order if screen == "order" else sorted(order[: int(screen)])), said
+
+
+def _check_screen(said: dict[str, Any], screen: str, found: SweepResult) -> None:
+    """Add how well its order agrees with what the sweep found, where all of it was swept."""
+    if screen == "order":
+        changes = {result.layer: result.change for result in found.layers}
+        said["rank_correlation"] = rank_correlation(said["order"], changes)
 
 
 def _write(folder: Path, result: TrainingResult, sweep: SweepResult, ledger: Ledger, picture: bool) -> None:
