@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from torch import Tensor
@@ -212,16 +213,15 @@ class LM:
         table = np.stack(outcomes)
         means = table.mean(axis=0)
         losses, accuracy, raw = means[: len(_GRID)], float(means[-2]), float(means[-1])
-        best = int(losses.argmin())
-        log_beta, lowest = float(np.log(_GRID[best])), float(losses[best])
-        if 0 < best < len(_GRID) - 1:
-            # The parabola through the minimum and its neighbours in log(beta).
-            left, mid, right = losses[best - 1 : best + 2]
-            bend = left - 2 * mid + right
-            if bend > 0:
-                shift = 0.5 * (left - right) / bend
-                log_beta += shift * float(np.log(_GRID[1] / _GRID[0]))
-                lowest = float(mid - 0.25 * (left - right) * shift)
+        best, grid = int(losses.argmin()), np.log(_GRID)
+        log_beta, lowest = float(grid[best]), float(losses[best])
+        if np.isfinite(losses).all():
+            curve = CubicSpline(grid, losses)
+            # Next to the lowest point only: elsewhere a spline may swing below losses that fall steeply.
+            near = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
+            flat = [at for at in curve.derivative().roots(extrapolate=False) if near[0] < at < near[1]]
+            log_beta = float(min([grid[best], *flat], key=curve))
+            lowest = float(curve(log_beta))
         stderr = _stderr(table[:, best])
         return Score(lowest, raw, accuracy, float(np.exp(-log_beta)), len(outcomes), stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from lm_eval_aft import AFTError
 from lm_eval_aft.packing import Batch, Document, make_batch
 from lm_eval_aft.training.choice_loss import ChoiceLoss
-from lm_eval_aft.training.objectives import LM, Choice, make_objective
+from lm_eval_aft.training.objectives import LM, RFT, Choice, Score, loss_of, make_objective
 
 DOCS = [
     Document((((1, 2), (3, 4)), ((1, 2), (5,)), ((1, 2), (6, 7, 8))), (0,), (3.0, 9.0, 2.0)),
@@ -80,28 +81,84 @@ def test_rescaled_confidence_cannot_win() -> None:
     )
 
 
-def test_lm() -> None:
-    objective = LM()
-    docs = [Document((document.pairs[0],)) for document in DOCS]
+def token_logits(scale: float, lead: float) -> tuple[torch.Tensor, Batch]:
+    """Logits of five gold tokens of three documents; the larger ``lead``, the likelier the gold ones."""
+    docs = [Document((document.pairs[0],)) for document in (DOCS[0], DOCS[1], DOCS[2])]
     batch = make_batch(docs, False, torch.device("cpu"), torch.float32)
-    logits = 2 * torch.randn(4, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    owner = [0, 0, 1, 2]
-    targets = [3, 4, 3, 3]
+    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    logits[range(4), [3, 4, 3, 3]] += lead
+    return scale * logits, batch
 
-    def loss(beta: float) -> float:
-        logp = (beta * logits).log_softmax(-1).numpy()
-        per_doc = [np.mean([-logp[i, targets[i]] for i in range(4) if owner[i] == d]) for d in range(3)]
-        return float(np.mean(per_doc))
 
-    assert float(objective.losses(logits, batch).mean()) == pytest.approx(loss(1.0))
+def token_losses(logits: torch.Tensor, beta: float) -> np.ndarray:
+    """Mean cross-entropy of each document's tokens (2, 1 and 1) at an inverse temperature."""
+    logp = (beta * logits).log_softmax(-1).numpy()
+    each = [-logp[i, token] for i, token in enumerate([3, 4, 3, 3])]
+    return np.array([(each[0] + each[1]) / 2, each[2], each[3]])
+
+
+@pytest.mark.parametrize(("scale", "lead"), [(2.0, 1.0), (0.7, 1.0), (1.1, 0.4), (4.0, 1.2)])
+def test_lm(scale: float, lead: float) -> None:
+    objective = LM()
+    logits, batch = token_logits(scale, lead)
+    assert objective.losses(logits, batch).tolist() == pytest.approx(token_losses(logits, 1.0).tolist())
     score = objective.summarise(objective.outcomes(logits, batch))
-    assert score.cross_entropy == pytest.approx(loss(1.0))
+    assert score.cross_entropy == pytest.approx(token_losses(logits, 1.0).mean())
     fitted = minimize_scalar(
-        lambda b: loss(float(np.exp(b))), bounds=(np.log(0.25), np.log(4)), method="bounded"
+        lambda b: token_losses(logits, float(np.exp(b))).mean(),
+        bounds=(np.log(0.25), np.log(4)),
+        method="bounded",
+        options={"xatol": 1e-9},
     )
-    assert score.score == pytest.approx(float(fitted.fun), abs=2e-3)
-    hits = (logits.argmax(-1).numpy() == targets).astype(float)
+    assert (
+        0.26 < np.exp(fitted.x) < 3.9
+    )  # within the grid, so that the curve between its points is what is tested
+    assert score.score == pytest.approx(float(fitted.fun), abs=2e-5)
+    assert score.temperature == pytest.approx(float(np.exp(-fitted.x)), rel=2e-3)
+    assert score.n == 3
+    kept = np.exp(np.linspace(-np.log(4), np.log(4), 13))  # where documents' losses are known
+    nearest = min(kept, key=lambda beta: token_losses(logits, beta).mean())
+    assert score.stderr == pytest.approx(token_losses(logits, nearest).std(ddof=1) / 3**0.5)
+    hits = (logits.argmax(-1).numpy() == [3, 4, 3, 3]).astype(float)
     assert score.accuracy == pytest.approx(np.mean([hits[:2].mean(), hits[2], hits[3]]))
+
+
+@pytest.mark.parametrize(("lead", "temperature"), [(-3.0, 4.0), (4.0, 0.25)])
+def test_lm_beyond_the_grid(lead: float, temperature: float) -> None:
+    """Where confidence should fall, or rise, without end, the grid's end is taken as it is."""
+    logits, batch = token_logits(2.0, lead)
+    score = LM().summarise(LM().outcomes(logits, batch))
+    assert score.temperature == pytest.approx(temperature)
+    assert score.score == pytest.approx(token_losses(logits, 1 / temperature).mean(), rel=1e-6)
+    assert score.score > 0
+
+
+def test_a_diverged_candidate_scores_nan() -> None:
+    logits, batch = token_logits(2.0, 1.0)
+    score = LM().summarise(LM().outcomes(logits * float("nan"), batch))
+    assert np.isnan(score.score)
+    assert np.isnan(score.cross_entropy)
+
+
+def test_one_document_has_no_standard_error() -> None:
+    logits, batch = logits_and_batch()
+    for objective in (Choice("acc"), LM()):
+        outcomes = objective.outcomes(logits, batch)
+        assert objective.summarise(outcomes[:1]).stderr == 0.0
+        assert objective.summarise(outcomes[1:]).stderr > 0.0
+
+
+def test_scores_are_ordered_and_survive_a_ledger() -> None:
+    better, worse = Score(1.0, 1.2, 0.5, 1.0, 10, 0.1), Score(1.1, 1.1, 0.9, 1.0, 10, 0.1)
+    tied = Score(1.0, 1.2, 0.6, 1.0, 10, 0.1)
+    assert sorted([worse, better, tied], key=Score.order) == [tied, better, worse]
+    assert "tasks" not in better.to_dict()
+    assert Score(**better.to_dict()) == better
+    mixed = Score(1.05, 1.15, 0.7, 1.0, 20, 0.1, {"a": better, "b": worse})
+    assert mixed.tasks["a"] is better
+    again = Score(**json.loads(json.dumps(mixed.to_dict())))
+    assert again == mixed
+    assert again.tasks["b"].order() == (1.1, -0.9)
 
 
 def test_metric_follows_the_task() -> None:
@@ -112,6 +169,17 @@ def test_metric_follows_the_task() -> None:
         make_objective("magic", None, [])
     with pytest.raises(AFTError, match="knows no metric"):
         make_objective("choice", "f1", [])
+    assert isinstance(make_objective("lm", None, []), LM)
+    assert not isinstance(make_objective("lm", None, []), RFT)
+    assert isinstance(make_objective("rft", "exact_match", []), RFT)
+
+
+def test_settings_reach_the_loss() -> None:
+    margin = make_objective("choice", None, ["acc"], choice_loss="margin", margin=2.5)
+    assert loss_of(margin) == ChoiceLoss("margin", margin=2.5)
+    smooth = make_objective("choice", None, ["acc"], label_smoothing=0.1)
+    assert loss_of(smooth) == ChoiceLoss(label_smoothing=0.1)
+    assert loss_of(LM()) is None
 
 
 def naive_loss(scores: np.ndarray, gold: tuple[int, ...], loss: ChoiceLoss) -> float:
