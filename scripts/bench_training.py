@@ -16,6 +16,7 @@ The last line is the result as JSON.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -353,25 +354,31 @@ def whole_protocol(depth: int, docs: int, layers: int, mid: dict[str, float]) ->
 
 
 def growth(rounds: int) -> dict[str, list[list[float]]]:
-    """Engine seconds against the number of layers, documents and context tokens (pythia-70m shape)."""
+    """By the number of layers, documents and context tokens: that number, engine and plain seconds."""
     config = SHAPES["pythia-70m"]
     model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
     backbone = find_backbone(model)
     engine = Trajectory(model, backbone, Choice("acc"), packed=True)
     draw = np.random.default_rng(0)
 
-    def seconds(layers: int, docs: int, context: int) -> float:
+    def seconds(layers: int, docs: int, context: int) -> list[float]:
         ids = [tuple(int(i) for i in draw.integers(10, 50000, context)) for _ in range(docs)]
         tails = [tuple(int(i) for i in draw.integers(10, 50000, 17)) for _ in range(4)]
         made = [Document(tuple((c, t) for t in tails), (0,), (1.0,) * 4) for c in ids]
         group = at_zero(range(layers), backbone)
-        work = [timed(lambda: engine.train(group, [[d] for d in made], nothing))[0] for _ in range(rounds)]
-        return round(statistics.median(work), 3)
+
+        def plain() -> None:
+            for layer, document in itertools.product(range(layers), made):
+                naive_step(model, backbone, layer, document)
+
+        sides = (lambda: engine.train(group, [[d] for d in made], nothing), plain)
+        times = [[timed(side)[0] for side in sides] for _ in range(rounds)]
+        return [round(statistics.median(values), 3) for values in zip(*times, strict=True)]
 
     return {
-        "layers": [[n, seconds(n, 2, 64)] for n in (1, 2, 4, 6)],
-        "documents": [[n, seconds(2, n, 64)] for n in (1, 2, 4, 8)],
-        "context": [[n, seconds(2, 1, n)] for n in (64, 256, 1024)],
+        "layers": [[n, *seconds(n, 2, 64)] for n in (1, 2, 4, 6)],
+        "documents": [[n, *seconds(2, n, 64)] for n in (1, 2, 4, 8)],
+        "context": [[n, *seconds(2, 1, n)] for n in (64, 256, 1024)],
     }
 
 
@@ -423,10 +430,13 @@ def measure_memory(case: Case, side: str) -> int:
 @click.command()
 @click.option("--quick", is_flag=True, help="One small case, under a minute.")
 @click.option("--rounds", default=5, show_default=True, help="Interleaved rounds per case.")
-@click.option("--only", help="Only the cases whose name contains this.")
+@click.option("--only", help="Only the case of this name, or those whose name contains this.")
+@click.option("--growth", "growing", is_flag=True, help="Only growth with layers, documents and context.")
 @click.option("--memory-of", hidden=True)
 @click.option("--side", hidden=True)
-def main(quick: bool, rounds: int, only: str | None, memory_of: str | None, side: str | None) -> None:
+def main(
+    quick: bool, rounds: int, only: str | None, growing: bool, memory_of: str | None, side: str | None
+) -> None:
     """Time the training engine against the plain loop."""
     quiet_libraries()
     by_name = {case.name: case for case in CASES}
@@ -437,15 +447,18 @@ def main(quick: bool, rounds: int, only: str | None, memory_of: str | None, side
         small = replace(CASES[0], documents=1, layers=2)
         print(json.dumps({"cases": [measure(small, 2, bf16=False)]}))
         return
+    if growing:
+        print(json.dumps({"growth": growth(rounds)}))
+        return
+    chosen = CASES
+    if only is not None:
+        chosen = [by_name[only]] if only in by_name else [case for case in CASES if only in case.name]
     cases = []
-    for case in CASES:
-        if only is None or only in case.name:
-            cases.append(measure(case, rounds, bf16=True))
-            print(json.dumps(cases[-1], indent=1), flush=True)
-    peaks = [
-        memory(case) for case in CASES if (only is None or only in case.name) and case.shape != "qwen2-0.5b"
-    ]
-    print(json.dumps({"cases": cases, "memory": peaks, "growth": growth(3)}))
+    for case in chosen:
+        cases.append(measure(case, rounds, bf16=True))
+        print(json.dumps(cases[-1], indent=1), flush=True)
+    result = {"cases": cases, "memory": [memory(case) for case in chosen if case.shape != "qwen2-0.5b"]}
+    print(json.dumps(result if only is not None else result | {"growth": growth(rounds)}))
 
 
 if __name__ == "__main__":
