@@ -175,6 +175,26 @@ def test_verdict_is_p_and_direction_alone() -> None:
     assert stats.verdict(0.049, -0.001) == "worse"
     assert stats.verdict(0.049, -0.001, higher_is_better=False) == "better"
     assert stats.verdict(0.05, 0.5) == "no detectable difference"
+    assert stats.verdict(0.001, 1.0) == "better"
+    assert stats.verdict(0.001, 0.0) == "no detectable difference"
+    assert stats.verdict(0.001, 0.0, higher_is_better=False) == "no detectable difference"
+
+
+@pytest.mark.parametrize(
+    ("n", "discordance", "difference"),
+    [(0, 0.5, 0.1), (10, 0.0, 0.0), (10, 1.1, 0.5), (10, -0.1, 0.0), (10, 0.2, 0.3), (10, 0.2, -0.3)],
+)
+def test_power_of_what_cannot_be(n: int, discordance: float, difference: float) -> None:
+    with pytest.raises(
+        ValueError, match=r"power needs n >= 1 and \|difference\| <= discordance, both shares"
+    ):
+        stats.mcnemar_power(n, discordance, difference)
+
+
+def test_power_at_the_ends_of_what_can_be() -> None:
+    assert stats.mcnemar_power(1, 0.5, 0.5) == 0.0
+    assert stats.mcnemar_power(20, 0.2, 0.2) > 0
+    assert stats.mcnemar_power(20, 0.2, -0.2) == pytest.approx(stats.mcnemar_power(20, 0.2, 0.2))
 
 
 @cache
