@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
 import shutil
-import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
@@ -29,21 +26,12 @@ from lm_eval_aft.reporting.render import write_report
 from lm_eval_aft.reporting.report import compare
 from lm_eval_aft.study import read_study
 from tests.result_folders import steered_by, write_results
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-vectors = script("fuzz_vectors")
+vectors = load_script("fuzz_vectors")
 
 
 def sizes(few: int, some: int, many: int) -> Any:

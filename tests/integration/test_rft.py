@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,7 +28,8 @@ from lm_eval_aft.training import events as events_module
 from lm_eval_aft.training import rft as rft_module
 from lm_eval_aft.training.sampling import Sampler
 from lm_eval_aft.training.solutions import Marker, Standing, read_solutions
-from tests.integration.test_train import LAUNCH, events
+from tests.integration.test_train import events
+from tests.support.processes import by_one_and_by_two
 
 # A random model says "cat" now and then.
 WORDS_YAML = """\
@@ -340,18 +340,7 @@ def test_two_processes_find_the_same_vector_as_one(
         *("--protocol", "maximum", "--layers", "1-2", "--train-docs", "16", "--selection-docs", "16"),
         *("--epochs", "2", "--seeds", "2", "--lr", "0.1", "--batch-size", "4", "--device", "cpu"),
     ]
-    for name, launcher in (("one", [sys.executable]), ("two", LAUNCH)):
-        done = subprocess.run(
-            [*launcher, "-m", "lm_eval_aft.cli.train", *arguments, "--output", str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (load_vector(tmp_path / name) for name in ("one", "two"))
-    assert (one.metadata["processes"], two.metadata["processes"]) == (1, 2)
-    assert two.digest() == one.digest()
+    one, two = by_one_and_by_two(arguments, tmp_path)
     assert two.metadata["rft"] == one.metadata["rft"]
     for name in ("rft-round-1.jsonl", "rft-selection-1.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from lm_eval_aft.training.fit import Candidate, Recipe
 from lm_eval_aft.training.objectives import Score
 from lm_eval_aft.training.protocols import parse_layers
 from lm_eval_aft.training.train import cost
+from tests.support.processes import by_one_and_by_two
 
 # Every layer and seed to the end: no search, no retries.
 RECIPE = {
@@ -369,13 +369,6 @@ def test_controls_run_through(lm: AFTLM, settings: dict[str, Any]) -> None:
     assert train_vector(lm, "toy_generate", control="format", **settings).vector
 
 
-# On a machine without GPUs this starts two processes that compute on the CPU.
-LAUNCH = [
-    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["adaptive", "maximum"])
 def test_two_processes_find_the_same_vector_as_one(
@@ -387,22 +380,7 @@ def test_two_processes_find_the_same_vector_as_one(
         *("--protocol", protocol, "--train-docs", "20", "--selection-docs", "20", "--epochs", "3"),
         *("--seeds", "2", "--lr", "1e-3,3e-2", "--batch-size", "4", "--device", "cpu"),
     ]
-    commands = {
-        "one": [sys.executable, "-m", "lm_eval_aft.cli.train"],
-        "two": [*LAUNCH, "-m", "lm_eval_aft.cli.train"],
-    }
-    for name, command in commands.items():
-        done = subprocess.run(
-            [*command, *arguments, "--output", str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (load_vector(tmp_path / name) for name in ("one", "two"))
-    assert (one.metadata["processes"], two.metadata["processes"]) == (1, 2)
-    assert two.digest() == one.digest()
+    one, two = by_one_and_by_two(arguments, tmp_path)
     assert two.metadata["selection"]["layers"] == one.metadata["selection"]["layers"]
     # One ledger, written once: the same epochs, in an order that does not matter.
     lines = [

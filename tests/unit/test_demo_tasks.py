@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import random
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("aft_demo_choice", "aft_demo_math")
@@ -31,15 +31,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def corpus() -> ModuleType:
-    """The generator, loaded from the scripts folder under a name of its own."""
-    name = "aft_demo_corpus"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "demo_corpus.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("demo_corpus")
 
 
 def instances(task: Any) -> list[Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,20 +9,14 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
+from tests.support.scripts import load_script
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "method_study.py"
 
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    """The study, loaded from the scripts folder under a name of its own."""
-    name = "aft_method_study"
-    spec = importlib.util.spec_from_file_location(name, SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("method_study")
 
 
 def test_over_draws_it_is_the_t_interval(study: ModuleType) -> None:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from tests.support.scripts import load_script
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / "selection_noise.py"
-    spec = importlib.util.spec_from_file_location("selection_noise", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["selection_noise"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("selection_noise")
 
 
 def test_more_in_common_leaves_less_to_choose(script: ModuleType) -> None:
