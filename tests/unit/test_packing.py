@@ -200,24 +200,29 @@ def test_token_logprobs_and_their_gradient(dtype: torch.dtype) -> None:
     assert torch.allclose(ours.grad, autograd.grad, atol=tolerance, rtol=0)
 
 
-def test_gradients_too_small_to_matter_are_dropped_and_no_others() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_gradients_too_small_to_matter_are_dropped_and_no_others(scale: float) -> None:
+    """Too small is meant relative to the largest one."""
     batch = make_batch([ONE], True, CPU, torch.float32)
     logits = torch.zeros(2, 64, requires_grad=True)
-    (token_logprobs(logits, batch) * torch.tensor([1.0, 1e-13])).sum().backward()
+    (token_logprobs(logits, batch) * torch.tensor([scale, 1e-13 * scale])).sum().backward()
     assert logits.grad is not None
-    assert logits.grad[0].abs().max() > 0.5
+    assert logits.grad[0].abs().max() > 0.5 * scale
     assert logits.grad[1].abs().max() == 0
     logits.grad = None
-    (token_logprobs(logits, batch) * torch.tensor([1.0, 1e-11])).sum().backward()
-    assert float(logits.grad[1].abs().max()) == pytest.approx(1e-11, rel=0.05)
+    (token_logprobs(logits, batch) * torch.tensor([scale, 1e-11 * scale])).sum().backward()
+    assert float(logits.grad[1].abs().max()) == pytest.approx(1e-11 * scale, rel=0.05)
 
 
 def test_option_logprobs_sum_each_options_tokens() -> None:
     batch = make_batch([THREE, ONE], True, CPU, torch.float32)
-    logits = torch.randn(len(batch.scored), 64, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(len(batch.scored), 64, generator=draw, dtype=torch.float64)
     each = token_logprobs(logits, batch)
     wanted = [each[:3].sum(), each[3], each[4:6].sum(), each[6:].sum()]
-    assert torch.allclose(option_logprobs(logits, batch), torch.stack(wanted), atol=1e-6)
+    found = option_logprobs(logits, batch)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, torch.stack(wanted), atol=1e-14)
 
 
 @torch.no_grad()
