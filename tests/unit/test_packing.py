@@ -109,6 +109,13 @@ def test_the_mask_has_the_models_dtype(dtype: torch.dtype) -> None:
     assert float(mask.min()) == torch.finfo(dtype).min
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_lies_on_the_device_asked_for(packed: bool) -> None:
+    batch = make_batch([THREE, ONE], packed, torch.device("meta"), torch.float32)
+    tensors = [*batch.inputs.values(), batch.scored, batch.targets, batch.source, batch.option]
+    assert {tensor.device.type for tensor in (*tensors, batch.document, batch.roles)} == {"meta"}
+
+
 def by_hand(model: nn.Module, documents: list[Document]) -> list[float]:
     """Each option's log-likelihood from a plain pass of its own."""
     found = []
