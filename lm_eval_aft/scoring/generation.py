@@ -73,6 +73,7 @@ def continuations(
             order = order[len(group) :]
             run = partial(_group, scorer, group, prefix, heads, most, eos, stops, watch)
             yield from scorer.retrying(run)
+    scorer.release()
 
 
 def _group(
@@ -86,7 +87,9 @@ def _group(
     watch: Watch | None,
 ) -> list[tuple[int, list[int]]]:
     columns = len(group[0].context)
-    slots = Slots(len(group), columns + most)
+    slots = scorer.slots(len(group), columns + most)
+    for r, question in enumerate(group):
+        slots.clear(r, len(question.context), columns)  # hidden, but NaN would show
     if heads:
         slots.load(heads[0])
     for step in context_steps(group, prefix, scorer.budget.tokens, scorer.device):

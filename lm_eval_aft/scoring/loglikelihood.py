@@ -99,7 +99,7 @@ class Scorer:
             group = self.take(order)
             order = order[len(group) :]
             yield self.retrying(partial(self._group, group, prefix, heads))
-        self._slots = [None] * 2
+        self.release()
 
     def plain(
         self, requests: Sequence[tuple[int, Request]], states: Sequence[int] = ()
@@ -159,6 +159,17 @@ class Scorer:
             found.append(mine.prefix(len(tokens)))
         return found
 
+    def slots(self, rows: int, columns: int, which: int = 0) -> Slots:
+        """Keys and values of so many rows and columns, in the memory of those before where it is enough."""
+        have = self._slots[which]
+        if have is None or not have.lay_out(rows, columns):
+            have = self._slots[which] = Slots(rows, columns)
+        return have
+
+    def release(self) -> None:
+        """Free the memory of keys and values."""
+        self._slots = [None] * 2
+
     def _group(self, group: Sequence[Question], prefix: int, heads: Sequence[Any]) -> list[Answers]:
         columns = max(len(question.context) for question in group)
         widest = max(len(question.tokens) for question in group)
@@ -169,9 +180,7 @@ class Scorer:
             *tree_steps(rows, columns, self.budget.scored, self.device, self.dtype),
         ]
         for i in range(2 if self.vectors else 1):
-            have = self._slots[i]
-            if have is None or not have.fits(len(rows), columns + widest):
-                self._slots[i] = Slots(len(rows), columns + widest)
+            self.slots(len(rows), columns + widest, i)
         return self._run(steps, self._slots, range(len(self.vectors)), heads)
 
     def _run(
@@ -243,6 +252,6 @@ class Scorer:
                 if self.budget.tokens <= 64:
                     raise
             self.budget = self.budget.halved()
-            self._slots = [None] * 2
+            self.release()
             torch.cuda.empty_cache()
             logger.warning("Out of memory: scoring goes on with %d tokens a pass.", self.budget.tokens)

@@ -20,13 +20,15 @@ class Slots(DynamicCache):
 
     Unlike transformers' own caches it is told before each pass which rows and columns the pass
     fills (`open`); the pass then sees columns 0 up to those. Columns it must not see are for the
-    attention mask to hide. Buffers start as zeros, so hidden columns never hold NaN.
+    attention mask to hide. Buffers start as zeros, so columns never filled hold no NaN.
     """
 
     def __init__(self, rows: int, capacity: int) -> None:
         super().__init__()
         self.rows = rows
         self.capacity = capacity
+        self._room = rows * capacity
+        self._flat: dict[int, tuple[Tensor, Tensor]] = {}
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._at: Rows = slice(0, 0)
         self._start = 0
@@ -39,9 +41,24 @@ class Slots(DynamicCache):
         """
         self._at, self._start, self._stop_after = at, start, stop_after
 
-    def fits(self, rows: int, capacity: int) -> bool:
-        """Whether the buffers hold that many rows and columns."""
-        return rows <= self.rows and capacity <= self.capacity
+    def lay_out(self, rows: int, capacity: int) -> bool:
+        """Use the same memory for that many rows and columns, whose contents are whatever was there.
+
+        False where there is too little of it; then nothing has changed.
+        """
+        if rows * capacity > self._room:
+            return False
+        self.rows, self.capacity = rows, capacity
+        for block, (keys, values) in self._buffers.items():
+            flat = self._flat[block]
+            self._buffers[block] = (self._view(flat[0], keys), self._view(flat[1], values))
+        return True
+
+    def clear(self, row: int, start: int, end: int) -> None:
+        """Zero a row's columns from ``start`` up to ``end``."""
+        for keys, values in self._buffers.values():
+            keys[row, :, start:end] = 0
+            values[row, :, start:end] = 0
 
     def prefix(self, length: int) -> dict[int, tuple[Tensor, Tensor]]:
         """A copy of row 0's first ``length`` columns, by block."""
@@ -66,11 +83,17 @@ class Slots(DynamicCache):
     def _buffer(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if block not in self._buffers:
             k, v = (
-                torch.zeros(self.rows, t.shape[1], self.capacity, t.shape[3], dtype=t.dtype, device=t.device)
+                torch.zeros(self._room * t.shape[1] * t.shape[3], dtype=t.dtype, device=t.device)
                 for t in (keys, values)
             )
-            self._buffers[block] = (k, v)
+            self._flat[block] = (k, v)
+            self._buffers[block] = (self._view(k, keys), self._view(v, values))
         return self._buffers[block]
+
+    def _view(self, flat: Tensor, like: Tensor) -> Tensor:
+        """Shape (rows, heads, capacity, width), heads and width as of ``like``."""
+        shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
+        return flat[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
 
     # What the model's own code calls:
 

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -145,9 +146,13 @@ class Texts:
         # As far back as stock looks, for a stop string in other tokens than its own.
         back = 2 + max(len(tokenizer.encode(stop, add_special_tokens=False)) for stop in settings.until)
 
-        def stops(tokens: list[int]) -> bool:
-            text = tokenizer.decode(tokens[-back:])
+        @lru_cache(maxsize=1 << 16)  # small models repeat themselves, and decoding takes longer than looking
+        def holds_stop(tokens: tuple[int, ...]) -> bool:
+            text = tokenizer.decode(tokens)
             return any(stop in text for stop in settings.until)
+
+        def stops(tokens: list[int]) -> bool:
+            return holds_stop(tuple(tokens[-back:]))
 
         eos = self.lm.model.generation_config.eos_token_id
         ends = set(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])

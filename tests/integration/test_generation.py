@@ -12,6 +12,8 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_aft import SteeringVector
 from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.scoring.loglikelihood import Budget
+from lm_eval_aft.scoring.slots import Slots
 from tests.conftest import FAMILIES, WORDS, tiny_model, tiny_tokenizer
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "batch_size": 1, "tokenizer": tiny_tokenizer()}
@@ -87,6 +89,31 @@ def test_rows_end_by_themselves(most: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [0, written[-1]])
     fast, slow = both(lm, contexts)
     assert fast == slow
+
+
+@pytest.mark.parametrize("prefix", ["", " ".join(WORDS[:20]) + " "], ids=["apart", "shared prefix"])
+def test_groups_use_the_same_memory_and_nothing_of_it_shows(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One group's keys and values lie where another's lay, were these NaN even."""
+    laid_out = []
+
+    def poisoned(slots: Slots, rows: int, columns: int) -> bool:
+        done = lay_out(slots, rows, columns)
+        for buffers in slots._flat.values():
+            for buffer in buffers if done else ():
+                buffer.fill_(float("nan"))
+        laid_out.append(done)
+        return done
+
+    lay_out = Slots.lay_out
+    monkeypatch.setattr(Slots, "lay_out", poisoned)
+    monkeypatch.setattr(Budget, "of", lambda _device: Budget(64, 64, 80_000))
+    lm = fresh("llama")
+    fast, slow = both(lm, prompts(12, prefix))
+    assert fast == slow
+    assert laid_out.count(True) >= 2
+    assert path(lm).startswith("generated in shared batches (100")
 
 
 def test_long_prompts_are_cut_as_stock_cuts_them() -> None:
