@@ -109,6 +109,9 @@ def page(found: Results, picture: bool) -> str:
         parts += ["## Growth of a training step", GROWTH, "![Growth](growth.png)"]
     commands = [[f"`{r['command']}`", r["date"], r["commit"], f"{r['minutes']:g}"] for r in found.values()]
     parts += ["## Commands", *table(["command", "date", "commit", "minutes"], commands)]
+    missing = [name for name in pieces() if name not in found]
+    if missing:
+        parts.append("Not run so far: " + "; ".join(missing) + ".")
     return "\n\n".join(parts) + "\n"
 
 
