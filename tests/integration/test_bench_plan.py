@@ -57,6 +57,7 @@ def models_of(study: str) -> list[str]:
     return [entry.pretrained for entry in read_bench(STUDIES / f"{study}.yaml").models]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "study",
     # Each lays out every model it names; one of each kind in the slow tier.
