@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.reporting.comparison import PairedComparison, compare_paired
 from lm_eval_aft.reporting.results import Run, TaskRun
 from lm_eval_aft.reporting.samples import Sample, mean_metrics
 from lm_eval_aft.reporting.settings import differing
-from lm_eval_aft.reporting.stats import PairedComparison, compare_paired
 
 # Where a task reports several metrics, the verdict is on the first of these that it has.
 PRIMARY_METRICS = ("acc_norm", "acc", "exact_match")

@@ -95,10 +95,7 @@ def _group(
     for step in context_steps(group, prefix, scorer.budget.tokens, scorer.device):
         scorer.logits(step, slots)
     lengths = torch.tensor([len(question.context) for question in group], device=scorer.device)
-    column = torch.arange(columns + most, device=scorer.device)
-    hidden = (column >= lengths[:, None]) & (column < columns)
-    mask = torch.zeros(hidden.shape, dtype=scorer.dtype, device=scorer.device)
-    mask = mask.masked_fill_(hidden, torch.finfo(scorer.dtype).min)[:, None, None]
+    mask = _hiding(lengths, columns, columns + most, scorer.dtype)
     rows = [Row(question) for question in group]
     last = torch.tensor([question.tokens for question in group], device=scorer.device)
     found = []
@@ -127,6 +124,14 @@ def _group(
         if not rows:
             break
     return found
+
+
+def _hiding(lengths: Tensor, columns: int, capacity: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (rows, 1, 1, capacity) of the columns between each context's end and ``columns``."""
+    column = torch.arange(capacity, device=lengths.device)
+    hidden = (column >= lengths[:, None]) & (column < columns)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
 
 
 def _next(

@@ -159,8 +159,7 @@ def run_sweep(
         events = Events(bar, folder, settings, log, saved, asked)
         starts = _starts(prepared, train, selection)
         sweep = Sweep(
-            *(engine, plan.protocol, layers, plan.seeds(), train, selection),
-            *(starts, events, workers, saved),
+            engine, plan.protocol, layers, plan.seeds(), train, selection, starts, events, workers, saved
         )
         baseline = sweep.baseline()
         if log and log.lines == 1:
@@ -169,7 +168,7 @@ def run_sweep(
         calibration = _calibrate(prepared, engine, found, selection, events) if workers.leads else None
         calibration = workers.agree(calibration)
     if screened:
-        _check_screen(screened, plan.screen, found)
+        _judge_screen(screened, plan.screen, found)
     seconds = time.monotonic() - started
     drawn = len(train[plan.first_seed])
     metadata = training_metadata(prepared, found, identity, engine_name, seconds, drawn, screened)
@@ -253,7 +252,7 @@ def _screen(
     return (order if screen == "order" else sorted(order[: int(screen)])), said
 
 
-def _check_screen(said: dict[str, Any], screen: str, found: SweepResult) -> None:
+def _judge_screen(said: dict[str, Any], screen: str, found: SweepResult) -> None:
     """Add how well its order agrees with what the sweep found, where all of it was swept."""
     if screen == "order":
         changes = {result.layer: result.change for result in found.layers}

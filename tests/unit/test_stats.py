@@ -16,6 +16,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from lm_eval_aft.reporting import stats
+from lm_eval_aft.reporting.comparison import compare_paired
 
 counts = st.integers(0, 400)
 shares = st.floats(0, 1, allow_nan=False)
@@ -123,9 +124,9 @@ def test_clusters_are_used_only_when_many_and_small() -> None:
     assert stats.usable_clusters([0] * 49 + list(range(1, 952)))
     assert not stats.usable_clusters([None, *range(1000)])
     d = [1.0] * 200 + [0.0] * 800
-    clustered = stats.compare_paired([0.0] * 1000, d, [i // 10 for i in range(1000)])
+    clustered = compare_paired([0.0] * 1000, d, [i // 10 for i in range(1000)])
     assert (clustered.clusters, clustered.test) == (100, "sign-flip over clusters")
-    assert clustered.p_value > stats.compare_paired([0.0] * 1000, d).p_value
+    assert clustered.p_value > compare_paired([0.0] * 1000, d).p_value
 
 
 @pytest.mark.parametrize(
@@ -155,17 +156,17 @@ def test_minimum_detectable_effect_where_there_is_none() -> None:
 
 def test_nothing_and_one_document() -> None:
     with pytest.raises(ValueError, match="nothing to compare"):
-        stats.compare_paired([], [])
+        compare_paired([], [])
     with pytest.raises(ValueError, match="cannot be paired"):
-        stats.compare_paired([1.0], [1.0, 0.0])
+        compare_paired([1.0], [1.0, 0.0])
     with pytest.raises(ValueError, match="finite"):
-        stats.compare_paired([math.nan], [1.0])
+        compare_paired([math.nan], [1.0])
     with pytest.raises(ValueError, match="cannot be"):
         stats.bonett_price_interval(3, 3, 5)
-    one = stats.compare_paired([0.0], [1.0])
+    one = compare_paired([0.0], [1.0])
     assert (one.n, one.low, one.high, one.p_value, one.mde) == (1, None, None, 1.0, None)
     assert one.baseline_stderr is None
-    half = stats.compare_paired([0.25], [0.5])
+    half = compare_paired([0.25], [0.5])
     assert (half.low, half.high, half.p_value) == (None, None, 1.0)
     assert stats.cluster_interval([0.5, 0.5], ["a", "a"]) is None
 
@@ -271,10 +272,10 @@ def test_false_positives_of_the_other_tests() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
 def test_compare_paired_counts(pairs: list[tuple[bool, bool]]) -> None:
     before, after = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
-    found = stats.compare_paired(before, after)
+    found = compare_paired(before, after)
     assert found.wins - found.losses == pytest.approx(found.difference * found.n)
     assert found.p_value == stats.mcnemar_exact(found.wins, found.losses)
-    turned = stats.compare_paired(after, before)
+    turned = compare_paired(after, before)
     assert (turned.wins, turned.losses, turned.p_value) == (found.losses, found.wins, found.p_value)
 
 
@@ -294,7 +295,7 @@ def test_standard_errors_are_those_of_scipy(n: int) -> None:
 
 def test_every_figure_of_a_binary_comparison_is_what_its_name_says() -> None:
     before, after = scores(300, 1, binary=True)
-    found = stats.compare_paired(list(before), list(after), seed=3)
+    found = compare_paired(list(before), list(after), seed=3)
     wins, losses = int(((after == 1) & (before == 0)).sum()), int(((after == 0) & (before == 1)).sum())
     assert 0 < wins != losses > 0
     assert (found.n, found.wins, found.losses, found.clusters) == (300, wins, losses, None)
@@ -318,7 +319,7 @@ def test_every_figure_of_a_graded_comparison_is_what_its_name_says(half: str) ->
     elif half == "after":
         before = np.round(np.clip(before, 0, 1))
         after += before.mean() - after.mean() + 0.1
-    found = stats.compare_paired(list(before), list(after), seed=3)
+    found = compare_paired(list(before), list(after), seed=3)
     assert (found.low, found.high) == stats.bootstrap_interval(after - before, seed=3)
     assert (found.low, found.high) != stats.bootstrap_interval(after - before)
     assert found.p_value == stats.sign_flip_test(after - before, 3)
@@ -326,7 +327,7 @@ def test_every_figure_of_a_graded_comparison_is_what_its_name_says(half: str) ->
     assert (found.mde, found.clusters) == (None, None)
     assert found.baseline_stderr == pytest.approx(scipy.stats.sem(before))
     assert (found.test, found.interval) == ("sign-flip over documents", "paired bootstrap")
-    default = stats.compare_paired(list(before), list(after))
+    default = compare_paired(list(before), list(after))
     assert default.p_value == stats.sign_flip_test(after - before, 0)
 
 
@@ -334,14 +335,14 @@ def test_every_figure_of_a_graded_comparison_is_what_its_name_says(half: str) ->
 def test_every_figure_of_a_clustered_comparison_is_what_its_name_says(binary: bool) -> None:
     before, after = scores(300, 4, binary)
     names = [f"story {i // 3}" for i in range(300)]
-    found = stats.compare_paired(list(before), list(after), names, seed=3)
+    found = compare_paired(list(before), list(after), names, seed=3)
     sums = (after - before).reshape(100, 3).sum(axis=1)
     assert found.clusters == 100
     assert found.p_value == stats.sign_flip_test(sums, 3) != stats.sign_flip_test(sums)
     assert (found.low, found.high) == stats.cluster_interval(after - before, names)
     assert found.mde is None
     assert (found.test, found.interval) == ("sign-flip over clusters", "cluster-robust t")
-    few = stats.compare_paired(list(before), list(after), ["one"] * 300)
+    few = compare_paired(list(before), list(after), ["one"] * 300)
     assert few.clusters is None
 
 
@@ -382,9 +383,9 @@ def test_bounds_of_what_can_be() -> None:
     with pytest.raises(ValueError, match="^a proportion of nothing has no interval$"):
         stats.wilson_interval(0, 0)
     with pytest.raises(ValueError, match="^there is nothing to compare$"):
-        stats.compare_paired([], [])
+        compare_paired([], [])
     with pytest.raises(ValueError, match="^scores must be finite numbers$"):
-        stats.compare_paired([math.nan], [1.0])
+        compare_paired([math.nan], [1.0])
     # Everything discordant: nothing is left to chance but who wins.
     assert stats.mcnemar_power(10, 1.0, 1.0) == pytest.approx(1.0)
     reject = sum(math.comb(10, k) * 0.8**k * 0.2 ** (10 - k) for k in (0, 1, 9, 10))
