@@ -41,8 +41,7 @@ def pieces() -> dict[str, list[str]]:
     }
     found["training growth"] = ["bench_training.py", "--growth"]
     for shape in SHAPES:
-        rounds = "5" if shape == "pythia-70m" else "3"
-        found[f"scoring {shape}"] = ["bench_scoring.py", "--shapes", shape, "--rounds", rounds]
+        found[f"scoring {shape}"] = ["bench_scoring.py", "--shapes", shape, "--rounds", "5"]
     found["generation"] = ["bench_scoring.py", "--tasks", "--generation", "40", "--rounds", "5"]
     found["export"] = ["bench_export.py"]
     found["plan"] = ["bench_plan.py", "--check"]
