@@ -22,7 +22,6 @@ from lm_eval_aft.reporting.render import to_html, to_markdown
 from lm_eval_aft.reporting.report import compare
 from lm_eval_aft.routing import Routing
 from lm_eval_aft.runs import plan_runs, vector_label
-from lm_eval_aft.steering import RowSteering
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.integration.test_scoring import questions, words
 
@@ -100,34 +99,6 @@ def test_a_mixed_batch_equals_runs_of_each_vector(family: str, kind: str, fast: 
     if fast and family == "llama":
         shared = "generated in shared batches" if kind == "generate_until" else "packed"
         assert info["scoring_path"].startswith(f"{shared} (100.0%")
-
-
-def test_rows_of_several_vectors_share_a_pass_and_equal_a_pass_of_one_bit_for_bit() -> None:
-    from lm_eval_aft.backbone import find_backbone
-    from lm_eval_aft.steering import add_all
-
-    model = tiny_model("llama")
-    backbone = find_backbone(model)
-    shifts = [{1: torch.randn(32)}, {0: torch.randn(32), 3: torch.randn(32)}, {2: torch.randn(32)}]
-    ids = torch.randint(5, 60, (4, 9))
-    rows = RowSteering(backbone, shifts)
-    with torch.no_grad():
-        with rows.chosen([2, 0, 3, 1]):
-            mixed_pass = model(ids).logits
-        with rows.chosen([1, 2]), pytest.raises(AFTError, match="2 rows"):
-            model(ids)
-        with rows.chosen(2):
-            whole = model(ids).logits
-        unsteered = model(ids).logits
-        rows.remove()
-        assert torch.equal(unsteered, model(ids).logits)
-        for row, state in enumerate([2, 0, 3, 1]):
-            handle = add_all(backbone, shifts[state - 1] if state else {})
-            one = model(ids).logits  # the same batch, all of it under one vector
-            handle.remove()
-            assert torch.equal(mixed_pass[row], one[row])
-            if state == 2:
-                assert torch.equal(whole, one)
 
 
 def test_a_prefix_in_common_is_read_once_for_each_vector(tmp_path: Path) -> None:

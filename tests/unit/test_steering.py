@@ -9,6 +9,7 @@ import torch
 
 from lm_eval_aft import AFTError, SteeringVector, attach
 from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.steering import add_at
 from tests.conftest import FAMILIES, tiny_model
 
 IDS = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -91,6 +92,79 @@ def test_coefficient_zero_sets_no_hook() -> None:
     model = tiny_model("llama")
     with SteeringVector({0: torch.randn(32)}).applied_to(model, coefficient=0):
         assert not find_backbone(model).blocks[0]._forward_hooks
+
+
+def test_a_model_moved_under_a_vector_keeps_being_steered() -> None:
+    model = tiny_model("llama")
+    vector = SteeringVector({0: torch.randn(32)})
+    with vector.applied_to(model):
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            model.to(dtype)
+            steered = block_inputs(model)[1]
+            assert steered.dtype == dtype
+    assert torch.equal(steered, block_inputs(model)[1] + vector.layers[0])
+
+
+def test_gradients_reach_the_vector_in_the_dtype_it_has() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16).requires_grad_(False)
+    before = block_inputs(model)[2]
+    vector = torch.randn(32, requires_grad=True)
+    handle = add_at(find_backbone(model).blocks[1], vector)
+    after = block_inputs(model)[2]
+    assert after.dtype == torch.bfloat16
+    assert torch.equal(after, before + vector.to(torch.bfloat16))
+    model(IDS).logits.float().square().sum().backward()
+    handle.remove()
+    assert vector.grad is not None
+    assert vector.grad.dtype == torch.float32
+    assert vector.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("learns", [False, True, None])
+def test_what_else_a_block_returns_stays(kind: type, learns: bool | None) -> None:
+    block = torch.nn.Identity()
+    shift = (lambda hidden: hidden + 1) if learns is None else torch.ones(32).requires_grad_(learns)
+    handle = add_at(block, shift)
+    output = block(kind([torch.zeros(2, 3, 32), "second", "third"]))
+    handle.remove()
+    assert type(output) is kind
+    assert output[1:] == kind(["second", "third"])
+    assert torch.equal(output[0], torch.ones(2, 3, 32))
+
+
+def test_a_block_without_hidden_states_is_refused() -> None:
+    block = torch.nn.Identity()
+    add_at(block, torch.ones(32))
+    with pytest.raises(AFTError, match="returned dict, not a tensor of hidden states"):
+        block({"hidden": torch.zeros(2, 3, 32)})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_positions_are_told_from_the_models_own_inputs(padded: bool) -> None:
+    model = tiny_model("llama")
+    vector = SteeringVector({1: torch.randn(32)}, positions="last")
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0 if padded else 1
+    mask[1, 8:] = 0 if padded else 1
+    last = [11, 7 if padded else 11]
+    found: list[torch.Tensor] = []
+    block = find_backbone(model).blocks[2]
+    watch = block.register_forward_pre_hook(lambda _m, args: found.append(args[0]))
+    with torch.no_grad():
+        model(IDS, attention_mask=mask)
+        handle = attach(model, vector)
+        model(IDS, attention_mask=mask)
+        handle.remove()
+        model(IDS, attention_mask=mask)
+    watch.remove()
+    before, steered, after = found
+    assert torch.equal(before, after)
+    assert not model._forward_pre_hooks
+    expected = before.clone()
+    for row, token in enumerate(last):
+        expected[row, token] += vector.layers[1]
+    assert torch.equal(steered, expected)
 
 
 def test_peft_wrapped_model() -> None:
