@@ -281,3 +281,28 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
 def test_a_metric_means_nothing_to_lm() -> None:
     with pytest.raises(AFTError, match="--metric means nothing to the objective 'lm'"):
         make_objective("lm", "both", [])
+
+
+def test_every_option_that_does_not_fit_is_named_and_what_to_do_said() -> None:
+    with pytest.raises(AFTError) as found:
+        make_objective("rft", None, [], choice_loss="margin", margin=2.0, label_smoothing=0.1)
+    text = str(found.value)
+    assert "--choice-loss, --margin, --label-smoothing means nothing to the objective 'rft'" in text
+    assert "Leave it out, or train on a multiple-choice task." in text
+    with pytest.raises(AFTError, match="Use choice, lm or rft"):
+        make_objective("magic", None, [])
+    with pytest.raises(AFTError, match="Use one of: acc, acc_norm, both"):
+        Choice("f1")
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm", "both"])
+def test_double_precision_stays_double(metric: str) -> None:
+    logits, batch = logits_and_batch()
+    loss = Choice(metric).losses(logits, batch)
+    assert loss.dtype == torch.float64
+    parts = [metric] if metric != "both" else ["acc", "acc_norm"]
+    expected = [
+        [-np.log(np.exp(row)[list(gold)].sum() / np.exp(row).sum()) for row, gold in by_hand(m)]
+        for m in parts
+    ]
+    assert loss.numpy() == pytest.approx(np.mean(expected, axis=0), abs=1e-12)
