@@ -306,3 +306,17 @@ def test_double_precision_stays_double(metric: str) -> None:
         for m in parts
     ]
     assert loss.numpy() == pytest.approx(np.mean(expected, axis=0), abs=1e-12)
+
+
+@pytest.mark.parametrize("objective", [Choice("acc"), Choice("acc_norm"), Choice("both"), LM()])
+def test_losses_follow_the_logits_to_their_device(objective: Any) -> None:
+    # The batch stays behind, as where a model's head lies on another GPU than its embedding. Tensors
+    # without data, on the device "meta", refuse to meet the CPU's.
+    logits, batch = logits_and_batch()
+    far = logits.to("meta").requires_grad_()
+    losses = objective.losses(far, batch)
+    assert losses.device.type == "meta"
+    assert losses.shape == (len(DOCS),)
+    losses.sum().backward()
+    assert far.grad is not None
+    assert far.grad.device.type == "meta"

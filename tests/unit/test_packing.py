@@ -116,6 +116,16 @@ def test_a_batch_lies_on_the_device_asked_for(packed: bool) -> None:
     assert {tensor.device.type for tensor in (*tensors, batch.document, batch.roles)} == {"meta"}
 
 
+def test_a_pass_and_its_log_likelihoods_stay_on_the_models_device() -> None:
+    # Tensors without data, on the device "meta", refuse to meet the CPU's, as those of a GPU do.
+    model = tiny_model("llama").to("meta")
+    batch = make_batch(ALIKE, True, torch.device("meta"), torch.float32)
+    found = option_logprobs(continuation_logits(model, batch), batch)
+    assert found.device.type == "meta"
+    assert found.shape == (4,)
+    found.sum().backward()
+
+
 def by_hand(model: nn.Module, documents: list[Document]) -> list[float]:
     """Each option's log-likelihood from a plain pass of its own."""
     found = []

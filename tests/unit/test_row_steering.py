@@ -90,6 +90,25 @@ def test_rows_that_do_not_match_are_refused() -> None:
         model(IDS)  # nothing to add, so nothing to tell apart
 
 
+@pytest.mark.parametrize("states", [1, 3, [1, 2, 0, 1], [3, 0, 2, 1]])
+def test_what_is_added_follows_the_hidden_states_to_their_device(states: Any) -> None:
+    # Tensors without data, on the device "meta", refuse to meet others as those of a GPU do.
+    model = tiny_model("llama").to("meta")
+    rows = RowSteering(
+        find_backbone(model), [{1: torch.ones(32)}, {2: torch.ones(32)}, {1: double, 2: torch.ones(32)}]
+    )
+    with torch.no_grad(), rows.chosen(states):
+        assert model(IDS.to("meta")).logits.device.type == "meta"
+
+
+def test_one_state_for_all_in_half_precision() -> None:
+    stub = Blocks(1, lambda hidden: hidden)
+    rows = RowSteering(backbone(stub), [{0: torch.full((32,), 1 / 3)}])
+    with rows.chosen(1):
+        (found,) = stub(torch.zeros(2, 3, 32, dtype=torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+
+
 def test_a_moved_model_gets_vectors_in_its_dtype() -> None:
     model = tiny_model("llama")
     shifts = [{1: torch.randn(32)}, {1: torch.randn(32)}]

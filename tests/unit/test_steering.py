@@ -9,8 +9,9 @@ import torch
 
 from lm_eval_aft import AFTError, SteeringVector, attach
 from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.steering import add_at
-from tests.conftest import FAMILIES, tiny_model
+from tests.conftest import FAMILIES, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -140,6 +141,31 @@ def test_a_block_without_hidden_states_is_refused() -> None:
         block({"hidden": torch.zeros(2, 3, 32)})
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_vector_follows_the_hidden_states_to_their_device(learns: bool) -> None:
+    block = torch.nn.Identity()
+    add_at(block, torch.ones(32).requires_grad_(learns))
+    # A tensor without data refuses to meet one of the CPU, as a GPU's does.
+    assert block(torch.zeros(2, 3, 32, device="meta")).device.type == "meta"
+
+
+def test_a_vector_for_every_position_does_not_watch_the_model() -> None:
+    model = tiny_model("llama")
+    with SteeringVector({0: torch.ones(32)}).applied_to(model):
+        assert not model._forward_pre_hooks
+    with SteeringVector({0: torch.ones(32)}, positions="last").applied_to(model):
+        assert model._forward_pre_hooks
+
+
+def test_another_vocabulary_is_refused_where_the_tokenizer_is_given() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    vector = SteeringVector({0: torch.ones(32)}, metadata={"fingerprint": fingerprint(model, tokenizer)})
+    tokenizer.add_tokens(["hippopotamus"])
+    attach(model, vector).remove()
+    with pytest.raises(AFTError, match="tokenizer vocabulary"):
+        attach(model, vector, tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_positions_are_told_from_the_models_own_inputs(padded: bool) -> None:
     model = tiny_model("llama")
@@ -153,7 +179,7 @@ def test_positions_are_told_from_the_models_own_inputs(padded: bool) -> None:
     watch = block.register_forward_pre_hook(lambda _m, args: found.append(args[0]))
     with torch.no_grad():
         model(IDS, attention_mask=mask)
-        handle = attach(model, vector)
+        handle = attach(model, vector, coefficient=2.0)
         model(IDS, attention_mask=mask)
         handle.remove()
         model(IDS, attention_mask=mask)
@@ -163,7 +189,7 @@ def test_positions_are_told_from_the_models_own_inputs(padded: bool) -> None:
     assert not model._forward_pre_hooks
     expected = before.clone()
     for row, token in enumerate(last):
-        expected[row, token] += vector.layers[1]
+        expected[row, token] += 2 * vector.layers[1]
     assert torch.equal(steered, expected)
 
 
@@ -181,7 +207,7 @@ def test_peft_wrapped_model() -> None:
 
 def test_refusals() -> None:
     model = tiny_model("llama")
-    with pytest.raises(AFTError, match="hidden size 16, the model 32"):
+    with pytest.raises(AFTError, match=r"hidden size 16, the model 32.\s+A vector only fits the model"):
         attach(model, SteeringVector({0: torch.ones(16)}))
     with pytest.raises(AFTError, match="Layer 9 is out of range: this model has blocks 0 to 3"):
         attach(model, SteeringVector({9: torch.ones(32)}))
