@@ -251,7 +251,7 @@ def _critical(m: Integers, alpha: float) -> Integers:
     k = np.floor((m + float(ndtri(alpha / 2)) * np.sqrt(m)) / 2).astype(np.int64) + 2
     k = np.minimum(k, m)
     for _ in range(6):
-        k = np.where((k >= 0) & (2 * bdtr(np.maximum(k, 0), m, 0.5) > alpha), k - 1, k)
+        k = np.where((k >= 0) & (2 * bdtr(np.maximum(k, 0), m, 0.5) >= alpha), k - 1, k)
     return np.maximum(k, -1)
 
 
@@ -264,4 +264,5 @@ def _binomial(k: Integers, n: int, share: float) -> Floats:
 
 def _check_counts(wins: int, losses: int, n: int | None = None) -> None:
     if wins < 0 or losses < 0 or (n is not None and wins + losses > n):
-        raise ValueError(f"{wins} wins and {losses} losses cannot be, of {n} documents")
+        of = "" if n is None else f" of {n} documents"
+        raise ValueError(f"{wins} wins and {losses} losses{of} cannot be")

@@ -161,7 +161,7 @@ def test_nothing_and_one_document() -> None:
         compare_paired([1.0], [1.0, 0.0])
     with pytest.raises(ValueError, match="finite"):
         compare_paired([math.nan], [1.0])
-    with pytest.raises(ValueError, match="cannot be"):
+    with pytest.raises(ValueError, match="^3 wins and 3 losses of 5 documents cannot be$"):
         stats.bonett_price_interval(3, 3, 5)
     one = compare_paired([0.0], [1.0])
     assert (one.n, one.low, one.high, one.p_value, one.mde) == (1, None, None, 1.0, None)
@@ -196,6 +196,14 @@ def test_power_at_the_ends_of_what_can_be() -> None:
     assert stats.mcnemar_power(1, 0.5, 0.5) == 0.0
     assert stats.mcnemar_power(20, 0.2, 0.2) > 0
     assert stats.mcnemar_power(20, 0.2, -0.2) == pytest.approx(stats.mcnemar_power(20, 0.2, 0.2))
+
+
+def test_power_counts_what_the_verdict_calls_a_difference() -> None:
+    # Five documents that all disagree, all won: p is 1/16, and a verdict wants p below alpha.
+    assert stats.mcnemar_exact(5, 0) == 1 / 16
+    for alpha, wanted in ((1 / 16, stats.NO_DIFFERENCE), (1 / 16 + 1e-9, stats.BETTER)):
+        assert stats.verdict(1 / 16, 1.0, alpha=alpha) == wanted
+        assert stats.mcnemar_power(5, 1.0, 1.0, alpha=alpha) == float(wanted == stats.BETTER)
 
 
 @cache
@@ -376,7 +384,21 @@ def test_sign_flip_in_portions_and_beyond() -> None:
     assert stats.sign_flip_test([1.0, -1.0] * 9, draws=999) == 1.0
 
 
+def test_two_clusters_are_enough_for_an_interval() -> None:
+    d = [1.0, 0.0, 0.5, 0.0]
+    low, high = stats.cluster_interval(d, ["a", "a", "b", "b"]) or (0.0, 0.0)
+    # Deviations from 0.375 sum to +0.25 and -0.25.
+    half = scipy.stats.t.ppf(0.975, 1) * math.sqrt(2 * (0.25**2 + 0.25**2)) / 4
+    assert (low, high) == pytest.approx((0.375 - half, 0.375 + half))
+
+
 def test_bounds_of_what_can_be() -> None:
+    for pair in ((-1, 3), (3, -1)):
+        with pytest.raises(ValueError, match="losses cannot be$"):
+            stats.mcnemar_exact(*pair)
+    for p in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="^p-values lie between 0 and 1$"):
+            stats.holm([0.5, p])
     low, high = stats.wilson_interval(3, 3)
     assert low < 1
     assert high == 1.0
