@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Arguments of `AFTLM` that differ from run to run.
+OWN_ARGUMENTS = frozenset({"vector", "route", "library", "answer_only"})
+
 
 def evaluate_pair(
     model: str,
@@ -59,6 +62,8 @@ def evaluate_pair(
         routes: routers over it, each a run of its own, ``steered/routed-...``.
         answer_only: score the baseline and every vector with the contexts removed too, as
             ``answer-only/...``, on those tasks that have options or answers to score.
+        model_args: further arguments of `AFTLM`. ``coefficient`` and ``positions`` replace those of every
+            vector, placebo and routed vector.
         flags: further flags of ``lm_eval run``, for example ``["--limit", "50"]``.
         resume: keep the runs that are in ``output`` already, and score the others.
 
@@ -76,6 +81,11 @@ def evaluate_pair(
         )
     folder = Path(output)
     arguments = {"softmax_dtype": "float32", **(model_args or {})}
+    if own := sorted(OWN_ARGUMENTS & arguments.keys()):
+        raise AFTError(
+            f"{', '.join(own)} among the model arguments would be the same in every run, the baseline too.",
+            "Say what steers by --vector, --route, --library and --answer-only.",
+        )
     asked = {"model": model, "model_args": arguments, "tasks": list(tasks), "flags": list(flags)}
     with alone_in(folder):
         missing, note = lacking(folder, runs, asked, shelf, resume)
@@ -110,12 +120,14 @@ def _evaluate(
         device=device,
     )
     mismatch = bool(arguments.get("allow_mismatch", False))
+    replaced = {key: arguments.get(key) for key in ("coefficient", "positions")}
     in_force, routings = [], {}
     for run in runs:  # every vector must fit before hours are spent on the first
-        lm.steer(run.vector, allow_mismatch=mismatch)
+        lm.steer(run.vector, **replaced, allow_mismatch=mismatch)
         in_force += [lm.vector] if lm.vector is not None else []
         if run.route is not None:
-            routings[run.name] = lm.routing_of(run.route, Library(shelf), allow_mismatch=mismatch)
+            routing = lm.routing_of(run.route, Library(shelf), allow_mismatch=mismatch)
+            routings[run.name] = routing.adjusted(**replaced)
     lm.score_along(in_force)
     if int(os.environ.get("RANK", "0")) == 0:
         note_asked(folder, note)
@@ -126,7 +138,7 @@ def _evaluate(
         if run.name in routings:
             lm.follow(routings[run.name])
         else:
-            lm.steer(run.vector, allow_mismatch=mismatch)
+            lm.steer(run.vector, **replaced, allow_mismatch=mismatch)
         described = {"pretrained": model, **arguments}
         if shelf is not None and run.spec is not None:
             described["library"] = shelf

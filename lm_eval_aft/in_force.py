@@ -39,7 +39,7 @@ class InForce:
     def masked(self) -> bool:
         """Whether anything in force steers some of the tokens only."""
         vectors = [self.vector] if self.vector else self.routing.vectors.values() if self.routing else ()
-        return any(vector.positions != "all" for vector in vectors)
+        return any(vector.positions != "all" and vector.coefficient for vector in vectors)
 
     def clear(self) -> None:
         """Make this the baseline."""

@@ -57,6 +57,9 @@ class AFTLM(HFLM):
         AFTError: model or vector missing, unreadable or not fitting each other.
     """
 
+    batch_schedule: float  # these two are `HFLM`'s
+    batch_sizes: dict[int, int]
+
     def __init__(
         self,
         pretrained: Any,
@@ -103,7 +106,7 @@ class AFTLM(HFLM):
         self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
         if route:
             routing = self.routing_of(route, shelf, allow_mismatch=bool(allow_mismatch))
-            self.follow(routing.scaled(coefficient))
+            self.follow(routing.adjusted(coefficient, positions))
 
     def steer(
         self,
@@ -251,14 +254,20 @@ class AFTLM(HFLM):
         return self._shared
 
     def _alone(self, stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """``stock`` without `HFLM`'s search for a batch size, in which all processes must take part."""
+        """``stock`` for some of the requests: without `HFLM`'s search for a batch size.
+
+        All processes must take part in that, and it divides the requests into as many parts as
+        ``auto:N`` says, of which there may be fewer.
+        """
 
         def ask(requests: Any) -> Any:
-            self._reckons = True
+            before = self.batch_schedule, self.batch_sizes
+            self._reckons, self.batch_schedule, self.batch_sizes = True, 1, {}
             try:
                 return stock(requests)
             finally:
                 self._reckons = False
+                self.batch_schedule, self.batch_sizes = before
 
         return ask
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import CacheHook
 
-from lm_eval_aft.fingerprint import fingerprint
+from lm_eval_aft.fingerprint import fingerprint, stored_weights
 from lm_eval_aft.vector import SteeringVector, canonical_json
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ def key_cache(lm: AFTLM, cache_hook: CacheHook) -> None:
     database.conn.commit()
 
 
+def _name(source: Any) -> str | None:
+    """A path or a name on the Hub; of a model that was handed over, its class."""
+    return source if source is None or isinstance(source, str) else type(source).__name__
+
+
 def _path_taken(taken: Counter[str]) -> str:
     """Which way documents were scored: the most frequent path and its share, then the others."""
     total = sum(taken.values())
@@ -84,6 +89,11 @@ def _answers_depend_on(lm: AFTLM) -> dict[str, Any]:
     steered = vector is not None and vector.coefficient != 0
     found: dict[str, Any] = {
         "model": fingerprint(lm.model, lm.tokenizer),
+        # What the fingerprint leaves out: quantised weights, and most of the config.
+        "weights": stored_weights(lm.model),
+        "config": hashlib.sha256(lm.model.config.to_json_string(use_diff=False).encode()).hexdigest(),
+        "source": [_name(each) for each in (lm.pretrained, lm.revision, lm.peft, lm.delta)],
+        "texts": [str(lm.truncation), str(lm.think_end_token), str(lm.max_gen_toks)],
         "vector": vector.digest() if vector is not None and steered else None,
         "dtype": str(lm.model.dtype),
         "softmax_dtype": str(lm.softmax_dtype),

@@ -22,6 +22,10 @@ UNPACKABLE = {
 }
 
 
+# Rotary positions that change for the whole batch once its longest row passes the trained length.
+_BY_LENGTH = ("dynamic", "longrope")
+
+
 def refused(model: nn.Module, longest: int) -> str:
     """Why this model's config rules packing prompts of ``longest`` tokens out; ``""`` when it does not."""
     config: Any = model.config
@@ -37,10 +41,27 @@ def refused(model: nn.Module, longest: int) -> str:
     window = getattr(text, "sliding_window", None)
     if window and getattr(text, "use_sliding_window", True) and longest > window:
         return f"prompts are longer than the sliding window of {window} tokens"
-    rope = getattr(text, "rope_parameters", None) or {}
-    if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+    chunk = getattr(text, "attention_chunk_size", None)
+    if chunk and longest > chunk:
+        return f"prompts are longer than the attention's chunks of {chunk} tokens"
+    rope = _rope(text)
+    if rope.get("rope_type") in _BY_LENGTH:
         return f"{rope['rope_type']} rotary positions depend on the row's length"
     return ""
+
+
+def row_decides(model: nn.Module, longest: int) -> bool:
+    """Whether rows of up to ``longest`` tokens get positions by the length of what they stand beside."""
+    config: Any = model.config
+    text = config.get_text_config()
+    rope = _rope(text)
+    trained = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    return rope.get("rope_type") in _BY_LENGTH and longest > int(trained)
+
+
+def _rope(text: Any) -> dict[str, Any]:
+    found = getattr(text, "rope_parameters", None)
+    return found if isinstance(found, dict) else {}
 
 
 def disagreement(fast: Tensor, slow: Tensor, tokens: Tensor, dtype: torch.dtype) -> str:

@@ -86,10 +86,11 @@ class Routing:
         vectors = {name: SteeringVector.load(library.path(name)) for name in router.targets()}
         return cls(spec, library.root, router, vectors, left_out)
 
-    def scaled(self, coefficient: float | None) -> Routing:
-        """This routing with every vector's coefficient replaced; ``None`` leaves them."""
-        for vector in self.vectors.values() if coefficient is not None else ():
-            vector.coefficient = float(coefficient or 0)
+    def adjusted(self, coefficient: float | None = None, positions: str | None = None) -> Routing:
+        """This routing with every vector's coefficient or positions replaced; ``None`` leaves them."""
+        for vector in self.vectors.values():
+            vector.coefficient = vector.coefficient if coefficient is None else float(coefficient)
+            vector.positions = positions or vector.positions
         return self
 
     def pick(self, task: str | None, doc_id: int | None, document: Any, prompt: str) -> str | None:

@@ -44,7 +44,11 @@ from lm_eval_aft.termination import Terminated, terminable
 @click.option("--all-seeds", is_flag=True, help="Score the other finalists under each vector's seeds/ too.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...  [default: cuda where there is one]")
 @click.option("--dtype", help="float32, bfloat16, float16.  [default: the checkpoint's]")
-@click.option("--model-args", help="Further arguments of lm-eval's hf model: revision=...,peft=...")
+@click.option(
+    "--model-args",
+    help="Further arguments of `--model aft`: revision=...,peft=...; coefficient= and positions= replace "
+    "those of every vector.",
+)
 @click.option("--resume", is_flag=True, help="Keep the runs that are in the output folder, score the others.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def evaluate(

@@ -88,12 +88,11 @@ def _group(
 ) -> list[tuple[int, list[int]]]:
     columns = len(group[0].context)
     slots = scorer.slots(len(group), columns + most)
-    for r, question in enumerate(group):
-        slots.clear(r, len(question.context), columns)  # hidden, but NaN would show
     if heads:
         slots.load(heads[0])
     for step in context_steps(group, prefix, scorer.budget.tokens, scorer.device):
         scorer.logits(step, slots)
+    slots.hide(0, [len(question.context) for question in group], columns)
     lengths = torch.tensor([len(question.context) for question in group], device=scorer.device)
     mask = _hiding(lengths, columns, columns + most, scorer.dtype)
     rows = [Row(question) for question in group]

@@ -228,6 +228,8 @@ class Scorer:
         if slots is not None and step.at is not None:
             # A context's logits are not wanted, nor what its last block makes of its keys and values.
             stop = len(self.backbone.blocks) - 1 if self._may_stop and not step.scored else None
+            if step.contexts and isinstance(step.at, slice):
+                slots.hide(step.at.start, step.contexts, step.start)
             slots.open(step.at, step.start, stop)
             inputs |= {"past_key_values": slots, "use_cache": True}
         positions = torch.tensor(step.scored, dtype=torch.long, device=self.device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from lm_eval_aft.packability import disagreement, refused
+from lm_eval_aft.packability import disagreement, refused, row_decides
 from lm_eval_aft.scoring.loglikelihood import Answers, Scorer, Shifts
 from lm_eval_aft.scoring.requests import Answer, Question, Request, gather, with_common_prefixes
 from lm_eval_aft.steering import add_all
@@ -25,8 +25,9 @@ FALLBACK = {"prefixed": "packed", "packed": "trimmed", "trimmed": "stock"}
 class Paths:
     """Scores requests by the fastest path each may take, and counts the paths taken.
 
-    On first use a path is compared with stock on the longest and the shortest question at hand. If
-    it differs, or fails, the next one is tried, and the log says why.
+    On first use, and again on questions longer than any before, a path is compared with stock on the
+    longest and the shortest question at hand. If it differs, or fails, the next one is tried, and the
+    log says why.
 
     Args:
         stock: answers requests as `HFLM` does, for the model as it stands.
@@ -39,6 +40,7 @@ class Paths:
         self.window = window
         self.taken: Counter[str] = Counter()
         self._holds: dict[str, bool] = {}
+        self._longest: dict[str, int] = {}
         self._states: Sequence[int] = ()
 
     def score(
@@ -55,14 +57,31 @@ class Paths:
         """
         self.scorer.vectors = list(vectors)
         self._states = states
-        left: list[Question] = []
+        try:
+            self._score(gather(enumerate(requests), states), requests, report)
+        finally:
+            self.scorer.vectors = []
+
+    def _score(
+        self,
+        every: Iterable[Question],
+        requests: Sequence[Request],
+        report: Callable[[list[Answers]], None],
+    ) -> None:
         fitting: list[Question] = []
-        for question in gather(enumerate(requests), states):
-            (fitting if question.longest <= self.window + 1 else left).append(question)
-        if left:
+        too_long: list[Question] = []
+        empty: list[Question] = []  # an option without tokens: stock refuses it in its own words
+        for question in every:
+            whole = all(option.targets for option in question.options)
+            fits = question.longest <= self.window + 1
+            (too_long if not fits else fitting if whole else empty).append(question)
+        if too_long:
             logger.info(
-                "%d documents are longer than %d tokens: stock cuts and scores them.", len(left), self.window
+                "%d documents are longer than %d tokens: stock cuts and scores them.",
+                len(too_long),
+                self.window,
             )
+        left = too_long + empty
         plain: list[Question] = []
         for prefix, questions in with_common_prefixes(fitting):
             shared = [q for q in questions if self._may_share(q) and (prefix or q.rows > 1)]
@@ -74,7 +93,9 @@ class Paths:
             taken = {id(question) for question in shared}
             plain += [question for question in questions if id(question) not in taken]
             self._answer(path, shared, prefix, requests, report)
-        if plain and self._check("trimmed", plain, 0, requests):
+        longest = max((question.longest for question in plain), default=0)
+        told_by_row = row_decides(self.scorer.model, longest)
+        if plain and not told_by_row and self._check("trimmed", plain, 0, requests):
             self._answer("trimmed", plain, 0, requests, report)
         else:
             left += plain
@@ -117,10 +138,11 @@ class Paths:
     def _check(
         self, path: str, questions: Sequence[Question], prefix: int, requests: Sequence[Request]
     ) -> bool:
-        if path not in self._holds:
+        longest = max(question.longest for question in questions)
+        if path not in self._holds or (self._holds[path] and longest > self._longest[path]):
             probe = _probe(questions)
             reason = self._differs(path, probe, prefix, requests)
-            self._holds[path] = not reason
+            self._holds[path], self._longest[path] = not reason, longest
             if reason:
                 logger.warning("Scoring goes from %s to %s: %s.", path, FALLBACK[path], reason)
         return self._holds[path]
@@ -187,6 +209,6 @@ def _items(questions: Sequence[Question], requests: Sequence[Request]) -> list[t
 
 def _probe(questions: Sequence[Question]) -> list[Question]:
     """The longest and the shortest question."""
-    longest = max(questions, key=lambda question: question.length)
-    shortest = min(questions, key=lambda question: question.length)
+    longest = max(questions, key=lambda question: question.longest)
+    shortest = min(questions, key=lambda question: question.longest)
     return [longest] if longest is shortest else [longest, shortest]

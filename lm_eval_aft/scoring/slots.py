@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class Slots(DynamicCache):
 
     Unlike transformers' own caches it is told before each pass which rows and columns the pass
     fills (`open`); the pass then sees columns 0 up to those. Columns it must not see are for the
-    attention mask to hide. Buffers start as zeros, so columns never filled hold no NaN.
+    attention mask to hide, once `hide` has made sure that they hold no NaN.
     """
 
     def __init__(self, rows: int, capacity: int) -> None:
@@ -54,11 +55,15 @@ class Slots(DynamicCache):
             self._buffers[block] = (self._view(flat[0], keys), self._view(flat[1], values))
         return True
 
-    def clear(self, row: int, start: int, end: int) -> None:
-        """Zero a row's columns from ``start`` up to ``end``."""
+    def hide(self, first: int, lengths: Sequence[int], end: int) -> None:
+        """Zero what lies behind the contexts of rows ``first`` on, up to column ``end``.
+
+        A mask hides those columns, but not NaN: of a row that overflowed there before, or of padding.
+        """
         for keys, values in self._buffers.values():
-            keys[row, :, start:end] = 0
-            values[row, :, start:end] = 0
+            for row, length in enumerate(lengths, first):
+                keys[row, :, length:end] = 0
+                values[row, :, length:end] = 0
 
     def prefix(self, length: int) -> dict[int, tuple[Tensor, Tensor]]:
         """A copy of row 0's first ``length`` columns, by block."""

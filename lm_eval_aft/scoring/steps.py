@@ -31,6 +31,7 @@ class Step:
         options: (option, its places in ``scored``) that the logits answer.
         states: which vector steers each row; see `lm_eval_aft.steering.RowSteering`.
         roles: (rows, tokens) what each token is; see `lm_eval_aft.positions`.
+        contexts: of a pass over options, how many of the slots' columns each row's context fills.
     """
 
     inputs: dict[str, Tensor]
@@ -40,6 +41,7 @@ class Step:
     options: list[tuple[Option, list[int]]] = field(default_factory=list)
     states: list[int] = field(default_factory=list)
     roles: Tensor | None = None
+    contexts: list[int] = field(default_factory=list)
 
 
 def context_steps(
@@ -122,7 +124,8 @@ def _tree_step(
     }
     states = [question.state for question in questions]
     known = torch.from_numpy(kinds).to(device)
-    return Step(inputs, slice(first, first + rows), columns, scored, options, states, known)
+    contexts = [len(question.context) for question in questions]
+    return Step(inputs, slice(first, first + rows), columns, scored, options, states, known, contexts)
 
 
 def plain_steps(

@@ -38,8 +38,9 @@ class Settings:
 class Texts:
     """Answers generation requests by greedy decoding in shared batches.
 
-    On first use the shortest and the longest prompt are decoded by ``stock`` too, and their logits
-    compared with a plain pass; if they differ, everything is left to stock, and the log says so.
+    On first use, and again for prompts longer than any before, the shortest and the longest prompt are
+    decoded by ``stock`` too, and their logits compared with a plain pass; if they differ, everything is
+    left to stock, and the log says so.
     Texts are those of stock at batch size 1. In 16 bits stock's own texts depend on the batch
     size, so nothing is promised and stock answers.
     """
@@ -50,6 +51,7 @@ class Texts:
         self.stock = stock
         self.taken: Counter[str] = Counter()
         self._holds: bool | None = None
+        self._longest = 0
 
     def answers(self, requests: Sequence[Instance], states: Sequence[int] = ()) -> Iterator[tuple[int, str]]:
         """(Index, text) of the requests that the fast way can answer, in any order.
@@ -66,13 +68,16 @@ class Texts:
             question = self._prompt(index, context, settings, states[index] if states else 0)
             if question is not None:
                 groups.setdefault(settings, []).append(question)
+        shared = 0
         for settings, questions in groups.items():
-            if self._holds is None:
+            longest = max(question.length for question in questions) + settings.most
+            if self._holds is None or (self._holds and longest > self._longest):
                 self._holds = self._check(questions, settings, requests)
+                self._longest = longest
             if self._holds:
-                self.taken["generated in shared batches"] += len(questions)
+                shared += len(questions)
                 yield from self._decode(questions, settings)
-        self.taken["stock"] += len(requests) - sum(map(len, groups.values())) * bool(self._holds)
+        self.taken += Counter({"generated in shared batches": shared, "stock": len(requests) - shared})
 
     def refusal(self) -> str:
         """Why this model's texts are all left to stock; an empty string when they are not."""
