@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Arguments of `AFTLM` that differ from run to run.
+# lm-eval's flags that are about what becomes of one run's results.
+UNSERVED = (
+    "predict_only",
+    "show_config",
+    "hf_hub_log_args",
+    "wandb_args",
+    "wandb_config_args",
+    "trackio_args",
+)
 OWN_ARGUMENTS = frozenset({"vector", "route", "library", "answer_only"})
 
 
@@ -107,7 +116,10 @@ def _evaluate(
 ) -> None:
     arguments = dict(arguments)
     config = read_flags(tasks, folder, flags)
-    manager = task_manager_for(tasks, [config.include_path] if config.include_path else [])
+    # As lm-eval does: tasks that build their documents for a model are told of it.
+    config.metadata = {"pretrained": model, **arguments, **(config.metadata or {})}
+    included = [config.include_path] if config.include_path else []
+    manager = task_manager_for(tasks, included, metadata=config.metadata)
     check_names(tasks, manager)
     if answer_only:
         _announce(require_scorable(manager.load(list(tasks))["tasks"])[1])
@@ -166,6 +178,12 @@ def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) ->
         raise AFTError(f"lm-eval refuses these flags: {error}", "See `lm_eval run --help`.") from error
     if config.model_args:
         raise AFTError("Model arguments belong before the `--`.", "Use --model-args of `aft eval`.")
+    asked = [flag for flag in UNSERVED if getattr(config, flag, None)]
+    if asked:
+        raise AFTError(
+            f"--{asked[0]} has no meaning for several runs at once.",
+            "Leave it out, or run `lm_eval --model aft` for each.",
+        )
     return config
 
 
@@ -247,6 +265,10 @@ def _evaluated(
         use_cache=config.use_cache,
         limit=config.limit,
         samples=config.samples,
+        cache_requests=config.cache_requests.get("cache_requests", False),
+        rewrite_requests_cache=config.cache_requests.get("rewrite_requests_cache", False),
+        delete_requests_cache=config.cache_requests.get("delete_requests_cache", False),
+        check_integrity=config.check_integrity,
         write_out=config.write_out,
         log_samples=True,
         system_instruction=config.system_instruction,
@@ -260,6 +282,7 @@ def _evaluated(
         torch_random_seed=seeds[2],
         fewshot_random_seed=seeds[3],
         confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+        metadata=config.metadata,
     )
 
 

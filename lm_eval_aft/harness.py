@@ -142,11 +142,14 @@ def check_names(names: Sequence[str], manager: TaskManager) -> None:
             )
 
 
-def task_manager_for(names: Sequence[str], include_path: Sequence[str | Path] = ()) -> TaskManager:
+def task_manager_for(
+    names: Sequence[str], include_path: Sequence[str | Path] = (), metadata: dict[str, Any] | None = None
+) -> TaskManager:
     """A ``TaskManager`` that knows the named tasks, restricted to their folders where possible.
 
     lm-eval's own ``TaskManager()`` parses some 14,000 files, 6 to 11 seconds; a text search finds
     the files that define plain tasks in under one. Groups, tags and patterns take the full index.
+    ``metadata`` goes to tasks that build their documents for a model.
     """
     from lm_eval.tasks import TaskManager
 
@@ -154,19 +157,21 @@ def task_manager_for(names: Sequence[str], include_path: Sequence[str | Path] = 
     if None not in definitions:
         # Earlier folders win in task_folders, later ones in TaskManager.
         folders = list(dict.fromkeys(str(path.parent) for path in definitions if path))
-        manager = TaskManager(include_path=folders, include_defaults=False)
+        manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
         if all(name in manager.all_tasks for name in names):
             return manager
-    return full_index(include_path)
+    return full_index(include_path, metadata)
 
 
-def full_index(include_path: Sequence[str | Path] = ()) -> TaskManager:
+def full_index(
+    include_path: Sequence[str | Path] = (), metadata: dict[str, Any] | None = None
+) -> TaskManager:
     """The index of every known task, ours and the user's included (6 to 11 seconds)."""
     from lm_eval.tasks import TaskManager
 
     logger.info("Indexing all harness tasks ...")
     # Later paths override earlier ones, so the user's come last.
-    return TaskManager(include_path=[str(tasks_path()), *map(str, include_path)])
+    return TaskManager(include_path=[str(tasks_path()), *map(str, include_path)], metadata=metadata)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def plan_runs(
             finalists = sorted((folder / "seeds").glob("*.safetensors")) if folder else []
             if not finalists:
                 raise AFTError(f"{spec} has no seeds/ with other finalists.", "Leave out --all-seeds.")
-            runs += [Run(f"{name}-{seed.stem}", str(seed), load_vector(seed)) for seed in finalists]
+            for each in finalists:
+                runs.append(Run(_unique(f"{name}-{each.stem}", runs), str(each), load_vector(each)))
         for seed in range(draws):
             placebos.append(
                 Run(
@@ -77,10 +78,10 @@ def plan_runs(
                     vector=random_like(vector, seed),
                 )
             )
-    for each in routes:
-        kind, _, rest = whole_spec(each).partition(":")
+    for route in routes:
+        kind, _, rest = whole_spec(route).partition(":")
         table = "" if not rest else f"-{Path(rest).stem if Path(rest).is_file() else _label(rest)}"
-        runs.append(Run(_unique(f"steered/routed-{kind}{table}", runs), route=whole_spec(each)))
+        runs.append(Run(_unique(f"steered/routed-{kind}{table}", runs), route=whole_spec(route)))
     return [*runs, *placebos, *(_bare(runs) if answer_only else [])]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lm_eval_aft.errors import AFTError
@@ -41,10 +42,10 @@ def ended(end: BaseException, output: Path | None = None) -> NoReturn:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], mark: int = -1) -> None:
     """Print a table; the row numbered ``mark`` is set in bold."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for i, row in enumerate(rows):
-        table.add_row(*row, style="bold" if i == mark else None)
+        table.add_row(*map(escape, row), style="bold" if i == mark else None)
     # Without a terminal rich assumes 80 columns and cuts cells; logs have room.
     Console(width=None if sys.stdout.isatty() else 160).print(table)

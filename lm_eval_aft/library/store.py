@@ -214,7 +214,8 @@ class Library:
             with contextlib.suppress(OSError):
                 if not each.name.startswith((_ADDING, _REPLACED, _REMOVED)):
                     continue
-                if time.time() - each.lstat().st_mtime < STALE:
+                # A long download writes file after file, while its folder stays as old as its first.
+                if time.time() - max(path.lstat().st_mtime for path in (each, *each.rglob("*"))) < STALE:
                     continue
                 if each.name.startswith(_REPLACED):
                     for old in each.iterdir():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.library.files import SOURCE, check_folder, limit, sha256
+from lm_eval_aft.library.files import SOURCE, check_folder, limit, sha256, vector_files
 from lm_eval_aft.library.header import FILE_NAME, read_header
 
 
@@ -24,6 +24,8 @@ def damage(folder: Path) -> list[str]:
     if (folder / SOURCE).is_file():
         try:
             recorded = json.loads((folder / SOURCE).read_text(encoding="utf-8"))["files"]
+            added = [name for name in vector_files(folder) if name not in recorded and name != SOURCE]
+            found += [f"{name} was not pulled with it" for name in added]
             for name, digest in recorded.items():
                 if limit(name) is None or not (folder / name).is_file():
                     found.append(f"{name} was pulled but is no longer there")

@@ -13,8 +13,9 @@ from lm_eval_aft.reporting.report import Report
 def update_cards(report: Report) -> list[Path]:
     """Rewrite ``README.md`` of every vector folder in a report with its results; return the files.
 
-    Runs compared by force and vectors selected on these documents bring no results. A vector that
-    is no longer the one that was scored, or that is a lone file, has no card to fill.
+    Runs compared by force, or without the questions, and vectors selected on these documents bring no
+    results. A vector that is no longer the one that was scored, was scored at another coefficient or at
+    other positions than its own, or is a lone file, has no card to fill.
 
     Raises:
         AFTError: no vector of the report has a folder, or a card cannot be written.
@@ -29,20 +30,26 @@ def update_cards(report: Report) -> list[Path]:
         if not folder.is_dir() or not described["facts"].get("task"):
             continue
         vector = SteeringVector.load(folder)
+        facts = described["facts"]
+        if (vector.coefficient, vector.positions) != (facts["coefficient"], facts["positions"]):
+            continue
         write_card(folder, vector, card_results(report, described["run"]))
         written.append(folder / "README.md")
     if not written:
         raise AFTError(
             "No vector of these runs lies in a folder written by train-vector.",
-            "Run the report where the vectors' paths hold, or leave out --card.",
+            "Run the report where the vectors' paths hold, on scores at their own coefficients, or leave out "
+            "--card.",
         )
     return written
 
 
 def card_results(report: Report, run: str) -> list[dict[str, Any]]:
     """A run's rows as a card shows them: plain values and ready-made cells."""
-    if report.banner:
+    bare = any(each["answer_only"] for each in report.runs if each["name"] == run)
+    if report.banner or bare:
         return []
+    barred = {row.task for row in report.rows if row.run == run and row.verdict.startswith("not assessable")}
     settings: dict[str, str] = next(c["values"] for c in report.settings if c["run"] == run)
     return [
         {
@@ -60,5 +67,5 @@ def card_results(report: Report, run: str) -> list[dict[str, Any]]:
             "verdict": cells.row_cells(row)[-1],
         }
         for row in report.rows
-        if row.run == run and not row.verdict.startswith("not assessable")
+        if row.run == run and row.task not in barred
     ]

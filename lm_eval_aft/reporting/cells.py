@@ -128,10 +128,12 @@ def _tested(row: Row) -> tuple[str, str, str]:
 def blocks(rows: Sequence[Row]) -> list[tuple[Row, list[tuple[Row, tuple[str, ...]]]]]:
     """Rows with their cells, gathered by task and metric, each task's primary metric first.
 
-    Each block comes with one of its rows, which speaks for the baseline too.
+    Each block comes with one of its rows, which speaks for the baseline too: rows on other documents
+    (of runs compared by force) make a block of their own.
     """
-    found: dict[tuple[str, str, str], list[tuple[Row, tuple[str, ...]]]] = {}
+    found: dict[tuple[Any, ...], list[tuple[Row, tuple[str, ...]]]] = {}
     for row in rows:
-        found.setdefault((row.task, row.metric, row.filter), []).append((row, row_cells(row)))
+        key = (row.task, row.metric, row.filter, row.n, row.baseline)
+        found.setdefault(key, []).append((row, row_cells(row)))
     ordered = sorted(found.values(), key=lambda block: (block[0][0].task, not block[0][0].primary))
     return [(block[0][0], block) for block in ordered]

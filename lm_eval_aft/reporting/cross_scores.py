@@ -70,7 +70,7 @@ def cross_score(
             score(folder, asked, model, names, task, library, model_args, own)
         trained_on = {each.name: each.plan().tasks for each in entries}
         report = compare(folder)
-        by_run = {each["run"]: each["values"].get("vector") for each in report.settings}
+        by_run = {each["name"]: each["vector"] for each in report.runs}
         for row in report.rows:
             if row.primary and by_run.get(row.run) in trained_on:
                 name = by_run[row.run]

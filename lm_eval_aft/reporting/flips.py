@@ -41,7 +41,9 @@ def flipped_documents(baseline: Run, run: Run, comparison: Comparison, limit: in
 def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: int) -> dict[str, Any]:
     first = before.document(comparison.filter, doc_id)
     second = after.document(comparison.filter, doc_id)
-    asked = [list(each.values()) for each in first["arguments"].values()]
+    logged = first["arguments"]
+    logged = list(logged.values()) if isinstance(logged, dict) else logged
+    asked = [list(each.values()) if isinstance(each, dict) else list(each) for each in logged]
     context = str(asked[0][0]) if asked[0] else ""
     found: dict[str, Any] = {
         "doc_id": doc_id,
@@ -77,7 +79,7 @@ def _options(
         weighed = [-1e30 if s is None else s / n for s, n in zip(scores, lengths, strict=True)]
         columns.append((scores, weighed.index(max(weighed))))
     target = str(first["target"])
-    gold = {int(target)} if target.isdigit() and int(target) < len(texts) else {
+    gold = {int(target)} if target.isdecimal() and int(target) < len(texts) else {
         i for i, text in enumerate(texts) if text.strip() == target.strip()
     }  # fmt: skip
     (old, chosen_before), (new, chosen_after) = columns

@@ -21,7 +21,8 @@ def write_formats(texts: Mapping[str, str], folder: Path, name: str) -> list[Pat
     for suffix, text in texts.items():
         written.append(folder / f"{name}.{suffix}")
         with replacing(written[-1]) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            # Documents may hold half of a surrogate pair, which is no text.
+            temporary.write_text(text, encoding="utf-8", errors="replace")
     return written
 
 

@@ -64,8 +64,15 @@ def _deviations(run: Run, task: str, shots: int) -> list[str]:
     if results.get("n-shot", {}).get(task) != shots:
         found.append(f"{results.get('n-shot', {}).get(task)}-shot")
     counts = results.get("n-samples", {}).get(task, {})
-    if counts.get("effective") != counts.get("original"):
-        found.append(f"{counts.get('effective')} of {counts.get('original')} documents")
+    scored = max(map(len, each.samples.values()))
+    if counts.get("original") not in (None, scored):
+        found.append(f"{scored} of {counts['original']} documents")
+    elif limit := results.get("config", {}).get("limit"):
+        found.append(f"limit {limit:g}" if isinstance(limit, int | float) else f"limit {limit}")
+    elif "original" not in counts:
+        found.append(f"{scored} documents, of how many is not logged")
+    if run.answer_only:
+        found.append("scored without the questions")
     if results.get("chat_template_sha"):
         found.append("chat template")
     if results.get("system_instruction_sha"):

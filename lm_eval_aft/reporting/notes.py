@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+from lm_eval_aft.reporting.pairing import primary_metric
 from lm_eval_aft.reporting.results import Run
 from lm_eval_aft.reporting.settings import fingerprint_text
 from lm_eval_aft.reporting.stats import mean_stderr
@@ -25,8 +27,12 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
         results = run.any
         routed = ((run.routing or {}).get("vectors") or {}).values()
         own = (results.get("config", {}).get("aft") or {}).get("fingerprint")
-        if identity and own and fingerprint_text(own) != fingerprint_text(identity):
-            found.append(f"{run.name}: its base model is not the baseline's (fingerprints differ).")
+        names = [each.get("model_name") for each in (baseline.any, results)]
+        if identity and own:
+            if fingerprint_text(own) != fingerprint_text(identity):
+                found.append(f"{run.name}: its base model is not the baseline's (fingerprints differ).")
+        elif None not in names and names[0] != names[1]:
+            found.append(f"{run.name}: its base model is called {names[1]}, the baseline's {names[0]}.")
         vectors_logged = (run.vector or {}, *routed)
         for logged in (own for each in vectors_logged for own in each.get("tasks") or [each]):
             task = logged.get("task")
@@ -44,6 +50,7 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
             used, old = results.get(f"{library}_version"), baseline.any.get(f"{library}_version")
             if used != old:
                 found.append(f"{run.name}: {library} {used}, baseline {old}.")
+        found += _displaced(baseline, run)
     for run in (baseline, *others):
         config = run.any.get("config", {})
         if config.get("use_cache") and config.get("model") != "aft":
@@ -51,6 +58,20 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
                 f"{run.name}: scored with --use_cache, which {config.get('model')} does not key by model."
             )
     return list(dict.fromkeys([*found, *(f"{row.task}: {row.clusters}." for row in rows if row.clusters)]))
+
+
+def _displaced(baseline: Run, run: Run) -> Iterator[str]:
+    """Metrics that verdicts would be on, but for documents without a finite number."""
+    for task in run.tasks:
+        sides = baseline.tasks[task], run.tasks[task]
+        chosen, wanted = primary_metric(*sides), primary_metric(*sides, whole=False)
+        if wanted is not None and wanted != chosen:
+            name, metric = wanted
+            lacking = sum(
+                metric not in s.metrics for side in sides for s in side.samples.get(name, {}).values()
+            )
+            instead = f"the verdict is on {chosen[1]}" if chosen else "there is no verdict"
+            yield f"{run.name}: {metric} of {task} is no finite number for {lacking} answers; {instead}."
 
 
 def corpus_scores(baseline: Run, others: list[Run], rows: list[Row]) -> list[dict[str, Any]]:
@@ -81,7 +102,7 @@ def group_scores(baseline: Run, others: list[Run]) -> list[dict[str, Any]]:
     """lm-eval's own scores of groups of tasks: both values, no test."""
     found = []
     for run in others:
-        before, after = baseline.any.get("groups") or {}, run.any.get("groups") or {}
+        before, after = _groups(baseline), _groups(run)
         for group in (name for name in after if name in before):
             for key, value in after[group].items():
                 if "," in key and "_stderr," not in key and isinstance(value, int | float):
@@ -90,6 +111,20 @@ def group_scores(baseline: Run, others: list[Run]) -> list[dict[str, Any]]:
                         found.append(
                             {"run": run.name, "task": group, "metric": key, "baseline": old, "steered": value}
                         )
+    return found
+
+
+def _groups(run: Run) -> dict[str, dict[str, Any]]:
+    """Group scores of all of a run's files, but for groups one of whose tasks was scored again since."""
+    found: dict[str, dict[str, Any]] = {}
+    for file, results in {each.file: each.results for each in run.tasks.values()}.items():
+        below = results.get("group_subtasks") or {}
+        for group, scores in results["groups"].items():
+            tasks = [group]
+            for name in tasks:  # grows as it goes: groups may hold groups
+                tasks += [each for each in below.get(name, ()) if each not in tasks]
+            if all(run.tasks[name].file == file for name in tasks if name in run.tasks):
+                found[group] = scores
     return found
 
 

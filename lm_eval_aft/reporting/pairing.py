@@ -78,28 +78,31 @@ def compare_runs(baseline: Run, other: Run) -> list[Comparison]:
     found = []
     for task in shared_tasks(baseline, other):
         before, after = baseline.tasks[task], other.tasks[task]
-        chosen = primary_metric(before)
+        chosen = primary_metric(before, after)
         for filter_name in (name for name in before.samples if name in after.samples):
             left, right = before.samples[filter_name], after.samples[filter_name]
             ids = sorted(left.keys() & right.keys())
             for metric in _metrics(left, right, ids):
-                up = before.results.get("higher_is_better", {}).get(task, {}).get(metric)
                 found.append(
                     _compare(
                         other.name, task, filter_name, metric, left, right, ids,
-                        (filter_name, metric) == chosen, up is not False,
+                        (filter_name, metric) == chosen, _higher_is_better(before, metric),
                     )
                 )  # fmt: skip
     return sorted(found, key=lambda c: (c.task, not c.primary))
 
 
-def primary_metric(run: TaskRun) -> tuple[str, str] | None:
-    """(filter, metric) of a task's verdict: acc_norm, else acc, else exact match (strict first)."""
+def primary_metric(*runs: TaskRun, whole: bool = True) -> tuple[str, str] | None:
+    """(filter, metric) of a task's verdict: acc_norm, else acc, else exact match (strict first).
+
+    Of the metrics that all documents of all the runs have; with ``whole`` false, that any has.
+    """
     metrics: dict[tuple[str, str], None] = {}
-    listed = list(mean_metrics(run.config))
-    for filter_name, rows in run.samples.items():
-        own = next(iter(rows.values())).metrics
-        for metric in sorted(own, key=lambda m: listed.index(m) if m in listed else len(listed)):
+    listed = list(mean_metrics(runs[0].config))
+    for filter_name in runs[0].samples:
+        rows = [sample.metrics.keys() for run in runs for sample in run.samples.get(filter_name, {}).values()]
+        own = set.intersection(*map(set, rows)) if whole and rows else set().union(*rows)
+        for metric in sorted(own, key=lambda m: (listed.index(m) if m in listed else len(listed), m)):
             metrics[filter_name, metric] = None
 
     def rank(pair: tuple[str, str]) -> tuple[int, int]:
@@ -109,6 +112,16 @@ def primary_metric(run: TaskRun) -> tuple[str, str] | None:
         return first, second
 
     return min(metrics, key=rank, default=None)
+
+
+def _higher_is_better(run: TaskRun, metric: str) -> bool:
+    """As the results' own table says, else the task's list of metrics, else yes."""
+    said = run.results.get("higher_is_better", {}).get(run.task, {}).get(metric)
+    if said is None:
+        listed = run.config.get("metric_list")
+        entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+        said = next((e.get("higher_is_better") for e in entries if e.get("metric") == metric), None)
+    return said is not False
 
 
 def _compare(

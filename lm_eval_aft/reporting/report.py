@@ -108,6 +108,8 @@ def build_report(runs: Sequence[Run], *, force: bool = False, flips: int = 20, t
     baseline, others = runs[0], list(runs[1:])
     if not others:
         raise AFTError("There is nothing to compare with the baseline.", "Give at least one steered run.")
+    if len({run.name for run in runs}) < len(runs):
+        raise AFTError("Two runs have one name.", "Give every run a folder of its own name.")
     banner = []
     mismatched = set()
     for run in others:
@@ -132,7 +134,16 @@ def build_report(runs: Sequence[Run], *, force: bool = False, flips: int = 20, t
         warnings=warnings(baseline, others, list(vectors.values()), rows),
         family=sum(row.family for row in rows),
         alpha=ALPHA,
-        runs=[{"name": run.name, "kind": run.kind, "tasks": list(run.tasks)} for run in shown],
+        runs=[
+            {
+                "name": run.name,
+                "kind": run.kind,
+                "tasks": list(run.tasks),
+                "vector": run.vector_path,
+                "answer_only": run.answer_only,
+            }
+            for run in shown
+        ],
         rows=rows,
         corpus=corpus_scores(baseline, others, rows),
         groups=group_scores(baseline, others),

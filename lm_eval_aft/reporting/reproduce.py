@@ -11,16 +11,17 @@ from lm_eval_aft.reporting.results import Run, model_args
 
 
 def commands(run: Run) -> list[str]:
-    """One ``lm_eval`` call per results file of a run; none for a random placebo, which has no file."""
+    """One ``lm_eval`` call per results file and number of shots; none for a placebo without a file."""
     if (run.vector or {}).get("control") and not run.vector_path:
         return []
-    files: dict[Path, list[str]] = {}
+    calls: dict[tuple[Path, str], list[str]] = {}
     for task, each in run.tasks.items():
-        files.setdefault(each.file, []).append(task)
-    return [_command(run, tasks) for tasks in files.values()]
+        # Tasks may have been asked with shots of their own.
+        calls.setdefault((each.file, str(each.results.get("n-shot", {}).get(task))), []).append(task)
+    return [_command(run, tasks, shots) for (_, shots), tasks in calls.items()]
 
 
-def _command(run: Run, tasks: list[str]) -> str:
+def _command(run: Run, tasks: list[str], shots: str) -> str:
     results = run.tasks[tasks[0]].results
     config: dict[str, Any] = results.get("config", {})
     words = ["lm_eval", "--model", str(config.get("model"))]
@@ -28,9 +29,8 @@ def _command(run: Run, tasks: list[str]) -> str:
     if arguments:
         words += ["--model_args", arguments]
     words += ["--tasks", ",".join(tasks)]
-    shots = {str(results.get("n-shot", {}).get(task)) for task in tasks}
-    if len(shots) == 1:  # several values can only be the tasks' own
-        words += ["--num_fewshot", *shots]
+    if shots != "None":
+        words += ["--num_fewshot", shots]
     for flag in ("batch_size", "device", "limit"):
         if config.get(flag) is not None:
             value = config[flag]
@@ -45,6 +45,8 @@ def _command(run: Run, tasks: list[str]) -> str:
         words += ["--system_instruction", str(results["system_instruction"])]
     if results.get("fewshot_as_multiturn"):
         words.append("--fewshot_as_multiturn")
+    elif results.get("chat_template_sha"):  # else a template turns it on
+        words += ["--fewshot_as_multiturn", "false"]
     seeds = [config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")]
     if any(seed is not None for seed in seeds):
         words += ["--seed", ",".join(map(str, seeds))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -133,25 +134,28 @@ def discover(folder: str | Path) -> list[Run]:
         AFTError: see `read_run`; or no baseline, or several.
     """
     root = Path(folder)
-    kinds: dict[tuple[str, str], list[Path]] = {}
+    kinds: dict[tuple[str, str], dict[int, list[Path]]] = {}
     for number, files in enumerate(group_results(find_results(root))):
         for file in files:
             parts = file.relative_to(root).parts if root.is_dir() else ()
-            if parts and parts[0] in KINDS:
-                name = "/".join(parts[:2]) if len(parts) > 3 else parts[0]
-                kinds.setdefault((parts[0], name), []).append(file)
-            else:
-                kinds.setdefault(("", f"{number}"), []).append(file)
-    runs = []
-    for (kind, name), files in kinds.items():
+            named = bool(parts) and parts[0] in KINDS
+            name = "/".join(parts[:2]) if len(parts) > 3 else parts[0] if parts else ""
+            key = (parts[0], name) if named else ("", f"{number}")
+            kinds.setdefault(key, {}).setdefault(number, []).append(file)
+    runs: list[Run] = []
+    for (kind, name), groups in kinds.items():
+        if len(groups) > 1:
+            first = "; ".join(str(files[0]) for files in groups.values())
+            raise AFTError(
+                f"{root / name} holds runs of {len(groups)} different models or vectors.",
+                f"Name one results file of each instead: {first}",
+            )
+        (files,) = groups.values()
         if kind:
             runs.append(load_run(files, name, kind))
         else:
             run = load_run(files, "")
-            stem = Path(run.vector_path).name.removesuffix(".safetensors") if run.vector_path else name
-            if run.routing:
-                stem = f"routed-{run.routing.get('router')}"
-            run.name = "baseline" if run.kind == "baseline" else f"{run.kind}/{stem}"
+            run.name = _unnamed(run, name, {each.name for each in runs})
             runs.append(run)
     if not all(run.answer_only for run in runs):
         for run in (each for each in runs if each.answer_only and each.kind != "answer-only"):
@@ -165,6 +169,16 @@ def discover(folder: str | Path) -> list[Run]:
             "Give the folders one by one, the baseline first.",
         )
     return sorted(runs, key=lambda run: KINDS.index(run.kind))
+
+
+def _unnamed(run: Run, number: str, taken: set[str]) -> str:
+    """What a run is called whose folder does not say it: kind and vector, numbered where that is taken."""
+    stem = Path(run.vector_path).name.removesuffix(".safetensors") if run.vector_path else number
+    if run.routing:
+        stem = f"routed-{run.routing.get('router')}"
+    name = "baseline" if run.kind == "baseline" else f"{run.kind}/{stem}"
+    names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+    return next(each for each in names if each not in taken)
 
 
 def find_results(source: Path) -> list[Path]:
@@ -222,8 +236,8 @@ def load_run(files: list[Path], name: str, kind: str | None = None) -> Run:
     if kind is None:
         steered = run.vector or run.vector_path or run.routing or model_args(run.any).get("route")
         run.kind = "steered" if steered else "baseline"
-        if (run.vector or {}).get("control"):
-            run.kind = "placebo"
+    if run.kind == "steered" and (run.vector or {}).get("control"):
+        run.kind = "placebo"  # whatever its folder is called
     return run
 
 
@@ -278,7 +292,7 @@ def _check_sums(run: TaskRun) -> None:
     expected = stated.get("sample_len")
     means = mean_metrics(run.config)
     for filter_name, rows in run.samples.items():
-        if isinstance(expected, int) and len(rows) != expected:
+        if isinstance(expected, int) and len(rows) < expected:  # metrics may have documents of their own
             raise AFTError(
                 f"{run.samples_file} holds {len(rows)} documents of filter {filter_name!r}; {run.file.name} "
                 f"counts {expected}.",

@@ -139,7 +139,9 @@ def _dtype(value: Any) -> str | None:
 def _plain(value: Any) -> Any:
     """JSON as it would be read back, so that a tuple equals a list; text of a mapping decoded."""
     if isinstance(value, str) and "=" in value:
-        return dict(part.partition("=")[::2] for part in value.split(",") if part)
+        from lm_eval.utils import simple_parse_args_string
+
+        return dict(simple_parse_args_string(value))
     return json.loads(json.dumps(value, default=str))
 
 

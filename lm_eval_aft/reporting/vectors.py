@@ -6,10 +6,13 @@ import json
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.reporting.results import Run
+
+if TYPE_CHECKING:
+    from lm_eval_aft.vector import SteeringVector
 
 # Digits of lm-eval's doc_hash that a vector keeps of each selection document.
 HASH_DIGITS = 16
@@ -67,7 +70,7 @@ def describe_vector(run: Run) -> VectorInfo:
     except AFTError as error:
         info.warnings.append(f"{run.name}: {error.what} How it was chosen cannot be checked.")
         return info
-    vector.coefficient = float(logged.get("coefficient", vector.coefficient))
+    _as_scored(vector, logged)
     if info.sha256 and vector.digest() != info.sha256:
         info.warnings.append(
             f"{run.name}: the vector at {path} is no longer the one that was scored; it is left out."
@@ -87,6 +90,12 @@ def describe_vector(run: Run) -> VectorInfo:
     return info
 
 
+def _as_scored(vector: SteeringVector, logged: dict[str, Any]) -> None:
+    """Give a vector the coefficient and positions it was scored with, which may replace its own."""
+    vector.coefficient = float(logged.get("coefficient", vector.coefficient))
+    vector.positions = str(logged.get("positions", vector.positions))
+
+
 def _add_routed(info: VectorInfo, routing: dict[str, Any]) -> None:
     """Every vector that a router may pick: one chosen on these documents taints the run."""
     from lm_eval_aft.library import load_vector  # torch
@@ -100,7 +109,7 @@ def _add_routed(info: VectorInfo, routing: dict[str, Any]) -> None:
         except AFTError as error:
             info.warnings.append(f"{info.run}: {error.what} How it was chosen cannot be checked.")
             continue
-        vector.coefficient = float(logged.get("coefficient", vector.coefficient))
+        _as_scored(vector, logged)
         if vector.digest() != logged.get("sha256"):
             info.warnings.append(f"{info.run}: {name} in {root} is no longer the vector that was scored.")
             continue

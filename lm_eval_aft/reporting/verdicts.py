@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lm_eval_aft.reporting.pairing import Comparison
 from lm_eval_aft.reporting.results import Run
@@ -67,10 +68,11 @@ def judge(
 ) -> list[Row]:
     """Rows with verdicts: Holm over primary metrics × vectors, and what cannot be assessed.
 
-    A vector scored under two names (the chosen seed among the finalists) is one comparison.
+    A vector scored under two names with one outcome (the chosen seed among the finalists) is one
+    comparison.
     """
     rows = []
-    same: dict[tuple[str, str], list[Row]] = {}
+    same: dict[tuple[Any, ...], list[Row]] = {}
     for run, each in comparisons:
         family = each.primary and run.kind == "steered"
         blocked = ""
@@ -81,7 +83,8 @@ def judge(
         row = make_row(baseline, run, each, family and not blocked, blocked if family else "")
         rows.append(row)
         if row.family:
-            same.setdefault(((run.vector or {}).get("sha256") or run.name, each.task), []).append(row)
+            outcome = (each.task, tuple(each.doc_ids), tuple(each.wins), tuple(each.losses), row.difference)
+            same.setdefault(((run.vector or {}).get("sha256") or run.name, *outcome), []).append(row)
     adjusted = holm([twins[0].p_value for twins in same.values()])
     for twins, p in zip(same.values(), adjusted, strict=True):
         for row in twins:

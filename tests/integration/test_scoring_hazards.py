@@ -350,4 +350,34 @@ def test_model_arguments_of_a_comparison_are_applied_or_refused(tmp_path: Path) 
     for key in ("vector", "route", "library", "answer_only"):
         with pytest.raises(AFTError, match=f"^{key} among the model arguments"):
             evaluated("refused", **{key: "x"})
+    flags.append("--predict_only")
+    with pytest.raises(AFTError, match="--predict_only has no meaning for several runs"):
+        evaluated("refused")
     assert not (tmp_path / "refused").exists()
+
+
+def test_tasks_are_told_of_the_model_as_by_stock(tmp_path: Path) -> None:
+    """Tasks made by functions of the task's metadata, as RULER's: here a number of documents."""
+    model, vector, folder = tmp_path / "model", tmp_path / "v", tmp_path / "tasks"
+    tiny_model("llama").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    SteeringVector({1: torch.randn(32)}).save(vector)
+    folder.mkdir()
+    (folder / "made.py").write_text(
+        "import datasets\n"
+        "def load(**metadata):\n"
+        "    n = int(metadata.get('n', 3))\n"
+        "    rows = [{'q': 'the cat', 'options': [' sees', ' a'], 'gold': i % 2} for i in range(n)]\n"
+        "    return {'test': datasets.Dataset.from_list(rows)}\n"
+    )
+    (folder / "toy_made.yaml").write_text(
+        "task: toy_made\ncustom_dataset: !function made.load\noutput_type: multiple_choice\n"
+        "test_split: test\ndoc_to_text: q\ndoc_to_choice: options\ndoc_to_target: gold\n"
+    )
+    evaluate_pair(
+        str(model), str(vector), ["toy_made"], tmp_path / "out", model_args={"device": "cpu"},
+        flags=["--include_path", str(folder), "--metadata", "n=7"],
+    )  # fmt: skip
+    for run in ("baseline", "steered"):
+        (samples,) = (tmp_path / "out" / run).glob("**/samples*.jsonl")
+        assert len(samples.read_text().splitlines()) == 7
