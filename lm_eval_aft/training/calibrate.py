@@ -31,6 +31,10 @@ class Calibration:
     coefficient: float
     cap: float | None = None
 
+    def capped(self, cap: float | None) -> Calibration:
+        """The same under another cap."""
+        return replace(self, coefficient=min(self.coefficient, 1e30 if cap is None else cap), cap=cap)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for headers."""
         rows = [[c, score.score, score.accuracy, score.stderr] for c, score in self.curve.items()]

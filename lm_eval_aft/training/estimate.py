@@ -152,7 +152,7 @@ def heaviest_passes(
     longest = next(iter(in_steps(_longest_first(train), batch_size)))
     judged = _longest_first(selection)
     together = max(1, getattr(engine, "budget", 0) // _tokens(judged[0]), len(units(judged)[0]))
-    engine.train(group, [longest], nothing)
+    engine.train([each for each in group if each.trained], [longest], nothing)
     engine.evaluate(group, judged[:together], nothing)
 
 

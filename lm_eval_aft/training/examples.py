@@ -6,7 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from lm_eval_aft.documents import Document
 from lm_eval_aft.errors import AFTError
@@ -144,10 +147,11 @@ class Extractor:
             if self.objective == "choice":
                 choices = self.task.doc_to_choice(doc, config.doc_to_choice if config else None)
                 gold = self._gold(doc, choices)
-                parts = [*(sorted(choices) if isinstance(text, int) else parts), *(choices[i] for i in gold)]
+                right = sorted(choices[i] for i in gold)
+                parts = [*(sorted(choices) if isinstance(text, int) else parts), *right]
             elif not parts[0].strip():
                 parts.append(self._target_text(doc))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError):
             parts = [json.dumps(doc, sort_keys=True, default=str)]
         normal = "\x1f".join(" ".join(part.casefold().split()) for part in parts)
         return hashlib.sha256(normal.encode()).hexdigest()
@@ -157,7 +161,8 @@ class Extractor:
         if isinstance(gold, str):
             gold = choices.index(gold) if gold in choices else -1
         indices = gold if isinstance(gold, list) else [gold]
-        return tuple(i for i in indices if isinstance(i, int) and 0 <= i < len(choices))
+        # numpy's integers too, which the harness takes as well.
+        return tuple(int(i) for i in indices if isinstance(i, Integral) and 0 <= int(i) < len(choices))
 
     def _target_text(self, doc: dict[str, Any]) -> str:
         target = self.task.doc_to_target(doc)

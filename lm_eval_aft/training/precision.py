@@ -48,8 +48,24 @@ def to_training_dtype(model: nn.Module) -> torch.dtype:
             str(wanted).removeprefix("torch."),
             str(present).removeprefix("torch."),
         )
-        model.to(wanted)
+        _convert(model, wanted)
     return wanted
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert as loading in ``dtype`` would: rotary frequencies stay in float32.
+
+    Rounded to 16 bits they shift positions, the more the further on.
+    """
+    rotary = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if "inv_freq" in name
+    ]
+    model.to(dtype)
+    for module, name, buffer in rotary:
+        module._buffers[name] = buffer
 
 
 @contextmanager

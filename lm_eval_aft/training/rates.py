@@ -87,7 +87,9 @@ def measure_rates(
     """Carry a few documents through the engine, with a group of candidates and with none."""
 
     def trained(candidates: Sequence[Candidate]) -> Spent:
-        return meter(lambda: engine.train(candidates, list(in_steps(train, 1)), _nothing))
+        # What a method computes without training costs no step.
+        steps, live = list(in_steps(train, 1)), [each for each in candidates if each.trained]
+        return meter(lambda: engine.train(live, steps, _nothing))
 
     def judged(candidates: Sequence[Candidate]) -> Spent:
         return meter(lambda: _evaluate(engine, candidates, selection))

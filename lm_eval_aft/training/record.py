@@ -28,8 +28,6 @@ def finished_vector(
 ) -> SteeringVector:
     """A finalist's best epoch as a vector; a random direction of its norm for that control.
 
-    All finalists get the coefficient that was found for the chosen one.
-
     Raises:
         AFTError: it never had a finite score.
     """

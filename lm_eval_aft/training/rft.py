@@ -7,6 +7,7 @@ the model steered by the round before has written.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -122,9 +123,11 @@ class Rounds:
         if self.folder is None or not self._workers.leads:
             return
         lm = self.prepared.lm
+        asked = [each.requests for each in (*self.prepared.splits.selection, *self._problems)]
         self._run_settings = {
             **self.prepared.plan.to_dict(),
             "fingerprint": fingerprint(lm.model, lm.tokenizer),
+            "documents": hashlib.sha256(repr(asked).encode()).hexdigest(),
         }
         self._ledger, _ = open_run(self.folder, self._run_settings, self._resume)
         with jsonlines.open(self._ledger.path) as reader:

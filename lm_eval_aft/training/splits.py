@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,10 @@ from lm_eval_aft.training.examples import Example, Extractor
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
+logger = logging.getLogger(__name__)
+
 Keyed = tuple[int, dict[str, Any], str]  # id, document, key
+Shown = tuple[dict[str, Any], frozenset[str]]  # a few-shot document, and its keys however it is read
 SELECTION_SEED = 1234  # the selection split and its prompts are the same for every seed
 
 
@@ -42,7 +46,7 @@ class Splits:
     selection_digest: str
     selection_documents: tuple[str, ...] = ()
     share: int = 1
-    _fewshot: list[tuple[dict[str, Any], str]] = field(repr=False, default_factory=list)
+    _fewshot: list[Shown] = field(repr=False, default_factory=list)
     _built: dict[int, Example | None] = field(repr=False, default_factory=dict)
 
     @property
@@ -167,7 +171,7 @@ def prompted(
     extractor, counts, chosen, pool = carved.extractor, carved.counts, carved.chosen, carved.pool
     forbidden = carved.evaluation | {key for _, _, key in chosen}
     fewshot = _fewshot_pool(extractor, forbidden, pool, barred) if extractor.num_fewshot else []
-    # Where there are hardly more documents than examples, fewer can do without each other.
+    # Where there are hardly more documents than examples, groups must be small to do without their own.
     share = max(1, min(share, len(fewshot) - extractor.num_fewshot))
     selection = []
     for group in in_groups(chosen, share):
@@ -246,25 +250,36 @@ def _fewshot_pool(
     forbidden: set[str],
     pool: list[Keyed],
     barred: Callable[[dict[str, Any]], bool],
-) -> list[tuple[dict[str, Any], str]]:
+) -> list[Shown]:
     """Documents few-shot examples may come from, with their keys, in the sampler's order."""
-    sampler = extractor.task.sampler
-    keyed = [(doc, extractor.key(doc, fewshot=True)) for doc in sampler.fewshot_docs()]
-    allowed = [(doc, key) for doc, key in keyed if key not in forbidden and not barred(doc)]
-    if len(allowed) <= extractor.num_fewshot:  # the task draws from its evaluation split
-        allowed = [(doc, key) for _, doc, key in pool]
-    if len(allowed) <= extractor.num_fewshot:
+    needed, every = extractor.num_fewshot, list(extractor.task.sampler.fewshot_docs())
+    # Fields that the task names for its examples alone make other keys of the same document.
+    shown = [(doc, frozenset((extractor.key(doc), extractor.key(doc, fewshot=True)))) for doc in every]
+    allowed = [(doc, keys) for doc, keys in shown if not keys & forbidden and not barred(doc)]
+    if len(allowed) >= needed:
+        return allowed
+    if len(pool) <= needed:
         raise AFTError(
-            f"Only {len(allowed)} documents are left to draw {extractor.num_fewshot} few-shot examples from.",
+            f"Only {len(pool)} documents are left to draw {needed} few-shot examples from.",
             "Lower --num-fewshot or --selection-docs.",
         )
-    return allowed
+    logger.warning(
+        "%s: of the %d documents that few-shot examples come from, %d are for evaluation or selection; "
+        "training shows examples from the training documents instead.",
+        extractor.task.config.task,
+        len(every),
+        len(every) - len(allowed),
+    )
+    return [(doc, frozenset((key,))) for _, doc, key in pool]
 
 
 def _build(
-    extractor: Extractor, keyed: Keyed, group: Sequence[Keyed], fewshot: list[tuple[dict[str, Any], str]]
+    extractor: Extractor, keyed: Keyed, group: Sequence[Keyed], fewshot: Sequence[Shown]
 ) -> Example | None:
-    """A document's example; all of its ``group`` show the same few-shot examples, none of them its own."""
+    """A document's example; all of its ``group`` show the same few-shot examples, none of them its own.
+
+    ``None`` where it has no usable gold answer, or too few examples are left without its own.
+    """
     doc_id, doc, _ = keyed
     if not extractor.num_fewshot:
         return extractor.example(doc, doc_id)
@@ -274,7 +289,9 @@ def _build(
     # order of documents nor the seed of a run changes a prompt.
     seed = hashlib.sha256(f"{SELECTION_SEED}|{group[0][2]}".encode()).digest()
     original = task.sampler
-    others = [other for other, its_key in fewshot if its_key not in own]
+    others = [other for other, keys in fewshot if not keys & own]
+    if len(others) < extractor.num_fewshot:
+        return _build(extractor, keyed, [keyed], fewshot) if len(group) > 1 else None
     task.sampler = type(original)(others, rnd=int.from_bytes(seed[:8], "big"))
     try:
         example = extractor.example(doc, doc_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
 import os
 import time
@@ -14,16 +16,17 @@ from typing import Any
 from tqdm import tqdm
 
 from lm_eval_aft.alone import alone_in
+from lm_eval_aft.errors import AFTError
 from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.packing import Document
 from lm_eval_aft.termination import postponed
-from lm_eval_aft.training.calibrate import Calibration, calibrate, norm_cap
 from lm_eval_aft.training.card import write_card
 from lm_eval_aft.training.controls import spoil
 from lm_eval_aft.training.estimate import Estimate, estimate
 from lm_eval_aft.training.events import Events
 from lm_eval_aft.training.examples import encode
+from lm_eval_aft.training.finalists import coefficients, score_again
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe
 from lm_eval_aft.training.folder import PICTURE, check_output, open_run, seed_file
 from lm_eval_aft.training.ledger import Ledger, State, drop_state
@@ -38,7 +41,7 @@ from lm_eval_aft.training.rft import Rounds
 from lm_eval_aft.training.screen import first_gradients, layer_order, rank_correlation
 from lm_eval_aft.training.starts import Starts
 from lm_eval_aft.training.sweep import Sweep, SweepResult
-from lm_eval_aft.training.trajectory import Trajectory, make_engine, residual_norm
+from lm_eval_aft.training.trajectory import Trajectory, make_engine
 from lm_eval_aft.vector import SteeringVector
 
 logger = logging.getLogger(__name__)
@@ -145,9 +148,17 @@ def run_sweep(
     plan, lm, splits, workers = prepared.plan, prepared.lm, prepared.splits, Workers()
     selection = encode(splits.selection, lm)
     train = {seed: encode(spoil(splits.train(seed), plan.control, seed), lm) for seed in plan.seeds()}
-    engine, engine_name = make_engine(lm.model, prepared.backbone, prepared.objective, selection)
+    if empty := [seed for seed, documents in train.items() if not documents]:
+        raise AFTError(
+            f"No training document of seed {empty[0]} has a usable gold answer.",
+            "Check the task's YAML, or give it more training documents.",
+        )
+    every = dict.fromkeys([*selection, *itertools.chain.from_iterable(train.values())])
+    engine, engine_name = make_engine(lm.model, prepared.backbone, prepared.objective, list(every))
     identity = fingerprint(lm.model, lm.tokenizer)
-    settings = {**plan.to_dict(), "fingerprint": identity}
+    # The documents as the model reads them: data, YAML, tokenizer or window may change between two calls.
+    read = hashlib.sha256(repr((selection, sorted(train.items()))).encode()).hexdigest()
+    settings = {**plan.to_dict(), "fingerprint": identity, "documents": read}
     log: Ledger | None = None
     saved: dict[str, State] = {}
     if folder is not None and workers.leads:
@@ -165,15 +176,19 @@ def run_sweep(
         if log and log.lines == 1:
             log.append(event="baseline", **baseline.to_dict())
         found = sweep.run()
-        calibration = _calibrate(prepared, engine, found, selection, events) if workers.leads else None
-        calibration = workers.agree(calibration)
+        calibrations = coefficients(prepared, engine, found, selection, events.tick) if workers.leads else {}
+        calibrations = workers.agree(calibrations)
     if screened:
         _judge_screen(screened, plan.screen, found)
     seconds = time.monotonic() - started
     drawn = len(train[plan.first_seed])
     metadata = training_metadata(prepared, found, identity, engine_name, seconds, drawn, screened)
-    candidates = found.chosen.candidates
-    finalists = {c.seed: finished_vector(c, metadata, plan.control, calibration) for c in candidates}
+    finalists = {
+        c.seed: finished_vector(c, metadata, plan.control, calibrations.get(c.seed))
+        for c in found.chosen.candidates
+    }
+    if calibrations or plan.control == "random":
+        score_again(finalists, found, engine, selection, workers)
     vector = finalists[found.finalist.seed]
     result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
     if folder and log:
@@ -197,7 +212,7 @@ def cost(prepared: Prepared) -> Estimate:
     lm, plan = prepared.lm, prepared.plan
     selection = encode(prepared.splits.selection, lm)
     train = encode(prepared.splits.train(plan.first_seed), lm)
-    engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, selection)
+    engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, [*selection, *train])
     starts = _starts(prepared, {plan.first_seed: train}, selection)
     group = [Candidate(site, 0, Recipe(), starts(site, plan.first_seed)) for site in prepared.sites]
     protocol = plan.protocol
@@ -218,23 +233,6 @@ def _starts(prepared: Prepared, train: dict[int, list[Document]], selection: Seq
         selection[:8],
         lm.max_length,
     )
-
-
-def _calibrate(
-    prepared: Prepared, engine: Engine, found: SweepResult, selection: Sequence[Document], events: Events
-) -> Calibration | None:
-    """The chosen candidate's coefficient, where the plan leaves it open."""
-    plan, finalist = prepared.plan, found.finalist
-    if not (plan.calibrate or plan.norm_cap) or finalist.best is None:
-        return None
-    cap = None
-    if plan.norm_cap is not None:
-        layers = finalist.intervention.layers
-        norms = {at: residual_norm(prepared.lm.model, prepared.backbone, at, selection[:64]) for at in layers}
-        cap = norm_cap(plan.norm_cap, norms, {at: finalist.best[f"layers.{at}"] for at in layers})
-    if not plan.calibrate:
-        return Calibration({}, min(1.0, cap or 1.0), cap)
-    return calibrate(engine, finalist, found.baseline, selection, cap, events.tick)
 
 
 def _screen(

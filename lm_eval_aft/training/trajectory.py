@@ -153,20 +153,23 @@ class Trajectory:
             AFTError: not even one document fits.
         """
         while True:
+            # What is known of a batch that does not even come into being.
+            batch: Batch | None = None
+            size, tokens = len(documents), self.budget
             try:
                 for batch in self.batches(documents):
-                    size = len(batch.documents)
+                    size, tokens = len(batch.documents), batch.inputs["input_ids"].numel()
                     work(batch)
+                    batch, size, tokens = None, len(documents), self.budget
                 return
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
-                if size == 1:
+                if size == 1 or self.budget == 1:
                     raise AFTError(
                         "Out of memory on a single document.",
                         "Use a smaller --num-fewshot, --dtype bfloat16, or a device with more memory.",
                     ) from error
-                tokens = batch.inputs["input_ids"].numel()
             # Outside the handler, so that the failed pass's tensors are free by now.
             del batch
             forget()

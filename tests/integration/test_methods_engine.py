@@ -366,7 +366,9 @@ def test_calibration_finds_the_best_coefficient(
     scores = {c: score for c, score, _, _ in said["curve"]}
     assert found.coefficient == said["coefficient"] > 0
     assert scores[found.coefficient] == min(score for c, score in scores.items() if c > 0)
-    assert scores[1.0] == pytest.approx(found.metadata["selection"]["vector"]["score"], abs=1e-6)
+    selection = found.metadata["selection"]
+    assert scores[1.0] == pytest.approx(selection["trained"]["score"], abs=1e-6)
+    assert scores[found.coefficient] == pytest.approx(selection["vector"]["score"], abs=1e-6)
     assert scores[0.0] == pytest.approx(found.metadata["selection"]["baseline"]["score"], abs=1e-6)
     capped = train_vector(
         AFTLM(checkpoint("llama"), batch_size=8), "toy_choice", None, norm_cap=0.01, **settings
