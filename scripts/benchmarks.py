@@ -97,7 +97,8 @@ def page(found: Results, picture: bool) -> str:
         "which runs every `scripts/bench_*.py` piece by piece. Times are process CPU time, medians over "
         "rounds in which both sides take turns in one process; models have random weights in the shape of "
         "the named ones, documents the lengths of real prompts. Every script checks that both sides give "
-        "the same numbers and says by how much they differ.",
+        "the same numbers and says by how much they differ. Whatever else runs on the machine meanwhile "
+        "slows both sides, and the one that waits for memory more.",
         "Machine: " + "; ".join(machines) + ".",
     ]
     for title, text, draw in SECTIONS:
