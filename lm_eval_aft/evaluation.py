@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Arguments of `AFTLM` that differ from run to run.
 # lm-eval's flags that are about what becomes of one run's results.
 UNSERVED = (
     "predict_only",
@@ -37,6 +36,7 @@ UNSERVED = (
     "wandb_config_args",
     "trackio_args",
 )
+# Arguments of `AFTLM` that differ from run to run.
 OWN_ARGUMENTS = frozenset({"vector", "route", "library", "answer_only"})
 
 
@@ -115,12 +115,7 @@ def _evaluate(
     note: str,
 ) -> None:
     arguments = dict(arguments)
-    config = read_flags(tasks, folder, flags)
-    # As lm-eval does: tasks that build their documents for a model are told of it.
-    config.metadata = {"pretrained": model, **arguments, **(config.metadata or {})}
-    included = [config.include_path] if config.include_path else []
-    manager = task_manager_for(tasks, included, metadata=config.metadata)
-    check_names(tasks, manager)
+    config, manager = _opened(model, arguments, tasks, folder, flags)
     if answer_only:
         _announce(require_scorable(manager.load(list(tasks))["tasks"])[1])
     device = arguments.pop("device", None) or (None if config.device == "cuda:0" else config.device)
@@ -158,6 +153,19 @@ def _evaluate(
             described["answer_only"] = True
         with environment_asked_once(described_once):
             score(lm, run, config, manager, folder / run.name, described)
+
+
+def _opened(
+    model: str, arguments: dict[str, Any], tasks: Sequence[str], folder: Path, flags: Sequence[str]
+) -> tuple[EvaluatorConfig, TaskManager]:
+    """The flags as lm-eval reads them, and a manager that knows the tasks."""
+    config = read_flags(tasks, folder, flags)
+    # As lm-eval does: tasks that build their documents for a model are told of it.
+    config.metadata = {"pretrained": model, **arguments, **(config.metadata or {})}
+    included = [config.include_path] if config.include_path else []
+    manager = task_manager_for(tasks, included, metadata=config.metadata)
+    check_names(tasks, manager)
+    return config, manager
 
 
 def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) -> EvaluatorConfig:

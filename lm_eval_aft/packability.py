@@ -55,8 +55,9 @@ def row_decides(model: nn.Module, longest: int) -> bool:
     config: Any = model.config
     text = config.get_text_config()
     rope = _rope(text)
-    trained = rope.get("original_max_position_embeddings") or text.max_position_embeddings
-    return rope.get("rope_type") in _BY_LENGTH and longest > int(trained)
+    if rope.get("rope_type") not in _BY_LENGTH:
+        return False
+    return longest > int(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
 
 
 def _rope(text: Any) -> dict[str, Any]:

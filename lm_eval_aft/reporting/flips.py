@@ -7,7 +7,7 @@ from typing import Any
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.reporting.pairing import Comparison
 from lm_eval_aft.reporting.results import Run, TaskRun
-from lm_eval_aft.reporting.samples import AGAIN
+from lm_eval_aft.reporting.samples import AGAIN, asked_of
 
 CONTEXT_CHARACTERS = 1500
 
@@ -41,9 +41,7 @@ def flipped_documents(baseline: Run, run: Run, comparison: Comparison, limit: in
 def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: int) -> dict[str, Any]:
     first = before.document(comparison.filter, doc_id)
     second = after.document(comparison.filter, doc_id)
-    logged = first["arguments"]
-    logged = list(logged.values()) if isinstance(logged, dict) else logged
-    asked = [list(each.values()) if isinstance(each, dict) else list(each) for each in logged]
+    asked = asked_of(first)
     context = str(asked[0][0]) if asked[0] else ""
     found: dict[str, Any] = {
         "doc_id": doc_id,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.reporting.comparison import PairedComparison, compare_paired
 from lm_eval_aft.reporting.results import Run, TaskRun
-from lm_eval_aft.reporting.samples import Sample, mean_metrics
+from lm_eval_aft.reporting.samples import Sample, listed_metrics, mean_metrics
 from lm_eval_aft.reporting.settings import differing
 
 # Where a task reports several metrics, the verdict is on the first of these that it has.
@@ -118,9 +118,7 @@ def _higher_is_better(run: TaskRun, metric: str) -> bool:
     """As the results' own table says, else the task's list of metrics, else yes."""
     said = run.results.get("higher_is_better", {}).get(run.task, {}).get(metric)
     if said is None:
-        listed = run.config.get("metric_list")
-        entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
-        said = next((e.get("higher_is_better") for e in entries if e.get("metric") == metric), None)
+        said = listed_metrics(run.config).get(metric, {}).get("higher_is_better")
     return said is not False
 
 

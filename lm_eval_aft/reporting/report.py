@@ -134,16 +134,7 @@ def build_report(runs: Sequence[Run], *, force: bool = False, flips: int = 20, t
         warnings=warnings(baseline, others, list(vectors.values()), rows),
         family=sum(row.family for row in rows),
         alpha=ALPHA,
-        runs=[
-            {
-                "name": run.name,
-                "kind": run.kind,
-                "tasks": list(run.tasks),
-                "vector": run.vector_path,
-                "answer_only": run.answer_only,
-            }
-            for run in shown
-        ],
+        runs=[_described(run) for run in shown],
         rows=rows,
         corpus=corpus_scores(baseline, others, rows),
         groups=group_scores(baseline, others),
@@ -161,6 +152,16 @@ def build_report(runs: Sequence[Run], *, force: bool = False, flips: int = 20, t
         leaderboard=leaderboard_rows(baseline, [row for row in plain if row["kind"] == "steered"]),
         datasets={task: str(each.config.get("dataset_path") or "") for task, each in baseline.tasks.items()},
     )
+
+
+def _described(run: Run) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "kind": run.kind,
+        "tasks": list(run.tasks),
+        "vector": run.vector_path,
+        "answer_only": run.answer_only,
+    }
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,8 @@ def read_run(path: str | Path, name: str | None = None, kind: str | None = None)
             add up to the results, or several models in one folder.
     """
     source = Path(path)
-    groups = group_results(find_results(source))
-    if len(groups) > 1:
-        names = "; ".join(str(files[0]) for files in groups)
-        raise AFTError(
-            f"{source} holds runs of {len(groups)} different models or vectors.",
-            f"Name one results file of each instead: {names}",
-        )
-    return load_run(groups[0], name or (source.parent if source.is_file() else source).name, kind)
+    files = _one_group(source, group_results(find_results(source)))
+    return load_run(files, name or (source.parent if source.is_file() else source).name, kind)
 
 
 def discover(folder: str | Path) -> list[Run]:
@@ -138,19 +133,13 @@ def discover(folder: str | Path) -> list[Run]:
     for number, files in enumerate(group_results(find_results(root))):
         for file in files:
             parts = file.relative_to(root).parts if root.is_dir() else ()
-            named = bool(parts) and parts[0] in KINDS
-            name = "/".join(parts[:2]) if len(parts) > 3 else parts[0] if parts else ""
-            key = (parts[0], name) if named else ("", f"{number}")
+            key = ("", f"{number}")
+            if parts and parts[0] in KINDS:
+                key = (parts[0], "/".join(parts[:2]) if len(parts) > 3 else parts[0])
             kinds.setdefault(key, {}).setdefault(number, []).append(file)
     runs: list[Run] = []
     for (kind, name), groups in kinds.items():
-        if len(groups) > 1:
-            first = "; ".join(str(files[0]) for files in groups.values())
-            raise AFTError(
-                f"{root / name} holds runs of {len(groups)} different models or vectors.",
-                f"Name one results file of each instead: {first}",
-            )
-        (files,) = groups.values()
+        files = _one_group(root / name, list(groups.values()))
         if kind:
             runs.append(load_run(files, name, kind))
         else:
@@ -169,6 +158,21 @@ def discover(folder: str | Path) -> list[Run]:
             "Give the folders one by one, the baseline first.",
         )
     return sorted(runs, key=lambda run: KINDS.index(run.kind))
+
+
+def _one_group(place: Path, groups: Sequence[list[Path]]) -> list[Path]:
+    """The results files of the one model or vector that a place holds.
+
+    Raises:
+        AFTError: it holds several.
+    """
+    if len(groups) > 1:
+        first = "; ".join(str(files[0]) for files in groups)
+        raise AFTError(
+            f"{place} holds runs of {len(groups)} different models or vectors.",
+            f"Name one results file of each instead: {first}",
+        )
+    return groups[0]
 
 
 def _unnamed(run: Run, number: str, taken: set[str]) -> str:

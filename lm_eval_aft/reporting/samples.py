@@ -47,9 +47,7 @@ def read_samples(path: Path, config: dict[str, Any]) -> dict[str, dict[int, Samp
         value = decode(line, where)
         try:
             doc_id, filter_name = int(value["doc_id"]), str(value["filter"])
-            asked = value["arguments"]
-            asked = list(asked.values()) if isinstance(asked, dict) else asked
-            asked = [list(each.values()) if isinstance(each, dict) else list(each) for each in asked]
+            asked = asked_of(value)
             doc = value["doc"]
             cluster = doc.get("source_id") if isinstance(doc, dict) else None
             sample = Sample(
@@ -77,6 +75,13 @@ def read_samples(path: Path, config: dict[str, Any]) -> dict[str, dict[int, Samp
     return found
 
 
+def asked_of(sample: dict[str, Any]) -> list[list[Any]]:
+    """The arguments of a logged document's requests, which lm-eval logs as mappings or as lists."""
+    logged = sample["arguments"]
+    logged = logged.values() if isinstance(logged, dict) else logged
+    return [list(each.values()) if isinstance(each, dict) else list(each) for each in logged]
+
+
 def _score(value: Any, metric: str, per_document: dict[str, bool | None]) -> float | None:
     """A document's score; the mean of its repeats where it has several; ``None`` without one."""
     known = per_document.get(metric)
@@ -93,13 +98,15 @@ def _score(value: Any, metric: str, per_document: dict[str, bool | None]) -> flo
 
 def mean_metrics(config: dict[str, Any]) -> dict[str, bool | None]:
     """Metric -> whether the task's score is the mean over its documents; ``None`` where not said."""
-    found: dict[str, bool | None] = {}
+    said = {metric: entry.get("aggregation") for metric, entry in listed_metrics(config).items()}
+    return {metric: None if how is None else how in ("mean", "nanmean") for metric, how in said.items()}
+
+
+def listed_metrics(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of a task's ``metric_list`` by metric; none where it is damaged."""
     listed = config.get("metric_list")
-    for entry in listed if isinstance(listed, list) else []:
-        if isinstance(entry, dict) and "metric" in entry:
-            said = entry.get("aggregation")
-            found[str(entry["metric"])] = None if said is None else said in ("mean", "nanmean")
-    return found
+    entries = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    return {str(entry["metric"]): entry for entry in entries if "metric" in entry}
 
 
 def _digest(value: Any) -> bytes:

@@ -33,7 +33,8 @@ class Calibration:
 
     def capped(self, cap: float | None) -> Calibration:
         """The same under another cap."""
-        return replace(self, coefficient=min(self.coefficient, 1e30 if cap is None else cap), cap=cap)
+        allowed = self.coefficient if cap is None else min(self.coefficient, cap)
+        return replace(self, coefficient=allowed, cap=cap)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for headers."""

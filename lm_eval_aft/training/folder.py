@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
             f"The output folder {folder} is not empty, and no training run wrote what is in it.",
             "Choose another folder.",
         )
+
+
+def digest(documents: object) -> str:
+    """SHA-256 of what a run reads: data, YAML, tokenizer or window may change before it is resumed.
+
+    Args:
+        documents: nested tuples, lists, strings and numbers, or dataclasses of them.
+    """
+    return hashlib.sha256(repr(documents).encode()).hexdigest()
 
 
 def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Ledger, dict[str, State]]:

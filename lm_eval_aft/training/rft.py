@@ -7,7 +7,6 @@ the model steered by the round before has written.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from lm_eval_aft.training.author import Author, round_file
 from lm_eval_aft.training.card import write_card
 from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.training.examples import Example
-from lm_eval_aft.training.folder import PICTURE, SEEDS, open_run, seed_file
+from lm_eval_aft.training.folder import PICTURE, SEEDS, digest, open_run, seed_file
 from lm_eval_aft.training.ledger import Ledger, drop_state, save_state
 from lm_eval_aft.training.parallel import Workers
 from lm_eval_aft.training.prepared import Prepared
@@ -127,7 +126,7 @@ class Rounds:
         self._run_settings = {
             **self.prepared.plan.to_dict(),
             "fingerprint": fingerprint(lm.model, lm.tokenizer),
-            "documents": hashlib.sha256(repr(asked).encode()).hexdigest(),
+            "documents": digest(asked),
         }
         self._ledger, _ = open_run(self.folder, self._run_settings, self._resume)
         with jsonlines.open(self._ledger.path) as reader:

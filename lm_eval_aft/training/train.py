@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import os
@@ -28,7 +27,7 @@ from lm_eval_aft.training.events import Events
 from lm_eval_aft.training.examples import encode
 from lm_eval_aft.training.finalists import coefficients, score_again
 from lm_eval_aft.training.fit import Candidate, Engine, Recipe
-from lm_eval_aft.training.folder import PICTURE, check_output, open_run, seed_file
+from lm_eval_aft.training.folder import PICTURE, check_output, digest, open_run, seed_file
 from lm_eval_aft.training.ledger import Ledger, State, drop_state
 from lm_eval_aft.training.parallel import Workers
 from lm_eval_aft.training.picture import draw_sweep
@@ -146,19 +145,11 @@ def run_sweep(
     """
     started = time.monotonic()
     plan, lm, splits, workers = prepared.plan, prepared.lm, prepared.splits, Workers()
-    selection = encode(splits.selection, lm)
-    train = {seed: encode(spoil(splits.train(seed), plan.control, seed), lm) for seed in plan.seeds()}
-    if empty := [seed for seed, documents in train.items() if not documents]:
-        raise AFTError(
-            f"No training document of seed {empty[0]} has a usable gold answer.",
-            "Check the task's YAML, or give it more training documents.",
-        )
+    selection, train = _encoded(prepared)
     every = dict.fromkeys([*selection, *itertools.chain.from_iterable(train.values())])
     engine, engine_name = make_engine(lm.model, prepared.backbone, prepared.objective, list(every))
     identity = fingerprint(lm.model, lm.tokenizer)
-    # The documents as the model reads them: data, YAML, tokenizer or window may change between two calls.
-    read = hashlib.sha256(repr((selection, sorted(train.items()))).encode()).hexdigest()
-    settings = {**plan.to_dict(), "fingerprint": identity, "documents": read}
+    settings = {**plan.to_dict(), "fingerprint": identity, "documents": digest([selection, *train.items()])}
     log: Ledger | None = None
     saved: dict[str, State] = {}
     if folder is not None and workers.leads:
@@ -194,6 +185,18 @@ def run_sweep(
     if folder and log:
         _write(folder, result, found, log, picture)
     return result
+
+
+def _encoded(prepared: Prepared) -> tuple[list[Document], dict[int, list[Document]]]:
+    """The selection documents, and the training documents of each seed, as the model reads them."""
+    plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
+    train = {seed: encode(spoil(splits.train(seed), plan.control, seed), lm) for seed in plan.seeds()}
+    if empty := [seed for seed, documents in train.items() if not documents]:
+        raise AFTError(
+            f"No training document of seed {empty[0]} has a usable gold answer.",
+            "Check the task's YAML, or give it more training documents.",
+        )
+    return encode(splits.selection, lm), train
 
 
 def _progress_bar(stages: Sequence[Stage], workers: Workers, judged: int, shown: bool) -> Any:
