@@ -1,4 +1,4 @@
-"""Greedy generation in batches that finished rows leave, on keys and values kept in place."""
+"""Greedy generation, several tokens a pass, in batches that finished rows leave."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_aft.positions import GENERATED, LAST
+from lm_eval_aft.scoring.drafts import Seen, Width, Words
 from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.requests import Option, Question, with_common_prefixes
 from lm_eval_aft.scoring.slots import Slots
@@ -35,9 +36,10 @@ def unusual(config: Any) -> str:
 
 @dataclass
 class Row:
-    """One prompt being continued; ``done`` says, after each token, whether that was the last."""
+    """One prompt being continued: its question, its output, and what is known for guessing at more."""
 
     question: Question
+    words: Words
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -45,34 +47,57 @@ class Row:
         """The prompt's number."""
         return self.question.options[0].index
 
+    @property
+    def last(self) -> int:
+        """The last token, not read yet."""
+        return self.tokens[-1] if self.tokens else self.question.tokens[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens before the last one: how many columns are filled, and the last one's position."""
+        return len(self.question.context) + len(self.tokens)
+
+    def append(self, token: int) -> None:
+        """The output's next token."""
+        self.tokens.append(token)
+        self.words.append(token)
+
 
 def prompt(index: int, tokens: Sequence[int], state: int = 0) -> Question:
     """A prompt as a question whose tree is its last token."""
     return Question(tuple(tokens[:-1]), (tokens[-1],), (-1,), (Option(index, (0,), (0,)),), state)
 
 
+@dataclass(frozen=True)
+class Ending:
+    """When a row ends: after ``most`` tokens, with one of ``eos`` (kept, as in stock), or where ``stops``
+    is true of its tokens so far."""
+
+    most: int
+    eos: frozenset[int]
+    stops: Callable[[list[int]], bool]
+
+    def after(self, tokens: list[int]) -> bool:
+        """Whether the last of ``tokens`` is the row's last."""
+        return tokens[-1] in self.eos or len(tokens) == self.most or self.stops(tokens)
+
+
 def continuations(
-    scorer: Scorer,
-    prompts: Sequence[Question],
-    most: int,
-    eos: set[int],
-    stops: Callable[[list[int]], bool],
-    watch: Watch | None = None,
+    scorer: Scorer, prompts: Sequence[Question], ending: Ending, watch: Watch | None = None
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy continuations as (prompt's index, tokens), in any order.
 
-    A row ends after ``most`` tokens, with a token of ``eos`` (kept, as in stock), or when ``stops``
-    is true of its tokens so far. A prefix that prompts share is read once. ``watch`` is shown the
-    logits (vocabulary,) behind every token, with the prompt's index.
+    A prefix that prompts share is read once. ``watch`` is shown the logits (vocabulary,) behind every
+    token, with the prompt's index.
     """
+    width = Width(scorer.parameters(), scorer.dtype.itemsize, scorer.bytes_per_token())
     for prefix, members in with_common_prefixes(prompts):
         order = sorted(members, key=lambda question: -len(question.context))
         heads = scorer.prefixes(order[0].context[:prefix], order[0].state) if prefix else []
         while order:
-            group = scorer.take(order, most)
+            group = scorer.take(order, ending.most)
             order = order[len(group) :]
-            run = partial(_group, scorer, group, prefix, heads, most, eos, stops, watch)
-            yield from scorer.retrying(run)
+            yield from scorer.retrying(partial(_group, scorer, group, prefix, heads, ending, width, watch))
     scorer.release()
 
 
@@ -81,77 +106,89 @@ def _group(
     group: Sequence[Question],
     prefix: int,
     heads: Sequence[Any],
-    most: int,
-    eos: set[int],
-    stops: Callable[[list[int]], bool],
+    ending: Ending,
+    width: Width,
     watch: Watch | None,
 ) -> list[tuple[int, list[int]]]:
-    columns = len(group[0].context)
-    slots = scorer.slots(len(group), columns + most)
+    # One column more than is needed: where guesses go that lie behind a row's last token.
+    slots = scorer.slots(len(group), len(group[0].context) + ending.most + 1)
     if heads:
         slots.load(heads[0])
     for step in context_steps(group, prefix, scorer.budget.tokens, scorer.device):
         scorer.logits(step, slots)
-    slots.hide(0, [len(question.context) for question in group], columns)
-    lengths = torch.tensor([len(question.context) for question in group], device=scorer.device)
-    mask = _hiding(lengths, columns, columns + most, scorer.dtype)
-    rows = [Row(question) for question in group]
-    last = torch.tensor([question.tokens for question in group], device=scorer.device)
+    slots.hide(0, [len(question.context) for question in group], slots.capacity)
+    seen: Seen = {}
+    rows = [Row(question, Words((*question.context, *question.tokens), seen)) for question in group]
     found = []
-    for made in range(most):
-        n = len(rows)
-        states = [row.question.state for row in rows]
-        role = GENERATED if made else LAST
-        logits = _next(scorer, slots, last[:n], lengths[:n] + made, mask[:n], columns + made, states, role)
-        if watch is not None:
-            for row, seen in zip(rows, logits, strict=True):
-                watch(row.index, seen)
-        last = logits.argmax(-1, keepdim=True)
-        for r, token in reversed(list(enumerate(last[:, 0].tolist()))):
-            row = rows[r]
-            row.tokens.append(token)
-            if token in eos or len(row.tokens) == most or stops(row.tokens):
-                found.append((row.index, row.tokens))
-                # The last row takes the place of the one that leaves.
-                final = len(rows) - 1
-                if r != final:
-                    rows[r] = rows[final]
-                    slots.move(final, r)
-                    for tensor in (lengths, mask, last):
-                        tensor[r] = tensor[final].clone()
-                rows.pop()
-        if not rows:
-            break
+    before = 1
+    while rows:
+        longest = max(row.length for row in rows)
+        wide = width.choose(len(rows), longest, max(ending.most - len(row.tokens) for row in rows))
+        if wide < before:
+            # Wrong guesses that this pass does not overwrite.
+            slots.hide(0, [row.length for row in rows], min(longest + before, slots.capacity))
+        before = wide
+        guesses = [row.words.guess(max(1, wide - 1)) for row in rows]
+        logits = _read(scorer, slots, rows, guesses, wide, ending.most)
+        written = logits.argmax(-1).tolist()
+        for r in reversed(range(len(rows))):
+            width.observe(guesses[r], written[r][0])
+            if not _append(rows[r], written[r], guesses[r], ending, logits[r], watch):
+                continue
+            found.append((rows[r].index, rows[r].tokens))
+            # The last row takes the place of the one that leaves.
+            final = rows.pop()
+            if r < len(rows):
+                rows[r] = final
+                slots.move(len(rows), r)
     return found
 
 
-def _hiding(lengths: Tensor, columns: int, capacity: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask (rows, 1, 1, capacity) of the columns between each context's end and ``columns``."""
-    column = torch.arange(capacity, device=lengths.device)
-    hidden = (column >= lengths[:, None]) & (column < columns)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
-    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None, None]
+def _append(
+    row: Row,
+    written: Sequence[int],
+    guesses: Sequence[int],
+    ending: Ending,
+    logits: Tensor,
+    watch: Watch | None,
+) -> bool:
+    """Continue the row as far as what it was ``written`` for was guessed right; whether that ends it."""
+    for k, token in enumerate(written):
+        if watch is not None:
+            watch(row.index, logits[k])
+        row.append(token)
+        if ending.after(row.tokens):
+            return True
+        if guesses[k : k + 1] != [token]:
+            break
+    return False
 
 
-def _next(
-    scorer: Scorer,
-    slots: Slots,
-    last: Tensor,
-    positions: Tensor,
-    mask: Tensor,
-    column: int,
-    states: list[int],
-    role: int,
+def _read(
+    scorer: Scorer, slots: Slots, rows: Sequence[Row], guesses: Sequence[list[int]], wide: int, most: int
 ) -> Tensor:
-    """Logits (rows, vocabulary) after the tokens ``last`` (rows, 1), which go to ``column``."""
-    n = len(last)
+    """Logits (rows, wide, vocabulary) after each row's last token and after its guesses."""
+    n, device = len(rows), scorer.device
+    ids = [[row.last, *mine, *[0] * wide][:wide] for row, mine in zip(rows, guesses, strict=True)]
+    columns = [[min(row.length + k, len(row.question.context) + most) for k in range(wide)] for row in rows]
+    roles = [[GENERATED if row.tokens else LAST, *[GENERATED] * (wide - 1)] for row in rows]
+    at = torch.tensor(columns, device=device)
+    ahead = torch.arange(1 + max(map(max, columns)), device=device) > at[..., None]
+    mask = torch.zeros(ahead.shape, dtype=scorer.dtype, device=device)
+    mask.masked_fill_(ahead, torch.finfo(scorer.dtype).min)
     inputs = {
-        "input_ids": last,
-        "attention_mask": mask[..., : column + 1],
-        "position_ids": positions[:, None],
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": mask[:, None],
+        "position_ids": at,
     }
-    roles = torch.full((n, 1), role, device=last.device)
-    step = Step(inputs, slice(0, n), column, list(range(n)), states=states, roles=roles)
+    step = Step(
+        inputs,
+        slice(0, n),
+        at,
+        list(range(n * wide)),
+        states=[row.question.state for row in rows],
+        roles=torch.tensor(roles, device=device),
+    )
     logits = scorer.logits(step, slots)
     assert logits is not None
-    return logits.float()
+    return logits.float().view(n, wide, -1)

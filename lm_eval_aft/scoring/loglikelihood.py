@@ -124,7 +124,7 @@ class Scorer:
     def take(self, order: Sequence[Question], more: int = 0) -> list[Question]:
         """The first of ``order`` that go together: keys and values must fit, with ``more`` columns."""
         columns = len(order[0].context)
-        limit = self.budget.cache // self._bytes_per_token()
+        limit = self.budget.cache // self.bytes_per_token()
         group: list[Question] = []
         widest = scored = 0
         for question in order:
@@ -137,7 +137,16 @@ class Scorer:
             group.append(question)
         return group
 
-    def _bytes_per_token(self) -> int:
+    def parameters(self) -> int:
+        """Numbers that a token is multiplied with: all but a table of embeddings of their own."""
+        model: Any = self.model
+        tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+        weights = [getattr(table, "weight", None) for table in tables]
+        looked_up = weights[0] is not None and weights[0] is not weights[1]
+        return sum(p.numel() for p in model.parameters()) - (weights[0].numel() if looked_up else 0)
+
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all blocks."""
         model: Any = self.model
         text = model.config.get_text_config()
         heads = getattr(text, "num_attention_heads", 1)
@@ -228,7 +237,7 @@ class Scorer:
         if slots is not None and step.at is not None:
             # A context's logits are not wanted, nor what its last block makes of its keys and values.
             stop = len(self.backbone.blocks) - 1 if self._may_stop and not step.scored else None
-            if step.contexts and isinstance(step.at, slice):
+            if step.contexts and isinstance(step.at, slice) and isinstance(step.start, int):
                 slots.hide(step.at.start, step.contexts, step.start)
             slots.open(step.at, step.start, stop)
             inputs |= {"past_key_values": slots, "use_cache": True}

@@ -33,14 +33,18 @@ class Slots(DynamicCache):
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._at: Rows = slice(0, 0)
         self._start = 0
+        self._own: Tensor | None = None
         self._stop_after: int | None = None
 
-    def open(self, at: Rows, start: int, stop_after: int | None = None) -> None:
-        """The next pass fills columns from ``start`` in the rows ``at``.
+    def open(self, at: Rows, start: int | Tensor, stop_after: int | None = None) -> None:
+        """The next pass fills columns from ``start`` in the rows ``at``, or each row its own.
 
-        With ``stop_after`` it ends, by `Enough`, when that block's keys and values are stored.
+        ``start`` then gives them, (rows, tokens), for rows from 0 on; the pass sees columns up to the
+        greatest. With ``stop_after`` it ends, by `Enough`, when that block's keys and values are stored.
         """
-        self._at, self._start, self._stop_after = at, start, stop_after
+        self._own = start if isinstance(start, Tensor) else None
+        self._start = int(start.max()) + 1 - start.shape[1] if isinstance(start, Tensor) else start
+        self._at, self._stop_after = at, stop_after
 
     def lay_out(self, rows: int, capacity: int) -> bool:
         """Use the same memory for that many rows and columns, whose contents are whatever was there.
@@ -108,6 +112,11 @@ class Slots(DynamicCache):
         """Store keys and values (rows, heads, tokens, width); return all that the pass may see."""
         keys, values = self._buffer(layer_idx, key_states, value_states)
         end = self._start + key_states.shape[2]
+        if self._own is not None:
+            places = (torch.arange(len(self._own), device=keys.device)[:, None], self._own.to(keys.device))
+            keys.transpose(1, 2)[places] = key_states.transpose(1, 2)
+            values.transpose(1, 2)[places] = value_states.transpose(1, 2)
+            return keys[self._at, :, :end], values[self._at, :, :end]
         keys[self._at, :, self._start : end] = key_states
         values[self._at, :, self._start : end] = value_states
         if layer_idx == self._stop_after:

@@ -26,7 +26,7 @@ class Step:
     Attributes:
         inputs: keyword arguments of the model, ``input_ids`` (rows, tokens) among them.
         at: the slots' rows that it fills; None without slots.
-        start: the slots' first column that it fills.
+        start: the slots' first column that it fills, or (rows, tokens) each row's columns.
         scored: (R,) flat positions in rows x tokens whose logits are needed; none for contexts.
         options: (option, its places in ``scored``) that the logits answer.
         states: which vector steers each row; see `lm_eval_aft.steering.RowSteering`.
@@ -36,7 +36,7 @@ class Step:
 
     inputs: dict[str, Tensor]
     at: Rows | None = None
-    start: int = 0
+    start: int | Tensor = 0
     scored: list[int] = field(default_factory=list)
     options: list[tuple[Option, list[int]]] = field(default_factory=list)
     states: list[int] = field(default_factory=list)

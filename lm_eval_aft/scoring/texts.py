@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lm_eval_aft.packability import disagreement, refused
 from lm_eval_aft.positions import row_roles
-from lm_eval_aft.scoring.generation import Watch, continuations, prompt, unusual
+from lm_eval_aft.scoring.generation import Ending, Watch, continuations, prompt, unusual
 from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.requests import Question
 from lm_eval_aft.scoring.steps import Step
@@ -160,8 +160,9 @@ class Texts:
             return holds_stop(tuple(tokens[-back:]))
 
         eos = self.lm.model.generation_config.eos_token_id
-        ends = set(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
-        for index, tokens in continuations(self.scorer, questions, settings.most, ends, stops, watch):
+        ends = frozenset(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
+        ending = Ending(settings.most, ends, stops)
+        for index, tokens in continuations(self.scorer, questions, ending, watch):
             text = postprocess_generated_text(
                 generation=self.lm.tok_decode(tokens), stop=list(settings.until), think_end_token=None
             )
