@@ -122,14 +122,18 @@ def _group(
     found = []
     before = 1
     while rows:
-        longest = max(row.length for row in rows)
-        wide = width.choose(len(rows), longest, max(ending.most - len(row.tokens) for row in rows))
+        lengths = [row.length for row in rows]
+        most = max(ending.most - len(row.tokens) for row in rows)
+        wide = width.choose(len(rows), max(lengths), most)
         if wide < before:
-            # Wrong guesses that this pass does not overwrite.
-            slots.hide(0, [row.length for row in rows], min(longest + before, slots.capacity))
+            slots.hide(0, lengths, slots.capacity)  # guesses that this pass would not overwrite
         before = wide
         guesses = [row.words.guess(max(1, wide - 1)) for row in rows]
         logits = _read(scorer, slots, rows, guesses, wide, ending.most)
+        if wide > 1 and bool(logits[:, 0].isnan().any()):
+            # It may come of a guess: a mask hides no NaN.
+            slots.hide(0, lengths, slots.capacity)
+            logits = _read(scorer, slots, rows, guesses, 1, ending.most)
         written = logits.argmax(-1).tolist()
         for r in reversed(range(len(rows))):
             width.observe(guesses[r], written[r][0])

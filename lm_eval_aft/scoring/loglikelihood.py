@@ -140,10 +140,12 @@ class Scorer:
     def parameters(self) -> int:
         """Numbers that a token is multiplied with: all but a table of embeddings of their own."""
         model: Any = self.model
-        tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-        weights = [getattr(table, "weight", None) for table in tables]
-        looked_up = weights[0] is not None and weights[0] is not weights[1]
-        return sum(p.numel() for p in model.parameters()) - (weights[0].numel() if looked_up else 0)
+        looked_up, head = (
+            getattr(table, "weight", None)
+            for table in (model.get_input_embeddings(), model.get_output_embeddings())
+        )
+        spared = looked_up.numel() if looked_up is not None and looked_up is not head else 0
+        return int(sum(parameter.numel() for parameter in model.parameters()) - spared)
 
     def bytes_per_token(self) -> int:
         """Bytes of one token's keys and values in all blocks."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,8 +14,12 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_aft import SteeringVector
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.scoring.loglikelihood import Budget
+from lm_eval_aft.scoring import generation
+from lm_eval_aft.scoring.drafts import Seen, Width, Words
+from lm_eval_aft.scoring.generation import Row
+from lm_eval_aft.scoring.loglikelihood import Budget, Scorer
 from lm_eval_aft.scoring.slots import Slots
+from lm_eval_aft.scoring.steps import Step
 from tests.conftest import FAMILIES, WORDS, tiny_model, tiny_tokenizer
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "batch_size": 1, "tokenizer": tiny_tokenizer()}
@@ -113,6 +119,96 @@ def test_groups_use_the_same_memory_and_nothing_of_it_shows(
     fast, slow = both(lm, prompts(12, prefix))
     assert fast == slow
     assert laid_out.count(True) >= 2
+    assert path(lm).startswith("generated in shared batches (100")
+
+
+def guesser(kind: str, written: dict[tuple[int, ...], list[int]]) -> type[Words]:
+    """`Words` that guess what will be written: all of it, none, its first token, or that of some prompts."""
+
+    class Told(Words):
+        def __init__(self, tokens: Iterable[int], others: Seen) -> None:
+            self.prompt = tuple(tokens)
+            super().__init__(self.prompt, others)
+
+        def guess(self, count: int) -> list[int]:
+            made = len(self._tokens) - len(self.prompt)
+            right = (written[self.prompt][made:] + [0] * count)[:count]
+            wrong = [1 + token % 60 for token in right]
+            some = right if len(self.prompt) > 100 else wrong
+            first = right[:1] + wrong[1:]
+            return {"right": right, "wrong": wrong, "right at first": first, "right for some": some}[kind]
+
+    return Told
+
+
+def record(
+    monkeypatch: pytest.MonkeyPatch, lm: AFTLM, contexts: list[str]
+) -> dict[tuple[int, ...], list[int]]:
+    """What is written behind each prompt, token by token, without any guess."""
+    written = {}
+
+    class Recorded(Row):
+        def append(self, token: int) -> None:
+            super().append(token)
+            written[(*self.question.context, *self.question.tokens)] = list(self.tokens)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generation, "Row", Recorded)
+        patched.setattr(Width, "choose", lambda *_: 1)
+        lm.generate_until(instances(contexts, GREEDY), disable_tqdm=True)
+    return written
+
+
+@pytest.mark.parametrize("widths", [[2], [8], [8, 1, 5, 2, 3], [1, 4]], ids=str)
+@pytest.mark.parametrize("kind", ["looked up", "right", "wrong", "right at first", "right for some"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_guesses_change_nothing(
+    family: str, kind: str, widths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many, right or wrong; also where the last ones would lie behind the window's end."""
+    lm, contexts = fresh(family), [*prompts(9), " ".join(WORDS * 5)]
+    written = record(monkeypatch, lm, contexts)
+    read: list[Step] = []
+    logits = Scorer.logits
+
+    def watched(self: Scorer, step: Step, slots: Slots | None) -> Any:
+        read.append(step)
+        return logits(self, step, slots)
+
+    asked = iter(widths * 1000)
+    monkeypatch.setattr(Width, "choose", lambda _self, _rows, _columns, most: min(most, next(asked)))
+    monkeypatch.setattr(Scorer, "logits", watched)
+    if kind != "looked up":
+        monkeypatch.setattr(generation, "Words", guesser(kind, written))
+    fast, slow = both(lm, contexts)
+    assert fast == slow
+    assert path(lm).startswith("generated in shared batches (100")
+    passes = [step.inputs["position_ids"] for step in read if isinstance(step.start, torch.Tensor)]
+    assert {each.shape[1] for each in passes} >= set(widths[:2])
+    if family == "gpt2" and kind == "right for some" and widths == [8]:
+        assert max(int(each.max()) for each in passes) == lm.max_length - 1
+    if kind == "right" and len(widths) == 1:
+        assert len(passes) == math.ceil(GREEDY["max_gen_toks"] / widths[0])
+
+
+def test_a_guess_that_overflows_reaches_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks hide a wrong guess, but not its NaN."""
+    lm, contexts = AFTLM(tiny_model("llama"), **OPTIONS), prompts(9)
+    written = record(monkeypatch, lm, contexts)
+    unused = sorted(set(range(1, 64)) - {t for prompt, more in written.items() for t in (*prompt, *more)})
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[unused[0]] = math.nan
+    told = guesser("right at first", written)
+
+    class Poisoned(told):  # type: ignore[misc, valid-type]
+        def guess(self, count: int) -> list[int]:
+            return [*super().guess(1), *[unused[0]] * count][:count]
+
+    monkeypatch.setattr(generation, "Words", Poisoned)
+    asked = iter([4, 3, 1] * 1000)
+    monkeypatch.setattr(Width, "choose", lambda _self, _rows, _columns, most: min(most, next(asked)))
+    fast, slow = both(lm, contexts)
+    assert fast == slow
     assert path(lm).startswith("generated in shared batches (100")
 
 
