@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm_eval_aft.reporting.results import Run, model_args
+from lm_eval_aft.reporting.results import Run
+from lm_eval_aft.reporting.results_files import model_args
 
 # task -> (n-shot, metric, filter), as the leaderboard's first version set them.
 SETTINGS: dict[str, tuple[int, str, str]] = {

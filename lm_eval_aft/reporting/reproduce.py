@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lm_eval_aft.reporting.results import Run, model_args
+from lm_eval_aft.reporting.results import Run
+from lm_eval_aft.reporting.results_files import model_args
 
 
 def commands(run: Run) -> list[str]:

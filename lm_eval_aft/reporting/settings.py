@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lm_eval_aft.reporting.results import Run, TaskRun, model_args
+from lm_eval_aft.reporting.results import Run, TaskRun
+from lm_eval_aft.reporting.results_files import model_args
 
 # Whether the questions were taken away: prompts are logged as the task made them, so only this tells.
 ANSWER_ONLY = "answer_only"
