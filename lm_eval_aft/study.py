@@ -16,8 +16,9 @@ from lm_eval_aft.library.names import check_name
 from lm_eval_aft.library.route import read_table
 from lm_eval_aft.training.examples import PromptSettings
 from lm_eval_aft.training.plan import TrainingPlan
-from lm_eval_aft.training.protocols import DEFAULT
+from lm_eval_aft.training.protocols import DEFAULT, parse_rungs
 
+_SCORES = ("tasks", "limit")
 _KEYS = ("model", "include_path", "defaults", "vectors", "unavailable", "scores")
 _HINT = "See scripts/studies/library.yaml for an example."
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -76,6 +77,16 @@ class Study:
         return found | {task: None for task in self.tasks if task not in found}
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice: YAML itself would silently keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if double := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{double[0]!r} occurs twice in a mapping")
+        return dict(super().construct_mapping(node, deep))
+
+
 def read_mapping(path: Path, hint: str) -> dict[Any, Any]:
     """What a study file says, whatever that is.
 
@@ -83,7 +94,7 @@ def read_mapping(path: Path, hint: str) -> dict[Any, Any]:
         AFTError: it cannot be read, is not YAML or not a mapping.
     """
     try:
-        table = yaml.safe_load(read_table(path))
+        table = yaml.load(read_table(path), _OnceEach)
     except yaml.YAMLError as error:
         raise AFTError(f"The study {path} is not YAML: {str(error).partition(chr(10))[0]}", hint) from error
     if not isinstance(table, dict):
@@ -105,9 +116,7 @@ def read_study(path: Path) -> Study:
     for key, part in parts.items():
         if not isinstance(part, dict):
             raise AFTError(f"`{key}` of the study {path} must be a mapping.", _HINT)
-    folders = table.get("include_path") or []
-    folders = [folders] if isinstance(folders, str) else list(folders)
-    include = tuple(str((path.parent / str(folder)).resolve()) for folder in folders)
+    include = tuple(map(str, _folders(table.get("include_path"), path)))
     entries = tuple(
         _entry(name, value, parts["defaults"], include) for name, value in parts["vectors"].items()
     )
@@ -116,14 +125,30 @@ def read_study(path: Path) -> Study:
     for entry in entries:
         entry.plan()
     scores = parts["scores"]
+    tasks = scores.get("tasks") or []
+    if not set(scores) <= set(_SCORES) or not (
+        isinstance(tasks, list) and all(isinstance(t, str) for t in tasks)
+    ):
+        raise AFTError(f"`scores` of the study {path} wants tasks: [NAME, ...] and limit: N.", _HINT)
     return Study(
         entries,
         None if table.get("model") is None else str(table["model"]),
         {check_name(str(name)): str(needs) for name, needs in parts["unavailable"].items()},
-        tuple(map(str, scores.get("tasks") or ())),
+        tuple(tasks),
         _count(scores.get("limit"), "scores"),
         include,
     )
+
+
+def _folders(value: Any, source: Path) -> list[Path]:
+    given = [value] if isinstance(value, str) else value or []
+    if not (isinstance(given, list) and all(isinstance(each, str) for each in given)):
+        raise AFTError(f"`include_path` of the study {source} must be a folder, or a list of them.", _HINT)
+    found = [(source.parent / each).resolve() for each in given]
+    for each in found:
+        if not each.is_dir():
+            raise AFTError(f"`include_path` of the study {source}: there is no folder {each}.", _HINT)
+    return found
 
 
 def _entry(name: Any, value: Any, defaults: Mapping[str, Any], include: tuple[str, ...]) -> StudyEntry:
@@ -138,7 +163,9 @@ def _entry(name: Any, value: Any, defaults: Mapping[str, Any], include: tuple[st
         for key in ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
         if key in merged
     }
-    settings = {key: setting_value(key, each) for key, each in merged.items()}
+    settings = {
+        key: parse_rungs(each) if key == "rungs" else setting_value(key, each) for key, each in merged.items()
+    }
     if prompts:
         settings["prompts"] = PromptSettings(**prompts)
         check_field_types(settings["prompts"])

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,13 @@ class TrainSet:
     so a run that was killed goes on where it stopped.
     """
 
-    def __init__(self, study: Study, library: Library, model: str) -> None:
+    def __init__(
+        self, study: Study, library: Library, model: str, model_args: Mapping[str, Any] | None = None
+    ) -> None:
         self.study = study
         self.library = library
         self.model = model
+        self.model_args = dict(model_args or {})
         self.folder = library.root / FOLDER
 
     def standings(self) -> list[Standing]:
@@ -79,9 +82,7 @@ class TrainSet:
                 "Go on with --resume, or choose another library.",
             )
 
-    def train(
-        self, model_args: dict[str, Any], *, say: Callable[[str], None] = logger.info, progress: bool = True
-    ) -> dict[str, str]:
+    def train(self, *, say: Callable[[str], None] = logger.info, progress: bool = True) -> dict[str, str]:
         """Train what is not in the library yet; return why entries failed, by name.
 
         An entry that cannot be trained (no such data, no training split) does not stop the others.
@@ -94,8 +95,8 @@ class TrainSet:
                 say(f"{entry.name}: already in the library.")
                 continue
             if lm is None:
-                lm = AFTLM(self.model, **model_args)
-                if "dtype" not in model_args:
+                lm = AFTLM(self.model, **self.model_args)
+                if "dtype" not in self.model_args:
                     to_training_dtype(lm.model)
             say(f"{entry.name}: training on {entry.task} ...")
             started = time.monotonic()
@@ -127,7 +128,11 @@ class TrainSet:
 
     def _asked(self, entry: StudyEntry) -> dict[str, Any]:
         """What the entry's vector depends on, as JSON would give it back."""
-        asked = {"model": self.model, **entry.plan().to_dict()}
+        asked: dict[str, Any] = {"model": self.model, **entry.plan().to_dict()}
+        # Where it is loaded, and how it is batched, decides nothing.
+        loaded = {key: value for key, value in self.model_args.items() if key not in ("device", "batch_size")}
+        if loaded:
+            asked["model_args"] = loaded
         return dict(json.loads(canonical_json(asked)))
 
     def _require_own(self, entry: StudyEntry, record: dict[str, Any] | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,52 +68,89 @@ def averages(rows: Sequence[CellRow], key: Callable[[CellRow], str]) -> list[dic
     return found
 
 
-Means = dict[tuple[str, str], list[float]]
+@dataclass(frozen=True)
+class Series:
+    """A method on one model and task, seed by seed.
+
+    Attributes:
+        points: of each seed that is finished.
+        vectors: how many different ones its seeds came to.
+    """
+
+    points: Mapping[int, float]
+    vectors: int
 
 
-def _by_pair(rows: Sequence[CellRow], method: str, seeds: Sequence[int]) -> Means:
-    """A method's points, seed by seed, for each model and task that every seed finished."""
-    at = {(r.model, r.task, r.seed): r.points for r in rows if r.method == method and r.points is not None}
-    pairs = dict.fromkeys((model, task) for model, task, _ in at)
-    return {p: [at[*p, s] for s in seeds] for p in pairs if all((*p, seed) in at for seed in seeds)}
+def _by_pair(rows: Sequence[CellRow], method: str) -> dict[tuple[str, str], Series]:
+    """A method's series by model and task; without those whose primary metric is no share."""
+    own: dict[tuple[str, str], list[CellRow]] = {}
+    for row in rows:
+        if row.method == method:
+            own.setdefault((row.model, row.task), []).append(row)
+    return {
+        pair: Series(
+            {row.seed: row.points for row in each if row.points is not None},
+            len({row.vector.get("sha256") for row in each if row.row}),
+        )
+        for pair, each in own.items()
+        if all(row.row is None or row.row.share for row in each)
+    }
 
 
-def _over_seeds(values: Sequence[Sequence[float]], pairs: int) -> dict[str, Any]:
-    """Mean over pairs seed by seed, then over seeds with its 95 % t interval; none with fewer than 3 seeds.
+def _over_seeds(series: Sequence[Mapping[int, float]], seeds: Sequence[int], vectors: int) -> dict[str, Any]:
+    """Mean over pairs seed by seed, then over seeds with its 95 % t interval, where a claim may be made.
+
+    ``why`` says why none may. Pairs that were pruned are those that did badly: without them a mean says
+    nothing of the method, so each counts with the seeds that it has.
 
     Args:
-        values: a row for each pair, a column for each seed.
+        series: points by seed, of each pair that has any.
+        vectors: most different ones that a pair's seeds came to.
     """
-    means = [statistics.fmean(column) for column in zip(*values, strict=True)]
-    error = mean_stderr(means)
-    found: dict[str, Any] = {"seeds": len(means), "pairs": pairs, "mean": statistics.fmean(means)}
-    found |= {"low": None, "high": None}
-    if len(means) >= LEAST_SEEDS and error is not None:
-        half = float(stdtrit(len(means) - 1, 0.975)) * error
-        found |= {"low": found["mean"] - half, "high": found["mean"] + half}
-    return found
+    whole = [each for each in series if all(seed in each for seed in seeds)]
+    found: dict[str, Any] = {"seeds": len(seeds), "pairs": len(series), "low": None, "high": None}
+    found["mean"] = statistics.fmean(statistics.fmean(each.values()) for each in series)
+    if len(whole) < len(series):
+        return found | {"why": f"{len(series) - len(whole)} of them without every seed"}
+    if len(seeds) < LEAST_SEEDS:
+        return found | {"why": f"fewer than {LEAST_SEEDS} seeds"}
+    if vectors == 1:
+        return found | {"why": "every seed makes the same vector"}
+    means = [statistics.fmean(each[seed] for each in series) for seed in seeds]
+    half = float(stdtrit(len(means) - 1, 0.975)) * (mean_stderr(means) or 0.0)
+    return found | {"low": found["mean"] - half, "high": found["mean"] + half, "why": ""}
 
 
 def method_means(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]]:
     """Each method over its models and tasks: what the method does, not one vector."""
     found = []
     for method in study.methods:
-        values = _by_pair(rows, method.name, study.seeds)
+        series = _by_pair(rows, method.name).values()
+        values = [each.points for each in series if each.points]
         if values:
-            found.append({"method": method.name} | _over_seeds(list(values.values()), len(values)))
+            vectors = max(each.vectors for each in series)
+            means = _over_seeds(values, study.seeds, vectors)
+            missing = len(series) - len(values)
+            if missing and not means["why"]:
+                means |= {"low": None, "high": None, "why": f"{missing} more without any seed"}
+            found.append({"method": method.name} | means)
     return found
 
 
 def contrasts(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]]:
-    """Each method against the first one, on the models and tasks that both finished with every seed."""
+    """Each method against the first one: models, tasks and seeds that both finished."""
     first, *others = [method.name for method in study.methods]
-    before, found = _by_pair(rows, first, study.seeds), []
+    before, found = _by_pair(rows, first), []
     for name in others:
-        after = _by_pair(rows, name, study.seeds)
-        both = [pair for pair in after if pair in before]
-        if both:
-            values = [[a - b for a, b in zip(after[p], before[p], strict=True)] for p in both]
-            found.append({"method": name, "against": first} | _over_seeds(values, len(both)))
+        after = _by_pair(rows, name)
+        both = [(after[pair], before[pair]) for pair in after if pair in before]
+        values = [{s: a.points[s] - b.points[s] for s in a.points if s in b.points} for a, b in both]
+        if any(values):
+            vectors = max(max(a.vectors, b.vectors) for a, b in both)
+            means = _over_seeds([each for each in values if each], study.seeds, vectors)
+            if not all(values) and not means["why"]:
+                means |= {"low": None, "high": None, "why": "not all of them in both"}
+            found.append({"method": name, "against": first} | means)
     return found
 
 
@@ -121,7 +158,8 @@ def beside_earlier(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str,
     """The earlier study's figures, each with the mean of ours on the same model, task and method."""
     pretrained = {entry.name: entry.pretrained for entry in study.models}
     harness = {entry.name: entry.task for entry in study.tasks}
-    kinds = {entry.name: entry.settings.get("method", DEFAULT_METHOD) for entry in study.methods}
+    shared = study.recipe.get("method", DEFAULT_METHOD)
+    kinds = {entry.name: entry.settings.get("method", shared) for entry in study.methods}
     found = []
     for quoted in TABLES.get(study.earlier, ()):
         ours = [

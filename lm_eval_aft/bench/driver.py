@@ -57,7 +57,8 @@ def run_study(
         )
     shown = progress or Progress(quiet=True)
     with _writing(store), store.opened(resume) as ledger:
-        shutil.copyfile(source, store.root / "study.yaml")
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copyfile(source, store.root / "study.yaml")
         ledger.append(event="start", time=now(), version=__version__, cells=len(cells), only=list(only))
         schedule = Schedule(cells, store, ledger, prune=study.prune, only=only)
         _recover(schedule, store)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
-from lm_eval_aft.bench.identity import digest, model_identity, task_identity
 from lm_eval_aft.bench.study import BenchStudy, MethodEntry, ModelEntry, TaskEntry
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.identity import digest, model_identity, task_identity
 from lm_eval_aft.training.plan import TrainingPlan
 
 # Part of every address: to be raised when the same settings no longer mean the same result.

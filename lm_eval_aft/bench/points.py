@@ -22,7 +22,7 @@ class Point:
         depth: the layer as a share of the depth, 0 the first block and 1 the last.
         score: mean over seeds of the best epoch's temperature-fitted cross-entropy, within ``epochs``.
         change: difference from the baseline; negative is better.
-        best_epoch: of each seed.
+        best_epoch: of each seed; none where one diverged, and then the score is infinite.
     """
 
     layer: int

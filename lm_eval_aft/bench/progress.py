@@ -111,7 +111,9 @@ _SETTLED = ("done", "failed", "pruned")
 
 
 def _result(outcome: dict[str, Any]) -> str:
-    row = next(row for row in outcome["rows"] if row["primary"])
+    row = next((row for row in outcome["rows"] if row["primary"]), None)
+    if row is None:
+        return "scored, none of its metrics is a primary one"
     layers = ", ".join(map(str, outcome["vector"]["layers"]))
     unit = " points" if row["share"] else ""
     return (

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from lm_eval_aft.bench.crew import LOSSES, Crew
 from lm_eval_aft.bench.schedule import Schedule
 from lm_eval_aft.bench.store import Store
 from lm_eval_aft.bench.work import Done, Job, Session
@@ -29,7 +30,6 @@ from lm_eval_aft.errors import AFTError
 
 logger = logging.getLogger(__name__)
 SEEN = ".seen"  # holds a word by which a worker knows the driver's folder
-LOSSES = 3  # workers lost over one job before it is given up
 
 
 @dataclass(frozen=True)
@@ -153,23 +153,27 @@ class Ray:
     def _run(
         self, ray: Any, schedule: Schedule, begin: Callable[[Job], None], finish: Callable[[Done], None]
     ) -> None:
-        make = self._maker(ray)
-        free = [make() for _ in range(self._slots(ray, len(schedule.jobs)))]
+        crew = Crew(ray, self._maker(ray))
         models: dict[Any, str] = {}
         tasks: dict[Any, tuple[Any, Job]] = {}
+        for _ in range(self._slots(ray, len(schedule.jobs))):
+            crew.start()
         try:
             while schedule.open:
-                for actor in list(free):
+                for actor in list(crew.free):
                     job = schedule.take(models.get(actor, ""))
                     if job is None:
                         break
-                    free.remove(actor)
+                    crew.free.remove(actor)
                     models[actor] = job.cell.model.name
                     begin(job)
                     tasks[actor.do.remote(job, self._files(job))] = (actor, job)
-                if not tasks:
+                if not tasks and not crew.coming:
                     raise AFTError("Jobs are left that nobody can begin.", "This is a fault: report it.")
-                (reference,), _ = ray.wait(list(tasks), num_returns=1)
+                (reference,), _ = ray.wait([*tasks, *crew.coming], num_returns=1)
+                if reference in crew.coming:
+                    crew.arrived(reference, alone=not tasks)
+                    continue
                 actor, job = tasks.pop(reference)
                 try:
                     done: Done = ray.get(reference)
@@ -177,16 +181,16 @@ class Ray:
                     models.pop(actor, None)
                     with contextlib.suppress(ray.exceptions.RayError):
                         ray.kill(actor)
-                    free.append(make())
+                    crew.start()
                     self._lost(schedule, job, error, finish)
                     continue
-                free.append(actor)
+                crew.free.append(actor)
                 if done.files is not None:
                     self._keep(done.files)
                     done.files = None
                 finish(done)
         finally:
-            for actor in (*free, *(actor for actor, _ in tasks.values())):
+            for actor in (*crew.free, *crew.coming.values(), *(actor for actor, _ in tasks.values())):
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.kill(actor)
 

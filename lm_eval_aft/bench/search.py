@@ -108,6 +108,8 @@ class Search:
         (self.output / ASKED).write_text(self._asked(prepared.plan), encoding="utf-8")
         work = _grid if self.strategy == "grid" else _draw
         points = sorted(work(self, prepared, say, progress), key=Point.order)
+        if not any(point.best_epoch for point in points):
+            raise AFTError("Every setting diverged with one of its seeds.", "Search lower learning rates.")
         note = {"strategy": self.strategy, "points": len(points), "space": asdict(self.space)}
         vector = SteeringVector.load(self.output / WINNER)
         if vector.metadata.get("search") != json.loads(canonical_json(note)):
@@ -193,8 +195,11 @@ def _trial(search: Search, prepared: Prepared, number: int, params: dict[str, An
     folder = _folder(search, number)
     if not (folder / FILE_NAME).exists():
         run_sweep(part, folder, resume=True, progress=progress)
-    (point,) = read_points(folder, [params["epochs"]], len(prepared.backbone.blocks), number)
-    return point
+    depth = len(prepared.backbone.blocks)
+    found = read_points(folder, [params["epochs"]], depth, number)
+    site, inf = params["layer"], float("inf")
+    settings = (site, site / max(1, depth - 1), params["lr"], params["l2"], params["epochs"])
+    return found[0] if found else Point(*settings, inf, inf, 0.0, (), number)
 
 
 def _folder(search: Search, number: int) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm_eval_aft.bench.claims import LEAST_SEEDS, CellRow
+from lm_eval_aft.bench.claims import CellRow
 from lm_eval_aft.bench.schedule import DONE
 from lm_eval_aft.bench.table import BenchReport
 from lm_eval_aft.reporting import cells, plots
@@ -146,12 +146,13 @@ def _methods(report: BenchReport) -> Shown:
         name = f"{row['method']} − {row['against']}" if "against" in row else row["method"]
         interval = _interval(row["low"], row["high"])
         if row["low"] is None:
-            interval = f"no claim: fewer than {LEAST_SEEDS} seeds"
+            interval = f"no claim: {row['why']}"
         lines.append([name, str(row["pairs"]), str(row["seeds"]), _points(row["mean"]), interval])
     columns = ["method", "models × tasks", "seeds", "mean difference (points)", "95 % interval over seeds"]
     intro = (
         "What may be said of a method: the mean over models and tasks, seed by seed, and its t interval over "
-        "seeds. Models and tasks are these; seeds are what varies."
+        "seeds. Models and tasks are these; seeds are what varies. Where seeds were pruned, failed or are "
+        "still to do, each model and task counts with those it has, and there is no interval."
     )
     return Shown("Methods", columns, lines, intro)
 
@@ -171,7 +172,7 @@ def _negative(report: BenchReport) -> Shown:
     for row in report.negative:
         change = row["selection_change"]
         left_out = f"{len(row['pruned'])} further seed(s) not run" if row["pruned"] else "–"
-        whole = "the pair of model and task is given up" if row["whole_pair"] else "this method only"
+        whole = "every method gave up on this model and task" if row["whole_pair"] else "this method only"
         selection = "–" if change is None else f"{change:+.4f}"
         lines.append([row["name"], row["why"], selection, _points(row["points"]), whole, left_out])
     columns = ["cell", "why", "selection score (nats)", "difference (points)", "scope", "pruned"]

@@ -10,6 +10,7 @@ from typing import Any
 from lm_eval_aft.bench.earlier import TABLES
 from lm_eval_aft.bench.fields import HINT, Fields
 from lm_eval_aft.demo import NAME as DEMO
+from lm_eval_aft.field_types import check_field_types
 from lm_eval_aft.study import read_mapping, setting_value
 from lm_eval_aft.training.examples import PromptSettings
 from lm_eval_aft.training.plan import TrainingPlan
@@ -21,6 +22,8 @@ _TOP = (
     *("prune", "include_path", "data", "earlier"),
 )
 _MODEL = ("name", "pretrained", "dtype", "revision", "model_args", *PROMPTS)
+# Arguments of ``--model aft`` that steer: in a study the cells do.
+_STEERING = ("vector", "coefficient", "positions", "route", "library", "answer_only")
 _EVALUATION = ("limit", "batch_size", "placebos")
 # Settings of a plan that the matrix itself sets.
 _OURS = ("task", "first_seed", "include_path", "prompts")
@@ -90,9 +93,11 @@ class BenchStudy:
         settings = {"protocol": DEFAULT, **self.recipe, **model.settings, **task.settings, **method.settings}
         prompts = {key: settings.pop(key) for key in PROMPTS if key in settings}
         each = settings.setdefault("seeds", 1)
+        asked = PromptSettings(**prompts)
+        check_field_types(asked)
         return TrainingPlan.of(
             task.task,
-            prompts=PromptSettings(**prompts),
+            prompts=asked,
             include_path=self.include_path,
             first_seed=seed * int(each),
             **settings,
@@ -142,6 +147,8 @@ def _models(fields: Fields, value: Any, base: Path) -> tuple[ModelEntry, ...]:
             if not Path(pretrained).is_dir():
                 fields.fault(f"{where}.pretrained", f"there is no folder {pretrained}.")
         arguments = fields.mapping(own.get("model_args"), f"{where}.model_args")
+        for key in (key for key in _STEERING if key in arguments):
+            fields.fault(f"{where}.model_args.{key}", "a study's cells steer by themselves.")
         arguments |= {key: own[key] for key in ("dtype", "revision") if own.get(key) is not None}
         name = fields.name(own.get("name", pretrained.rstrip("/").rpartition("/")[2]), f"{where}.name")
         prompts = {key: own[key] for key in PROMPTS if key in own}

@@ -76,7 +76,7 @@ def build_report(study: BenchStudy, schedule: Schedule) -> BenchReport:
         pivots=_pivots(rows),
         by_model=averages(judged, lambda row: row.model),
         by_task=averages(judged, lambda row: row.task),
-        seeds=over_seeds([each.row for each in rows if each.row and each.row.share]),
+        seeds=over_seeds(_distinct(rows)),
         methods=method_means(rows, study),
         contrasts=contrasts(rows, study),
         negative=_negative(rows),
@@ -97,7 +97,8 @@ def _cell_row(cell: Cell, schedule: Schedule) -> CellRow:
         return CellRow(*own, state, why)
     rows = [Row(**each) for each in outcome["rows"]]
     for row in rows:
-        row.run = f"{cell.model.name}/{cell.method.name}-seed-{cell.seed}" + (
+        own_name = "" if cell.task.name == cell.task.task else f"{cell.task.name}/"
+        row.run = f"{cell.model.name}/{own_name}{cell.method.name}-seed-{cell.seed}" + (
             f" {row.run}" if row.run.startswith("placebo/") else ""
         )
     steered = [row for row in rows if "placebo/" not in row.run]
@@ -112,6 +113,15 @@ def _cell_row(cell: Cell, schedule: Schedule) -> CellRow:
         outcome.get("notes") or [],
         round(sum((outcome.get("seconds") or {}).values()), 1),
     )
+
+
+def _distinct(rows: Sequence[CellRow]) -> list[Row]:
+    """Primary shares of the cells, one and the same vector of several seeds once."""
+    found: dict[tuple[str, str, str, str], Row] = {}
+    for each in rows:
+        if each.row and each.row.share:
+            found.setdefault((each.model, each.task, each.method, each.vector["sha256"]), each.row)
+    return list(found.values())
 
 
 def _adjust(rows: Sequence[CellRow], cells: Sequence[Cell]) -> int:
@@ -165,7 +175,8 @@ def _negative(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
     found = []
     for row in gave_up:
         sisters = [each for each in rows if (each.model, each.task) == (row.model, row.task)]
-        lost = {each.method for each in sisters if each in gave_up}
+        finished = [each for each in sisters if each.state == DONE]
+        lost = {e.method for e in finished} - {each.method for each in finished if not each.why}
         pruned = [each.name for each in sisters if each.state == PRUNED and each.method == row.method]
         found.append(
             {"name": row.name, "model": row.model, "task": row.task, "method": row.method, "why": row.why}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.identity import contents_digest
 from lm_eval_aft.library import Library, load_vector
 from lm_eval_aft.library.names import PART
 from lm_eval_aft.reporting.cross_scores import is_scored, score
@@ -60,8 +61,7 @@ class Transfer:
         study = self._study()
         failed = {}
         if study.entries:
-            arguments = dict(self.model_args)
-            failed = TrainSet(study, library, self.model).train(arguments, say=say, progress=progress)
+            failed = TrainSet(study, library, self.model, self.model_args).train(say=say, progress=progress)
         specs = {
             name: f"{SHELF}/{name}" for name in self._trained() if f"{SHELF}/{name}" not in failed
         } | dict(self.given)
@@ -74,6 +74,7 @@ class Transfer:
         for task in self.tasks:
             asked = {
                 "model": self.model,
+                "contents": contents_digest(self.model, self.model_args, task, self._include_path()),
                 "vectors": {specs[name]: digest for name, digest in digests.items()},
                 "flags": list(self.flags),
                 "model_args": dict(self.model_args),
@@ -94,6 +95,9 @@ class Transfer:
 
     def _trained(self) -> list[str]:
         return [task for task in self.tasks if task not in self.given] if self.train else []
+
+    def _include_path(self) -> tuple[str, ...]:
+        return tuple(self.settings.get("include_path") or ())
 
     def _study(self) -> Study:
         entries = [StudyEntry(f"{SHELF}/{task}", task, self.settings) for task in self._trained()]

@@ -8,7 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,18 +182,9 @@ class Session:
 
 def flags_of(plan: TrainingPlan, limit: int | None, batch_size: str) -> list[str]:
     """lm-eval's flags for the prompts that a plan trains with."""
-    prompts = asdict(plan.prompts)
-    flags = ["--batch_size", batch_size]
+    flags = ["--batch_size", batch_size, *plan.prompts.flags()]
     if limit is not None:
         flags += ["--limit", str(limit)]
-    if prompts["num_fewshot"] is not None:
-        flags += ["--num_fewshot", str(prompts["num_fewshot"])]
-    if prompts["system_instruction"]:
-        flags += ["--system_instruction", prompts["system_instruction"]]
-    if prompts["apply_chat_template"]:
-        flags.append("--apply_chat_template")
-    if prompts["fewshot_as_multiturn"] is not None:
-        flags += ["--fewshot_as_multiturn", str(prompts["fewshot_as_multiturn"])]
     if plan.include_path:
         flags += ["--include_path", plan.include_path[0]]
     return flags

@@ -80,16 +80,16 @@ def train_set(
     if base is None:
         raise AFTError(f"The study {study} names no model.", "Give one with --model.")
     shelf = Library(library)
-    job = TrainSet(plan, shelf, base)
+    arguments = parse_model_args(model_args, device=device, dtype=dtype)
+    job = TrainSet(plan, shelf, base, arguments)
     if dry_run:
         _print_plan(job)
         return
     if not resume:
         job.check_fresh()
-    arguments = parse_model_args(model_args, device=device, dtype=dtype)
     try:
         with terminable(), alone_in(job.folder):
-            failed = job.train(arguments, say=click.echo)
+            failed = job.train(say=click.echo)
             for name, needs in plan.unavailable.items():
                 click.echo(f"{name}: not trainable. {needs}")
             if not no_scores and len(failed) < len(plan.entries):

@@ -10,6 +10,7 @@ from typing import Any
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.evaluation import evaluate_pair
+from lm_eval_aft.identity import contents_digest
 from lm_eval_aft.library import Library
 from lm_eval_aft.reporting import cells
 from lm_eval_aft.reporting.report import compare
@@ -58,12 +59,13 @@ def cross_score(
     for task, entry in study.scored_tasks().items():
         wanted = limit or (entry.limit if entry else None) or study.limit
         own = [*flags, *(["--limit", str(wanted)] if wanted else [])]
-        prompts = entry.settings.get("prompts") if entry else None
-        if prompts is not None and prompts.num_fewshot is not None:
-            own += ["--num_fewshot", str(prompts.num_fewshot)]
+        if entry:
+            own += entry.plan().prompts.flags()
         if study.include_path:
             own += ["--include_path", study.include_path[0]]
-        asked = {"model": model, "vectors": digests, "flags": own, "model_args": model_args or {}}
+        contents = contents_digest(model, model_args or {}, task, study.include_path)
+        asked = {"model": model, "contents": contents, "vectors": digests}
+        asked |= {"flags": own, "model_args": model_args or {}}
         folder = library.root / FOLDER / "scores" / task
         if not is_scored(folder, asked):
             say(f"{task}: scoring {len(names)} vectors and the baseline ...")

@@ -32,6 +32,17 @@ class PromptSettings:
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
 
+    def flags(self) -> list[str]:
+        """The same prompts, asked of ``lm_eval run``."""
+        found = [] if self.num_fewshot is None else ["--num_fewshot", str(self.num_fewshot)]
+        if self.system_instruction:
+            found += ["--system_instruction", self.system_instruction]
+        if self.apply_chat_template:
+            found.append("--apply_chat_template")
+        if self.fewshot_as_multiturn is not None:
+            found += ["--fewshot_as_multiturn", str(self.fewshot_as_multiturn)]
+        return found
+
 
 @dataclass(frozen=True)
 class Example:

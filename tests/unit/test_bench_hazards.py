@@ -1,0 +1,366 @@
+"""What a study's report may claim, what its addresses depend on, and what its file may say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import types
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm_eval_aft import AFTError
+from lm_eval_aft.bench import ray_workers
+from lm_eval_aft.bench.crew import LOSSES
+from lm_eval_aft.bench.matrix import Cell, build_cells
+from lm_eval_aft.bench.progress import _result
+from lm_eval_aft.bench.schedule import Schedule
+from lm_eval_aft.bench.shown import tables
+from lm_eval_aft.bench.store import Ledger, Store
+from lm_eval_aft.bench.study import BenchStudy, read_bench
+from lm_eval_aft.bench.table import build_report
+from lm_eval_aft.bench.work import Done
+from lm_eval_aft.identity import contents_digest, model_identity, task_identity
+from lm_eval_aft.reporting.verdicts import Row
+from lm_eval_aft.study import read_study
+
+Outcomes = Callable[[Cell], dict[str, Any] | None]
+FOUR = "tasks: [{task: aft_demo_choice, name: a, limit: 100}, {task: aft_demo_choice, name: b, limit: 101}, \
+{task: aft_demo_choice, name: c, limit: 102}, {task: aft_demo_choice, name: d, limit: 103}]\n"
+
+
+def outcome(difference: float, *, sha: str, given_up: str = "", task: str = "t") -> dict[str, Any]:
+    """A cell that came out so, as the ledger keeps it."""
+    row = Row(
+        "steered", "steered", task, "acc", "none", True, True, True, True, 1000, 0.5, 0.01, 0.47, 0.53,
+        0.5 + difference, 0.01, 0.47, 0.53, difference, difference - 0.02, difference + 0.02, 10, 5, 0.2,
+        None, "", 0.03, "McNemar", "BP", "",
+    )  # fmt: skip
+    vector = {"sha256": sha, "layers": [2], "pruned": given_up, "selection_change": -0.1}
+    return {"rows": [asdict(row)], "vector": vector, "notes": []}
+
+
+def read(folder: Path, text: str) -> BenchStudy:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return read_bench(path)
+
+
+def schedule(folder: Path, study: BenchStudy, outcomes: Outcomes) -> Schedule:
+    """The study as far as ``outcomes`` knows its cells."""
+    store = Store(folder / "out")
+    store.root.mkdir()
+    (store.root / "ledger.jsonl").touch()
+    ledger, cells = Ledger(store.root / "ledger.jsonl"), build_cells(study)
+    for cell in cells:
+        found = outcomes(cell)
+        if found is not None:
+            ledger.append(event="cell", name=cell.name, key=cell.key, seconds={}, worker="local", **found)
+            store.scores(cell.key).mkdir(parents=True)
+    return Schedule(cells, store, ledger, prune=study.prune)
+
+
+def shown(folder: Path, study: BenchStudy, outcomes: Outcomes) -> dict[str, list[list[str]]]:
+    report = build_report(study, schedule(folder, study, outcomes))
+    return {table.title: table.lines for table in tables(report)}
+
+
+def test_a_method_is_not_judged_by_the_pairs_it_did_well_on(tmp_path: Path) -> None:
+    """Two pairs gained 5 points with every seed; two lost 6 and were pruned after their first."""
+    study = read(
+        tmp_path,
+        "models: [demo]\n" + FOUR + "methods: [static]\nseeds: 3\nprune: true\nrecipe: {protocol: maximum}\n",
+    )
+
+    def outcomes(cell: Cell) -> dict[str, Any] | None:
+        if cell.task.name in "ab":
+            return outcome(0.05, sha=cell.key)
+        return outcome(-0.06, sha=cell.key, given_up="no better") if cell.seed == 0 else None
+
+    (line,) = shown(tmp_path, study, outcomes)["Methods"]
+    assert line == ["static", "4", "3", "−0.50", "no claim: 2 of them without every seed"]
+
+
+def test_pairs_without_any_seed_allow_no_claim_either(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        "models: [demo]\n" + FOUR + "methods: [static, caa]\nseeds: 3\nrecipe: {protocol: rapid}\n",
+    )
+
+    def outcomes(cell: Cell) -> dict[str, Any] | None:
+        if cell.method.name == "caa" and cell.task.name == "d":
+            return None
+        return outcome(0.05 + 0.001 * cell.seed, sha=cell.key) if cell.task.name != "c" else None
+
+    first, second, contrast = shown(tmp_path, study, outcomes)["Methods"]
+    assert first[1:] == ["3", "3", "+5.10", "no claim: 1 more without any seed"]
+    assert second[1:] == ["2", "3", "+5.10", "no claim: 2 more without any seed"]
+    assert contrast[1:] == ["2", "3", "0.00", "no claim: not all of them in both"]
+
+
+def test_seeds_that_make_one_vector_are_no_seeds(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        "models: [demo]\ntasks: [aft_demo_choice]\nmethods: [caa]\nseeds: 3\nrecipe: {protocol: rapid}\n",
+    )
+    found = shown(tmp_path, study, lambda _cell: outcome(0.03, sha="same"))
+    assert found["Methods"][0][-1] == "no claim: every seed makes the same vector"
+    assert "Over seeds" not in found
+
+
+def test_one_task_with_two_prompts_is_two_tasks_over_seeds(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        "models: [demo]\ntasks: [{name: zero, task: aft_demo_choice, num_fewshot: 0}, {name: five, "
+        "task: aft_demo_choice, num_fewshot: 5}]\nmethods: [static]\nseeds: 3\nrecipe: {protocol: rapid}\n",
+    )
+
+    def outcomes(cell: Cell) -> dict[str, Any]:
+        gain = (0.08 if cell.task.name == "zero" else -0.02) + 0.001 * cell.seed
+        return outcome(gain, sha=cell.key, task="aft_demo_choice")
+
+    lines = shown(tmp_path, study, outcomes)["Over seeds"]
+    assert [line[:4] for line in lines] == [
+        ["demo/zero/static", "aft_demo_choice", "3", "+8.10"],
+        ["demo/five/static", "aft_demo_choice", "3", "−1.90"],
+    ]
+
+
+def test_one_seed_of_three_does_not_give_a_pair_up(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        "models: [demo]\ntasks: [aft_demo_choice]\nmethods: [static]\nseeds: 3\nrecipe: {protocol: full}\n",
+    )
+
+    def outcomes(cell: Cell) -> dict[str, Any]:
+        return outcome(0.01, sha=cell.key, given_up="no better" if cell.seed == 1 else "")
+
+    (line,) = shown(tmp_path, study, outcomes)["Negative results"]
+    assert line[4] == "this method only"
+
+
+def test_earlier_figures_stand_beside_the_method_that_the_recipe_names(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        "models: [demo]\ntasks: [aft_demo_choice]\nmethods: [{name: plain}]\nearlier: methods\n"
+        "recipe: {protocol: rapid, method: mlp}\n",
+    )
+    assert build_cells(study)[0].plan.method == "mlp"
+    ours = {
+        line[2]: line[4]
+        for line in shown(tmp_path, study, lambda c: outcome(-0.1, sha=c.key))["The earlier study's figures"]
+    }
+    assert ours["mlp"].startswith("−10.00")
+    assert ours["static"] == "–"
+
+
+def test_a_task_without_a_primary_metric_ends_no_study() -> None:
+    found = outcome(0.1, sha="x")
+    found["rows"][0]["primary"] = False
+    assert "none of its metrics" in _result(found)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model's folder with a large file, and a task beside its data."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").write_bytes(bytes(range(256)) * 2**16)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text("{}\n")
+    return tmp_path
+
+
+def test_weights_changed_in_the_middle_are_another_model(folder: Path) -> None:
+    place, path = str(folder / "model"), folder / "model/model.safetensors"
+    before, stat = model_identity(place, {}), path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(stat.st_size // 2)
+        stream.write(b"other")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert model_identity(place, {}) != before
+
+
+def test_an_adapter_trained_again_is_another_model(folder: Path) -> None:
+    arguments = {"peft": str(folder / "data"), "dtype": "float32"}
+    before = model_identity("some/model", arguments)
+    (folder / "data/a.jsonl").write_text("{} \n")
+    assert model_identity("some/model", arguments) != before
+
+
+TASK = """task: mine
+output_type: multiple_choice
+test_split: test
+doc_to_text: q
+doc_to_target: 0
+doc_to_choice: [a, b]
+"""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "DATA/a.jsonl"}}},
+        {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": ["DATA/*.jsonl"]}}},
+        {"dataset_path": "json", "dataset_kwargs": {"data_dir": "DATA"}},
+        {"dataset_path": "DATA"},
+    ],
+    ids=["file", "pattern", "folder", "path"],
+)
+def test_a_task_is_its_data_however_that_is_named(folder: Path, data: dict[str, Any]) -> None:
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    told = json.dumps(data).replace("DATA", str(folder / "data"))[1:-1]
+    (tasks / "mine.yaml").write_text(
+        TASK + "\n".join(f"{k}: {json.dumps(v)}" for k, v in json.loads(f"{{{told}}}").items())
+    )
+    before = task_identity("mine", [str(tasks)])
+    # Neither notes nor results that lie there make it another task.
+    (tasks / "README.md").write_text("notes")
+    (tasks / "out").mkdir()
+    (tasks / "out/ledger.jsonl").touch()
+    (tasks / "out/more.json").write_text("{}")
+    assert task_identity("mine", [str(tasks)]) == before
+    digest = contents_digest("some/model", {}, "mine", [str(tasks)])
+    (folder / "data/a.jsonl").write_text('{"other": 1}\n')
+    assert task_identity("mine", [str(tasks)]) != before
+    assert contents_digest("some/model", {}, "mine", [str(tasks)]) != digest
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("models: [{pretrained: demo, model_args: {coefficient: 3}}]", "steer by themselves"),
+        ("models: [{pretrained: demo, apply_chat_template: 'false'}]", "apply_chat_template='false'"),
+        ("models: [demo]\nseeds: 1\nseeds: 2", "'seeds' occurs twice"),
+    ],
+)
+def test_what_a_study_would_pass_over_is_refused(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(AFTError, match=said):
+        read(tmp_path, f"{line}\ntasks: [aft_demo_choice]\n")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("scores: {tasks: aft_demo_math}", "wants tasks"),
+        ("scores: {task: [aft_demo_math]}", "wants tasks"),
+        ("include_path: 5", "must be a folder"),
+        ("include_path: nowhere", "there is no folder"),
+        ("defaults: {rungs: 'a:b'}", "ung"),
+    ],
+)
+def test_what_a_library_study_would_pass_over_is_refused(tmp_path: Path, more: str, said: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(f"vectors:\n  a/b: aft_demo_choice\n{more}\n")
+    with pytest.raises(AFTError, match=said):
+        read_study(path)
+
+
+def test_a_library_study_reads_rungs_as_flags_do(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("vectors:\n  a/b: aft_demo_choice\ndefaults: {rungs: '1:1:1:0.5'}\n")
+    (entry,) = read_study(path).entries
+    assert entry.plan().protocol.rungs[0].keep == 0.5
+
+
+class Gone(Exception):
+    """What the cluster below raises for actors that died."""
+
+
+class Actor:
+    """A worker of the cluster below; its methods are put on it there."""
+
+
+class Cluster:
+    """As much of Ray as the driver uses; ``slots`` actors fit, the others wait."""
+
+    def __init__(self, slots: int, stillborn: bool = False) -> None:
+        self.slots, self.stillborn = slots, stillborn
+        self.alive: list[Any] = []
+        self.waiting: list[Any] = []
+        self.queue: dict[str, tuple[Any, Any]] = {}
+        self.results: dict[str, Any] = {}
+        self.numbers = itertools.count()
+        self.exceptions = types.SimpleNamespace(RayError=Gone)
+        self.node_dies_at = ""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": float(self.slots)}
+
+    def remote(self, _kind: Any) -> Any:
+        return types.SimpleNamespace(options=lambda **_: types.SimpleNamespace(remote=self._actor))
+
+    def _actor(self, *_: Any) -> Any:
+        actor = Actor()
+        for name in ("ready", "do"):
+            setattr(actor, name, types.SimpleNamespace(remote=partial(self._ask, actor)))
+        (self.alive if len(self.alive) < self.slots else self.waiting).append(actor)
+        return actor
+
+    def _ask(self, actor: Any, *job: Any) -> str:
+        reference = f"reference {next(self.numbers)}"
+        self.queue[reference] = (actor, job[0] if job else None)
+        return reference
+
+    def kill(self, actor: Any) -> None:
+        for actors in (self.alive, self.waiting):
+            if actor in actors:
+                actors.remove(actor)
+
+    def wait(self, references: list[str], num_returns: int) -> tuple[list[str], list[str]]:
+        for reference in references:
+            actor, job = self.queue[reference]
+            if actor in self.alive:
+                self.results[reference] = Done(job) if job else "there"
+                if job is None and self.stillborn:
+                    self.kill(actor)
+                    self.results[reference] = Gone("no module named torch")
+                if job is not None and job.name == self.node_dies_at:
+                    self.node_dies_at, self.slots = "", self.slots - 1
+                    self.kill(actor)
+                    self.results[reference] = Gone("node died")
+                return [reference], []
+        raise AssertionError("the driver would wait for ever")
+
+    def get(self, reference: str) -> Any:
+        found = self.results[reference]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> Schedule:
+    study = read(
+        tmp_path,
+        "models: [demo]\ntasks: [aft_demo_choice]\nmethods: [static]\nseeds: 6\nrecipe: {protocol: rapid}\n",
+    )
+    return schedule(tmp_path, study, lambda _cell: None)
+
+
+def test_work_goes_on_where_a_node_is_lost_for_good(six: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(2)
+    cluster.node_dies_at = "demo/aft_demo_choice/static/seed-1"
+    monkeypatch.setattr(ray_workers, "_ray", lambda: cluster)
+
+    def finish(done: Done) -> None:
+        six.finish(done, None if done.job.kind == "baseline" else outcome(0.0, sha="x"))
+
+    ray_workers.Ray(six.store, {}, ray_workers.RayOptions()).run(six, lambda _job: None, finish)
+    assert set(six.states.values()) == {"done"}
+
+
+def test_workers_that_never_start_end_the_study(six: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(2, stillborn=True)
+    monkeypatch.setattr(ray_workers, "_ray", lambda: cluster)
+    with pytest.raises(AFTError, match="No worker could be started: no module named torch"):
+        ray_workers.Ray(six.store, {}, ray_workers.RayOptions()).run(six, lambda _j: None, lambda _d: None)
+    assert next(cluster.numbers) == 2 + LOSSES
