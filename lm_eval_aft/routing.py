@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from lm_eval_aft.library.route import (
 from lm_eval_aft.model_info import describe_vector
 from lm_eval_aft.vector import SteeringVector, canonical_json
 
+logger = logging.getLogger(__name__)
+
 # What the record calls requests that no vector steers.
 NONE = "none"
 
@@ -40,7 +43,7 @@ class Routing:
         library: folder of the library.
         vectors: library name -> vector; their places, counted from 1, are the row states of
             `lm_eval_aft.steering.RowSteering`, and 0 is no steering.
-        left_out: vectors of the library that do not fit the model, with the reason.
+        left_out: vectors of the library that are damaged or do not fit the model, with the reason.
     """
 
     spec: str
@@ -65,12 +68,13 @@ class Routing:
             AFTError: as `make_router`; what did not fit is then named too.
         """
         spec = whole_spec(spec)
-        usable = [entry for entry in library.entries() if not entry.error and not entry.control]
+        entries = [entry for entry in library.entries() if not entry.control]
+        usable = [entry for entry in entries if not entry.error]
         if not usable:
             raise AFTError(
                 f"The library {library.root} has no vectors to route to.", "`aft vectors add` adds one."
             )
-        left_out = {}
+        left_out = {entry.name: f"damaged: {entry.error}" for entry in entries if entry.error}
         for entry in usable:
             if model is None:
                 break
@@ -83,14 +87,19 @@ class Routing:
             told = "; ".join(f"{name}: {what}" for name, what in list(left_out.items())[:3])
             more = f" {len(left_out)} vectors do not fit this model ({told})." if told else ""
             raise AFTError(error.what + more, error.hint) from error
+        for name, why in left_out.items():
+            logger.warning("%s of %s is left out of routing: %s.", name, library.root, why)
         vectors = {name: SteeringVector.load(library.path(name)) for name in router.targets()}
         return cls(spec, library.root, router, vectors, left_out)
 
     def adjusted(self, coefficient: float | None = None, positions: str | None = None) -> Routing:
         """This routing with every vector's coefficient or positions replaced; ``None`` leaves them."""
-        for vector in self.vectors.values():
-            vector.coefficient = vector.coefficient if coefficient is None else float(coefficient)
-            vector.positions = positions or vector.positions
+        for name, vector in self.vectors.items():
+            self.vectors[name] = replace(
+                vector,
+                coefficient=vector.coefficient if coefficient is None else float(coefficient),
+                positions=positions or vector.positions,
+            )
         return self
 
     def pick(self, task: str | None, doc_id: int | None, document: Any, prompt: str) -> str | None:
@@ -130,9 +139,10 @@ class Routing:
         """What answers under this routing depend on, besides the model and the request's text."""
         vectors = {name: vector.digest() for name, vector in self.vectors.items()}
         found: dict[str, Any] = {"router": self.digest(), "vectors": vectors}
-        if isinstance(self.router, TaskRouter):
-            # Two tasks may ask the same, and lm-eval's cache is not told the task: no other run's
-            # answers will do.
+        if not isinstance(self.router, ConstantRouter):
+            # Two tasks may ask the same, and lm-eval's cache is not told the task; and of a document
+            # answered in part it hands on the rest, whose first request may name another vector: no other
+            # run's answers will do.
             found["run"] = uuid.uuid4().hex
         return found
 
@@ -151,6 +161,7 @@ class Routing:
             "router_sha256": self.digest(),
             "library": str(self.library),
             "vectors": {name: describe_vector(vector) for name, vector in self.vectors.items()},
+            "left_out": dict(self.left_out),
             "counts": {task: {name: len(ids) for name, ids in each.items()} for task, each in routes.items()},
             "routes": routes,
         }

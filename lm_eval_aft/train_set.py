@@ -101,7 +101,7 @@ class TrainSet:
             say(f"{entry.name}: training on {entry.task} ...")
             started = time.monotonic()
             try:
-                self._train(entry, lm, progress)
+                self._train(entry, lm, say, progress)
             except AFTError as error:
                 failed[entry.name] = f"{error.what} {error.hint or ''}".strip()
                 say(f"{entry.name}: not trained. {failed[entry.name]}")
@@ -109,19 +109,32 @@ class TrainSet:
             say(f"{entry.name}: trained in {time.monotonic() - started:.0f} s.")
         return failed
 
-    def _train(self, entry: StudyEntry, lm: AFTLM, progress: bool) -> None:
+    def _train(self, entry: StudyEntry, lm: AFTLM, say: Callable[[str], None], progress: bool) -> None:
         work = self._work(entry)
+        told = work.with_name(f"{work.name}.asked.json")
+        asked = canonical_json(self._asked(entry))
+        if work.exists() and not (told.is_file() and told.read_text(encoding="utf-8") == asked):
+            say(f"{entry.name}: was begun with other settings, and is begun anew.")
+            shutil.rmtree(work)
         if not (work / FILE_NAME).exists():  # finished, if it is there
             prepared = prepare(lm, entry.plan())
             work.parent.mkdir(parents=True, exist_ok=True)
+            told.write_text(asked, encoding="utf-8")
             run(prepared, work, resume=True, progress=progress)
         vector = SteeringVector.load(work)
         record = {"name": entry.name, "sha256": vector.digest(), "asked": self._asked(entry)}
         # Before the vector moves: a line too many does no harm, a line too few would disown it.
-        with jsonlines.open(self.folder / LEDGER, "a") as writer:
-            writer.write(record)
+        self._append(record)
         self.library.add(work, entry.name)
         shutil.rmtree(work, ignore_errors=True)
+        told.unlink(missing_ok=True)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """A line of the ledger, below a last one that sudden death may have cut short."""
+        path = self.folder / LEDGER
+        cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(("\n" if cut else "") + json.dumps(record) + "\n")
 
     def _work(self, entry: StudyEntry) -> Path:
         return self.folder / "work" / entry.name.replace("/", ",")
@@ -136,7 +149,8 @@ class TrainSet:
         return dict(json.loads(canonical_json(asked)))
 
     def _require_own(self, entry: StudyEntry, record: dict[str, Any] | None) -> None:
-        if record is None:
+        there = SteeringVector.load(self.library.path(entry.name)).digest()
+        if record is None or record.get("sha256") != there:
             raise AFTError(
                 f"The library {self.library.root} has a vector {entry.name!r} that this study did not train.",
                 "Remove it, rename the entry, or choose another library.",

@@ -65,7 +65,11 @@ def _vector(vector: SteeringVector) -> dict[str, Any]:
         "chosen": protocol.get("chosen"),
         "selection_change": chosen.get("score", 0.0) - baseline.get("score", 0.0),
         "retries": protocol.get("retries_used", 0),
-        "pruned": protocol.get("pruned") or "",
+        "pruned": protocol.get("pruned") or _no_round(facts.get("rft") or {}),
         "engine": facts.get("engine"),
         "train": (facts.get("splits") or {}).get("train"),
     }
+
+
+def _no_round(rft: dict[str, Any]) -> str:
+    return "no round of rejection sampling beat the baseline" if rft.get("best_round") == 0 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -74,10 +75,12 @@ class Series:
 
     Attributes:
         points: of each seed that is finished.
+        error: standard error of a seed's points, over documents; the mean over seeds.
         vectors: how many different ones its seeds came to.
     """
 
     points: Mapping[int, float]
+    error: float
     vectors: int
 
 
@@ -90,6 +93,7 @@ def _by_pair(rows: Sequence[CellRow], method: str) -> dict[tuple[str, str], Seri
     return {
         pair: Series(
             {row.seed: row.points for row in each if row.points is not None},
+            statistics.fmean([_error(row.row) for row in each if row.row] or [0.0]),
             len({row.vector.get("sha256") for row in each if row.row}),
         )
         for pair, each in own.items()
@@ -97,15 +101,25 @@ def _by_pair(rows: Sequence[CellRow], method: str) -> dict[tuple[str, str], Seri
     }
 
 
-def _over_seeds(series: Sequence[Mapping[int, float]], seeds: Sequence[int], vectors: int) -> dict[str, Any]:
-    """Mean over pairs seed by seed, then over seeds with its 95 % t interval, where a claim may be made.
+def _error(row: Row) -> float:
+    """Standard error of a row's difference, in points, from its 95 % interval."""
+    return 100 * (row.high - row.low) / (2 * 1.96) if row.low is not None and row.high is not None else 0.0
 
-    ``why`` says why none may. Pairs that were pruned are those that did badly: without them a mean says
-    nothing of the method, so each counts with the seeds that it has.
+
+def _over_seeds(
+    series: Sequence[Mapping[int, float]], seeds: Sequence[int], vectors: int, error: float
+) -> dict[str, Any]:
+    """Mean over pairs seed by seed, then over seeds with its 95 % interval, where a claim may be made.
+
+    The seeds share their documents, so a t interval over seeds alone would miss what these documents
+    have by chance: half widths over seeds and over documents are added as squares.
+    ``why`` says why no claim may be made. Pairs that were pruned are those that did badly: a mean without
+    them would say nothing of the method, so each counts with the seeds that it has.
 
     Args:
         series: points by seed, of each pair that has any.
         vectors: most different ones that a pair's seeds came to.
+        error: standard error of the mean over documents.
     """
     whole = [each for each in series if all(seed in each for seed in seeds)]
     found: dict[str, Any] = {"seeds": len(seeds), "pairs": len(series), "low": None, "high": None}
@@ -117,8 +131,22 @@ def _over_seeds(series: Sequence[Mapping[int, float]], seeds: Sequence[int], vec
     if vectors == 1:
         return found | {"why": "every seed makes the same vector"}
     means = [statistics.fmean(each[seed] for each in series) for seed in seeds]
-    half = float(stdtrit(len(means) - 1, 0.975)) * (mean_stderr(means) or 0.0)
+    half = math.hypot(float(stdtrit(len(means) - 1, 0.975)) * (mean_stderr(means) or 0.0), 1.96 * error)
     return found | {"low": found["mean"] - half, "high": found["mean"] + half, "why": ""}
+
+
+def _documents(rows: Sequence[CellRow], method: str) -> float:
+    """Standard error over documents of a method's mean over models and tasks.
+
+    Models answer a task's documents alike, so their errors are not taken to cancel; those of different
+    tasks are.
+    """
+    errors: dict[str, list[float]] = {}
+    for (_, task), each in _by_pair(rows, method).items():
+        if each.points:
+            errors.setdefault(task, []).append(each.error)
+    total = sum(map(len, errors.values()))
+    return math.hypot(*(sum(each) for each in errors.values())) / total if total else 0.0
 
 
 def method_means(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]]:
@@ -129,7 +157,7 @@ def method_means(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, A
         values = [each.points for each in series if each.points]
         if values:
             vectors = max(each.vectors for each in series)
-            means = _over_seeds(values, study.seeds, vectors)
+            means = _over_seeds(values, study.seeds, vectors, _documents(rows, method.name))
             missing = len(series) - len(values)
             if missing and not means["why"]:
                 means |= {"low": None, "high": None, "why": f"{missing} more without any seed"}
@@ -147,7 +175,8 @@ def contrasts(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]
         values = [{s: a.points[s] - b.points[s] for s in a.points if s in b.points} for a, b in both]
         if any(values):
             vectors = max(max(a.vectors, b.vectors) for a, b in both)
-            means = _over_seeds([each for each in values if each], study.seeds, vectors)
+            error = math.hypot(_documents(rows, name), _documents(rows, first))
+            means = _over_seeds([each for each in values if each], study.seeds, vectors, error)
             if not all(values) and not means["why"]:
                 means |= {"low": None, "high": None, "why": "not all of them in both"}
             found.append({"method": name, "against": first} | means)

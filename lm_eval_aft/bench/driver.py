@@ -88,8 +88,16 @@ def _finish(schedule: Schedule, store: Store, done: Done, shown: Progress) -> No
     if not done.error and done.job.kind == "cell":
         try:
             outcome = assess(done.job.cell, store)
+            if not any(row["primary"] for row in outcome["rows"]):
+                raise AFTError(
+                    "None of the task's metrics has a value for each document.", "Choose another task."
+                )
         except AFTError as error:
-            done.error = f"{error.what} {error.hint}".strip()
+            done.error, outcome = f"{error.what} {error.hint}".strip(), None
+            # Not to be found damaged again: with --resume they are made anew.
+            for place in (store.scores(done.job.key), store.baseline(done.job.cell.baseline_key)):
+                if str(place) in done.error and place.exists():
+                    store.set_aside(place)
     if done.trace:
         place = store.root / "errors" / f"{done.job.key}.txt"
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from lm_eval_aft.bench.schedule import LEFT_OUT
 from lm_eval_aft.reporting import cells as text
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Progress:
             told = f"scored, {seconds}"
         else:
             told = f"{_result(outcome)}, {seconds}"
-        print(f"[{self._settled()}/{len(self._schedule.cells)}] {done.job.name}: {told}", flush=True)
+        print(f"[{self._settled()}/{len(self._asked())}] {done.job.name}: {told}", flush=True)
 
     def table(self) -> Table:
         """Models × tasks: cells settled of all, with what runs now."""
@@ -70,12 +71,12 @@ class Progress:
         assert schedule is not None
         tasks = list(dict.fromkeys(cell.task.name for cell in schedule.cells))
         running = {(job.cell.model.name, job.cell.task.name) for job in schedule.running}
-        settled = self._settled()
+        settled, asked = self._settled(), self._asked()
         elapsed = time.monotonic() - self._started
         done = settled - self._before
-        left = f", about {(len(schedule.cells) - settled) * elapsed / done / 60:.0f} min left" if done else ""
+        left = f", about {(len(asked) - settled) * elapsed / done / 60:.0f} min left" if done else ""
         table = Table(
-            title=f"{settled} of {len(schedule.cells)} cells, {elapsed / 60:.1f} min{left}",
+            title=f"{settled} of {len(asked)} cells, {elapsed / 60:.1f} min{left}",
             title_justify="left",
         )
         table.add_column("model")
@@ -102,18 +103,20 @@ class Progress:
         if self._live is not None:
             self._live.update(self.table())
 
-    def _settled(self) -> int:
+    def _asked(self) -> list[str]:
+        """The states of the cells that are to be done now, or were before."""
         states = self._schedule.states.values() if self._schedule else ()
-        return sum(state in _SETTLED for state in states)
+        return [state for state in states if state != LEFT_OUT]
+
+    def _settled(self) -> int:
+        return sum(state in _SETTLED for state in self._asked())
 
 
 _SETTLED = ("done", "failed", "pruned")
 
 
 def _result(outcome: dict[str, Any]) -> str:
-    row = next((row for row in outcome["rows"] if row["primary"]), None)
-    if row is None:
-        return "scored, none of its metrics is a primary one"
+    row = next(row for row in outcome["rows"] if row["primary"])
     layers = ", ".join(map(str, outcome["vector"]["layers"]))
     unit = " points" if row["share"] else ""
     return (

@@ -114,7 +114,12 @@ class Schedule:
         ):
             return False
         lead = self._leads[job.cell.series]
-        return not self.prune or lead is job.cell or self.states[lead.name] not in (TO_DO, RUNNING)
+        return (
+            not self.prune
+            or lead is job.cell
+            or job.cell.control
+            or self.states[lead.name] not in (TO_DO, RUNNING)
+        )
 
     def _settle_pruned(self) -> None:
         if not self.prune:
@@ -122,6 +127,8 @@ class Schedule:
         for cell in self.cells:
             lead = self._leads[cell.series]
             if cell is lead or self.states[cell.name] not in (TO_DO, LEFT_OUT):
+                continue
+            if cell.control:  # one that fails behaves as a placebo should
                 continue
             if given_up(self.ledger.outcomes.get(lead.key)):
                 self.states[cell.name] = PRUNED

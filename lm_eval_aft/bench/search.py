@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonlines
 
+from lm_eval_aft.alone import LOCK, alone_in
 from lm_eval_aft.bench.points import Point, read_ledger, read_points, write_ledger
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.lm import AFTLM
@@ -103,8 +104,15 @@ class Search:
     def run(
         self, prepared: Prepared, say: Callable[[str], None] = print, progress: bool = True
     ) -> list[Point]:
-        """Train what is missing; write ledger, table and winner; return the points, best first."""
-        self.output.mkdir(parents=True, exist_ok=True)
+        """Train what is missing; write ledger, table and winner; return the points, best first.
+
+        Raises:
+            AFTError: every setting diverged, or another process works in the folder.
+        """
+        with alone_in(self.output):
+            return self._run(prepared, say, progress)
+
+    def _run(self, prepared: Prepared, say: Callable[[str], None], progress: bool) -> list[Point]:
         (self.output / ASKED).write_text(self._asked(prepared.plan), encoding="utf-8")
         work = _grid if self.strategy == "grid" else _draw
         points = sorted(work(self, prepared, say, progress), key=Point.order)
@@ -119,7 +127,7 @@ class Search:
 
     def _claim(self, plan: TrainingPlan) -> None:
         """Refuse a folder that holds something else, or a search with other settings."""
-        if not self.output.exists() or not any(self.output.iterdir()):
+        if not self.output.exists() or not any(each.name != LOCK for each in self.output.iterdir()):
             return
         try:
             there = (self.output / ASKED).read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval_aft.bench.claims import CellRow
-from lm_eval_aft.bench.schedule import DONE
+from lm_eval_aft.bench.schedule import DONE, PRUNED
 from lm_eval_aft.bench.table import BenchReport
 from lm_eval_aft.reporting import cells, plots
 
@@ -28,11 +28,17 @@ def summary(report: BenchReport) -> str:
     told = ", ".join(f"{count} {state}" for state, count in states.items())
     rows = [cell.row for cell in report.cells if cell.row and cell.row.p_adjusted is not None]
     better, worse = (sum(row.verdict == word for row in rows) for word in ("better", "worse"))
+    open_cells = sum(cell.state not in (DONE, PRUNED) and not cell.control for cell in report.cells)
+    provisional = (
+        f" Verdicts are provisional: {open_cells} cells are not finished, and will count in that family."
+        if open_cells
+        else ""
+    )
     return (
         f"{len(report.cells)} cells: {told}. Of {len(rows)} vectors judged, {better} did better than the "
         f"frozen model, {worse} worse, and {len(rows) - better - worse} showed no detectable difference. A "
         f"verdict needs a Holm-adjusted p below {report.alpha} over all {report.family} comparisons of this "
-        "study; it speaks of one vector. Placebos and secondary metrics stand outside."
+        f"study; it speaks of one vector. Placebos and secondary metrics stand outside.{provisional}"
     )
 
 
@@ -148,11 +154,11 @@ def _methods(report: BenchReport) -> Shown:
         if row["low"] is None:
             interval = f"no claim: {row['why']}"
         lines.append([name, str(row["pairs"]), str(row["seeds"]), _points(row["mean"]), interval])
-    columns = ["method", "models × tasks", "seeds", "mean difference (points)", "95 % interval over seeds"]
+    columns = ["method", "models × tasks", "seeds", "mean difference (points)", "95 % interval"]
     intro = (
-        "What may be said of a method: the mean over models and tasks, seed by seed, and its t interval over "
-        "seeds. Models and tasks are these; seeds are what varies. Where seeds were pruned, failed or are "
-        "still to do, each model and task counts with those it has, and there is no interval."
+        "What may be said of a method: the mean over models and tasks, seed by seed, and its interval over "
+        "seeds and documents; models and tasks are these. Where seeds were pruned, failed or are to be done, "
+        "each model and task counts with those it has, and there is no interval."
     )
     return Shown("Methods", columns, lines, intro)
 

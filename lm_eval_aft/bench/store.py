@@ -56,6 +56,13 @@ class Store:
             return
         made.rename(place)
 
+    def set_aside(self, place: Path) -> None:
+        """Take something damaged out of the way, to ``errors``."""
+        aside = self.root / "errors" / f"{place.parent.name}-{place.name}"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        place.rename(aside)
+
     @contextmanager
     def opened(self, resume: bool) -> Iterator[Ledger]:
         """The study's ledger, for this process alone.

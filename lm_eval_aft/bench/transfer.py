@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lm_eval_aft.alone import alone_in
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.identity import contents_digest
 from lm_eval_aft.library import Library, load_vector
@@ -57,6 +58,10 @@ class Transfer:
             AFTError: bad input; other settings than those of what lies in the output; nothing to score.
         """
         self._check()
+        with alone_in(self.output):
+            return self._run(say, progress)
+
+    def _run(self, say: Callable[[str], None], progress: bool) -> Matrix:
         library = Library(self.output / "vectors")
         study = self._study()
         failed = {}
@@ -67,6 +72,9 @@ class Transfer:
         } | dict(self.given)
         if not specs:
             raise AFTError("No vector could be trained: the reasons stand above.", "Check --tasks.")
+        twice = [name for name, spec in specs.items() if list(specs.values()).count(spec) > 1]
+        if twice:
+            raise AFTError(f"{' and '.join(twice)} are one and the same vector.", "Name each vector once.")
         loaded = {name: load_vector(spec, library) for name, spec in specs.items()}
         trained_on = {name: str(v.metadata.get("task", "")).split(",") for name, v in loaded.items()}
         digests = {name: vector.digest() for name, vector in loaded.items()}

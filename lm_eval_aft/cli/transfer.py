@@ -97,3 +97,8 @@ def transfer(
     for task, why in matrix.failed.items():
         click.echo(f"No vector was trained on {task}: {why}")
     click.echo(f"Written: {', '.join(str(path) for path in written)}")
+    if matrix.failed:
+        raise AFTError(
+            f"No vector could be trained on {', '.join(matrix.failed)}.",
+            "The reasons stand above; the same command tries again.",
+        )

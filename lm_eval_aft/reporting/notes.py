@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -129,18 +130,25 @@ def _groups(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def over_seeds(rows: list[Row]) -> list[dict[str, Any]]:
-    """Over the finalists of one vector (``NAME-seed-N``): what the method does, not one vector."""
+    """Over the finalists of one vector (``NAME-seed-N``): what the method does, not one vector.
+
+    The seeds share their documents, so the interval's half width is made of two, added as squares: over
+    seeds, and over documents.
+    """
     from scipy.special import stdtrit
 
-    groups: dict[tuple[str, str, bool], list[float]] = {}
+    groups: dict[tuple[str, str, bool], list[Row]] = {}
     for row in rows:
         if row.primary and (match := re.fullmatch(r"(.+)-seed-\d+", row.run)):
-            groups.setdefault((match[1], row.task, row.share), []).append(row.difference)
+            groups.setdefault((match[1], row.task, row.share), []).append(row)
     found: list[dict[str, Any]] = []
-    for (run, task, share), values in groups.items():
+    for (run, task, share), own in groups.items():
+        values = [row.difference for row in own]
         error = mean_stderr(values)
         if len(values) >= 3 and error is not None:
-            mean, half = sum(values) / len(values), float(stdtrit(len(values) - 1, 0.975)) * error
+            documents = sum((row.high or 0.0) - (row.low or 0.0) for row in own) / (2 * len(own))
+            mean = sum(values) / len(values)
+            half = math.hypot(float(stdtrit(len(values) - 1, 0.975)) * error, documents)
             found.append(
                 {
                     "run": run,

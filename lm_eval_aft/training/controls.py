@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,10 +74,13 @@ def _spoil(examples: Sequence[Example], control: str, seed: int) -> list[Example
 def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
     """A vector in a random direction with the same norm at each layer and the same coefficient.
 
+    The direction is the vector's own: other vectors' placebos of this ``seed`` have others.
+
     Of a dynamic method all that it can add is turned by one random rotation: what is added keeps its
     norm at every token, and when it is added stays as it was learnt.
     """
-    generator = torch.Generator().manual_seed(seed)
+    drawn = hashlib.sha256(f"{vector.digest()}|{seed}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(drawn[:7]))
     method = METHODS[vector.method]
     metadata = {**vector.metadata, "control": "random", "control_seed": seed}
     if not method.constant:

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lm_eval_aft import AFTError
-from lm_eval_aft.bench import ray_workers
+from lm_eval_aft import AFTError, SteeringVector
+from lm_eval_aft.bench import driver, ray_workers
+from lm_eval_aft.bench.assess import _no_round
 from lm_eval_aft.bench.crew import LOSSES
 from lm_eval_aft.bench.matrix import Cell, build_cells
-from lm_eval_aft.bench.progress import _result
+from lm_eval_aft.bench.progress import Progress
 from lm_eval_aft.bench.schedule import Schedule
-from lm_eval_aft.bench.shown import tables
+from lm_eval_aft.bench.shown import summary, tables
 from lm_eval_aft.bench.store import Ledger, Store
 from lm_eval_aft.bench.study import BenchStudy, read_bench
 from lm_eval_aft.bench.table import build_report
@@ -28,6 +30,7 @@ from lm_eval_aft.bench.work import Done
 from lm_eval_aft.identity import contents_digest, model_identity, task_identity
 from lm_eval_aft.reporting.verdicts import Row
 from lm_eval_aft.study import read_study
+from lm_eval_aft.training.controls import check_control, random_like
 
 Outcomes = Callable[[Cell], dict[str, Any] | None]
 FOUR = "tasks: [{task: aft_demo_choice, name: a, limit: 100}, {task: aft_demo_choice, name: b, limit: 101}, \
@@ -159,10 +162,118 @@ def test_earlier_figures_stand_beside_the_method_that_the_recipe_names(tmp_path:
     assert ours["static"] == "–"
 
 
-def test_a_task_without_a_primary_metric_ends_no_study() -> None:
-    found = outcome(0.1, sha="x")
-    found["rows"][0]["primary"] = False
-    assert "none of its metrics" in _result(found)
+class Hands:
+    """An executor whose jobs leave empty folders."""
+
+    def run(self, schedule: Schedule, begin: Callable[[Any], None], finish: Callable[[Done], None]) -> None:
+        while (job := schedule.take()) is not None:
+            begin(job)
+            store = schedule.store
+            place = store.scores(job.key) if job.kind == "cell" else store.baseline(job.key)
+            place.mkdir(parents=True)
+            finish(Done(job))
+
+
+SMALL = "models: [demo]\ntasks: [aft_demo_choice]\nmethods: [static]\nseeds: 2\nrecipe: {protocol: rapid}\n"
+
+
+def study_of(folder: Path, resume: bool = False) -> list[str]:
+    """The states of a small study's cells, its file kept in the folder of its results."""
+    path = folder / "study.yaml"
+    path.write_text(SMALL)
+    report = driver.run_study(
+        read_bench(path), path, Store(folder / "out"), Hands(), resume=resume, progress=Progress()
+    )
+    return [f"{cell.state}: {cell.why}" for cell in report.cells]
+
+
+def test_a_task_without_a_primary_metric_fails_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def assess(cell: Cell, _store: Store) -> dict[str, Any]:
+        found = outcome(0.1, sha=cell.key)
+        found["rows"][0]["primary"] = cell.seed == 1
+        return found
+
+    monkeypatch.setattr(driver, "assess", assess)
+    first, second = study_of(tmp_path)
+    assert "None of the task's metrics" in first
+    assert second == "done: "
+
+
+def test_damaged_scores_are_made_anew_and_kept_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def assess(cell: Cell, store: Store) -> dict[str, Any]:
+        if cell.seed == 0 and not (store.root / "errors").exists():
+            raise AFTError(f"{store.scores(cell.key)}/samples.jsonl, line 4, is damaged.", "Put it right.")
+        return outcome(0.1, sha=cell.key)
+
+    monkeypatch.setattr(driver, "assess", assess)
+    assert [state.partition(":")[0] for state in study_of(tmp_path)] == ["failed", "done"]
+    assert len(list((tmp_path / "out/errors").iterdir())) == 1
+    assert study_of(tmp_path, resume=True) == ["done: ", "done: "]
+
+
+def test_a_study_goes_on_from_the_file_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "assess", lambda cell, _store: outcome(0.1, sha=cell.key))
+    study_of(tmp_path)
+    kept = tmp_path / "out/study.yaml"
+    report = driver.run_study(read_bench(kept), kept, Store(tmp_path / "out"), Hands(), resume=True)
+    assert [cell.state for cell in report.cells] == ["done", "done"]
+
+
+def test_seeds_that_share_their_documents_do_not_narrow_what_documents_do(tmp_path: Path) -> None:
+    """Three seeds gained alike; the interval is not narrower than one seed's own over documents."""
+    study = read(tmp_path, SMALL.replace("seeds: 2", "seeds: 3"))
+    (line,) = shown(tmp_path, study, lambda c: outcome(0.01 + 1e-6 * c.seed, sha=c.key))["Methods"]
+    assert line[3:] == ["+1.00", "−1.00 to +3.00"]
+
+
+def test_an_unfinished_studys_verdicts_are_provisional(tmp_path: Path) -> None:
+    study = read(tmp_path, SMALL)
+    plan = schedule(tmp_path, study, lambda c: outcome(0.1, sha=c.key) if c.seed == 0 else None)
+    assert "provisional: 1 cells are not finished" in summary(build_report(study, plan))
+
+
+def test_placebos_behave_and_are_not_pruned_for_it(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        "models: [demo]\ntasks: [aft_demo_choice]\nmethods: [{name: s, control: shuffled}, caa]\nseeds: 3\n"
+        "prune: true\nrecipe: {protocol: maximum}\n",
+    )
+
+    def outcomes(cell: Cell) -> dict[str, Any] | None:
+        return outcome(-0.05, sha=cell.key, given_up="no better") if cell.seed == 0 else None
+
+    states = schedule(tmp_path, study, outcomes).states
+    assert [states[f"demo/aft_demo_choice/s/seed-{n}"] for n in range(3)] == ["done", "to do", "to do"]
+    assert [states[f"demo/aft_demo_choice/caa/seed-{n}"] for n in range(3)] == ["done", "pruned", "pruned"]
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "scripts/studies").glob("*.yaml")))
+def test_every_shipped_studys_controls_fit_its_tasks(path: Path) -> None:
+    if path.name == "library.yaml":
+        assert read_study(path).entries
+        return
+    study = read_bench(path)
+    kinds = {"generate_until": "lm"}
+    for cell in itertools.product(study.models, study.tasks, study.methods):
+        plan = study.plan(*cell, 0)
+        found = task_identity(cell[1].task, study.include_path)["config"]
+        check_control(plan.control, plan.objective or kinds.get(found["output_type"], "choice"))
+
+
+def test_each_vector_has_placebos_of_its_own() -> None:
+    first, second = (random_like(SteeringVector({1: torch.full((64,), scale)}), 0) for scale in (1.0, 2.0))
+    alike = torch.nn.functional.cosine_similarity(first.layers[1], second.layers[1], dim=0)
+    assert abs(float(alike)) < 0.6
+    again = random_like(SteeringVector({1: torch.full((64,), 1.0)}), 0)
+    assert torch.equal(first.layers[1], again.layers[1])
+
+
+def test_rejection_sampling_without_a_better_round_is_a_negative_result() -> None:
+    assert _no_round({"best_round": 0})
+    assert not _no_round({"best_round": 2})
+    assert not _no_round({})
 
 
 @pytest.fixture
