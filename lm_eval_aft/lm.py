@@ -80,6 +80,10 @@ class AFTLM(HFLM):
             pretrained = resolve_pretrained(pretrained)
         if positions is not None and positions not in POSITIONS:
             raise AFTError(f"positions={positions!r} is not known.", f"Use one of: {', '.join(POSITIONS)}.")
+        try:
+            coefficient = None if coefficient is None else float(coefficient)
+        except (TypeError, ValueError):
+            raise AFTError(f"coefficient={coefficient!r} is no number.", "Give one, as in 0.5.") from None
         if route and vector not in (None, ""):
             raise AFTError("Both vector= and route= are given.", "A router picks the vectors: leave one out.")
         # Read before the model, so that a wrong path fails in milliseconds.

@@ -25,6 +25,10 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
         )
     for run, info in zip(others, vectors, strict=True):
         found += info.warnings
+        found += [
+            f"{run.name}: {name} was left out of routing ({why}); documents meant for it went elsewhere."
+            for name, why in ((run.routing or {}).get("left_out") or {}).items()
+        ]
         results = run.any
         routed = ((run.routing or {}).get("vectors") or {}).values()
         own = (results.get("config", {}).get("aft") or {}).get("fingerprint")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,24 @@ def test_vectors_of_other_models_are_left_out(tmp_path: Path) -> None:
         AFTLM(tiny_model("llama"), library=str(library.root), route="task", **OPTIONS)
     lm = AFTLM(tiny_model("llama"), library=str(library.root), route="task", allow_mismatch=True, **OPTIONS)
     assert set(lm.routing.vectors) == {f"colours/{task}" for task in TASKS[:3]}  # type: ignore[union-attr]
+
+
+def test_what_is_left_out_of_routing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    library = a_library(tmp_path)
+    file = library.path("colours/red") / "vector.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with caplog.at_level(logging.WARNING):
+        routing = Routing.open("constant:colours/green", library)
+    assert "colours/red" in caplog.text
+    assert "damaged" in routing.info()["left_out"]["colours/red"]
+
+
+@pytest.mark.parametrize("given", [math.nan, math.inf, "much"])
+@pytest.mark.parametrize("how", [{"route": "constant:colours/red"}, {"vector": "colours/red"}])
+def test_a_coefficient_that_is_no_number_is_refused(tmp_path: Path, given: Any, how: dict[str, str]) -> None:
+    library = a_library(tmp_path)
+    with pytest.raises(AFTError):
+        AFTLM(tiny_model("llama"), library=str(library.root), coefficient=given, **how, **OPTIONS)
 
 
 def test_the_cache_keeps_routings_apart(tmp_path: Path) -> None:

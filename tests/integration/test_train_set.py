@@ -15,7 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from lm_eval_aft import AFTError, load_vector
+from lm_eval_aft import AFTError, load_vector, train_set
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.library import Library
 from lm_eval_aft.study import read_study
@@ -123,6 +123,59 @@ def goes_on(study: Path, root: Path) -> None:
     assert "training on" not in again
     assert "scoring" not in again
     assert "Cross-scores" in again
+
+
+def quick(folder: Path, **changes: Any) -> Path:
+    return write_study(folder, vectors={"k/facts": "aft_demo_choice"}, defaults={**QUICK, **changes})
+
+
+def test_a_vector_that_waits_is_not_taken_for_one_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained, but not yet moved into the library; then the study asks for something else."""
+    root = tmp_path / "library"
+
+    def full(*_: Any, **__: Any) -> None:
+        raise AFTError("The disk is full.", "Make room.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Library, "add", full)
+        call(quick(tmp_path), root, "--no-scores", code=1)
+    told = call(quick(tmp_path, train_docs=20), root, "--no-scores", "--resume").output
+    assert "begun with other settings, and is begun anew" in told
+    assert load_vector("k/facts", Library(root)).metadata["splits"]["train"] == 20
+
+
+def test_a_vector_that_waits_is_moved_and_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, add = tmp_path / "library", Library.add
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Library, "add", interrupted)
+        call(quick(tmp_path), root, "--no-scores", code=130)
+    # Sudden death has cut the ledger's last line short.
+    ledger = root / ".train-set" / "ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:20])
+    monkeypatch.setattr(train_set, "run", interrupted)
+    assert Library.add is add
+    call(quick(tmp_path), root, "--no-scores", "--resume")
+    assert "already in the library" in call(quick(tmp_path), root, "--no-scores", "--resume").output
+
+
+def test_a_strangers_vector_and_another_dtype_are_told_from_its_own(tmp_path: Path) -> None:
+    root = tmp_path / "library"
+    call(quick(tmp_path), root, "--no-scores")
+    said = call(quick(tmp_path), root, "--no-scores", "--resume", "--dtype", "bfloat16", code=1).output
+    assert "other settings (model_args)" in said
+    stranger = load_vector("k/facts", Library(root))
+    stranger.coefficient = 2.0
+    Library(root).add(stranger.save(tmp_path / "other"), "k/facts", replace=True)
+    said = call(quick(tmp_path), root, "--no-scores", "--resume", code=1).output
+    assert "that this study did not train" in said
 
 
 def test_what_cannot_be_trained_and_what_was_trained_otherwise_is_told(tmp_path: Path) -> None:
