@@ -11,6 +11,8 @@ from lm_eval_aft.errors import AFTError
 from lm_eval_aft.field_types import check_field_types
 from lm_eval_aft.methods import DEFAULT as DEFAULT_METHOD
 from lm_eval_aft.methods import find_method
+from lm_eval_aft.positions import POSITIONS
+from lm_eval_aft.training.controls import CONTROLS
 from lm_eval_aft.training.examples import PromptSettings
 from lm_eval_aft.training.protocols import DEFAULT, Protocol, find_protocol
 
@@ -38,6 +40,14 @@ class RFTSettings:
         for name, good in fine.items():
             if not good:
                 raise AFTError(f"rft_{name}={getattr(self, name)} makes no sense.", "Give a positive number.")
+
+
+_KNOWN = {
+    "objective": ("choice", "lm", "rft"),
+    "choice_loss": ("cross-entropy", "margin"),
+    "control": CONTROLS,
+    "positions": tuple(POSITIONS),
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,10 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         check_field_types(self)
+        for name, known in _KNOWN.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise AFTError(f"There is no {name} {value!r}.", f"Choose one of: {', '.join(known)}.")
 
     def seeds(self) -> range:
         """The seeds themselves."""

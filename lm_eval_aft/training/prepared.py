@@ -12,7 +12,6 @@ from lm_eval_aft.harness import compiled_once, load_task
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.methods import DEFAULT as DEFAULT_METHOD
 from lm_eval_aft.methods import Method, find_method
-from lm_eval_aft.positions import POSITIONS
 from lm_eval_aft.training.controls import check_control
 from lm_eval_aft.training.examples import Extractor
 from lm_eval_aft.training.mixed_splits import MixedSplits, split_tasks
@@ -167,8 +166,6 @@ def _split(extractors: list[Extractor], tasks: list[str], wanted: Any) -> Splits
 
 def _check_intervention(plan: TrainingPlan) -> None:
     method = find_method(plan.method)
-    if plan.positions not in POSITIONS:
-        raise AFTError(f"positions={plan.positions!r} is not known.", f"Use one of: {', '.join(POSITIONS)}.")
     if plan.norm_cap is not None and not (plan.norm_cap > 0 and method.constant):
         raise AFTError(
             f"A norm cap of {plan.norm_cap:g} does not fit the method {plan.method!r}.",

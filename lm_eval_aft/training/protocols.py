@@ -122,6 +122,8 @@ class Protocol:
                 continue
             if name in ("patience", "clip") and not value:
                 value = None
+            if isinstance(value, bool) and name != "regression":
+                raise AFTError(f"{name}={value} makes no sense.", "Give a number.")
             if name in ("lr", "l2"):
                 value = (float(value),) if isinstance(value, int | float) else tuple(value)
             wanted[name] = value

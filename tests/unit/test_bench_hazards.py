@@ -348,6 +348,10 @@ def test_a_task_is_its_data_however_that_is_named(folder: Path, data: dict[str, 
         ("models: [{pretrained: demo, model_args: {coefficient: 3}}]", "steer by themselves"),
         ("models: [{pretrained: demo, apply_chat_template: 'false'}]", "apply_chat_template='false'"),
         ("models: [demo]\nseeds: 1\nseeds: 2", "'seeds' occurs twice"),
+        ("models: [demo]\nrecipe: {control: shufled}", "no control 'shufled'"),
+        ("models: [demo]\nrecipe: {objective: choise}", "no objective 'choise'"),
+        ("models: [demo]\nrecipe: {positions: al}", "no positions 'al'"),
+        ("models: [demo]\nrecipe: {lr: true}", "lr=True"),
     ],
 )
 def test_what_a_study_would_pass_over_is_refused(tmp_path: Path, line: str, said: str) -> None:
