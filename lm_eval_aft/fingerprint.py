@@ -35,6 +35,18 @@ _CONFIG_KEYS = (
     "use_parallel_residual",
     "residual_multiplier",
 )
+# What else the same weights compute differently with. Vectors made before these were looked at have no
+# hash of them, so they are compared only where both sides do.
+_COMPUTATION_KEYS = (
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    *("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar"),
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "output_multiplier"),
+    *("logits_scaling", "logit_scale", "scale_embedding", "scale_attn_weights"),
+    *("scale_attn_by_inverse_layer_idx", "routed_scaling_factor", "norm_topk_prob", "num_experts_per_tok"),
+    *("hidden_act", "hidden_activation", "activation_function"),
+    *("rope_parameters", "rope_theta", "partial_rotary_factor", "rotary_dim", "no_rope_layers"),
+)
+_COMPUTATION = "settings of the computation (rotary embedding, norms, scaling, softcapping or activation)"
 _ENTRIES = 16
 _COARSENESS = {"float64": 0, "float32": 0, "float16": 1, "bfloat16": 1}
 
@@ -50,8 +62,9 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
         tokenizer: its tokenizer; without one the vocabulary is not part of the identity.
 
     Returns:
-        JSON-serialisable: ``config`` and ``parameters`` and ``vocabulary`` (SHA-256 each, the last
-        possibly ``None``), ``dtype``, ``quantized``, ``sketch`` (base64 of little-endian fp32).
+        JSON-serialisable: ``config``, ``computation``, ``parameters`` and ``vocabulary`` (SHA-256 each,
+        the last possibly ``None``), ``dtype``, ``quantized``, ``sketch`` (base64 of little-endian fp32,
+        NaN where weights lie on disk and cannot be read).
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -65,6 +78,7 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     dtypes = {str(p.dtype).removeprefix("torch.") for _, p in parameters if p.is_floating_point()}
     return {
         "config": _sha256(described),
+        "computation": _sha256(_canonical({key: getattr(text, key, None) for key in _COMPUTATION_KEYS})),
         "parameters": _sha256(shapes),
         "vocabulary": None if vocabulary is None else _sha256(vocabulary),
         "dtype": max(dtypes, key=lambda name: _COARSENESS.get(name, 2), default="float32"),
@@ -94,6 +108,9 @@ def compare_fingerprints(recorded: Mapping[str, Any], present: Mapping[str, Any]
     differences = []
     if recorded["config"] != present["config"]:
         differences.append("architecture")
+    computations = (recorded.get("computation"), present.get("computation"))
+    if None not in computations and computations[0] != computations[1]:
+        differences.append(_COMPUTATION)
     quantized = recorded["quantized"] or present["quantized"]
     if not quantized and recorded["parameters"] != present["parameters"]:
         differences.append("parameter names or shapes")
@@ -131,12 +148,8 @@ def check_fingerprint(
                 what, "Load the model it was trained on, or pass allow_mismatch=true to try it all the same."
             )
         logger.warning("%s Going on, as allow_mismatch is set.", what)
-    elif recorded["quantized"] or present["quantized"]:
-        logger.warning(
-            "Quantised weights cannot be compared: the vector was trained on %r, this is %r.",
-            trained_on,
-            name,
-        )
+    elif (reason := _hardly_compared(recorded, present)) is not None:
+        logger.warning("%s: the vector was trained on %r, this is %r.", reason, trained_on, name)
 
 
 def _same_weights(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
@@ -153,6 +166,18 @@ def _same_weights(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> bo
         raise ValueError(f"a dtype of {sorted(dtypes)} is not known")
     coarser = getattr(torch, max(dtypes, key=lambda name: _COARSENESS[name]))
     return bool(torch.equal(ours.to(coarser), theirs.to(coarser)))
+
+
+def _hardly_compared(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
+    """Why equal fingerprints say little of the weights; ``None`` if they say enough."""
+    if recorded["quantized"] or present["quantized"]:
+        return "Quantised weights cannot be compared"
+    ours, theirs = _decode(recorded["sketch"]), _decode(present["sketch"])
+    readable = int((~(ours.isnan() | theirs.isnan())).sum())
+    if 2 * readable >= ours.numel():
+        return None
+    share = f"{readable / ours.numel():.0%}" if readable else "none"
+    return f"Weights that lie on disk cannot be compared, and {share} of them could be"
 
 
 def _sketch(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -173,6 +198,15 @@ def _is_quantized(model: nn.Module) -> bool:
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         return True
     return any(not p.is_floating_point() for p in model.parameters())
+
+
+def _canonical(value: Any) -> Any:
+    """The same settings in one form: numbers as floats, and what is not set left out."""
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list | tuple):
+        return [_canonical(each) for each in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _sha256(value: Any) -> str:

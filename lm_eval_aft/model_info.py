@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import CacheHook
 
 from lm_eval_aft.fingerprint import fingerprint, stored_weights
+from lm_eval_aft.library.entry import is_biased
 from lm_eval_aft.vector import SteeringVector, canonical_json
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 def describe_vector(vector: SteeringVector) -> dict[str, Any]:
     """A vector as results files name it: what it does, what it was made from and on, where it came from."""
     meta = vector.metadata
-    protocol = meta.get("protocol")
     # Of a mixture, what each task's prompts were like.
     several = [each for each in meta.get("tasks") or () if isinstance(each, Mapping)]
     mixed = [{key: each.get(key) for key in ("task", "num_fewshot")} for each in several]
@@ -34,7 +34,7 @@ def describe_vector(vector: SteeringVector) -> dict[str, Any]:
         "num_fewshot": meta.get("num_fewshot"),
         "control": meta.get("control"),
         # Chosen on evaluation documents, by its own word: no report may take it for a result.
-        "biased": bool(isinstance(protocol, Mapping) and protocol.get("biased")),
+        "biased": is_biased(meta),
         "base_model": meta.get("base_model"),
         # A sum's operands, and the repository and commit a vector was fetched from.
         **{key: meta[key] for key in ("recipe", "hub") if meta.get(key)},

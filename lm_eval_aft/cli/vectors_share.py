@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lm_eval_aft.cli.options import print_table
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.library.names import check_name, is_name
 from lm_eval_aft.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from lm_eval_aft.library.store import Library
     from lm_eval_aft.vector import SteeringVector
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -61,7 +65,6 @@ def push(
     from lm_eval_aft.library.files import CARD, copy_vector
     from lm_eval_aft.library.hub import plan_push
     from lm_eval_aft.library.hub import push as upload
-    from lm_eval_aft.library.names import is_name
     from lm_eval_aft.library.store import Library
     from lm_eval_aft.training.card import write_card
     from lm_eval_aft.vector import SteeringVector
@@ -181,30 +184,19 @@ def compose(
     if not (output or name or report):
         raise AFTError("Nothing to do with the sum.", "Give -o FOLDER, --name CATEGORY/NAME or --report.")
     shelf = Library(library)
+    _check_places(output, shelf, name)  # both, before either is written
     operands = [Operand(n, w, load_vector(n, shelf)) for n, w in parse_expression(expression).items()]
     vector = combine(operands, expression)
     if report:
-        rows = [
-            (
-                str(row["layer"]),
-                f"{row['one']} with {row['other']}",
-                "–" if row["cosine"] is None else f"{row['cosine']:+.4f}",
-                ", ".join(f"{norm:.4g}" for norm in row["norms"]),
-            )
-            for row in conflicts(operands)
-        ]
-        if rows:
-            print_table("Pulling together (+1) or apart (-1)", ("layer", "vectors", "cosine", "norms"), rows)
-        else:
-            click.echo("No two of the vectors share a layer.")
+        _print_conflicts(conflicts(operands))
+    with ExitStack() as stack:
+        if name is not None:  # enters the library as the block ends, if the other place could be written
+            _write(stack.enter_context(shelf.adding(name)), vector)
+        if output is not None:
+            _write_whole(output, vector)
     if output is not None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise AFTError(f"{output} is there already.", "Choose another folder.")
-        _write(output, vector)
         click.echo(f"Written: {output}")
     if name is not None:
-        with shelf.adding(name) as folder:
-            _write(folder, vector)
         click.echo(f"Added: {shelf.root / name}")
 
 
@@ -216,10 +208,53 @@ def _quiet() -> None:
 
 def _place(name: str, folder: Path) -> str:
     """Where a vector goes in a repository of many: by its library name, or by its last two folders."""
-    from lm_eval_aft.library.names import is_name
-
     own = folder.stem if folder.suffix == ".safetensors" else folder.resolve().name
     return name if is_name(name) else f"{folder.resolve().parent.name}/{own}"
+
+
+def _print_conflicts(found: Sequence[Mapping[str, Any]]) -> None:
+    rows = [
+        (
+            str(row["layer"]),
+            f"{row['one']} with {row['other']}",
+            "–" if row["cosine"] is None else f"{row['cosine']:+.4f}",
+            ", ".join(f"{norm:.4g}" for norm in row["norms"]),
+        )
+        for row in found
+    ]
+    if rows:
+        print_table("Pulling together (+1) or apart (-1)", ("layer", "vectors", "cosine", "norms"), rows)
+    else:
+        click.echo("No two of the vectors share a layer.")
+
+
+def _check_places(output: Path | None, shelf: Library, name: str | None) -> None:
+    if name is not None and os.path.lexists(shelf.root / check_name(name)):
+        raise AFTError(f"The library {shelf.root} already has {name!r}.", "Choose another name.")
+    if output is None:
+        return
+    if output.suffix == ".safetensors":
+        raise AFTError(f"{output} would be a folder, named like a file.", "Give a name without .safetensors.")
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
+        raise AFTError(f"{output} is there already.", "Choose another folder.")
+
+
+def _write_whole(output: Path, vector: SteeringVector) -> None:
+    """Write a vector into a new or an empty folder, whole or not at all."""
+    target = output.resolve()
+    beside = target if target.is_dir() else target.parent
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".aft-compose-", dir=beside) as place:
+            folder = Path(place) / "vector"
+            _write(folder, vector)
+            if beside == target:  # may be somebody's working directory: it stays the one it is
+                for each in sorted(folder.iterdir()):  # the vector last: a folder that has one is finished
+                    each.rename(target / each.name)
+            else:
+                folder.rename(target)
+    except OSError as error:
+        raise AFTError(f"Cannot write {output}: {error.strerror}.", "Choose another folder.") from error
 
 
 def _write(folder: Path, vector: SteeringVector) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.fingerprint import compare_fingerprints
-from lm_eval_aft.library.entry import task_names
+from lm_eval_aft.library.entry import is_biased, task_names
 from lm_eval_aft.library.expression import parse_expression
 from lm_eval_aft.methods import METHODS
 from lm_eval_aft.vector import SteeringVector
@@ -23,6 +23,7 @@ _SHARED = (
     *("num_fewshot", "prompts", "chat_template"),
     *("objective", "metric", "task_version"),
 )
+_UNNAMED = "an unnamed model"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def check_compatible(operands: Sequence[Operand]) -> None:
         differing = _differences(a, b)
         if differing:
             raise AFTError(
-                f"{one.name!r} was trained on {_model(a)!r}, {other.name!r} on {_model(b)!r}: "
+                f"{one.name!r} was trained on {_model_name(a) or _UNNAMED!r}, {other.name!r} on "
+                f"{_model_name(b) or _UNNAMED!r}: "
                 f"{', '.join(differing)} differ.",
                 "Only vectors of one base model can be added.",
             )
@@ -128,8 +130,9 @@ def _differences(a: SteeringVector, b: SteeringVector) -> list[str]:
     if len(depths) > 1:
         return ["numbers of blocks"]
     recorded, other = a.metadata.get("fingerprint"), b.metadata.get("fingerprint")
-    if recorded is None or other is None:  # made by hand: width and depth are all that can be compared
-        return []
+    if recorded is None or other is None:  # made by hand: names, width and depth are all there is
+        named = {name for name in map(_model_name, (a, b)) if name is not None}
+        return ["names of the base models"] if len(named) > 1 else []
     try:
         return compare_fingerprints(recorded, other)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -143,16 +146,12 @@ def _metadata(operands: Sequence[Operand], expression: str | None) -> dict[str, 
         values = [meta.get(key) for meta in metas]
         if all(value == values[0] for value in values):
             kept[key] = values[0]
-    # Vectors made by hand may lack these; and one model can go by two names, a path and a Hub id.
-    for key in ("fingerprint", "base_model", "num_hidden_layers"):
-        first = next((meta[key] for meta in metas if meta.get(key) is not None), None)
-        if first is not None:
-            kept[key] = first
+    kept |= _identity(metas)
     tasks = sorted({task for meta in metas for task in task_names(meta)})
     kept |= {"task": " + ".join(tasks) or None, "tasks": tasks}
     controls = sorted({str(meta["control"]) for meta in metas if meta.get("control")})
     kept["control"] = ", ".join(controls) or None
-    kept["protocol"] = {"name": "composed", "biased": any(_biased(meta) for meta in metas)}
+    kept["protocol"] = {"name": "composed", "biased": any(map(is_biased, metas))}
     splits = [split for meta in metas if isinstance(split := meta.get("splits"), Mapping)]
     kept["splits"] = {
         # A report asks these whether a vector was chosen on the documents it is scored on.
@@ -168,6 +167,16 @@ def _metadata(operands: Sequence[Operand], expression: str | None) -> dict[str, 
     return kept
 
 
+def _identity(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Which model the sum is for, all of it from one operand: mixed, it could name two models.
+
+    Vectors made by hand may lack any of it; of the others, the one that says most is asked.
+    """
+    keys = ("fingerprint", "base_model", "num_hidden_layers")
+    told = [{key: meta[key] for key in keys if meta.get(key) is not None} for meta in metas]
+    return next((each for key in keys for each in told if key in each), {})
+
+
 def _described(operand: Operand) -> dict[str, Any]:
     vector = operand.vector
     return {
@@ -181,11 +190,6 @@ def _described(operand: Operand) -> dict[str, Any]:
     }
 
 
-def _biased(meta: Mapping[str, Any]) -> bool:
-    protocol = meta.get("protocol")
-    return isinstance(protocol, Mapping) and bool(protocol.get("biased") or protocol.get("name") == "biased")
-
-
-def _model(vector: SteeringVector) -> str:
+def _model_name(vector: SteeringVector) -> str | None:
     base = vector.metadata.get("base_model")
-    return str(base.get("name")) if isinstance(base, Mapping) and base.get("name") else "an unnamed model"
+    return str(base["name"]) if isinstance(base, Mapping) and base.get("name") else None

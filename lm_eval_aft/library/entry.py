@@ -92,7 +92,7 @@ def read_entry(name: str, folder: Path) -> Entry:
     except AFTError as error:
         return Entry(name, error=error.what)
     meta = header.metadata
-    protocol, base_model, versions = (_mapping(meta.get(k)) for k in ("protocol", "base_model", "versions"))
+    base_model, versions = (_mapping(meta.get(key)) for key in ("base_model", "versions"))
     depth = meta.get("num_hidden_layers")
     return Entry(
         name,
@@ -102,13 +102,19 @@ def read_entry(name: str, folder: Path) -> Entry:
         num_hidden_layers=depth if isinstance(depth, int) else None,
         tasks=task_names(meta),
         base_model=_text(base_model.get("name")),
-        control=_text(meta.get("control")) or ("biased" if protocol.get("biased") else None),
+        control=_text(meta.get("control")) or ("biased" if is_biased(meta) else None),
         selection=_selection(meta),
         results=tuple(card_results(folder / CARD)),
         created=_text(meta.get("created")),
         versions={str(k)[:40]: str(v)[:40] for k, v in list(versions.items())[:20]},
         recipe=_text(_mapping(meta.get("recipe")).get("expression")),
     )
+
+
+def is_biased(meta: Mapping[str, Any]) -> bool:
+    """Whether a vector was chosen on evaluation documents, by its metadata's own word."""
+    protocol = _mapping(meta.get("protocol"))
+    return bool(protocol.get("biased") or protocol.get("name") == "biased")
 
 
 def task_names(meta: Mapping[str, Any]) -> tuple[str, ...]:

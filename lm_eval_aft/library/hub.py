@@ -141,6 +141,11 @@ def pull(
     if name is not None and len(chosen) != 1:
         raise AFTError(f"{remote.repo} holds {len(chosen)} vectors; --name is for one.", "Leave it out.")
     names = {place: check_name(name or place or remote.repo) for place in chosen}
+    if len(set(names.values())) < len(names):  # a vector at the root and one in a folder OWNER/NAME
+        raise AFTError(
+            f"{remote.repo} holds two vectors that would both be called {remote.repo}.",
+            f"Pull one of them with --vector {remote.repo}, or the other with --vector '' --name.",
+        )
     taken = [each for each in names.values() if (library.root / each).exists()]
     if taken and not replace:
         raise AFTError(

@@ -74,7 +74,7 @@ def look(repo: str, revision: str | None = None, endpoint: str | None = None) ->
 
 
 def choose(remote: Remote, wanted: Sequence[str]) -> list[str]:
-    """The folders of the wanted vectors, or of all; raises `AFTError` where one is not there."""
+    """The folders of the wanted vectors, each once, or of all; raises `AFTError` where one is not there."""
     for place in wanted:
         if place not in remote.vectors:
             known = sorted(remote.vectors)
@@ -83,7 +83,7 @@ def choose(remote: Remote, wanted: Sequence[str]) -> list[str]:
                 or f"It holds: {', '.join(k or 'one at its root' for k in known[:10])}."
             )
             raise AFTError(f"{remote.repo} on the Hub holds no vector {place!r}.", hint)
-    return list(wanted) or sorted(remote.vectors)
+    return list(dict.fromkeys(wanted)) or sorted(remote.vectors)
 
 
 def _sort_files(repo: str, files: dict[str, int]) -> tuple[dict[str, dict[str, int]], list[str]]:

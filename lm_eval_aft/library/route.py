@@ -179,7 +179,8 @@ def task_table(entries: Sequence[Entry]) -> dict[str, str | None]:
     """
     table: dict[str, str | None] = {}
     for entry in entries:
-        if len(entry.tasks) != 1:  # composed or made by hand: no task is its own
+        # Composed, of several tasks or made by hand: no task is its own.
+        if len(entry.tasks) != 1 or entry.recipe is not None:
             continue
         task = entry.tasks[0]
         if task in table:

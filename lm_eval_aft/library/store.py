@@ -1,13 +1,11 @@
 """A library: a folder of categories, each a folder of vector folders.
 
-The folders are the truth. ``.index.json`` beside them only spares reading a thousand headers again: an
-entry counts while the files it was read from keep their inode, length and time of change.
+The folders are the truth; the index beside them (`lm_eval_aft.library.index`) only saves time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import stat
@@ -16,19 +14,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.library.entry import Entry, read_entry
-from lm_eval_aft.library.files import CARD, check_folder, copy_vector, open_rights
+from lm_eval_aft.library.files import check_folder, copy_vector, open_rights
 from lm_eval_aft.library.header import FILE_NAME
+from lm_eval_aft.library.index import ADDING, read_index, state, write_index
 from lm_eval_aft.library.names import check_name, is_name, suggestion
 
-INDEX = ".index.json"
 # A temporary folder this old (seconds) belongs to a process that died.
 STALE = 3600.0
-_ADDING, _REPLACED, _REMOVED = ".adding-", ".replaced-", ".removed-"
-_INDEX_VERSION = 1
+_ADDING, _REPLACED, _REMOVED = ADDING, ".replaced-", ".removed-"
 
 
 def default_library() -> Path:
@@ -55,9 +51,11 @@ class Library:
         """The folder of a vector.
 
         Raises:
-            AFTError: no such vector; the nearest names are suggested.
+            AFTError: no such vector (the nearest names are suggested), or its category is a link.
         """
         folder = self.root / name
+        if is_name(name):
+            _check_category(folder.parent)
         if not is_name(name) or not os.path.lexists(folder / FILE_NAME):
             known = self.names()
             hint = suggestion(name, known) or (
@@ -76,9 +74,9 @@ class Library:
         Raises:
             AFTError: the library is there but cannot be read.
         """
-        known, found, fresh = self._read_index(), {}, False
+        known, found, fresh = read_index(self.root), {}, False
         for name, folder in sorted(self._folders()):
-            key = _state(folder)
+            key = state(folder)
             entry = None
             if name in known and known[name].get("state") == key:
                 with contextlib.suppress(TypeError, KeyError, ValueError):
@@ -87,7 +85,7 @@ class Library:
                 entry, fresh = read_entry(name, folder), True
             found[name] = (key, entry)
         if fresh or len(found) != len(known):
-            self._write_index(found)
+            write_index(self.root, found)
         return [entry for _, entry in found.values()]
 
     def add(self, source: str | os.PathLike[str], name: str, *, replace: bool = False) -> Path:
@@ -158,7 +156,7 @@ class Library:
         """
         folder = self.path(name)
         try:
-            shutil.rmtree(self._set_aside(folder, name, _REMOVED), ignore_errors=True)
+            shutil.rmtree(self._set_aside(folder, name, _REMOVED, []), ignore_errors=True)
         except FileNotFoundError:
             return  # another process was faster
         except OSError as error:
@@ -174,36 +172,42 @@ class Library:
         """
         target, aside = self.root / check_name(name), list[Path]()
         open_rights(temporary)
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISDIR(target.parent.lstat().st_mode):  # a link may lead out of the library
-                raise AFTError(f"{target.parent} is a symbolic link or a file.", "Choose another category.")
-        for _ in range(1000):
-            try:
-                with contextlib.suppress(FileExistsError):  # exist_ok=True looks again, too late
-                    target.parent.mkdir()
-                temporary.rename(target)
-                break
-            except FileNotFoundError:  # somebody removed the last vector of the category just now
-                continue
-            except OSError as error:
-                if not target.is_dir():
-                    raise AFTError(f"Cannot write {target}: {error.strerror}.") from error
-                if not replace:
-                    raise _taken(self.root, name) from error
-                # A rename cannot replace a full folder. Dying before the next one leaves the old vector
-                # where `_clean` finds it.
-                with contextlib.suppress(FileNotFoundError):
-                    aside.append(self._set_aside(target, name, _REPLACED))
-        else:
-            raise AFTError(f"Other processes keep changing {target}.", "Try again.")
+        _check_category(target.parent)
+        try:
+            for _ in range(1000):
+                try:
+                    with contextlib.suppress(FileExistsError):  # exist_ok=True looks again, too late
+                        target.parent.mkdir()
+                    temporary.rename(target)
+                    break
+                except FileNotFoundError:  # somebody removed the last vector of the category just now
+                    continue
+                except OSError as error:
+                    if not target.is_dir():
+                        raise AFTError(f"Cannot write {target}: {error.strerror}.") from error
+                    if not replace:
+                        raise _taken(self.root, name) from error
+                    # A rename cannot replace a full folder. Dying before the next one leaves the old vector
+                    # where `_clean` finds it.
+                    with contextlib.suppress(FileNotFoundError):
+                        self._set_aside(target, name, _REPLACED, aside)
+            else:
+                raise AFTError(f"Other processes keep changing {target}.", "Try again.")
+        except BaseException:  # Ctrl-C too
+            for old in reversed(aside):  # the newest first: the others were replaced before it
+                _put_back(old, target)
+            raise
         for old in aside:
             _drop(old)
 
-    def _set_aside(self, folder: Path, name: str, prefix: str) -> Path:
+    def _set_aside(self, folder: Path, name: str, prefix: str, kept: list[Path]) -> Path:
+        """Move a vector's folder into a new one, which is added to ``kept`` before anything moves."""
         aside = Path(tempfile.mkdtemp(prefix=prefix, dir=self.root))
+        kept.append(aside)
         try:
             folder.rename(aside / name.replace("/", ","))
         except OSError:
+            kept.remove(aside)
             aside.rmdir()
             raise
         return aside
@@ -243,27 +247,20 @@ class Library:
                     if os.path.lexists(f"{each.path}/{FILE_NAME}"):
                         yield name, Path(each.path)
 
-    def _read_index(self) -> dict[str, dict[str, Any]]:
-        try:
-            index = json.loads((self.root / INDEX).read_text(encoding="utf-8"))
-            known = index["vectors"] if index["version"] == _INDEX_VERSION else {}
-            return {k: v for k, v in known.items() if isinstance(v, dict)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return {}
 
-    def _write_index(self, found: dict[str, tuple[list[list[int]], Entry]]) -> None:
-        index = {k: {"state": state, "entry": entry.to_dict()} for k, (state, entry) in found.items()}
-        text = json.dumps({"version": _INDEX_VERSION, "vectors": index}, separators=(",", ":"))
-        with contextlib.suppress(OSError):  # a library one may only read works all the same
-            handle, name = tempfile.mkstemp(prefix=_ADDING, dir=self.root)
-            temporary = Path(name)
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                    stream.write(text)
-                temporary.chmod(0o644)
-                temporary.replace(self.root / INDEX)
-            finally:
-                temporary.unlink(missing_ok=True)
+def _check_category(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(folder.lstat().st_mode):  # a link may lead out of the library
+            raise AFTError(f"{folder} is a symbolic link or a file.", "Choose another category.")
+
+
+def _put_back(aside: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):  # `_clean` tries again
+        for old in aside.iterdir():
+            if not os.path.lexists(target):
+                target.parent.mkdir(exist_ok=True)
+                old.rename(target)
+        aside.rmdir()
 
 
 def _drop(aside: Path) -> None:
@@ -272,18 +269,6 @@ def _drop(aside: Path) -> None:
     with contextlib.suppress(OSError):
         aside.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def _state(folder: Path) -> list[list[int]]:
-    """What changes when a vector or its card is written again."""
-    state = []
-    for name in (FILE_NAME, CARD):
-        try:
-            found = os.lstat(f"{folder}/{name}")
-            state.append([found.st_ino, found.st_size, found.st_mtime_ns])
-        except OSError:
-            state.append([])
-    return state
 
 
 def _is_plain_folder(each: os.DirEntry[str]) -> bool:

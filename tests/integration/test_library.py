@@ -24,6 +24,7 @@ from lm_eval_aft import AFTError, SteeringVector, load_vector
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.fingerprint import fingerprint
 from lm_eval_aft.library import Library, files, store
+from lm_eval_aft.library.index import INDEX
 from lm_eval_aft.library.store import default_library
 from lm_eval_aft.library.verify import damage
 from lm_eval_aft.training.card import write_card
@@ -192,7 +193,7 @@ def test_the_index_is_never_the_truth(library: Library, tmp_path: Path) -> None:
         library.add(a_folder(tmp_path / name, task=name), f"math/{name}")
     first = library.entries()
     assert library.entries() == first
-    index = library.root / store.INDEX
+    index = library.root / INDEX
     for content in (
         "",
         "[]",

@@ -1,0 +1,235 @@
+"""What a skeptical review found in vector files, fingerprints and libraries stays mended."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+
+from lm_eval_aft import AFTError, SteeringVector, attach, load_vector
+from lm_eval_aft.cli.vectors import vectors as command
+from lm_eval_aft.fingerprint import compare_fingerprints, fingerprint
+from lm_eval_aft.library import Library
+from lm_eval_aft.library.entry import Entry, is_biased, read_entry
+from lm_eval_aft.library.hub import pull
+from lm_eval_aft.library.remote import Remote, choose
+from lm_eval_aft.library.route import task_table
+from lm_eval_aft.model_info import describe_vector
+from tests.support.families import tiny_model
+
+
+def a_vector(value: float = 1.0, width: int = 4, **metadata: Any) -> SteeringVector:
+    return SteeringVector({1: torch.full((width,), value)}, metadata=metadata)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    """math/a and math/b, of ones and of twos."""
+    library = Library(tmp_path / "library")
+    a_vector(1.0).save(library.root / "math/a")
+    a_vector(2.0).save(library.root / "math/b")
+    return library
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(command, list(map(str, arguments)))
+    assert result.exit_code == code, (result.output, result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit | AFTError)
+    return result
+
+
+def refused(word: str, *arguments: object) -> None:
+    """A command ends with one `AFTError` that says ``word``."""
+    result = CliRunner().invoke(command, list(map(str, arguments)))
+    told = result.exception.what if isinstance(result.exception, AFTError) else result.output
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit | AFTError), repr(result.exception)
+    assert word in told
+
+
+def changed(family: str, **settings: Any) -> tuple[Any, Any]:
+    """A tiny model, and its weights under other settings."""
+    one = tiny_model(family)
+    config = copy.deepcopy(one.config)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    other = transformers.AutoModelForCausalLM.from_config(config).eval()
+    other.load_state_dict(one.state_dict())
+    return one, other
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+        ("llama", {"rms_norm_eps": 0.1}),
+        ("gpt_neox", {"layer_norm_eps": 0.1}),
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("gemma2", {"attn_logit_softcapping": 2.0}),
+        ("gemma2", {"query_pre_attn_scalar": 8}),
+        ("granite", {"embedding_multiplier": 12.0}),
+        ("granite", {"attention_multiplier": 0.01}),
+        ("granite", {"logits_scaling": 8.0}),
+        (
+            "phi",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 1.0,
+                }
+            },
+        ),
+        ("gemma", {"hidden_activation": "relu"}),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+                }
+            },
+        ),
+    ],
+)
+def test_the_same_weights_under_other_settings_differ(family: str, settings: dict[str, Any]) -> None:
+    one, other = changed(family, **settings)
+    recorded = fingerprint(one)
+    found = compare_fingerprints(recorded, fingerprint(other))
+    assert any("settings of the computation" in each for each in found)
+    old = {key: value for key, value in recorded.items() if key != "computation"}
+    assert compare_fingerprints(old, fingerprint(other)) == []  # as vectors made before always were
+
+
+def test_the_settings_survive_a_checkpoint_and_a_dtype(tmp_path: Path) -> None:
+    for family in ("llama", "gpt_neox", "gemma2", "granite", "phi", "gemma3_text"):
+        model = tiny_model(family)
+        recorded = fingerprint(model)
+        model.save_pretrained(tmp_path / family)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.bfloat16)
+        assert compare_fingerprints(recorded, fingerprint(again)) == []
+
+
+def test_unset_and_missing_settings_are_one() -> None:
+    model = tiny_model("llama")
+    found = []
+    for rope in ({"factor": 4}, {"factor": 4.0, "low_freq_factor": None}):
+        other = copy.deepcopy(model)
+        other.config.rope_parameters = {"rope_type": "linear", "rope_theta": 10000.0, **rope}
+        found.append(fingerprint(other))
+    assert compare_fingerprints(*found) == []
+
+
+def test_weights_on_disk_are_told_not_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    metadata = {"fingerprint": fingerprint(model), "base_model": {"name": "org/m"}}
+    vector = a_vector(width=32, **metadata)
+    attach(model, vector).remove()
+    assert not caplog.records
+    part = copy.deepcopy(model)
+    part.lm_head.to("meta")
+    attach(part, vector).remove()
+    assert not caplog.records  # most of it could be compared
+    attach(tiny_model("llama", seed=9).to("meta"), vector).remove()
+    assert "none of them could be" in caplog.text
+
+
+def test_a_sum_names_one_model(library: Library) -> None:
+    identity = fingerprint(tiny_model("llama"))
+    a_vector(fingerprint=identity).save(library.root / "m/printed")
+    a_vector(base_model={"name": "org/one"}, num_hidden_layers=6).save(library.root / "m/one")
+    a_vector(2.0, base_model={"name": "org/two"}).save(library.root / "m/two")
+    both = load_vector("m/printed + m/one", library).metadata
+    assert both["fingerprint"] == identity
+    assert "base_model" not in both
+    assert "num_hidden_layers" not in both
+    with pytest.raises(AFTError, match="names of the base models differ"):
+        load_vector("m/one + m/two", library)
+    a_vector(3.0, fingerprint=identity, base_model={"name": "org/two"}).save(library.root / "m/three")
+    with pytest.raises(AFTError, match="'org/one'.*names of the base models differ"):
+        load_vector("m/one + m/three", library)
+    assert load_vector("m/two + math/a", library).metadata["base_model"] == {"name": "org/two"}
+
+
+def test_a_sum_is_no_tasks_own_vector() -> None:
+    own = Entry("math/a", tasks=("gsm8k",))
+    composed = Entry("math/half", tasks=("gsm8k",), recipe="math/a*0.5")
+    assert task_table([own, composed]) == {"gsm8k": "math/a"}
+    with pytest.raises(AFTError, match="No vector of the library"):
+        task_table([composed])
+
+
+@pytest.mark.parametrize("protocol", [{"biased": True}, {"name": "biased"}])
+def test_biased_is_told_in_one_way(library: Library, protocol: dict[str, Any]) -> None:
+    vector = a_vector(protocol=protocol)
+    vector.save(library.root / "m/biased")
+    assert is_biased(vector.metadata)
+    assert describe_vector(vector)["biased"]
+    assert read_entry("m/biased", library.root / "m/biased").control == "biased"
+    assert load_vector("m/biased*2", library).metadata["protocol"]["biased"]
+    assert not is_biased({"protocol": "biased"})
+
+
+def test_an_interrupted_replacement_leaves_the_old_vector(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = a_vector(9.0).save(tmp_path / "new").parent
+    rename, seen = Path.rename, list[Path]()
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == library.root / "math/a":
+            seen.append(self)
+            if len(seen) == 2:  # the old one is aside, the new one not in its place
+                raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        library.add(new, "math/a", replace=True)
+    assert float(load_vector("math/a", library).layers[1][0]) == 1.0
+    assert {each.name for each in library.root.iterdir()} == {"math"}
+
+
+def test_nothing_outside_is_reached_through_a_linked_category(library: Library, tmp_path: Path) -> None:
+    outside = a_vector().save(tmp_path / "outside/v")
+    (library.root / "linked").symlink_to(tmp_path / "outside")
+    refused("is a symbolic link", "remove", "linked/v", "--yes", "--library", library.root)
+    assert outside.exists()
+    with pytest.raises(AFTError, match="is a symbolic link"):
+        load_vector("linked/v", library)
+
+
+def test_vectors_that_would_share_a_name_are_refused_before_the_download(tmp_path: Path) -> None:
+    files = {"vector.safetensors": 10}
+    remote = Remote("me/vecs", "a" * 40, {"": files, "me/vecs": files}, cached=tmp_path / "nowhere")
+    shelf = Library(tmp_path / "library")
+    for replace in (False, True):
+        with pytest.raises(AFTError, match="would both be called me/vecs"):
+            pull(remote, shelf, replace=replace)
+    assert not shelf.root.exists()
+    assert choose(remote, ["me/vecs", "me/vecs"]) == ["me/vecs"]
+
+
+def test_a_sum_is_written_to_both_places_or_to_none(library: Library, tmp_path: Path) -> None:
+    where = ("--library", library.root)
+    out = tmp_path / "sum.safetensors"
+    refused("named like a file", "compose", "math/a*0.5", "-o", out, *where)
+    assert not out.exists()
+    out = tmp_path / "sum"
+    refused("already has 'math/b'", "compose", "math/a*0.5", "-o", out, "--name", "math/b", *where)
+    refused("cannot name a vector", "compose", "math/a*0.5", "-o", out, "--name", "half", *where)
+    (tmp_path / "file").write_text("")
+    blocked = ("-o", tmp_path / "file/sum", "--name", "math/half")
+    refused("Cannot write", "compose", "math/a*0.5", *blocked, *where)
+    assert not out.exists()
+    assert library.names() == ["math/a", "math/b"]
+    out.mkdir()
+    run("compose", "math/a*0.5", "-o", out, "--name", "math/half", *where)
+    assert {each.name for each in out.iterdir()} == {"README.md", "vector.safetensors"}
+    assert {each.name for each in tmp_path.iterdir()} == {"library", "file", "sum"}
+    assert load_vector("math/half", library).digest() == SteeringVector.load(out).digest()
