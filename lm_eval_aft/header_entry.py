@@ -35,6 +35,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("num_hidden_layers", "seed", "epoch", "parameters", "processes"), (int,)),
 }
 
+# One spelling each, and no more digits than any model has layers.
+_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -46,6 +48,12 @@ def check_lengths(path: Path, size: int, header: int) -> None:
         raise AFTError(
             f"{path} declares a header of {header:,} bytes; no vector has more than {MAX_HEADER:,}."
         )
+
+
+def layer_index(name: str) -> int | None:
+    """The 0-based block whose vector the tensor called ``name`` holds; ``None``: it holds no layer's."""
+    found = _LAYER.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 def parse_entry(text: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lm_eval_aft.library.route import read_table
 from lm_eval_aft.training.examples import PromptSettings
 from lm_eval_aft.training.plan import TrainingPlan
 from lm_eval_aft.training.protocols import DEFAULT, parse_rungs
+from lm_eval_aft.yaml_files import read_yaml
 
 _SCORES = ("tasks", "limit")
 _KEYS = ("model", "include_path", "defaults", "vectors", "unavailable", "scores")
@@ -77,16 +78,6 @@ class Study:
         return found | {task: None for task in self.tasks if task not in found}
 
 
-class _OnceEach(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice: YAML itself would silently keep the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if double := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"{double[0]!r} occurs twice in a mapping")
-        return dict(super().construct_mapping(node, deep))
-
-
 def read_mapping(path: Path, hint: str) -> dict[Any, Any]:
     """What a study file says, whatever that is.
 
@@ -94,7 +85,7 @@ def read_mapping(path: Path, hint: str) -> dict[Any, Any]:
         AFTError: it cannot be read, is not YAML or not a mapping.
     """
     try:
-        table = yaml.load(read_table(path), _OnceEach)
+        table = read_yaml(read_table(path))
     except yaml.YAMLError as error:
         raise AFTError(f"The study {path} is not YAML: {str(error).partition(chr(10))[0]}", hint) from error
     if not isinstance(table, dict):

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lm_eval_aft.errors import AFTError, refuse_pickle
-from lm_eval_aft.header_entry import check_lengths, parse_entry
+from lm_eval_aft.errors import AFTError
+from lm_eval_aft.header_entry import layer_index
 from lm_eval_aft.methods import METHODS
 from lm_eval_aft.positions import POSITIONS
+from lm_eval_aft.tensor_file import FORMAT, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FORMAT = "aft/1"
 FILE_NAME = "vector.safetensors"
 
 
@@ -56,6 +56,11 @@ class SteeringVector:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        try:  # 2 and 2.0 are one coefficient, and must give one digest
+            self.coefficient = float(self.coefficient)
+        except (TypeError, ValueError, OverflowError) as error:
+            told = str(self.coefficient)[:80]
+            raise AFTError(f"vector has coefficient {told}, which is not a finite number.") from error
         self.layers = {int(k): v.detach().to("cpu", torch.float32) for k, v in sorted(self.layers.items())}
         self.extra = {k: v.detach().to("cpu", torch.float32) for k, v in sorted(self.extra.items())}
         self._check("vector")
@@ -112,7 +117,7 @@ class SteeringVector:
         The file appears whole or not at all.
 
         Raises:
-            AFTError: the place cannot be written.
+            AFTError: the place cannot be written, or the metadata are nothing a file can hold.
         """
         target = Path(path)
         if target.suffix != ".safetensors":
@@ -125,9 +130,16 @@ class SteeringVector:
             "positions": self.positions,
             "hidden_size": self.hidden_size,
         }
+        try:
+            entry = canonical_json(header)
+            entry.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise AFTError(
+                f"The vector's metadata cannot be written: {str(error)[:200]}.", "They must be finite JSON."
+            ) from error
         tensors = {name: values.contiguous() for name, values in self.tensors.items()}
         with replacing(target) as temporary:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "aft": canonical_json(header)})
+            save_file(tensors, temporary, metadata={"format": FORMAT, "aft": entry})
         return target
 
     @classmethod
@@ -145,7 +157,7 @@ class SteeringVector:
                 f"No steering vector at {source}.",
                 "Give a .safetensors file or a folder that holds vector.safetensors.",
             )
-        tensors, metadata = _read(source)
+        tensors, metadata = read_tensors(source)
         layers, extra = _sorted_out(tensors, str(source))
         header = {k: metadata.pop(k, None) for k in ("method", "coefficient", "positions", "layers")}
         hidden_size = metadata.pop("hidden_size", None)
@@ -188,9 +200,10 @@ class SteeringVector:
         for layer, values in self.layers.items():
             if layer < 0:
                 raise AFTError(f"{name} has layer {layer}; layers are numbered from 0.")
-            if values.ndim != 1 or values.shape[0] != self.hidden_size:
+            if values.ndim != 1 or values.shape[0] != self.hidden_size or not len(values):
                 raise AFTError(
-                    f"{name} has shape {tuple(values.shape)} at layer {layer}; one axis is wanted."
+                    f"{name} has shape {tuple(values.shape)} at layer {layer}; one axis of at least one "
+                    "number, as long at every layer, is wanted."
                 )
             if not bool(torch.isfinite(values).all()):
                 raise AFTError(
@@ -216,50 +229,14 @@ def _sorted_out(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[int, Ten
     """Tensors of a file as layers and the method's own."""
     layers, extra = {}, {}
     for key, tensor in tensors.items():
-        prefix, _, index = key.partition(".")
-        if prefix == "layers" and index.isascii() and index.isdigit():
-            layers[int(index)] = tensor
-        elif prefix == "method":
+        layer = layer_index(key)
+        if layer is not None:
+            layers[layer] = tensor
+        elif key.partition(".")[0] == "method":
             extra[key] = tensor
         else:
-            raise AFTError(f"{name} holds a tensor named {key!r}, which no vector of {FORMAT} has.")
+            raise AFTError(f"{name} holds a tensor named {key[:80]!r}, which no vector of {FORMAT} has.")
     return layers, extra
-
-
-def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and the decoded ``aft`` header of a safetensors file. Never unpickles."""
-    try:
-        with source.open("rb") as stream:
-            start = stream.read(9)
-            size = os.fstat(stream.fileno()).st_size
-    except OSError as error:
-        raise AFTError(f"{source} cannot be read: {error.strerror}.", "Check the path and rights.") from error
-    refuse_pickle(source, start)
-    check_lengths(source, size, int.from_bytes(start[:8], "little"))
-    try:
-        with safe_open(source, framework="pt", device="cpu") as file:
-            raw = file.metadata() or {}
-            if raw.get("format") != FORMAT:
-                raise AFTError(
-                    f"{source} is a safetensors file but not a steering vector "
-                    f"(format {raw.get('format')!r}, wanted {FORMAT!r}).",
-                    "Give a file written by train-vector.",
-                )
-            try:
-                header = parse_entry(raw.get("aft", "null"))
-            except ValueError as error:
-                raise AFTError(
-                    f"{source} has no sound 'aft' header: {error}.", "Give a file written by train-vector."
-                ) from error
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AFTError(
-            f"{source} cannot be read: truncated or not a safetensors file ({error}).",
-            "Copy or train it again.",
-        ) from error
-    if not all(tensor.is_floating_point() for tensor in tensors.values()):
-        raise AFTError(f"{source} holds tensors that are not floating point.")
-    return tensors, header
 
 
 def canonical_json(value: Mapping[str, Any]) -> str:

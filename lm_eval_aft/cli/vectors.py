@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lm_eval_aft.cli.vector_listing import as_json_text, cells, print_columns, result_text
 from lm_eval_aft.cli.vectors_share import compose, library_option, pull, push
 from lm_eval_aft.cli.vectors_train import train_set
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.library.names import printable
 from lm_eval_aft.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -77,14 +79,14 @@ def list_vectors(
     if model:
         found = _fitting(shelf, found, model, weights)
     if as_json:
-        click.echo(json.dumps([entry.to_dict() for entry in found], indent=2, ensure_ascii=False))
+        click.echo(as_json_text([entry.to_dict() for entry in found]))
         return
     if not found:
         what = "is empty" if not everything else f"has {len(everything)} vectors, none of that kind"
         click.echo(f"The library {shelf.root} {what}.")
         return
     columns = ("name", "width", "layers", "task", "base model", "selection", "evaluation", "made")
-    _print_columns(columns, [_cells(entry) for entry in found])
+    print_columns(columns, [cells(entry) for entry in found])
     click.echo(f"{len(found)} {'vector' if len(found) == 1 else 'vectors'} in {shelf.root}")
 
 
@@ -113,15 +115,15 @@ def show(library: Path | None, as_json: bool, name: str) -> None:
         try:
             record = json.loads(source.read_text(encoding="utf-8"))
             fields["source"] = {k: record[k] for k in ("repo", "vector", "commit", "pulled")}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             fields["source"] = "damaged"
     if as_json:
         fields["metadata"] = read_header(folder / FILE_NAME).metadata
-        click.echo(json.dumps(fields, indent=2, ensure_ascii=False))
+        click.echo(as_json_text(fields))
         return
     for key, value in fields.items():
         if key == "results":
-            value = "; ".join(f"{_result(r)} (n = {r['n']}, {r['verdict']})" for r in entry.results)
+            value = "; ".join(f"{result_text(r)} (n = {r['n']}, {r['verdict']})" for r in entry.results)
         elif isinstance(value, dict):
             value = ", ".join(
                 f"{k} {v:+.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items()
@@ -129,7 +131,7 @@ def show(library: Path | None, as_json: bool, name: str) -> None:
         elif isinstance(value, tuple):
             value = ", ".join(map(str, value))
         if value not in (None, ""):
-            click.echo(f"{key.replace('_', ' '):>18}  {value}")
+            click.echo(f"{key.replace('_', ' '):>18}  {printable(str(value))}")
 
 
 @vectors.command("add", context_settings=_SETTINGS)
@@ -193,13 +195,15 @@ def verify(library: Path | None, names: tuple[str, ...]) -> None:
     from lm_eval_aft.library.verify import damage
 
     shelf = Library(library)
+    if not shelf.root.is_dir():
+        raise AFTError(f"There is no library {shelf.root}.", "Name one with --library or AFT_LIBRARY.")
     checked = list(names) or shelf.names()
     bad = 0
     for name in checked:
         found = damage(shelf.path(name))
         bad += bool(found)
         for each in found:
-            click.echo(f"{name}: {each}")
+            click.echo(f"{name}: {printable(each)}")
     if bad:
         raise AFTError(f"{bad} of {len(checked)} vectors are damaged.", "Add or pull them again.")
     click.echo(f"{len(checked)} vectors, all sound.")
@@ -261,34 +265,3 @@ def _fitting(shelf: Library, entries: Sequence[Entry], model: str, weights: bool
             "Config and tokenizer compared, weights not: --weights tells fine-tuned copies apart.", err=True
         )
     return found
-
-
-def _cells(entry: Entry) -> list[str]:
-    if entry.error:
-        return [entry.name, "damaged", *["–"] * 6]
-    change = entry.selection.get("score")
-    model = (entry.base_model or "–").rstrip("/").rpartition("/")[2]
-    task = ", ".join(entry.tasks) or "–"
-    made = (entry.created or "–")[:10]
-    version = entry.versions.get("lm-eval-aft")
-    return [
-        entry.name,
-        str(entry.hidden_size),
-        ", ".join(map(str, entry.layers)),
-        f"{task} (placebo: {entry.control})" if entry.control else task,
-        model,
-        "–" if change is None else f"{change:+.4f}",
-        "; ".join(_result(row) for row in entry.results[:3]) or "–",
-        f"{made}, {version}" if version else made,
-    ]
-
-
-def _print_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Plain columns: a rich table of a thousand rows takes longer than reading the library."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        click.echo("  ".join(map(str.ljust, row, widths)).rstrip())
-
-
-def _result(row: dict[str, str]) -> str:
-    return f"{row['task']} {row['metric']} {row['difference']} {row['95 % interval']}"

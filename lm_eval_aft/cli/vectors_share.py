@@ -14,7 +14,7 @@ import click
 
 from lm_eval_aft.cli.options import print_table
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.library.names import check_name, is_name
+from lm_eval_aft.library.names import check_name, is_name, printable
 from lm_eval_aft.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def push(
       aft vectors push math/word_problems logic/analogy --repo me/vectors --private
     """
     _quiet()
+    from lm_eval_aft.library import holds_vector
     from lm_eval_aft.library.files import CARD, copy_vector
     from lm_eval_aft.library.hub import plan_push
     from lm_eval_aft.library.hub import push as upload
@@ -74,7 +75,10 @@ def push(
     with ExitStack() as stack:
         planned = []
         for name in vectors:
-            folder = Path(name) if Path(name).exists() else shelf.path(name)
+            given = Path(name)
+            # A folder that holds no vector hides no library name.
+            is_path = holds_vector(given) or (given.exists() and not is_name(name))
+            folder = given if is_path else shelf.path(name)
             place = _place(name, folder) if several else ""
             # A copy, so that what was checked is what is sent.
             copy = Path(stack.enter_context(TemporaryDirectory(prefix="aft-push-")))
@@ -151,7 +155,7 @@ def pull(
         for each in pulled:
             click.echo(f"Pulled: {each.name} at {each.commit[:12]} in {each.folder}")
     if remote.left_out:
-        shown = ", ".join(sorted(remote.left_out)[:5])
+        shown = printable(", ".join(sorted(remote.left_out)[:5]))
         more = f" and {len(remote.left_out) - 5} more" if len(remote.left_out) > 5 else ""
         click.echo(f"Left out, as no vector folder holds such files: {shown}{more}")
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.library.expression import is_expression
+from lm_eval_aft.library.header import FILE_NAME
 from lm_eval_aft.library.names import is_name, suggestion
 from lm_eval_aft.library.store import Library
 
 if TYPE_CHECKING:
     from lm_eval_aft.vector import SteeringVector
 
-__all__ = ["Library", "folder_of", "load_vector"]
+__all__ = ["Library", "folder_of", "holds_vector", "load_vector"]
 
 # owner/name, perhaps the folder of one vector in a library repository, perhaps @revision.
 _HUB_ID = re.compile(
@@ -29,7 +30,7 @@ def load_vector(
     """Load the vector that ``spec`` means; the first of these that exists:
 
     - a `SteeringVector`: itself;
-    - a path: a vector folder or a ``.safetensors`` file;
+    - a path that holds one: a vector folder or a ``.safetensors`` file;
     - a library name, ``math/word_problems``;
     - an expression over any of these, ``"math/algebra*0.7 + logic/analogy*0.3"``;
     - a Hub id: ``owner/name``, ``owner/library/math/algebra``, either with ``@revision``.
@@ -45,11 +46,13 @@ def load_vector(
     if isinstance(spec, SteeringVector):
         return spec
     path = Path(spec)
-    if not isinstance(spec, str) or _exists(path):
+    if not isinstance(spec, str) or holds_vector(path):
         return SteeringVector.load(path)
     shelf = library if isinstance(library, Library) else Library(library)
     if is_name(spec) and _exists(shelf.root / spec):
         return SteeringVector.load(shelf.path(spec))
+    if _exists(path):  # its own message says what is wrong with it
+        return SteeringVector.load(path)
     if is_expression(spec):
         from lm_eval_aft.library.compose import compose
 
@@ -79,11 +82,20 @@ def folder_of(
 ) -> Path | None:
     """The vector folder that ``spec`` means: a path that is one, or a name's; None for anything else."""
     path = Path(spec)
-    if _exists(path):
+    if holds_vector(path):
         return path if path.is_dir() else None
     shelf = library if isinstance(library, Library) else Library(library)
     found = shelf.root / path
-    return found if is_name(str(spec)) and _exists(found) else None
+    if is_name(str(spec)) and _exists(found):
+        return found
+    return path if _exists(path) and path.is_dir() else None
+
+
+def holds_vector(path: Path) -> bool:
+    """Whether there is a vector folder, or a file, at ``path``; another folder hides no library name."""
+    if not _exists(path):
+        return False
+    return _exists(path / FILE_NAME) if path.is_dir() else True
 
 
 def _exists(path: Path) -> bool:

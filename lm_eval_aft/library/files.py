@@ -51,6 +51,8 @@ def vector_files(folder: Path) -> list[str]:
 def copy_vector(source: Path, target: Path) -> None:
     """Copy a vector folder's own files, or a lone ``.safetensors`` file, into an empty folder.
 
+    ``source.json`` stays behind: only a pull can say where a vector came from, not who hands a folder over.
+
     Raises:
         AFTError: no vector there, a symbolic link, too long, or not to be read.
     """
@@ -63,7 +65,7 @@ def copy_vector(source: Path, target: Path) -> None:
             f"No steering vector at {source}.",
             "Give a .safetensors file or a folder that holds vector.safetensors.",
         )
-    for name in vector_files(source):
+    for name in (each for each in vector_files(source) if each != SOURCE):
         copy_file(source / name, target / name, limit(name) or 0)
 
 

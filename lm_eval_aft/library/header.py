@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.errors import AFTError, refuse_pickle
-from lm_eval_aft.header_entry import check_lengths, parse_entry
+from lm_eval_aft.header_entry import check_lengths, layer_index, parse_entry
 from lm_eval_aft.methods import METHODS
 
 # As lm_eval_aft.vector has them; importing that module would import torch.
@@ -113,11 +113,10 @@ def _check_tensors(path: Path, declared: dict[str, Any], size: int, aft: dict[st
     width, spans, layers = aft.get("hidden_size"), [], []
     extra = _extra_shapes(path, aft.get("method"), width)
     for name, tensor in declared.items():
-        prefix, _, index = name.partition(".")
-        is_layer = prefix == "layers" and index.isascii() and index.isdigit() and len(index) <= 6
-        if not is_layer and name not in extra:
+        layer = layer_index(name)
+        if layer is None and name not in extra:
             raise AFTError(f"{path} holds a tensor named {name[:80]!r}, which no vector of {FORMAT} has.")
-        wanted = [width] if is_layer else list(extra[name])
+        wanted = list(extra[name]) if layer is None else [width]
         try:
             dtype, shape, (first, last) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
             fits = last - first == _SIZES[dtype] * math.prod(shape)
@@ -131,8 +130,8 @@ def _check_tensors(path: Path, declared: dict[str, Any], size: int, aft: dict[st
                 "not fit it or the file.",
                 "The file is damaged or was tampered with: get it again.",
             )
-        if is_layer:
-            layers.append(int(index))
+        if layer is not None:
+            layers.append(layer)
         spans.append((first, last))
     layers.sort()
     if not layers or aft.get("layers") != layers:

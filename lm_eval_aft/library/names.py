@@ -33,6 +33,11 @@ def check_name(text: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """Text from a file as a terminal may show it: what would steer the terminal is written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def suggestion(wrong: str, names: Iterable[str]) -> str:
     """A hint that lists the names nearest to a wrong one, or ``""``."""
     known = list(names)

@@ -15,6 +15,7 @@ import yaml
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.library.entry import Entry
 from lm_eval_aft.library.names import PART, is_name, suggestion
+from lm_eval_aft.yaml_files import read_yaml
 
 ROUTERS = ("constant", "task", "keyword")
 _MAX_TABLE = 2**18
@@ -258,9 +259,8 @@ def _mapping(text: str, what: str, keys: tuple[str, ...]) -> dict[Any, Any]:
     if len(text) > _MAX_TABLE:
         raise AFTError(f"The {what} is longer than {_MAX_TABLE:,} characters.")
     try:
-        # BaseLoader: every scalar is text, so `no` and `on` stay words, and nothing is constructed.
-        table = yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        table = read_yaml(text, texts=True)
+    except yaml.YAMLError as error:
         reason = str(error).partition("\n")[0][:200]
         raise AFTError(f"The {what} is not YAML: {reason or type(error).__name__}.", _HINT) from error
     if not isinstance(table, dict):

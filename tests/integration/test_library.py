@@ -198,9 +198,9 @@ def test_the_index_is_never_the_truth(library: Library, tmp_path: Path) -> None:
         "",
         "[]",
         "{}",
-        '{"version": 1, "vectors": []}',
+        '{"version": 2, "vectors": []}',
         "[" * 5000,
-        '{"version": 1, "vectors": {"math/a": {}}}',
+        '{"version": 2, "vectors": {"math/a": {}}}',
     ):
         index.write_text(content)
         assert library.entries() == first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
+from safetensors.torch import save
 
 from lm_eval_aft import AFTError, SteeringVector, attach, load_vector
 from lm_eval_aft.cli.vectors import vectors as command
 from lm_eval_aft.fingerprint import compare_fingerprints, fingerprint
-from lm_eval_aft.library import Library
+from lm_eval_aft.library import Library, folder_of
 from lm_eval_aft.library.entry import Entry, is_biased, read_entry
+from lm_eval_aft.library.header import read_header
 from lm_eval_aft.library.hub import pull
 from lm_eval_aft.library.remote import Remote, choose
-from lm_eval_aft.library.route import task_table
+from lm_eval_aft.library.route import parse_keyword_table, parse_task_table, task_table
 from lm_eval_aft.model_info import describe_vector
+from lm_eval_aft.study import read_study
 from tests.support.families import tiny_model
 
 
@@ -233,3 +237,130 @@ def test_a_sum_is_written_to_both_places_or_to_none(library: Library, tmp_path: 
     assert {each.name for each in out.iterdir()} == {"README.md", "vector.safetensors"}
     assert {each.name for each in tmp_path.iterdir()} == {"library", "file", "sum"}
     assert load_vector("math/half", library).digest() == SteeringVector.load(out).digest()
+
+
+def a_file(place: Path, tensors: dict[str, torch.Tensor], **header: Any) -> Path:
+    """A file in the form of a vector's, with these tensors and this header."""
+    own = {"method": "static", "layers": [7], "coefficient": 1.0, "positions": "all", "hidden_size": 4}
+    place.write_bytes(save(tensors, {"format": "aft/1", "aft": json.dumps(own | header)}))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("names", "header"),
+    [
+        (["layers." + "7" * 5000], {}),
+        (["layers.\u00b2"], {}),
+        (["layers.7", "layers.07"], {}),
+        (["layers.07"], {}),
+        (["layers."], {}),
+        (["layers.7"], {"hidden_size": 0}),
+    ],
+)
+def test_odd_tensors_are_refused_by_both_readers(
+    tmp_path: Path, names: list[str], header: dict[str, Any]
+) -> None:
+    width = header.get("hidden_size", 4)
+    path = a_file(tmp_path / "v.safetensors", {name: torch.ones(width) for name in names}, **header)
+    for read in (SteeringVector.load, read_header):
+        with pytest.raises(AFTError) as caught:
+            read(path)
+        assert len(caught.value.what) < 500
+    with pytest.raises(AFTError):
+        SteeringVector.from_tensors({name: torch.ones(width) for name in names})
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, "\ud800"])
+def test_metadata_that_no_file_can_hold(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(AFTError, match="metadata cannot be written"):
+        a_vector(loss=value).save(tmp_path / "v")
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_coefficient_is_a_finite_number_and_keeps_the_digest(tmp_path: Path) -> None:
+    vector = SteeringVector({0: torch.ones(4)}, coefficient=2)
+    vector.save(tmp_path)
+    assert SteeringVector.load(tmp_path).digest() == vector.digest()
+    assert vector.digest() == SteeringVector({0: torch.ones(4)}, coefficient=2.0).digest()
+    for bad in (float("nan"), float("inf"), 10**400, None, "many"):
+        with pytest.raises(AFTError, match="coefficient"):
+            SteeringVector({0: torch.ones(4)}, coefficient=bad)  # type: ignore[arg-type]
+
+
+def test_a_handed_over_folder_cannot_say_where_it_comes_from(library: Library, tmp_path: Path) -> None:
+    handed = a_vector().save(tmp_path / "handed").parent
+    forged = {"repo": "official/v", "vector": None, "commit": "a" * 40, "pulled": "2026-01-01", "files": {}}
+    (handed / "source.json").write_text(json.dumps(forged))
+    library.add(handed, "x/forged")
+    assert not (library.root / "x/forged/source.json").exists()
+    assert "official" not in run("show", "x/forged", "--library", library.root).output
+
+
+def test_a_deep_source_record_is_damaged_not_a_crash(library: Library) -> None:
+    (library.root / "math/a/source.json").write_text("[" * 100_000)
+    assert "damaged" in run("show", "math/a", "--library", library.root).output
+
+
+def test_text_from_files_steers_no_terminal(library: Library) -> None:
+    title, override, c1 = "\x1b]0;PWNED\x07", "\u202e", "\x9b31m"
+    bad = f"{title}good\nfake/row{override}{c1}"
+    a_vector(task=bad, base_model={"name": bad}, created=bad).save(library.root / "x/bad")
+    where = ("--library", library.root)
+    for arguments in (("list",), ("show", "x/bad"), ("list", "--json"), ("show", "x/bad", "--json")):
+        output = run(*arguments, *where).output
+        assert "PWNED" in output
+        assert all(c.isprintable() or c == "\n" for c in output)
+        assert not any(line.startswith("fake/row") for line in output.splitlines())
+    (entry,) = json.loads(run("list", "--json", "--category", "x", *where).output)
+    assert entry["tasks"] == [bad]
+
+
+def test_verify_wants_a_library_that_exists(library: Library, tmp_path: Path) -> None:
+    refused("There is no library", "verify", "--library", tmp_path / "typo")
+    assert "2 vectors, all sound" in run("verify", "--library", library.root).output
+
+
+def test_a_folder_without_a_vector_hides_no_name(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "math/a").mkdir(parents=True)
+    assert float(load_vector("math/a", library).layers[1][0]) == 1.0
+    assert folder_of("math/a", library) == library.root / "math/a"
+    (tmp_path / "math/a/README.md").write_text("data")
+    pushed = run("push", "math/a", "--repo", "me/x", "--dry-run", "--library", library.root).output
+    assert "vector.safetensors" in pushed
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AFTError, match=r"No steering vector at empty"):
+        load_vector("empty", library)
+    a_vector(7.0).save(tmp_path / "math/a")
+    assert float(load_vector("math/a", library).layers[1][0]) == 7.0
+    assert folder_of("math/a", library) == Path("math/a")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 8)}]\n"
+    for before, name in zip("abcdefg", "bcdefgh", strict=True)
+)
+RULES = "rules:\n- {vector: math/a, words: [sum]}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (BOMB, "alias"),
+        ("tasks: {gsm8k: math/a, gsm8k: none}", "occurs twice"),
+        (RULES + RULES, "occurs twice"),
+        ("rules:\n- {vector: math/a, vector: none, words: [sum]}\n", "occurs twice"),
+        ("[" * 50_000, "nested too deeply"),
+        ("? [a]\n: b", "not YAML"),
+    ],
+)
+def test_tables_and_studies_refuse_what_yaml_hides(tmp_path: Path, text: str, word: str) -> None:
+    for parse in (parse_keyword_table, parse_task_table):
+        with pytest.raises(AFTError, match=word):
+            parse(text)
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(AFTError, match=word):
+        read_study(path)
