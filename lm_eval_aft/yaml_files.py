@@ -2,45 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import yaml
-from yaml.composer import Composer
-from yaml.constructor import BaseConstructor
-
-
-def _compose_node(loader: Any, parent: Any, index: Any) -> Any:
-    if loader.check_event(yaml.AliasEvent):
-        # A few lines of them, each naming the one before twice, stand for more than any memory holds.
-        raise yaml.YAMLError(f"it uses an alias (*{loader.peek_event().anchor[:40]}): write it out")
-    return Composer.compose_node(loader, parent, index)
-
-
-def _refuse_twice(loader: Any, node: Any) -> None:
-    seen = set()
-    for key, _ in node.value:
-        found = loader.construct_object(key, deep=True)
-        if isinstance(found, Hashable):  # any other is refused where the mapping is made
-            if found in seen:
-                raise yaml.YAMLError(f"{str(found)[:80]!r} occurs twice in a mapping")
-            seen.add(found)
-
-
-class _Values(yaml.SafeLoader):
-    compose_node = _compose_node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        _refuse_twice(self, node)
-        return dict(super().construct_mapping(node, deep))
-
-
-class _Texts(yaml.BaseLoader):
-    compose_node = _compose_node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        _refuse_twice(self, node)
-        return dict(BaseConstructor.construct_mapping(self, node, deep))
 
 
 def read_yaml(text: str, *, texts: bool = False) -> Any:
@@ -54,9 +18,39 @@ def read_yaml(text: str, *, texts: bool = False) -> Any:
             silently keep the last), or an alias; the message's first line says which.
     """
     try:
-        return yaml.load(text, _Texts if texts else _Values)
+        if texts:
+            _check(yaml.compose(text, Loader=yaml.BaseLoader))
+            return yaml.load(text, Loader=yaml.BaseLoader)
+        _check(yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.load(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
         raise yaml.YAMLError(reason or type(error).__name__) from error
+
+
+def _check(root: yaml.Node | None) -> None:
+    """Refuse keys twice in a mapping, and aliases: composing makes them the very node they stand for."""
+    seen, left = set(), [] if root is None else [root]
+    while left:
+        node = left.pop()
+        if id(node) in seen:
+            # A few lines of aliases, each naming the one before twice, are more than any memory holds.
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"an alias stands for what line {line} says: write it out")
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            _refuse_twice([key for key, _ in node.value])
+            left += [each for pair in node.value for each in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            left += node.value
+
+
+def _refuse_twice(keys: list[yaml.Node]) -> None:
+    seen = set()
+    for key in keys:
+        if isinstance(key, yaml.ScalarNode):  # any other is refused where the mapping is made
+            if (key.tag, key.value) in seen:
+                raise yaml.YAMLError(f"{str(key.value)[:80]!r} occurs twice in a mapping")
+            seen.add((key.tag, key.value))
