@@ -50,12 +50,16 @@ def export(
     \b
     merged   a checkpoint with the vector folded into a bias: no code, no hook, no extra time.
              Families without such a bias are rewritten as one that has it, or refused.
+             A 16-bit bias rounds the vector: by how much is told, and above 5 % of its norm
+             it is refused.
     peft     a folder for PeftModel.from_pretrained and `lm_eval --model hf ... peft=`
     gguf     a llama.cpp control vector, for any block but the first
     steered  the .pt file for `lm_eval --model steered --model_args ...,steer_path=`
 
-    The result is loaded again and its logits are compared with the steered model's; one that does
-    not agree is deleted.
+    The result is loaded again and its logits are compared with the steered model's (merged and
+    steered: with the vector as the checkpoint's dtype rounds it); one that does not agree is deleted.
+    A .gguf file is read back instead. merged, peft and gguf keep the vector's own record of how it
+    was made and chosen, which `aft import` reads.
 
     \b
     Examples:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.export.base import check_constant, check_vector, load_base
+from lm_eval_aft.export.base import Base, check_constant, check_vector, load_base
+from lm_eval_aft.export.provenance import cautions
 from lm_eval_aft.export.report import Export, Progress
 from lm_eval_aft.export.target import appearing, check_absent
 from lm_eval_aft.vector import SteeringVector
@@ -63,6 +66,19 @@ def export_vector(
     progress(f"loading {model}")
     base = load_base(model, revision, blocks)
     deltas = check_vector(vector, base, allow_mismatch=allow_mismatch)
+    made = _exported(kind, base, vector, deltas, target, progress)
+    made.notes.extend(cautions(vector))
+    return made
+
+
+def _exported(
+    kind: str,
+    base: Base,
+    vector: SteeringVector,
+    deltas: dict[int, Tensor],
+    target: Path,
+    progress: Progress,
+) -> Export:
     if kind == "merged":
         from lm_eval_aft.export.merged import export_merged
 
@@ -74,7 +90,7 @@ def export_vector(
     if kind == "gguf":
         from lm_eval_aft.export.gguf import export_gguf
 
-        return export_gguf(base, deltas, target, progress)
+        return export_gguf(base, vector, deltas, target, progress)
     from lm_eval_aft.export.steered import export_steered
 
     return export_steered(base, deltas, target, progress)

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.export.base import Base
+from lm_eval_aft.export.gguf_header import check_header
+from lm_eval_aft.export.provenance import record
 from lm_eval_aft.export.report import Export, Progress
 from lm_eval_aft.export.target import appearing
+from lm_eval_aft.vector import SteeringVector
 
 ARCHITECTURE = "controlvector"
+RECORD = f"{ARCHITECTURE}.aft"  # ours: the vector's record; other readers pass over it
+_MOST_BLOCKS = 10_000
 # Where llama.cpp calls a family by another family's name.
 _HINTS = {
     "mistral": "llama",
@@ -39,7 +44,9 @@ def check_layers(deltas: dict[int, Tensor]) -> None:
         )
 
 
-def export_gguf(base: Base, deltas: dict[int, Tensor], target: Path, progress: Progress) -> Export:
+def export_gguf(
+    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: Progress
+) -> Export:
     """Write a control vector file; it is read back by the gguf package and compared bit by bit.
 
     Raises:
@@ -47,13 +54,14 @@ def export_gguf(base: Base, deltas: dict[int, Tensor], target: Path, progress: P
     """
     gguf = _library()
     check_layers(deltas)
-    hint = model_hint(gguf, base.config.model_type)
+    hint, own = model_hint(gguf, base.config.model_type), record(vector, deltas)
     with appearing(target, 10**6) as file:
         progress("writing")
         writer = gguf.GGUFWriter(file, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
         # The number of directions, as llama.cpp's generator and repeng write it.
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(deltas))
+        writer.add_string(RECORD, own)
         for layer, delta in deltas.items():
             writer.add_tensor(f"direction.{layer}", delta.contiguous().numpy())
         try:
@@ -64,8 +72,9 @@ def export_gguf(base: Base, deltas: dict[int, Tensor], target: Path, progress: P
             writer.close()
         progress("reading back")
         layers, described = read_gguf(file)
+        wanted = {"model_hint": hint, "layer_count": len(deltas), "aft": own}
         same = layers.keys() == deltas.keys() and all(torch.equal(layers[n], deltas[n]) for n in deltas)
-        if not same or described != {"model_hint": hint, "layer_count": len(deltas)}:
+        if not same or described != wanted:
             raise AFTError("The control vector was deleted: it does not read back as it was written.")
     notes = [
         f"written as {', '.join(f'direction.{n}' for n in deltas)}, model hint {hint}; read back equal",
@@ -82,28 +91,43 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
             directions of one width.
     """
     gguf = _library()
+    check_header(path)  # the package believes whatever lengths a file declares
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        found = [(str(t.name), t.tensor_type.name, np.array(t.data)) for t in reader.tensors]
+        tensors = [(str(t.name), t.tensor_type.name, t.data) for t in reader.tensors]
     except (
         OSError,
         ValueError,
+        TypeError,
         KeyError,
         IndexError,
         OverflowError,
         MemoryError,
-        UnicodeDecodeError,
     ) as error:
         raise AFTError(f"{path} cannot be read as GGUF: {error}.", "Copy it again.") from error
     architecture = fields.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise AFTError(f"{path} is a GGUF file of {architecture!r}, not a control vector.")
+    if sum(data.nbytes for _, _, data in tensors) > path.stat().st_size:
+        raise AFTError(f"{path} holds tensors that overlap.", "Copy it again.")
+    layers = _directions(path, tensors)
+    described = {
+        key: fields[f"{ARCHITECTURE}.{key}"]
+        for key in ("model_hint", "layer_count", "aft")
+        if f"{ARCHITECTURE}.{key}" in fields
+    }
+    return layers, described
+
+
+def _directions(path: Path, tensors: list[tuple[str, str, Any]]) -> dict[int, Tensor]:
     layers: dict[int, Tensor] = {}
-    for name, kind, data in found:
+    for name, kind, data in tensors:
         prefix, _, index = name.partition(".")
-        if prefix != "direction" or not index.isdigit():
+        if prefix != "direction" or not (index.isascii() and index.isdigit()):
             raise AFTError(f"{path} holds a tensor named {name!r}, which no control vector has.")
+        if len(index) > len(str(_MOST_BLOCKS)) or int(index) >= _MOST_BLOCKS:
+            raise AFTError(f"{path} holds {name[:40]!r}; no model has that many blocks.")
         if kind != "F32" or data.ndim != 1:
             raise AFTError(f"{path} holds {name} as {kind} of {data.ndim} axes; F32 of one axis is wanted.")
         if int(index) in layers:
@@ -113,12 +137,7 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
         raise AFTError(f"{path} holds no directions.")
     if 0 in layers:
         raise AFTError(f"{path} holds direction.0, which llama.cpp refuses: its meaning is not defined.")
-    described = {
-        key: fields[f"{ARCHITECTURE}.{key}"]
-        for key in ("model_hint", "layer_count")
-        if f"{ARCHITECTURE}.{key}" in fields
-    }
-    return layers, described
+    return layers
 
 
 def model_hint(gguf: Any, model_type: str) -> str:

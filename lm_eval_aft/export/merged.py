@@ -15,6 +15,7 @@ from lm_eval_aft.export.base import Base, source_file
 from lm_eval_aft.export.card import write_card
 from lm_eval_aft.export.families import plan_merge
 from lm_eval_aft.export.plan import Plan, skeleton
+from lm_eval_aft.export.provenance import write_record
 from lm_eval_aft.export.report import Export, Progress
 from lm_eval_aft.export.slots import find_slots
 from lm_eval_aft.export.target import appearing
@@ -22,12 +23,18 @@ from lm_eval_aft.export.verify import compare, probe_logits, probe_prompts, requ
 from lm_eval_aft.vector import SteeringVector
 
 SHARD_SIZE = "5GB"
+# The share of the vector's norm that rounding to the checkpoint's dtype may move it by.
+MOST_ROUNDING = 0.05
+_ROUNDED = 2.0**-22  # below, float32's own
 
 
 def export_merged(
     base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: Progress
 ) -> Export:
     """Write a checkpoint that plain transformers loads and that computes what the steered model does.
+
+    A bias of 16 bits rounds the vector. The check is against what the dtype stores; how far that is from
+    the vector itself is measured and told beside.
 
     The base model is released before the export is loaded for its check, so memory holds one of them
     at a time.
@@ -36,18 +43,23 @@ def export_merged(
         deltas: what is added after each block: fp32, shape ``(hidden_size,)``, coefficient included.
 
     Raises:
-        AFTError: the family has no place for the vector; the place cannot be written; the check fails.
+        AFTError: the family has no place for the vector; rounding moves it too far; the place cannot be
+            written; the check fails.
     """
     progress("looking for a place")
     plan = plan_merge(base.model, find_slots(base.model, base.backbone, min(deltas)))
     model, stored = build(base, plan, deltas)
-    rounding = _relative_error(stored, deltas)
+    rounding, dtype = _relative_error(stored, deltas), str(model.dtype).removeprefix("torch.")
+    _refuse_rounded_away(rounding, dtype)
     progress("base model's logits")
     prompts = probe_prompts(base.config)
     plain = probe_logits(base.model, prompts)
     with base.steered(stored):
         steered = probe_logits(base.model, prompts)
-    dtype = str(model.dtype).removeprefix("torch.")
+    exact = steered
+    if rounding > _ROUNDED:
+        with base.steered(deltas):
+            exact = probe_logits(base.model, prompts)
     size = sum(parameter.nbytes for parameter in model.parameters())
     with appearing(target, size) as folder:
         progress("writing")
@@ -57,15 +69,32 @@ def export_merged(
         base.release()
         gc.collect()
         progress("reloading")
-        agreement = require(compare(plain, steered, _reloaded_logits(folder, prompts)), "merged checkpoint")
+        exported = _reloaded_logits(folder, prompts)
+        agreement = require(compare(plain, steered, exported), "merged checkpoint")
         _check_tokenizer(tokenizer, folder)
         notes = [f"{plan.route}; dtype {dtype}"]
-        if rounding > 2.0**-22:
-            notes.append(f"rounding to {dtype} moved the vector by {rounding:.1e} of its norm")
+        if rounding > _ROUNDED:
+            unrounded = compare(plain, exact, exported)
+            notes.append(
+                f"rounding to {dtype} moved the vector by {100 * rounding:.2g} % of its norm: from the vector before "
+                f"rounding, logits differ by at most {unrounded.difference:.1e} (the vector itself changes "
+                f"them by {unrounded.effect:.1e}); the check below is against the vector as rounded"
+            )
         if plan.caution:
             notes.append(plan.caution)
+        write_record(folder, vector, deltas)
         write_card(folder, "merged", base, vector, [*notes, str(agreement)])
     return Export(target, "merged", agreement, notes)
+
+
+def _refuse_rounded_away(rounding: float, dtype: str) -> None:
+    if not rounding <= MOST_ROUNDING:
+        raise AFTError(
+            f"Rounding to {dtype}, the checkpoint's dtype, would move the vector by {100 * rounding:.2g} % of its "
+            f"norm: its entries are too small beside the biases it is added to. At most {100 * MOST_ROUNDING:.2g} % "
+            "is accepted.",
+            "Use --to peft, or save the base model in float32 and give that folder as --model.",
+        )
 
 
 def build(base: Base, plan: Plan, deltas: dict[int, Tensor]) -> tuple[Any, dict[int, Tensor]]:

@@ -20,6 +20,7 @@ from lm_eval_aft.export.base import Base
 from lm_eval_aft.export.card import write_card
 from lm_eval_aft.export.families import no_slot, refuse_mixture
 from lm_eval_aft.export.plan import HOOK_INSTEAD
+from lm_eval_aft.export.provenance import write_record
 from lm_eval_aft.export.report import Export, Progress
 from lm_eval_aft.export.slots import find_slots, module_of
 from lm_eval_aft.export.target import appearing
@@ -61,7 +62,8 @@ def export_peft(
         model = peft.get_peft_model(base.model, config)
         values = {names[layer]: delta / slot.scale for layer, delta in deltas.items()}
         _fill(model.base_model.model, values, linear)
-        config.base_model_name_or_path, config.inference_mode = base.path, True
+        config.base_model_name_or_path, config.revision = base.path, base.revision
+        config.inference_mode = True
         model.save_pretrained(folder, safe_serialization=True)
         plain_again = model.unload()
         progress("reloading")
@@ -70,6 +72,7 @@ def export_peft(
         loaded.unload()
         kind = "a BEFT adapter" if linear else "a LoRA adapter (zero matrices, lora_bias)"
         notes = [f"{kind} on {', '.join(names.values())}"]
+        write_record(folder, vector, deltas)
         write_card(folder, "peft", base, vector, [*notes, str(agreement)])
     return Export(target, "peft", agreement, notes)
 
@@ -91,7 +94,8 @@ def import_peft(base: Base, folder: Path, progress: Progress) -> tuple[dict[int,
     for module, bias in biases.items():
         inner = module.removeprefix(f"{base.backbone.name}.")
         index, _, name = inner.partition(".")
-        if inner == module or not index.isdigit() or int(index) >= len(base.backbone.blocks):
+        numbered = index.isascii() and index.isdigit() and len(index) < 10
+        if inner == module or not numbered or int(index) >= len(base.backbone.blocks):
             raise AFTError(f"The adapter acts on {module}, which is in no block of {base.name}.")
         layer = int(index)
         slots = {slot.name: slot for slot in find_slots(base.model, base.backbone, layer)}
@@ -110,7 +114,13 @@ def import_peft(base: Base, folder: Path, progress: Progress) -> tuple[dict[int,
     with base.steered(deltas):
         steered = probe_logits(base.model, prompts)
     with _quietly():
-        loaded = peft.PeftModel.from_pretrained(base.model, str(folder)).eval()
+        try:
+            loaded = peft.PeftModel.from_pretrained(base.model, str(folder)).eval()
+        except Exception as error:  # a stranger's config, whose every entry peft may stumble over
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise AFTError(
+                f"peft cannot load the adapter in {folder}: {reason}.", "Save it again."
+            ) from error
         agreement = compare(plain, probe_logits(loaded, prompts), steered)
         loaded.unload()
     return deltas, require(agreement, "vector")
@@ -155,39 +165,67 @@ def _fill(model: nn.Module, values: dict[str, Tensor], linear: bool) -> None:
             layer.lora_B["default"].bias.data = value.clone()
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json``, with those of its entries that an import uses known to be sound.
+
+    Raises:
+        AFTError: missing, damaged, or of a kind that is no constant.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise AFTError(f"{folder} is no PEFT adapter: it has no adapter_config.json.")
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AFTError(f"{file} cannot be read: {error}.", "Download it again.") from error
+    if not isinstance(config, dict):
+        raise AFTError(f"{file} is no mapping.", "Download it again.")
+    kind = config.get("peft_type")
+    if kind not in ("BEFT", "LORA"):
+        raise AFTError(
+            f"{folder} holds a {kind} adapter; only constants can become a vector.",
+            "BEFT adapters can, and LoRA adapters whose matrices are zero and that have lora_bias.",
+        )
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), str | None):
+            raise AFTError(f"{file} has {config[key]!r:.80} for {key}; a text is wanted.", "Correct it.")
+    if kind == "LORA":
+        _scaling(config, file)
+    return config
+
+
+def _scaling(config: dict[str, Any], file: Path) -> float:
+    """What a LoRA's output is multiplied by."""
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and 0 < value < 1e9):  # type: ignore[operator]
+            raise AFTError(f"{file} has {value!r:.80} for {key}; a number above 0 is wanted.", "Correct it.")
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise AFTError("DoRA adapters and LoRA adapters with rank patterns are not read.")
+    rank = float(config["r"])
+    return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
 def read_biases(folder: Path) -> dict[str, Tensor]:
     """Module path -> its constant, read from the files alone; nothing is unpickled."""
-    config_file, weights = folder / "adapter_config.json", folder / _WEIGHTS
-    if not config_file.is_file():
-        raise AFTError(f"{folder} is no PEFT adapter: it has no adapter_config.json.")
+    config, weights = read_config(folder), folder / _WEIGHTS
     if not weights.is_file():
         raise AFTError(
             f"{folder} has no {_WEIGHTS}.",
             "Adapters saved as .bin are pickles, which can run code: ask for them as safetensors.",
         )
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
         tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise AFTError(f"{folder} cannot be read: {error}.", "Download it again.") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in ("BEFT", "LORA"):
-        raise AFTError(
-            f"{folder} holds a {kind} adapter; only constants can become a vector.",
-            "BEFT adapters can, and LoRA adapters whose matrices are zero and that have lora_bias.",
-        )
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         module, known, rest = _split(name)
         if not known:
             raise AFTError(f"The adapter holds {name}, which is not a constant that it adds.")
         parts[module][rest] = tensor
-    scaling = 1.0
-    if kind == "LORA":
-        rank = float(config["r"])
-        scaling = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
-        if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-            raise AFTError("DoRA adapters and LoRA adapters with rank patterns are not read.")
+    scaling = _scaling(config, folder / "adapter_config.json") if config["peft_type"] == "LORA" else 1.0
     return {module: _constant(module, found, scaling) for module, found in parts.items()}
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Digits of lm-eval's doc_hash that a vector keeps of each selection document.
 HASH_DIGITS = 16
+# Metadata that record how a vector was chosen; one made by hand, or by another tool, has none.
+_CHOICE = ("splits", "protocol", "recipe")
 
 
 @dataclass
@@ -77,6 +79,11 @@ def describe_vector(run: Run) -> VectorInfo:
         )
         return info
     _fill(info, vector.metadata, list(vector.layers))
+    if run.kind == "steered" and not any(vector.metadata.get(key) for key in _CHOICE):
+        info.warnings.append(
+            f"{run.name}: how the vector was chosen is not recorded; the verdict holds only if it was not "
+            "chosen on these documents."
+        )
     info.facts |= {
         "method": vector.method,
         "positions": vector.positions,
