@@ -18,6 +18,11 @@ from lm_eval_aft.methods import METHODS
 from lm_eval_aft.steering import add_at, check_fits
 from lm_eval_aft.vector import SteeringVector
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"),
+    *("vocab.txt", "merges.txt", "sentencepiece.bpe.model", "tekken.json", "tokenizer.tiktoken"),
+)
+
 
 @dataclass
 class Base:
@@ -75,9 +80,9 @@ def load_base(name: str, revision: str | None = None, blocks: str | None = None)
     """Load a causal LM and its tokenizer from a folder, the Hub, or ``demo``.
 
     Raises:
-        AFTError: it cannot be loaded, or its blocks are not found.
+        AFTError: it or its tokenizer cannot be loaded, or its blocks are not found.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     path = resolve_pretrained(name)
     try:
@@ -87,12 +92,36 @@ def load_base(name: str, revision: str | None = None, blocks: str | None = None)
         ).eval()
     except (OSError, ValueError) as error:
         raise model_not_loaded(name, error) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None  # a bare checkpoint: its weights can be exported all the same
     model.requires_grad_(False)
-    return Base(name, path, revision, model, tokenizer, find_backbone(model, blocks))
+    return Base(name, path, revision, model, _tokenizer(name, path, revision), find_backbone(model, blocks))
+
+
+def _tokenizer(name: str, path: str, revision: str | None) -> Any:
+    """The tokenizer, or ``None`` for a bare checkpoint, whose weights can be exported all the same."""
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # tokenizers, in Rust, raises nothing narrower for a damaged file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        try:
+            there = [
+                file
+                for file in _TOKENIZER_FILES
+                if cached_file(path, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            ]
+        except OSError as unknown:
+            raise AFTError(
+                f"Whether {name!r} has a tokenizer cannot be told: {str(unknown).splitlines()[0][:300]}",
+                "Download the whole model first.",
+            ) from error
+        if there:
+            raise AFTError(
+                f"The tokenizer of {name!r} ({', '.join(there)}) cannot be read: {reason}",
+                "Copy or download the model again; it may also need a package, or code of its own.",
+            ) from error
+    return None
 
 
 def source_file(base: Base, name: str) -> Path | None:
@@ -116,12 +145,23 @@ def check_vector(vector: SteeringVector, base: Base, *, allow_mismatch: bool = F
     """What the vector adds after each block: coefficient included, fp32, shape ``(hidden_size,)``.
 
     Raises:
-        AFTError: not a constant at every position, no effect, or made for another model.
+        AFTError: not a constant at every position, no effect, not finite, or made for another model.
     """
     check_constant(vector)
     check_fits(vector, base.backbone)
     check_fingerprint(vector.metadata, base.model, base.tokenizer, allow_mismatch=allow_mismatch)
-    return {layer: values * vector.coefficient for layer, values in vector.layers.items()}
+    deltas = {layer: values * vector.coefficient for layer, values in vector.layers.items()}
+    if not all(bool(torch.isfinite(delta).all()) for delta in deltas.values()):
+        raise AFTError(
+            f"The vector times its coefficient {vector.coefficient:g} overflows float32.",
+            "Give a smaller --coefficient.",
+        )
+    if not any(bool(delta.any()) for delta in deltas.values()):
+        raise AFTError(
+            f"The vector times its coefficient {vector.coefficient:g} is 0: it would change nothing.",
+            "Check the vector's norm, or give a larger --coefficient.",
+        )
+    return deltas
 
 
 def check_constant(vector: SteeringVector) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lm_eval_aft.backbone import Backbone
 from lm_eval_aft.errors import AFTError
-from lm_eval_aft.export.verify import computing_in_float32
+from lm_eval_aft.export.verify import forward_in_float32
 from lm_eval_aft.steering import add_at, hidden_states
 
 _TRIED = 3  # candidates of one block
@@ -104,8 +104,7 @@ def _block_output(model: Any, block: nn.Module) -> Tensor:
     try:
         vocabulary = model.config.get_text_config().vocab_size
         ids = torch.randint(vocabulary, (1, 12), generator=torch.Generator().manual_seed(1))
-        with computing_in_float32(model):
-            model(input_ids=ids, use_cache=False)
+        forward_in_float32(model, ids)
     finally:
         handle.remove()
     return caught[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,8 +67,20 @@ def probe_logits(model: Any, prompts: list[Tensor]) -> list[Tensor]:
 
     Computed in float32 whatever the dtype of the weights, so that the comparison can be strict.
     """
-    with computing_in_float32(model):
-        return [model(input_ids=ids, use_cache=False, **_keep(model)).logits[:, -_SHOWN:] for ids in prompts]
+    return [forward_in_float32(model, ids, **_keep(model)).logits[:, -_SHOWN:] for ids in prompts]
+
+
+def forward_in_float32(model: Any, ids: Tensor, **options: Any) -> Any:
+    """``model``'s output for ``ids``, computed in float32; on a copy where it cannot be done in place."""
+    try:
+        with computing_in_float32(model):
+            return model(input_ids=ids, use_cache=False, **options)
+    except RuntimeError:
+        if all(not _coarse(module) for module in model.modules()):
+            raise
+    # Mamba's blocks read weights of modules that they do not call, which no hook can widen. A copy keeps
+    # the hooks that steer.
+    return copy.deepcopy(model).float()(input_ids=ids, use_cache=False, **options)
 
 
 def compare(base: list[Tensor], steered: list[Tensor], export: list[Tensor]) -> Agreement:
