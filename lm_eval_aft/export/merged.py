@@ -19,7 +19,7 @@ from lm_eval_aft.export.provenance import write_record
 from lm_eval_aft.export.report import Export, Progress
 from lm_eval_aft.export.slots import find_slots
 from lm_eval_aft.export.target import appearing
-from lm_eval_aft.export.verify import compare, probe_logits, probe_prompts, require
+from lm_eval_aft.export.verify import Agreement, compare, probe_logits, probe_prompts, require
 from lm_eval_aft.vector import SteeringVector
 
 SHARD_SIZE = "5GB"
@@ -74,12 +74,7 @@ def export_merged(
         _check_tokenizer(tokenizer, folder)
         notes = [f"{plan.route}; dtype {dtype}"]
         if rounding > _ROUNDED:
-            unrounded = compare(plain, exact, exported)
-            notes.append(
-                f"rounding to {dtype} moved the vector by {100 * rounding:.2g} % of its norm: from the vector before "
-                f"rounding, logits differ by at most {unrounded.difference:.1e} (the vector itself changes "
-                f"them by {unrounded.effect:.1e}); the check below is against the vector as rounded"
-            )
+            notes.append(_rounding_told(rounding, dtype, compare(plain, exact, exported)))
         if plan.caution:
             notes.append(plan.caution)
         write_record(folder, vector, deltas)
@@ -90,11 +85,23 @@ def export_merged(
 def _refuse_rounded_away(rounding: float, dtype: str) -> None:
     if not rounding <= MOST_ROUNDING:
         raise AFTError(
-            f"Rounding to {dtype}, the checkpoint's dtype, would move the vector by {100 * rounding:.2g} % of its "
-            f"norm: its entries are too small beside the biases it is added to. At most {100 * MOST_ROUNDING:.2g} % "
-            "is accepted.",
+            f"Rounding to {dtype}, the checkpoint's dtype, would move the vector by {_percent(rounding)} of "
+            "its norm: its entries are too small beside the biases they are added to. "
+            f"{_percent(MOST_ROUNDING)} is the limit.",
             "Use --to peft, or save the base model in float32 and give that folder as --model.",
         )
+
+
+def _rounding_told(rounding: float, dtype: str, unrounded: Agreement) -> str:
+    return (
+        f"rounding to {dtype} moved the vector by {_percent(rounding)} of its norm: from the vector before "
+        f"rounding, logits differ by at most {unrounded.difference:.1e} (the vector itself changes them by "
+        f"{unrounded.effect:.1e}); the check below is against the vector as rounded"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def build(base: Base, plan: Plan, deltas: dict[int, Tensor]) -> tuple[Any, dict[int, Tensor]]:

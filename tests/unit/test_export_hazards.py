@@ -203,7 +203,7 @@ def test_a_vector_lost_in_rounding_is_not_merged(size: float, fits: bool, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["merged", "peft"])
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", "bamba"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
 def test_weights_that_are_read_past_their_modules_in_16_bits(family: str, kind: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     base = saved(family, tmp_path / "base", torch.bfloat16)
