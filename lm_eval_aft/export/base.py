@@ -114,7 +114,7 @@ def _tokenizer(name: str, path: str, revision: str | None) -> Any:
         except OSError as unknown:
             raise AFTError(
                 f"Whether {name!r} has a tokenizer cannot be told: {str(unknown).splitlines()[0][:300]}",
-                "Download the whole model first.",
+                "Give a folder that holds the whole model, or work online.",
             ) from error
         if there:
             raise AFTError(

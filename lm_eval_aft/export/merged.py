@@ -75,6 +75,8 @@ def export_merged(
         notes = [f"{plan.route}; dtype {dtype}"]
         if rounding > _ROUNDED:
             notes.append(_rounding_told(rounding, dtype, compare(plain, exact, exported)))
+        if tokenizer is None:
+            notes.append(f"no tokenizer was found with {base.name}, so the checkpoint has none")
         if plan.caution:
             notes.append(plan.caution)
         write_record(folder, vector, deltas)

@@ -146,7 +146,7 @@ def test_peft(family: str, tmp_path: Path) -> None:
         assert "--to steered" in caught.value.hint
         return
     export_vector(vector, "peft", target, model=str(tmp_path / "base"))
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} == {
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "aft.json"} == {
         path.name for path in target.iterdir()
     }
     assert (target / "adapter_model.safetensors").stat().st_size < 4000

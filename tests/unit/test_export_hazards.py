@@ -221,6 +221,12 @@ def test_a_damaged_tokenizer_is_not_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    made = export_vector(some_vector(), "merged", tmp_path / "out", model=str(tmp_path / "base"))
+    assert any("no tokenizer was found" in note for note in made.notes)
+
+
 # --- adapters by strangers
 
 
