@@ -80,10 +80,7 @@ class AFTLM(HFLM):
             pretrained = resolve_pretrained(pretrained)
         if positions is not None and positions not in POSITIONS:
             raise AFTError(f"positions={positions!r} is not known.", f"Use one of: {', '.join(POSITIONS)}.")
-        try:
-            coefficient = None if coefficient is None else float(coefficient)
-        except (TypeError, ValueError):
-            raise AFTError(f"coefficient={coefficient!r} is no number.", "Give one, as in 0.5.") from None
+        coefficient = _number(coefficient)
         if route and vector not in (None, ""):
             raise AFTError("Both vector= and route= are given.", "A router picks the vectors: leave one out.")
         # Read before the model, so that a wrong path fails in milliseconds.
@@ -315,3 +312,10 @@ class AFTLM(HFLM):
         """How many documents were scored by which path, since the model was last steered."""
         taken = sum((part.taken for part in self._shared or ()), Counter[str]())
         return taken + self._companions.paths if self._companions and self.vector else taken
+
+
+def _number(coefficient: Any) -> float | None:
+    try:
+        return None if coefficient is None else float(coefficient)
+    except (TypeError, ValueError):
+        raise AFTError(f"coefficient={coefficient!r} is no number.", "Give one, as in 0.5.") from None

@@ -34,7 +34,9 @@ def warnings(baseline: Run, others: list[Run], vectors: list[VectorInfo], rows: 
         own = (results.get("config", {}).get("aft") or {}).get("fingerprint")
         names = [each.get("model_name") for each in (baseline.any, results)]
         if identity and own:
-            if fingerprint_text(own) != fingerprint_text(identity):
+            settings = [each.get("computation") for each in (own, identity)]
+            other = None not in settings and settings[0] != settings[1]
+            if other or fingerprint_text(own) != fingerprint_text(identity):
                 found.append(f"{run.name}: its base model is not the baseline's (fingerprints differ).")
         elif None not in names and names[0] != names[1]:
             found.append(f"{run.name}: its base model is called {names[1]}, the baseline's {names[0]}.")
