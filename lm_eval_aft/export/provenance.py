@@ -110,7 +110,9 @@ def cautions(vector: SteeringVector) -> list[str]:
     if meta.get("control"):
         found.append(f"this is a placebo (control `{meta['control']}`), not a vector to use")
     if isinstance(protocol, Mapping) and (protocol.get("biased") or protocol.get("name") == "biased"):
-        found.append("biased: the vector was chosen on evaluation documents, so scores on them are no result")
+        found.append(
+            "this vector is biased: it was chosen on evaluation documents, so scores on them are no result"
+        )
     return found
 
 

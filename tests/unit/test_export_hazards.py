@@ -73,7 +73,7 @@ def test_cards_tell_of_bias_placebos_and_the_revision(
     export_vector(biased, kind, tmp_path / "out", model=checkpoint("llama"), revision="step1000")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "placebo (control `random`)" in card
-    assert "**Biased:" in card
+    assert "**This vector is biased:" in card
     assert "revision `step1000`" in card
     assert json.loads((tmp_path / "out" / FILE_NAME).read_text())["control"] == "random"
     export_vector(some_vector(), kind, tmp_path / "plain", model=checkpoint("llama"))
