@@ -310,7 +310,7 @@ def test_forced_comparisons_say_so_everywhere(tmp_path: Path) -> None:
 
 
 def test_over_seeds(tmp_path: Path) -> None:
-    """Three finalists of one vector: an interval of their mean, by Student's t."""
+    """Three finalists of one vector: an interval of their mean, over seeds (Student) and over documents."""
     write_results(tmp_path / "baseline", {"arc": [0.0] * 100})
     for seed, right in enumerate((8, 10, 12)):
         write_results(
@@ -318,8 +318,12 @@ def test_over_seeds(tmp_path: Path) -> None:
             {"arc": [1.0] * right + [0.0] * (100 - right)},
             vector=steered_by(sha256=str(seed) * 64),
         )
-    (row,) = compare(tmp_path).seeds
-    half = 4.302652729911275 * 0.02 / 3**0.5  # t at 97.5 % with 2 degrees of freedom
+    report = compare(tmp_path)
+    (row,) = report.seeds
+    seeds = 4.302652729911275 * 0.02 / 3**0.5  # t at 97.5 % with 2 degrees of freedom
+    documents = sum(each.high - each.low for each in report.rows) / 6
+    half = (seeds**2 + documents**2) ** 0.5
+    assert documents > 0.05  # 10 of 100 documents
     assert (row["run"], row["seeds"]) == ("steered/v", 3)
     assert (row["low"], row["high"]) == pytest.approx((0.1 - half, 0.1 + half))
 
