@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+MOST = 100_000  # values in a file, aliases written out
+
 
 def read_yaml(text: str, *, texts: bool = False) -> Any:
     """What a YAML text says; nothing in it is run.
@@ -15,7 +17,7 @@ def read_yaml(text: str, *, texts: bool = False) -> Any:
 
     Raises:
         yaml.YAMLError: not YAML, nested too deeply, a key that a mapping has twice (YAML itself would
-            silently keep the last), or an alias; the message's first line says which.
+            silently keep the last), or aliases for too much; the message's first line says which.
     """
     try:
         if texts:
@@ -31,20 +33,29 @@ def read_yaml(text: str, *, texts: bool = False) -> Any:
 
 
 def _check(root: yaml.Node | None) -> None:
-    """Refuse keys twice in a mapping, and aliases: composing makes them the very node they stand for."""
-    seen, left = set(), [] if root is None else [root]
-    while left:
-        node = left.pop()
-        if id(node) in seen:
-            # A few lines of aliases, each naming the one before twice, are more than any memory holds.
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"an alias stands for what line {line} says: write it out")
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            _refuse_twice([key for key, _ in node.value])
-            left += [each for pair in node.value for each in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            left += node.value
+    """Refuse keys twice in a mapping, and aliases that stand for too much.
+
+    A few lines of aliases, each naming the one before twice, are more than any memory holds.
+    """
+    sizes: dict[int, int] = {}  # by node: composing makes an alias the very node it stands for
+    if root is not None and _size(root, sizes) > MOST:
+        raise yaml.YAMLError(f"written out, its aliases come to more than {MOST:,} values")
+
+
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise yaml.YAMLError("an alias stands for what it is part of")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        _refuse_twice([key for key, _ in node.value])
+        parts = [each for pair in node.value for each in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = list(node.value)
+    sizes[id(node)] = 1 + sum(_size(each, sizes) for each in parts)
+    return sizes[id(node)]
 
 
 def _refuse_twice(keys: list[yaml.Node]) -> None:

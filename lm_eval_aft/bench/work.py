@@ -92,7 +92,9 @@ class Session:
                     self._timed(done, "score", self._score, lm, job.cell)
         except AFTError as error:
             done.error = f"{error.what} {error.hint}".strip()
-        except SystemExit as error:  # lm-eval's own way of refusing a flag
+        except SystemExit as error:
+            if error.code != 2:  # 2 is how lm-eval refuses a flag; anything else ends this process
+                raise
             done.error = f"lm-eval refused its settings (exit status {error.code})."
         except Exception as error:  # one cell's trouble must not end a long study
             done.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -26,7 +26,7 @@ from lm_eval_aft.bench.shown import summary, tables
 from lm_eval_aft.bench.store import Ledger, Store
 from lm_eval_aft.bench.study import BenchStudy, read_bench
 from lm_eval_aft.bench.table import build_report
-from lm_eval_aft.bench.work import Done
+from lm_eval_aft.bench.work import Done, Job, Session
 from lm_eval_aft.identity import contents_digest, model_identity, task_identity
 from lm_eval_aft.reporting.verdicts import Row
 from lm_eval_aft.study import read_study
@@ -479,3 +479,32 @@ def test_workers_that_never_start_end_the_study(six: Schedule, monkeypatch: pyte
     with pytest.raises(AFTError, match="No worker could be started: no module named torch"):
         ray_workers.Ray(six.store, {}, ray_workers.RayOptions()).run(six, lambda _j: None, lambda _d: None)
     assert next(cluster.numbers) == 2 + LOSSES
+
+
+def test_aliases_of_ordinary_size_are_read(tmp_path: Path) -> None:
+    """As YAML writers make them of values that occur twice."""
+    study = read(
+        tmp_path,
+        "models: [demo]\n"
+        "tasks: [{task: aft_demo_choice, layers: &a '1'}, {task: aft_demo_math, layers: *a}]\n"
+        "recipe: {protocol: rapid}\n",
+    )
+    assert [task.settings["layers"] for task in study.tasks] == ["1", "1"]
+
+
+@pytest.mark.parametrize(("code", "goes_on"), [(2, True), (143, False)])
+def test_a_refused_flag_fails_its_cell_and_a_signal_ends_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, goes_on: bool
+) -> None:
+    def leave(*_: Any) -> None:
+        raise SystemExit(code)
+
+    study = read(tmp_path, SMALL)
+    session = Session(Store(tmp_path / "out"), device="cpu", batch_size="4", data=None)
+    monkeypatch.setattr(Session, "model", leave)
+    job = Job("cell", "key", build_cells(study)[0])
+    if goes_on:
+        assert "refused its settings" in session.do(job).error
+    else:
+        with pytest.raises(SystemExit):
+            session.do(job)

@@ -348,7 +348,8 @@ RULES = "rules:\n- {vector: math/a, words: [sum]}\n"
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        (BOMB, "alias"),
+        (BOMB, "aliases come to more"),
+        ("rules: &a [*a]", "part of"),
         ("tasks: {gsm8k: math/a, gsm8k: none}", "occurs twice"),
         (RULES + RULES, "occurs twice"),
         ("rules:\n- {vector: math/a, vector: none, words: [sum]}\n", "occurs twice"),
