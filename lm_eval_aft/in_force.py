@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -53,11 +52,7 @@ class InForce:
     ) -> None:
         """Put one vector in force, with the coefficient and positions given or its own."""
         self.clear()
-        vector = replace(
-            vector,
-            coefficient=vector.coefficient if coefficient is None else float(coefficient),
-            positions=positions or vector.positions,
-        )
+        vector = vector.adjusted(coefficient, positions)
         self._handle = attach(
             self.model, vector, tokenizer=self.tokenizer, allow_mismatch=allow_mismatch, blocks=self.blocks
         )

@@ -27,14 +27,14 @@ from lm_eval_aft.scoring.companions import Companions
 from lm_eval_aft.scoring.loglikelihood import Answers, Scorer
 from lm_eval_aft.scoring.paths import Paths
 from lm_eval_aft.scoring.requests import Answer, Request
-from lm_eval_aft.scoring.stock import one_by_one, stock_rows
+from lm_eval_aft.scoring.stock import StockLM, one_by_one
 from lm_eval_aft.scoring.texts import Texts
 from lm_eval_aft.vector import SteeringVector
 
 T = TypeVar("T")
 
 
-class AFTLM(HFLM):
+class AFTLM(StockLM):
     """A Hugging Face causal LM, scored by lm-eval, with a vector added to its residual stream.
 
     Takes every argument of ``hf`` (``pretrained``, ``dtype``, ``revision``, ``peft``, ...) and:
@@ -57,9 +57,6 @@ class AFTLM(HFLM):
         AFTError: model or vector missing, unreadable or not fitting each other.
     """
 
-    batch_schedule: float  # these two are `HFLM`'s
-    batch_sizes: dict[int, int]
-
     def __init__(
         self,
         pretrained: Any,
@@ -80,7 +77,6 @@ class AFTLM(HFLM):
             pretrained = resolve_pretrained(pretrained)
         if positions is not None and positions not in POSITIONS:
             raise AFTError(f"positions={positions!r} is not known.", f"Use one of: {', '.join(POSITIONS)}.")
-        coefficient = _number(coefficient)
         if route and vector not in (None, ""):
             raise AFTError("Both vector= and route= are given.", "A router picks the vectors: leave one out.")
         # Read before the model, so that a wrong path fails in milliseconds.
@@ -101,7 +97,6 @@ class AFTLM(HFLM):
         self.fast, self.answer_only = bool(fast), bool(answer_only)
         self._shared: tuple[Paths, Texts] | None = None
         self._companions: Companions | None = None
-        self._reckons = False
         self._force = InForce(self.model, self.tokenizer, blocks)
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
@@ -254,33 +249,6 @@ class AFTLM(HFLM):
             self._shared = paths, Texts(self, scorer, self._alone(self._stock_texts))
         return self._shared
 
-    def _alone(self, stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """``stock`` for some of the requests: without `HFLM`'s search for a batch size.
-
-        All processes must take part in that, and it divides the requests into as many parts as
-        ``auto:N`` says, of which there may be fewer.
-        """
-
-        def ask(requests: Any) -> Any:
-            before = self.batch_schedule, self.batch_sizes
-            self._reckons, self.batch_schedule, self.batch_sizes = True, 1, {}
-            try:
-                return stock(requests)
-            finally:
-                self._reckons = False
-                self.batch_schedule, self.batch_sizes = before
-
-        return ask
-
-    def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
-        """On a CPU nothing runs out of memory until the machine does: reckon, where `HFLM` tries."""
-        if not self._reckons and not (self.fast and self.device.type == "cpu"):
-            return int(super()._detect_batch_size(requests, pos))
-        length = self.max_length
-        if requests:
-            length = min(length, len(requests[pos][1]) + len(requests[pos][2]))
-        return stock_rows(self.model, length, int(self.max_batch_size))
-
     def _by_vector(self, requests: list[Instance], ask: Callable[[list[Instance]], list[T]]) -> list[T]:
         """What stock code answers; under a router vector by vector, for its rows cannot be told apart."""
         routing, rows = self._force.routing, self._force.rows
@@ -312,10 +280,3 @@ class AFTLM(HFLM):
         """How many documents were scored by which path, since the model was last steered."""
         taken = sum((part.taken for part in self._shared or ()), Counter[str]())
         return taken + self._companions.paths if self._companions and self.vector else taken
-
-
-def _number(coefficient: Any) -> float | None:
-    try:
-        return None if coefficient is None else float(coefficient)
-    except (TypeError, ValueError):
-        raise AFTError(f"coefficient={coefficient!r} is no number.", "Give one, as in 0.5.") from None

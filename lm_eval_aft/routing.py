@@ -6,7 +6,7 @@ import hashlib
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,7 @@ class Routing:
     def adjusted(self, coefficient: float | None = None, positions: str | None = None) -> Routing:
         """This routing with every vector's coefficient or positions replaced; ``None`` leaves them."""
         for name, vector in self.vectors.items():
-            self.vectors[name] = replace(
-                vector,
-                coefficient=vector.coefficient if coefficient is None else float(coefficient),
-                positions=positions or vector.positions,
-            )
+            self.vectors[name] = vector.adjusted(coefficient, positions)
         return self
 
     def pick(self, task: str | None, doc_id: int | None, document: Any, prompt: str) -> str | None:

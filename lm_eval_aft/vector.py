@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,18 @@ class SteeringVector:
             sha.update(f"|{name}|".encode())
             sha.update(values.contiguous().numpy().tobytes())
         return sha.hexdigest()
+
+    def adjusted(self, coefficient: Any = None, positions: str | None = None) -> SteeringVector:
+        """This vector with another coefficient or positions; ``None`` leaves them.
+
+        Raises:
+            AFTError: a coefficient that is no finite number, or unknown positions.
+        """
+        try:
+            factor = self.coefficient if coefficient is None else float(coefficient)
+        except (TypeError, ValueError):
+            raise AFTError(f"coefficient={coefficient!r} is no number.", "Give one, as in 0.5.") from None
+        return replace(self, coefficient=factor, positions=positions or self.positions)
 
     @contextmanager
     def applied_to(self, model: nn.Module, **options: Any) -> Iterator[None]:

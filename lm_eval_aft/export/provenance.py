@@ -6,7 +6,6 @@ known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.header_entry import MAX_HEADER, parse_entry
+from lm_eval_aft.library.entry import is_biased
 from lm_eval_aft.vector import SteeringVector, canonical_json
 
 # Beside an adapter or a merged checkpoint; in a GGUF file it is a string.
@@ -105,11 +105,10 @@ def restore(vector: SteeringVector, text: object, where: str) -> list[str]:
 def cautions(vector: SteeringVector) -> list[str]:
     """What nobody should overlook who uses the vector or reads its scores, one phrase each."""
     meta = vector.metadata
-    protocol = meta.get("protocol")
     found = []
     if meta.get("control"):
         found.append(f"this is a placebo (control `{meta['control']}`), not a vector to use")
-    if isinstance(protocol, Mapping) and (protocol.get("biased") or protocol.get("name") == "biased"):
+    if is_biased(meta):
         found.append(
             "this vector is biased: it was chosen on evaluation documents, so scores on them are no result"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.library.entry import is_biased
 from lm_eval_aft.reporting.results import Run
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _add_routed(info: VectorInfo, routing: dict[str, Any]) -> None:
 
 def _fill(info: VectorInfo, meta: dict[str, Any], layers: list[int]) -> None:
     protocol, splits, selection = (meta.get(key) or {} for key in ("protocol", "splits", "selection"))
-    info.biased = info.biased or bool(protocol.get("biased") or protocol.get("name") == "biased")
+    info.biased = info.biased or is_biased(meta)
     info.selection_documents = [str(each)[:HASH_DIGITS] for each in splits.get("selection_documents") or []]
     info.facts = {
         "task": meta.get("task"),

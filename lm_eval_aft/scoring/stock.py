@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lm_eval.models.huggingface import HFLM
 
 from lm_eval_aft.positions import roles, row_roles
 from lm_eval_aft.scoring.requests import Answer, Request
@@ -38,3 +39,43 @@ def one_by_one(
         with roles(torch.tensor([row])):
             found += ask(request)
     return found
+
+
+class StockLM(HFLM):
+    """lm-eval's `hf` model that can be asked for some of an evaluation's requests.
+
+    Attributes:
+        fast: whether there is another way, so that stock answers only what is left over.
+    """
+
+    batch_schedule: float  # these two are `HFLM`'s
+    batch_sizes: dict[int, int]
+    fast: bool = True
+    _reckons: bool = False
+
+    def _alone(self, stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """``stock`` for some of the requests: without `HFLM`'s search for a batch size.
+
+        All processes must take part in that, and it divides the requests into as many parts as
+        ``auto:N`` says, of which there may be fewer.
+        """
+
+        def ask(requests: Any) -> Any:
+            before = self.batch_schedule, self.batch_sizes
+            self._reckons, self.batch_schedule, self.batch_sizes = True, 1, {}
+            try:
+                return stock(requests)
+            finally:
+                self._reckons = False
+                self.batch_schedule, self.batch_sizes = before
+
+        return ask
+
+    def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
+        """On a CPU nothing runs out of memory until the machine does: reckon, where `HFLM` tries."""
+        if not self._reckons and not (self.fast and self.device.type == "cpu"):
+            return int(super()._detect_batch_size(requests, pos))
+        length = self.max_length
+        if requests:
+            length = min(length, len(requests[pos][1]) + len(requests[pos][2]))
+        return stock_rows(self.model, length, int(self.max_batch_size))
