@@ -14,7 +14,7 @@ from lm_eval_aft.errors import AFTError
 from lm_eval_aft.field_types import check_field_types
 from lm_eval_aft.library.names import check_name
 from lm_eval_aft.library.route import read_table
-from lm_eval_aft.training.examples import PromptSettings
+from lm_eval_aft.training.examples import PROMPTS, PromptSettings
 from lm_eval_aft.training.plan import TrainingPlan
 from lm_eval_aft.training.protocols import DEFAULT, parse_rungs
 from lm_eval_aft.yaml_files import read_yaml
@@ -149,11 +149,7 @@ def _entry(name: Any, value: Any, defaults: Mapping[str, Any], include: tuple[st
         raise AFTError(f"{name} of the study names no task.", "Write NAME: TASK, or NAME: {task: TASK, ...}.")
     merged = {"protocol": DEFAULT, **defaults, **own}
     task, limit = merged.pop("task"), _count(merged.pop("limit", None), name)
-    prompts = {
-        key: merged.pop(key)
-        for key in ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
-        if key in merged
-    }
+    prompts = {key: merged.pop(key) for key in PROMPTS if key in merged}
     settings = {
         key: parse_rungs(each) if key == "rungs" else setting_value(key, each) for key, each in merged.items()
     }

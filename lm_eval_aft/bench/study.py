@@ -12,11 +12,10 @@ from lm_eval_aft.bench.fields import HINT, Fields
 from lm_eval_aft.demo import NAME as DEMO
 from lm_eval_aft.field_types import check_field_types
 from lm_eval_aft.study import read_mapping, setting_value
-from lm_eval_aft.training.examples import PromptSettings
+from lm_eval_aft.training.examples import PROMPTS, PromptSettings
 from lm_eval_aft.training.plan import TrainingPlan
 from lm_eval_aft.training.protocols import DEFAULT, parse_rungs
 
-PROMPTS = ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
 _TOP = (
     *("study", "models", "tasks", "methods", "seeds", "recipe", "evaluation"),
     *("prune", "include_path", "data", "earlier"),

@@ -46,15 +46,10 @@ def plan_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def scoring_flags(options: Mapping[str, Any]) -> list[str]:
     """The same prompts as flags of ``lm_eval run``."""
-    flags = []
-    if options.get("num_fewshot") is not None:
-        flags += ["--num_fewshot", str(options["num_fewshot"])]
-    if options.get("apply_chat_template"):
-        flags.append("--apply_chat_template")
-    if options.get("system_instruction"):
-        flags += ["--system_instruction", str(options["system_instruction"])]
-    if options.get("fewshot_as_multiturn") is not None:
-        flags += ["--fewshot_as_multiturn", str(options["fewshot_as_multiturn"])]
+    from lm_eval_aft.training.examples import PromptSettings  # torch
+
+    given = {key: options[key] for key in PROMPTS if options.get(key) is not None}
+    flags = PromptSettings(**given).flags()
     for folder in options.get("include_path") or ():
         flags += ["--include_path", str(folder)]
     return flags

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,9 @@ class PromptSettings:
         if self.fewshot_as_multiturn is not None:
             found += ["--fewshot_as_multiturn", str(self.fewshot_as_multiturn)]
         return found
+
+
+PROMPTS = tuple(each.name for each in fields(PromptSettings))
 
 
 @dataclass(frozen=True)
