@@ -71,6 +71,7 @@ def compare(folder: Path, name: str, shots: int, limit: int | None) -> dict[str,
 
 
 def check(found: dict[str, Any], least: float = 0.95) -> None:
+    print(found)  # pytest -rP shows the figures, and every tie that flips with its margin
     assert not found["over"]
     assert found["greedy"] == 0
     # A tie may fall either way; anything with a margin may not.
