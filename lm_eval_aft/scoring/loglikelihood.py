@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from lm_eval_aft.backbone import Backbone
 from lm_eval_aft.intervention import Shift
 from lm_eval_aft.packing import capture, logits_at, resumed
 from lm_eval_aft.positions import CONTEXT, roles
+from lm_eval_aft.scoring.reordered import ReorderedWeights
 from lm_eval_aft.scoring.requests import Answer, Question, Request
 from lm_eval_aft.scoring.slots import Enough, Slots
 from lm_eval_aft.scoring.steps import Step, answers, context_steps, plain_steps, tree_steps
@@ -38,11 +39,15 @@ class Budget:
     cache: int
 
     @classmethod
-    def of(cls, device: torch.device) -> Budget:
-        """What keeps the device busy: a CPU is with a few hundred tokens, and padding only costs it."""
-        if device.type == "cpu":
-            return cls(1024, 512, 384 << 20)
-        return cls(16384, 4096, 4 << 30)
+    def of(cls, device: torch.device, reordered: bool = False) -> Budget:
+        """What keeps the device busy: a CPU is with a few hundred tokens, and padding only costs it.
+
+        With reordered weights it is with fewer, whose logits then stay in its cache.
+        """
+        if device.type != "cpu":
+            return cls(16384, 4096, 4 << 30)
+        tokens = 128 * torch.get_num_threads() if reordered else 1024
+        return cls(min(tokens, 1024), min(tokens, 512), 384 << 20)
 
     def halved(self) -> Budget:
         """Half of everything."""
@@ -87,6 +92,21 @@ class Scorer:
         # A model spread over devices moves its inputs in hooks that must see every pass end.
         self._may_stop = len(set(getattr(model, "hf_device_map", {}).values())) <= 1
         self._slots: list[Slots | None] = [None] * 2
+        self._weights: ReorderedWeights | None = None
+
+    @contextmanager
+    def prepared(self, fast: bool = True) -> Iterator[None]:
+        """Inside the block passes multiply with reordered weights, where the model has such; or do not."""
+        before = self._weights, self.budget
+        self._weights = ReorderedWeights(self.model) if fast and self.autocast is None else None
+        if self._weights:
+            self.budget = Budget.of(self.device, reordered=True)
+        try:
+            yield
+        finally:
+            self._weights, budget = before
+            if self.device.type == "cpu":
+                self.budget = budget
 
     def packed(self, questions: Sequence[Question], prefix: int = 0) -> Iterator[list[Answers]]:
         """Answers of every state, group by group of questions, each context in one pass of its own.
@@ -246,6 +266,8 @@ class Scorer:
         positions = torch.tensor(step.scored, dtype=torch.long, device=self.device)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            if self._weights:
+                stack.enter_context(self._weights.in_use())
             if self.rows is not None:
                 stack.enter_context(self.rows.chosen(step.states))
             stack.enter_context(roles(step.roles))

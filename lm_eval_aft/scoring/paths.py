@@ -58,7 +58,8 @@ class Paths:
         self.scorer.vectors = list(vectors)
         self._states = states
         try:
-            self._score(gather(enumerate(requests), states), requests, report)
+            with self.scorer.prepared():
+                self._score(gather(enumerate(requests), states), requests, report)
         finally:
             self.scorer.vectors = []
 

@@ -69,14 +69,15 @@ class Texts:
             if question is not None:
                 groups.setdefault(settings, []).append(question)
         shared = 0
-        for settings, questions in groups.items():
-            longest = max(question.length for question in questions) + settings.most
-            if self._holds is None or (self._holds and longest > self._longest):
-                self._holds = self._check(questions, settings, requests)
-                self._longest = longest
-            if self._holds:
-                shared += len(questions)
-                yield from self._decode(questions, settings)
+        with self.scorer.prepared():
+            for settings, questions in groups.items():
+                longest = max(question.length for question in questions) + settings.most
+                if self._holds is None or (self._holds and longest > self._longest):
+                    self._holds = self._check(questions, settings, requests)
+                    self._longest = longest
+                if self._holds:
+                    shared += len(questions)
+                    yield from self._decode(questions, settings)
         self.taken += Counter({"generated in shared batches": shared, "stock": len(requests) - shared})
 
     def refusal(self) -> str:
@@ -136,7 +137,8 @@ class Texts:
         places = list(range(len(question.context), ids.shape[1]))
         roles = torch.tensor([row_roles(len(question.context) + 1, len(tokens) - 1)], device=ids.device)
         step = Step({"input_ids": ids}, scored=places, states=[question.state], roles=roles)
-        slow = self.scorer.logits(step, None)
+        with self.scorer.prepared(fast=False):
+            slow = self.scorer.logits(step, None)
         assert slow is not None
         values = [
             logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0]

@@ -114,7 +114,7 @@ def test_groups_use_the_same_memory_and_nothing_of_it_shows(
 
     lay_out = Slots.lay_out
     monkeypatch.setattr(Slots, "lay_out", poisoned)
-    monkeypatch.setattr(Budget, "of", lambda _device: Budget(64, 64, 80_000))
+    monkeypatch.setattr(Budget, "of", lambda *_, **__: Budget(64, 64, 80_000))
     lm = fresh("llama")
     fast, slow = both(lm, prompts(12, prefix))
     assert fast == slow

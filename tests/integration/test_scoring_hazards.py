@@ -61,7 +61,7 @@ DOCUMENTS = [
 
 @pytest.fixture
 def several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Budget, "of", lambda _device: Budget(256, 128, 1 << 19))
+    monkeypatch.setattr(Budget, "of", lambda *_, **__: Budget(256, 128, 1 << 19))
 
 
 @pytest.mark.usefixtures("several_groups")
