@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from lm_eval_aft.backbone import Backbone
 from lm_eval_aft.intervention import Shift
 from lm_eval_aft.packing import capture, logits_at, resumed
 from lm_eval_aft.positions import CONTEXT, roles
+from lm_eval_aft.scoring.budget import Budget
 from lm_eval_aft.scoring.reordered import ReorderedWeights
 from lm_eval_aft.scoring.requests import Answer, Question, Request
 from lm_eval_aft.scoring.slots import Enough, Slots
@@ -28,30 +28,6 @@ logger = logging.getLogger(__name__)
 Shifts = Mapping[int, Shift]
 Answers = dict[int, Answer]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Most tokens (rows x width) in one pass, most of them scored, and most bytes of keys and values."""
-
-    tokens: int
-    scored: int
-    cache: int
-
-    @classmethod
-    def of(cls, device: torch.device, reordered: bool = False) -> Budget:
-        """What keeps the device busy: a CPU is with a few hundred tokens, and padding only costs it.
-
-        With reordered weights it is with fewer, whose logits then stay in its cache.
-        """
-        if device.type != "cpu":
-            return cls(16384, 4096, 4 << 30)
-        tokens = 128 * torch.get_num_threads() if reordered else 1024
-        return cls(min(tokens, 1024), min(tokens, 512), 384 << 20)
-
-    def halved(self) -> Budget:
-        """Half of everything."""
-        return Budget(max(1, self.tokens // 2), max(1, self.scored // 2), self.cache // 2)
 
 
 class Scorer:
@@ -92,13 +68,14 @@ class Scorer:
         # A model spread over devices moves its inputs in hooks that must see every pass end.
         self._may_stop = len(set(getattr(model, "hf_device_map", {}).values())) <= 1
         self._slots: list[Slots | None] = [None] * 2
+        self._reorders = autocast is None
         self._weights: ReorderedWeights | None = None
 
     @contextmanager
     def prepared(self, fast: bool = True) -> Iterator[None]:
         """Inside the block passes multiply with reordered weights, where the model has such; or do not."""
         before = self._weights, self.budget
-        self._weights = ReorderedWeights(self.model) if fast and self.autocast is None else None
+        self._weights = ReorderedWeights(self.model) if fast and self._reorders else None
         if self._weights:
             self.budget = Budget.of(self.device, reordered=True)
         try:
@@ -107,6 +84,17 @@ class Scorer:
             self._weights, budget = before
             if self.device.type == "cpu":
                 self.budget = budget
+
+    def unless_reordered(self, differs: Callable[[], str]) -> str:
+        """Why passes differ from stock: ``""`` where only reordered weights do, which are then given up."""
+        reason = differs()
+        if reason and self._weights:
+            with self.prepared(fast=False):
+                innocent = bool(differs())
+            if not innocent:
+                logger.warning("Weights are used in the order of the checkpoint: %s.", reason)
+                self._reorders, self._weights, reason = False, None, ""
+        return reason
 
     def packed(self, questions: Sequence[Question], prefix: int = 0) -> Iterator[list[Answers]]:
         """Answers of every state, group by group of questions, each context in one pass of its own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -26,8 +27,8 @@ class Paths:
     """Scores requests by the fastest path each may take, and counts the paths taken.
 
     On first use, and again on questions longer than any before, a path is compared with stock on the
-    longest and the shortest question at hand. If it differs, or fails, the next one is tried, and the
-    log says why.
+    longest and the shortest question at hand. If it differs, or fails, it is tried without reordered
+    weights, then the next one is, and the log says why.
 
     Args:
         stock: answers requests as `HFLM` does, for the model as it stands.
@@ -142,7 +143,7 @@ class Paths:
         longest = max(question.longest for question in questions)
         if path not in self._holds or (self._holds[path] and longest > self._longest[path]):
             probe = _probe(questions)
-            reason = self._differs(path, probe, prefix, requests)
+            reason = self.scorer.unless_reordered(partial(self._differs, path, probe, prefix, requests))
             self._holds[path], self._longest[path] = not reason, longest
             if reason:
                 logger.warning("Scoring goes from %s to %s: %s.", path, FALLBACK[path], reason)

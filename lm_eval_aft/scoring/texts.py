@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -109,23 +109,26 @@ class Texts:
     def _check(self, questions: list[Question], settings: Settings, requests: Sequence[Instance]) -> bool:
         ordered = sorted(questions, key=lambda question: question.length)
         probe = ordered[:1] + ordered[1:][-1:]
+        reason = self.scorer.unless_reordered(partial(self._differs, probe, settings, requests))
+        if reason:
+            logger.warning("Generation is left to stock: %s.", reason)
+        return not reason
+
+    def _differs(self, probe: Sequence[Question], settings: Settings, requests: Sequence[Instance]) -> str:
+        """Why texts are not to be made the fast way; ``""`` where it gives stock's."""
         seen: dict[int, list[Tensor]] = {}
         try:
             fast = dict(
                 self._decode(probe, settings, lambda i, logits: seen.setdefault(i, []).append(logits))
             )
-            reason = "; ".join(
-                filter(None, (self._logits_differ(q, seen[q.options[0].index]) for q in probe))
-            )
+            reasons = [self._logits_differ(question, seen[question.options[0].index]) for question in probe]
         except Exception as error:  # whatever a model's own code makes of such passes
-            reason = f"the model refuses ({type(error).__name__}: {str(error)[:200]})"
-        if not reason:
-            indices = sorted(fast)
-            same = self.stock([requests[i] for i in indices]) == [fast[i] for i in indices]
-            reason = "" if same else "its texts differ"
-        if reason:
-            logger.warning("Generation is left to stock: %s.", reason)
-        return not reason
+            return f"the model refuses ({type(error).__name__}: {str(error)[:200]})"
+        if any(reasons):
+            return "; ".join(filter(None, reasons))
+        indices = sorted(fast)
+        same = self.stock([requests[i] for i in indices]) == [fast[i] for i in indices]
+        return "" if same else "its texts differ"
 
     def _logits_differ(self, question: Question, seen: list[Tensor]) -> str:
         """Compare the logits behind each token with one plain pass; texts alone would show little."""

@@ -15,9 +15,10 @@ from lm_eval.api.instance import Instance
 from lm_eval_aft import SteeringVector
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.scoring import generation
+from lm_eval_aft.scoring.budget import Budget
 from lm_eval_aft.scoring.drafts import Seen, Width, Words
 from lm_eval_aft.scoring.generation import Row
-from lm_eval_aft.scoring.loglikelihood import Budget, Scorer
+from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.slots import Slots
 from lm_eval_aft.scoring.steps import Step
 from tests.conftest import FAMILIES, WORDS, tiny_model, tiny_tokenizer

@@ -20,13 +20,17 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_eval_aft import AFTError, SteeringVector, evaluate_pair
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.scoring.loglikelihood import Budget
+from lm_eval_aft.scoring import reordered
+from lm_eval_aft.scoring.budget import Budget
 from lm_eval_aft.scoring.slots import Slots
 from tests.conftest import CHOICE_YAML, tiny_model, tiny_tokenizer, toy_documents
 from tests.integration.test_routing import a_library
 from tests.support.families import WORDS, tiny_config
 
 Pair = tuple[str, Any]
+needs_reordering = pytest.mark.skipif(
+    not reordered.ReorderedWeights(torch.nn.Linear(2, 2)), reason="no reordered weights on this machine"
+)
 
 
 def sentence(length: int, seed: int) -> str:
@@ -381,3 +385,78 @@ def test_tasks_are_told_of_the_model_as_by_stock(tmp_path: Path) -> None:
     for run in ("baseline", "steered"):
         (samples,) = (tmp_path / "out" / run).glob("**/samples*.jsonl")
         assert len(samples.read_text().splitlines()) == 7
+
+
+def off_by(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+    """A processor whose kernels for reordered weights are wrong."""
+    product = reordered._product
+
+    def wrong(weight: Any, bias: Any) -> Any:
+        forward = product(weight, bias)
+        return lambda inputs: forward(inputs) * (1 + error)
+
+    monkeypatch.setattr(reordered, "_product", wrong)
+
+
+@needs_reordering
+@pytest.mark.parametrize("error", [0.0, 1e-2, math.nan])
+def test_kernels_that_are_wrong_are_found_out(
+    error: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    requests = asked("loglikelihood", DOCUMENTS)
+    texts = asked(
+        "generate_until", [(sentence(9 + i, i), {"until": ["."], "max_gen_toks": 8}) for i in range(6)]
+    )
+    plain = stock(model, batch_size=1)
+    expected = (
+        plain.loglikelihood(requests, disable_tqdm=True),
+        plain.generate_until(texts, disable_tqdm=True),
+    )
+    off_by(monkeypatch, error)
+    for kind in (0, 1):
+        lm = ours(model)
+        caplog.clear()
+        if kind:
+            assert lm.generate_until(texts, disable_tqdm=True) == expected[1]
+        else:
+            assert_equal(lm.loglikelihood(requests, disable_tqdm=True), expected[0])
+        # The path itself is not to blame, and stays.
+        assert lm.get_model_info()["aft"]["scoring_path"] == (
+            "generated in shared batches (100.0% of 6)" if kind else "packed (100.0% of 60)"
+        )
+        assert ("in the order of the checkpoint" in caplog.text) == (error != 0)
+
+
+@needs_reordering
+def test_weights_that_change_between_calls_are_read_anew() -> None:
+    model = tiny_model("llama")
+    lm, requests = ours(model), asked("loglikelihood", DOCUMENTS[:30])
+    lm.loglikelihood(requests, disable_tqdm=True)
+    for parameter in lm.model.parameters():
+        parameter.data.mul_(1.5)  # as merging an adapter does: no version tells of it
+    assert_equal(
+        lm.loglikelihood(requests, disable_tqdm=True),
+        stock(lm.model).loglikelihood(requests, disable_tqdm=True),
+    )
+    assert lm.get_model_info()["aft"]["scoring_path"].startswith("packed")
+
+
+@needs_reordering
+def test_passes_that_are_compared_with_are_stock_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    product = reordered._product
+
+    def counted(weight: Any, bias: Any) -> Any:
+        forward = product(weight, bias)
+        return lambda inputs: (products.append(1), forward(inputs))[1]
+
+    monkeypatch.setattr(reordered, "_product", counted)
+    lm, requests = ours(tiny_model("llama")), asked("loglikelihood", DOCUMENTS[:30])
+    lm.loglikelihood(requests, disable_tqdm=True)
+    assert products
+    products.clear()
+    paths = lm._fast()[0]
+    with paths.scorer.prepared():
+        paths.stock([(None, [1, 2, 3], [4])])
+    assert not products
