@@ -99,7 +99,7 @@ def page(found: Results, picture: bool) -> str:
         "the named ones, documents the lengths of real prompts. Every script checks that both sides give "
         "the same numbers and says by how much they differ. Whatever else runs on the machine meanwhile "
         "slows both sides, and the one that waits for memory more.",
-        "Machine: " + "; ".join(machines) + ".",
+        *(f"Machine {number}: {each}." for number, each in enumerate(machines, 1)),
     ]
     for title, text, draw in SECTIONS:
         body = draw(found)
@@ -107,8 +107,14 @@ def page(found: Results, picture: bool) -> str:
             parts += [f"## {title}", *([text] if text else []), *body]
     if picture:
         parts += ["## Growth of a training step", GROWTH, "![Growth](growth.png)"]
-    commands = [[f"`{r['command']}`", r["date"], r["commit"], f"{r['minutes']:g}"] for r in found.values()]
-    parts += ["## Commands", *table(["command", "date", "commit", "minutes"], commands)]
+    commands = [
+        [
+            f"`{r['command']}`", r["date"], r["commit"], f"{r['minutes']:g}",
+            str(1 + machines.index(r["machine"])),
+        ]
+        for r in found.values()
+    ]  # fmt: skip
+    parts += ["## Commands", *table(["command", "date", "commit", "minutes", "machine"], commands)]
     missing = [name for name in pieces() if name not in found]
     if missing:
         parts.append("Not run so far: " + "; ".join(missing) + ".")
