@@ -148,8 +148,26 @@ def test_operations_are_counted_as_those_of_plain_products(layer: nn.Module) -> 
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             if use:
                 with weights.in_use():
-                    layer(torch.randn(2, 5, 24))
+                    layer(torch.randn(2, 8, 24))
             else:
-                layer(torch.randn(2, 5, 24))
+                layer(torch.randn(2, 8, 24))
         counts.append(counter.get_total_flops())
-    assert counts == [2 * 10 * 24 * 40] * 2
+    assert counts == [2 * 16 * 24 * 40] * 2
+
+
+def test_few_numbers_of_rows_are_multiplied_and_no_result_depends_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {rows: reordered.round_up(rows) for rows in range(2049)}
+    assert sizes[0] == 0
+    assert len(set(sizes.values())) < 100
+    assert all(rows <= size <= max(rows + 7, rows * 17 / 16) for rows, size in sizes.items())
+    layer = linear()
+    weights = ReorderedWeights(layer)
+    with torch.no_grad(), weights.in_use():
+        for rows in (1, 9, 63, 301):
+            inputs = torch.randn(rows, 24)
+            padded = layer(inputs)
+            with monkeypatch.context() as patch:
+                patch.setattr(reordered, "round_up", lambda rows: rows)
+                assert torch.equal(layer(inputs), padded)
