@@ -41,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lm_eval_aft import SteeringVector
 from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.scoring.reordered import ReorderedWeights
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "pythia-70m": (
@@ -133,10 +134,17 @@ def cpu_seconds(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def peak() -> float:
-    """GF/s of one large fp32 matmul here and now."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    torch.mm(a, b)
-    return 2 * 1024**3 / min(cpu_seconds(lambda: torch.mm(a, b))[0] for _ in range(7)) / 1e9
+    """GF/s of one large fp32 matmul here and now, weights as they lie or reordered."""
+    layer, inputs = torch.nn.Linear(1024, 1024, bias=False), torch.randn(1024, 1024)
+    weights = ReorderedWeights(layer)
+
+    def reordered() -> None:
+        with weights.in_use():
+            layer(inputs)
+
+    with torch.no_grad():
+        fastest = min(cpu_seconds(run)[0] for run in 8 * [lambda: layer(inputs), reordered])
+    return 2 * 1024**3 / fastest / 1e9
 
 
 def flops(run: Callable[[], Any]) -> float:
