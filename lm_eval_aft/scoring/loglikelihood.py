@@ -82,7 +82,7 @@ class Scorer:
             yield
         finally:
             self._weights, budget = before
-            if self.device.type == "cpu":
+            if self.device.type == "cpu":  # elsewhere it may have been halved, for good
                 self.budget = budget
 
     def unless_reordered(self, differs: Callable[[], str]) -> str:

@@ -6,6 +6,7 @@ costs a copy, and pays within a few passes. Sums are then taken in another order
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers.pytorch_utils import Conv1D
 
 # A model whose weights take more bytes than this keeps them as they are: the copies take as many again.
@@ -104,12 +105,11 @@ def round_up(rows: int) -> int:
     return -(-rows // step) * step
 
 
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+_COUNTED = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+if _COUNTED is not None and _COUNTED not in flop_registry:
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    @register_flop_formula(_COUNTED)
     def _operations(inputs: Any, weight: Any, *_args: Any, **_kwargs: Any) -> int:
         """Operations of one product, for PyTorch's counter, which does not know this one."""
-        rows = 1
-        for size in inputs[:-1]:
-            rows *= size
-        return 2 * rows * int(weight[0]) * int(weight[1])
+        found: int = 2 * math.prod(inputs[:-1]) * math.prod(weight)
+        return found
