@@ -1,8 +1,9 @@
-"""Attention over packed rows without the work a mask would only throw away.
+"""Attention without the work a mask would only throw away.
 
 Kernels given a mask compute every pair of tokens. A packed row's prefix attends causally and to nothing
 later, so its part runs as causal attention, which skips half the pairs; and the branches that follow do not
-see each other, so each runs by itself against the prefix and its own tokens.
+see each other, so each runs by itself against the prefix and its own tokens (`in_parts`). Rows that are
+decoded together see as many keys as each has tokens, not as many as the longest has (`over_columns`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 WORTHWHILE = 128  # causal tokens below which cutting in two costs more than it saves
+ROWS_TOGETHER = 4  # rows decoded in one call: fewer take longer to call than to compute
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,37 @@ def in_parts(rows: Sequence[Parts], width: int) -> Iterator[None]:
     if not rows or min(row.prefix for row in rows) < WORTHWHILE:
         yield
         return
-    with _InParts(rows, width):
+    masks: Masks = {}
+    with _Instead(lambda named: _attention(named, rows, width, masks)):
+        yield
+
+
+@contextmanager
+def over_columns(seen: Sequence[int]) -> Iterator[None]:
+    """Read only the keys and values that rows may see, during the passes made inside the block.
+
+    Args:
+        seen: how many of the first columns each row sees at most; the mask hides the others from it.
+    """
+    with _Instead(lambda named: _by_columns(named, seen)):
         yield
 
 
 _ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-class _InParts(TorchFunctionMode):
-    def __init__(self, rows: Sequence[Parts], width: int) -> None:
+class _Instead(TorchFunctionMode):
+    """``attention``, given its arguments by name, takes the place of PyTorch's."""
+
+    def __init__(self, attention: Callable[[dict[str, Any]], Tensor]) -> None:
         super().__init__()
-        self._rows, self._width = rows, width
-        self._masks: Masks = {}
+        self._attention = attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **options)
-        named = {**dict(zip(_ORDER, args, strict=False)), **options}
-        return _attention(named, self._rows, self._width, self._masks)
+        return self._attention({**dict(zip(_ORDER, args, strict=False)), **options})
 
 
 # Pieces of masks, which all blocks share, by the mask they are of and their place in it.
@@ -129,3 +143,26 @@ def _by_branch(
         found.append(F.scaled_dot_product_attention(own_query, seen_key, seen_value, attn_mask=mask, **rest))
     found.append(torch.zeros_like(queries[-1]))  # padding, which nothing reads
     return torch.cat(found, dim=-2)
+
+
+def _by_columns(named: dict[str, Any], seen: Sequence[int]) -> Tensor:
+    """A few rows at a time, as many columns as these see."""
+    query, key, value, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
+    if mask is None or mask.dim() != 4 or mask.shape[-1] != key.shape[-2] or len(query) != len(seen):
+        return F.scaled_dot_product_attention(**named)
+    rest = {k: v for k, v in named.items() if k not in _ORDER[:4]}
+    masks = mask.expand(len(seen), *mask.shape[1:])
+    found = []
+    for first in range(0, len(seen), ROWS_TOGETHER):
+        rows = slice(first, first + ROWS_TOGETHER)
+        columns = max(seen[rows])
+        found.append(
+            F.scaled_dot_product_attention(
+                query[rows],
+                key[rows, :, :columns],
+                value[rows, :, :columns],
+                attn_mask=masks[rows, ..., :columns],
+                **rest,
+            )
+        )
+    return torch.cat(found)

@@ -2,7 +2,8 @@
 
 A pass that reads a guess behind a row's last token tells whether greedy decoding would have written it,
 and every right guess saves a pass. This is prompt-lookup decoding (Saxena 2023; Yang et al. 2023,
-arXiv:2304.04487) for batches: rows learn from each other's outputs, and the guesses are as long as pays.
+arXiv:2304.04487) for batches: what followed most often counts, rows learn from each other's outputs, and
+the guesses are as long as pays.
 """
 
 from __future__ import annotations
@@ -12,60 +13,80 @@ from collections.abc import Iterable, Sequence
 # Most tokens looked up together, and most tokens read in one pass of a row: its last one and its guesses.
 SPAN = 3
 WIDEST = 8
+# How often a token of the row's prompt, of another row's output and of its own output count.
+PROMPT, OTHERS, OWN = 1, 3, 6
+# Spans that are remembered of outputs (about 400 bytes each); then all are forgotten.
+MOST_SPANS = 100_000
 # Floating-point operations that take as long as reading a byte (CPUs measured: 8; an H200 in fp32: 14).
 OPERATIONS_PER_BYTE = 10
-# How much longer attention takes for each token more that a row has in a pass (measured: 0.06 to 0.1).
-ATTENTION_PER_GUESS = 0.08
+# How much longer attention takes for each token more that a row has in a pass (measured: 0.06 to 0.3).
+ATTENTION_PER_GUESS = 0.1
 
-Seen = dict[tuple[int, ...], tuple[list[int], int]]
+
+class Followers:
+    """How often each token came after each span of up to ``SPAN`` tokens."""
+
+    def __init__(self, most: float = float("inf")) -> None:
+        self._counts: dict[tuple[int, ...], dict[int, int]] = {}
+        self._most = most
+
+    def __len__(self) -> int:
+        """How many spans are known."""
+        return len(self._counts)
+
+    def count(self, span: tuple[int, ...], token: int, weight: int) -> None:
+        """``token`` came after ``span`` and after what the span ends with."""
+        if len(self) >= self._most:
+            self._counts.clear()
+        for start in range(len(span)):
+            counts = self._counts.setdefault(span[start:], {})
+            counts[token] = counts.pop(token, 0) + weight  # the last one counted is the last one listed
+
+    def after(self, span: tuple[int, ...]) -> dict[int, int]:
+        """The tokens that came after exactly this span, and how often."""
+        return self._counts.get(span, {})
 
 
 class Words:
-    """The tokens of one row so far, and what follows each of its spans of up to ``SPAN`` tokens.
+    """The tokens of one row so far, and what comes next most often.
 
     Args:
         tokens: the prompt.
-        others: what follows spans in the outputs of all rows; added to as this one is continued.
+        others: what the outputs of all rows said; added to as this one is continued.
     """
 
-    def __init__(self, tokens: Iterable[int], others: Seen) -> None:
-        self._tokens = list(tokens)
+    def __init__(self, tokens: Iterable[int], others: Followers) -> None:
+        self._last: tuple[int, ...] = ()
+        self._own = Followers()
         self._others = others
-        # Of a span that occurs more than once the last is kept.
-        self._next = {
-            span: dict(
-                zip(
-                    zip(*(self._tokens[i:] for i in range(span)), strict=False),
-                    range(span, len(self._tokens)),
-                    strict=False,
-                )
-            )
-            for span in range(SPAN, 0, -1)
-        }
+        for token in tokens:
+            self._own.count(self._last, token, PROMPT)
+            self._last = (*self._last, token)[-SPAN:]
 
     def append(self, token: int) -> None:
         """The row's next token."""
-        here = len(self._tokens)
-        for span, following in self._next.items():
-            if span <= here:
-                key = tuple(self._tokens[-span:])
-                following[key] = here
-                self._others[key] = (self._tokens, here)
-        self._tokens.append(token)
+        self._own.count(self._last, token, OWN - OTHERS)
+        self._others.count(self._last, token, OTHERS)
+        self._last = (*self._last, token)[-SPAN:]
 
     def guess(self, count: int) -> list[int]:
-        """Up to ``count`` tokens that may come next: what followed the longest span seen before."""
-        here = len(self._tokens)
-        for span, following in self._next.items():
-            key = tuple(self._tokens[-span:])
-            if key in following:
-                # A row that copies itself goes on copying what it has copied.
-                start = following[key]
-                return [self._tokens[start + k % (here - start)] for k in range(count)]
-            if key in self._others:
-                tokens, start = self._others[key]
-                return tokens[start : start + count]
-        return []
+        """Up to ``count`` tokens that may come next, each the one most often seen after those before it."""
+        last = self._last
+        found: list[int] = []
+        while len(found) < count and (token := self._next(last)) is not None:
+            found.append(token)
+            last = (*last, token)[-SPAN:]
+        return found
+
+    def _next(self, last: tuple[int, ...]) -> int | None:
+        """What followed most often, the last time later of equals, after the longest span seen before."""
+        for start in range(len(last)):
+            own, others = self._own.after(last[start:]), self._others.after(last[start:])
+            if own or others:
+                # Of equals `max` names the first.
+                tokens = [*reversed(own), *reversed(others)]
+                return max(tokens, key=lambda token: own.get(token, 0) + others.get(token, 0))
+        return None
 
 
 class Width:

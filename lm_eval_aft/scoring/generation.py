@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_eval_aft.attention import over_columns
 from lm_eval_aft.positions import GENERATED, LAST
-from lm_eval_aft.scoring.drafts import Seen, Width, Words
+from lm_eval_aft.scoring.drafts import MOST_SPANS, Followers, Width, Words
 from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.requests import Option, Question, with_common_prefixes
 from lm_eval_aft.scoring.slots import Slots
@@ -91,13 +92,16 @@ def continuations(
     token, with the prompt's index.
     """
     width = Width(scorer.parameters(), scorer.dtype.itemsize, scorer.bytes_per_token())
+    outputs = Followers(MOST_SPANS)
     for prefix, members in with_common_prefixes(prompts):
         order = sorted(members, key=lambda question: -len(question.context))
         heads = scorer.prefixes(order[0].context[:prefix], order[0].state) if prefix else []
         while order:
             group = scorer.take(order, ending.most)
             order = order[len(group) :]
-            yield from scorer.retrying(partial(_group, scorer, group, prefix, heads, ending, width, watch))
+            yield from scorer.retrying(
+                partial(_group, scorer, group, prefix, heads, ending, width, outputs, watch)
+            )
     scorer.release()
 
 
@@ -108,23 +112,24 @@ def _group(
     heads: Sequence[Any],
     ending: Ending,
     width: Width,
+    outputs: Followers,
     watch: Watch | None,
 ) -> list[tuple[int, list[int]]]:
     # One column more than is needed: where guesses go that lie behind a row's last token.
     slots = scorer.slots(len(group), len(group[0].context) + ending.most + 1)
     if heads:
         slots.load(heads[0])
-    for step in context_steps(group, prefix, scorer.budget.tokens, scorer.device):
+    room = slots.capacity if scorer.reordered else 0
+    for step in context_steps(group, prefix, scorer.budget.tokens, scorer.device, room):
         scorer.logits(step, slots)
     slots.hide(0, [len(question.context) for question in group], slots.capacity)
-    seen: Seen = {}
-    rows = [Row(question, Words((*question.context, *question.tokens), seen)) for question in group]
+    rows = [Row(question, Words((*question.context, *question.tokens), outputs)) for question in group]
     found = []
     before = 1
     while rows:
         lengths = [row.length for row in rows]
         most = max(ending.most - len(row.tokens) for row in rows)
-        wide = width.choose(len(rows), max(lengths), most)
+        wide = width.choose(len(rows), sum(lengths) // len(rows), most)
         if wide < before:
             slots.hide(0, lengths, slots.capacity)  # guesses that this pass would not overwrite
         before = wide
@@ -193,6 +198,7 @@ def _read(
         states=[row.question.state for row in rows],
         roles=torch.tensor(roles, device=device),
     )
-    logits = scorer.logits(step, slots)
+    with over_columns([1 + last for *_, last in columns]):
+        logits = scorer.logits(step, slots)
     assert logits is not None
     return logits.float().view(n, wide, -1)

@@ -85,6 +85,11 @@ class Scorer:
             if self.device.type == "cpu":  # elsewhere it may have been halved, for good
                 self.budget = budget
 
+    @property
+    def reordered(self) -> bool:
+        """Whether passes multiply with reordered weights now."""
+        return bool(self._weights)
+
     def unless_reordered(self, differs: Callable[[], str]) -> str:
         """Why passes differ from stock: ``""`` where only reordered weights do, which are then given up."""
         reason = differs()

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers.pytorch_utils import Conv1D
@@ -92,7 +91,12 @@ def _product(weight: Tensor, bias: Any) -> Forward:
 
     def forward(inputs: Tensor) -> Tensor:
         shape, rows = inputs.shape[:-1], inputs.shape[:-1].numel()
-        flat = F.pad(inputs.reshape(rows, inputs.shape[-1]), (0, 0, 0, round_up(rows) - rows)).contiguous()
+        flat = inputs.reshape(rows, inputs.shape[-1])
+        if (wanted := round_up(rows)) > rows:
+            given, flat = flat, flat.new_empty(wanted, flat.shape[1])
+            flat[:rows] = given
+            flat[rows:] = 0
+        flat = flat.contiguous()
         found: Tensor = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
         return found[:rows].view(*shape, found.shape[-1])
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_aft.positions import CONTEXT, PADDING, row_roles
+from lm_eval_aft.scoring.reordered import round_up
 from lm_eval_aft.scoring.requests import Answer, Option, Question, Request
 from lm_eval_aft.scoring.slots import Rows
 
@@ -45,14 +46,20 @@ class Step:
 
 
 def context_steps(
-    questions: Sequence[Question], prefix: int, budget: int, device: torch.device
+    questions: Sequence[Question], prefix: int, budget: int, device: torch.device, columns: int = 0
 ) -> Iterator[Step]:
-    """Passes over the contexts after their first ``prefix`` tokens: causal, padded on the right."""
+    """Passes over the contexts after their first ``prefix`` tokens: causal, padded on the right.
+
+    With ``columns``, how many there are to fill, a row by itself is padded as far as reordered weights
+    would have it padded at every product.
+    """
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].context))
     order = [i for i in order if len(questions[i].context) > prefix]
     while order:
         width = len(questions[order[0]].context) - prefix
         rows, order = order[: max(1, budget // width)], order[max(1, budget // width) :]
+        if columns and len(rows) == 1:
+            width = max(width, min(round_up(width), columns - prefix))
         ids = np.zeros((len(rows), width), dtype=np.int64)
         kinds = np.full((len(rows), width), PADDING)
         for r, i in enumerate(rows):

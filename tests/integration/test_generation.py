@@ -16,7 +16,7 @@ from lm_eval_aft import SteeringVector
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.scoring import generation
 from lm_eval_aft.scoring.budget import Budget
-from lm_eval_aft.scoring.drafts import Seen, Width, Words
+from lm_eval_aft.scoring.drafts import Followers, Width, Words
 from lm_eval_aft.scoring.generation import Row
 from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.slots import Slots
@@ -127,13 +127,17 @@ def guesser(kind: str, written: dict[tuple[int, ...], list[int]]) -> type[Words]
     """`Words` that guess what will be written: all of it, none, its first token, or that of some prompts."""
 
     class Told(Words):
-        def __init__(self, tokens: Iterable[int], others: Seen) -> None:
+        def __init__(self, tokens: Iterable[int], others: Followers) -> None:
             self.prompt = tuple(tokens)
+            self.made = 0
             super().__init__(self.prompt, others)
 
+        def append(self, token: int) -> None:
+            self.made += 1
+            super().append(token)
+
         def guess(self, count: int) -> list[int]:
-            made = len(self._tokens) - len(self.prompt)
-            right = (written[self.prompt][made:] + [0] * count)[:count]
+            right = (written[self.prompt][self.made :] + [0] * count)[:count]
             wrong = [1 + token % 60 for token in right]
             some = right if len(self.prompt) > 100 else wrong
             first = right[:1] + wrong[1:]

@@ -1,0 +1,87 @@
+"""Attention over as many columns as rows see, against PyTorch's over all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm_eval_aft import attention
+from lm_eval_aft.attention import over_columns
+
+SEEN = [[20], [7, 20, 3], [20, 19, 18, 17, 16], [1, 2, 3, 4, 20, 6, 7, 8, 9]]
+
+
+def given(seen: list[int], tokens: int = 2, heads: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, values of rows that see ``seen`` columns of 20; the mask says so."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(len(seen), heads, n, 4, generator=generator) for n in (tokens, max(seen), max(seen))
+    )
+    hidden = torch.arange(max(seen)) >= torch.tensor(seen)[:, None]
+    mask = torch.zeros(len(seen), 1, tokens, max(seen))
+    mask.masked_fill_(hidden[:, None, None], torch.finfo(torch.float32).min)
+    return query, key, value, mask
+
+
+@pytest.mark.parametrize("seen", SEEN, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_rows_get_what_the_whole_mask_gives(seen: list[int], tokens: int) -> None:
+    query, key, value, mask = given(seen, tokens)
+    whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.7)
+    with over_columns(seen):
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.7)
+        by_place = F.scaled_dot_product_attention(query, key, value, mask, 0.0, False, scale=0.7)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+    assert torch.equal(found, by_place)
+
+
+@pytest.mark.parametrize("seen", SEEN[1:], ids=str)
+def test_columns_that_no_row_of_a_call_sees_are_not_read(
+    seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask does not hide NaN; what is not read cannot be NaN."""
+    query, key, value, mask = given(seen)
+    together = 2
+    monkeypatch.setattr(attention, "ROWS_TOGETHER", together)
+    whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    for first in range(0, len(seen), together):
+        rows = slice(first, first + together)
+        for tensor in (key, value):
+            tensor[rows, :, max(seen[rows]) :] = float("nan")
+    with over_columns(seen):
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+
+
+def test_heads_that_share_keys_are_served() -> None:
+    seen = [5, 20, 9, 3, 4, 5]
+    query, _, _, mask = given(seen, heads=4)
+    _, key, value, _ = given(seen, heads=2)
+    whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    with over_columns(seen):
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+
+
+def test_one_mask_may_serve_all_rows() -> None:
+    seen = [20] * 6
+    query, key, value, mask = given(seen)
+    whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with over_columns(seen):
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:1])
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+
+
+def test_other_attention_is_left_alone() -> None:
+    """Without a mask, with one over other columns, or for another number of rows."""
+    seen = [3, 5, 4, 2, 5]
+    query, key, value, mask = given(seen)
+    for rows, options in ((5, {}), (5, {"is_causal": True}), (3, {"attn_mask": mask[:3]})):
+        asked = query[:rows], key[:rows], value[:rows]
+        whole = F.scaled_dot_product_attention(*asked, **options)  # type: ignore[arg-type]
+        with over_columns(seen):
+            assert torch.equal(F.scaled_dot_product_attention(*asked, **options), whole)  # type: ignore[arg-type]
+    with over_columns(seen):
+        assert torch.equal(torch.softmax(query, -1), query.softmax(-1))
