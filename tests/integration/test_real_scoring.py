@@ -15,8 +15,9 @@ MODELS = ["stories260K", "scratch-demo", "english-neox-12m"]
 LEADERBOARD = [("arc_challenge", 25), ("hellaswag", 10)]
 
 
-def instances(name: str, shots: int, limit: int | None) -> list[Instance]:
-    """The harness's own requests for the first documents of a stock task."""
+def instances(name: str, shots: int, limit: int | None, fixed: bool = False) -> list[Instance]:
+    """The harness's own requests for the first documents of a stock task, or with one set of examples."""
+    from lm_eval.api.samplers import FirstNSampler
     from lm_eval.tasks import get_task_dict
 
     from lm_eval_aft.harness import task_manager_for
@@ -24,6 +25,8 @@ def instances(name: str, shots: int, limit: int | None) -> list[Instance]:
     (task,) = get_task_dict([name], task_manager_for([name], [])).values()
     task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(1234)
+    if fixed:
+        task.sampler = FirstNSampler(task.sampler.fewshot_docs())
     task.build_all_requests(limit=limit, rank=0, world_size=1)
     return list(task.instances)
 
@@ -107,11 +110,17 @@ def test_leaderboard(task: str, shots: int, test_data: Path) -> None:
     check(compare(test_data / "models" / "english-neox-12m", task, shots, 2000))
 
 
-def generate(folder: Path, shots: int, limit: int) -> tuple[list[str], list[str], str]:
-    """Texts of the fast way, stock's, and the path taken, for gsm8k prompts and 64 new tokens."""
+EXAMPLES = pytest.mark.parametrize("fixed", [False, True], ids=["drawn", "fixed"])
+
+
+def generate(folder: Path, shots: int, limit: int, fixed: bool) -> tuple[list[str], list[str], str]:
+    """Texts of the fast way, stock's, and the path taken, for gsm8k prompts and 64 new tokens.
+
+    The examples are drawn for every document, as stock gsm8k does, or the same ones for all.
+    """
     asked = [
         Instance("generate_until", {}, (i.args[0], {**i.args[1], "max_gen_toks": 64}), n, ("gsm8k", n, 1))  # type: ignore[arg-type]
-        for n, i in enumerate(instances("gsm8k", shots, limit))
+        for n, i in enumerate(instances("gsm8k", shots, limit, fixed))
     ]
     lm = AFTLM(str(folder), device="cpu", batch_size=1)
     fast = lm.generate_until(asked, disable_tqdm=True)
@@ -121,17 +130,19 @@ def generate(folder: Path, shots: int, limit: int) -> tuple[list[str], list[str]
 
 
 @pytest.mark.slow
+@EXAMPLES
 @pytest.mark.parametrize(("model", "shots"), [("english-neox-12m", 5), ("scratch-demo", 2)])
-def test_generation_sample(model: str, shots: int, test_data: Path) -> None:
-    fast, slow, path = generate(test_data / "models" / model, shots, 6)
+def test_generation_sample(model: str, shots: int, fixed: bool, test_data: Path) -> None:
+    fast, slow, path = generate(test_data / "models" / model, shots, 6, fixed)
     assert fast == slow
     assert path.startswith("generated in shared batches (100")
 
 
 @pytest.mark.full
 @pytest.mark.timeout(7200)
+@EXAMPLES
 @pytest.mark.parametrize(("model", "shots"), [("english-neox-12m", 5), ("scratch-demo", 2)])
-def test_generation(model: str, shots: int, test_data: Path) -> None:
-    fast, slow, path = generate(test_data / "models" / model, shots, 200)
+def test_generation(model: str, shots: int, fixed: bool, test_data: Path) -> None:
+    fast, slow, path = generate(test_data / "models" / model, shots, 200, fixed)
     assert fast == slow
     assert path.startswith("generated in shared batches (100")
