@@ -2,8 +2,7 @@
 
 Kernels given a mask compute every pair of tokens. A packed row's prefix attends causally and to nothing
 later, so its part runs as causal attention, which skips half the pairs; and the branches that follow do not
-see each other, so each runs by itself against the prefix and its own tokens (`in_parts`). Rows that are
-decoded together see as many keys as each has tokens, not as many as the longest has (`over_columns`).
+see each other, so each runs by itself against the prefix and its own tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 WORTHWHILE = 128  # causal tokens below which cutting in two costs more than it saves
-ROWS_TOGETHER = 4  # rows decoded in one call: fewer take longer to call than to compute
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,14 @@ def in_parts(rows: Sequence[Parts], width: int) -> Iterator[None]:
         yield
         return
     masks: Masks = {}
-    with _Instead(lambda named: _attention(named, rows, width, masks)):
+    with instead(lambda named: _attention(named, rows, width, masks)):
         yield
 
 
 @contextmanager
-def over_columns(seen: Sequence[int]) -> Iterator[None]:
-    """Read only the keys and values that rows may see, during the passes made inside the block.
-
-    Args:
-        seen: how many of the first columns each row sees at most; the mask hides the others from it.
-    """
-    with _Instead(lambda named: _by_columns(named, seen)):
+def instead(attention: Callable[[dict[str, Any]], Tensor]) -> Iterator[None]:
+    """``attention``, given its arguments by name, takes the place of PyTorch's inside the block."""
+    with _Instead(attention):
         yield
 
 
@@ -66,8 +60,6 @@ _ORDER = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class _Instead(TorchFunctionMode):
-    """``attention``, given its arguments by name, takes the place of PyTorch's."""
-
     def __init__(self, attention: Callable[[dict[str, Any]], Tensor]) -> None:
         super().__init__()
         self._attention = attention
@@ -143,26 +135,3 @@ def _by_branch(
         found.append(F.scaled_dot_product_attention(own_query, seen_key, seen_value, attn_mask=mask, **rest))
     found.append(torch.zeros_like(queries[-1]))  # padding, which nothing reads
     return torch.cat(found, dim=-2)
-
-
-def _by_columns(named: dict[str, Any], seen: Sequence[int]) -> Tensor:
-    """A few rows at a time, as many columns as these see."""
-    query, key, value, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
-    if mask is None or mask.dim() != 4 or mask.shape[-1] != key.shape[-2] or len(query) != len(seen):
-        return F.scaled_dot_product_attention(**named)
-    rest = {k: v for k, v in named.items() if k not in _ORDER[:4]}
-    masks = mask.expand(len(seen), *mask.shape[1:])
-    found = []
-    for first in range(0, len(seen), ROWS_TOGETHER):
-        rows = slice(first, first + ROWS_TOGETHER)
-        columns = max(seen[rows])
-        found.append(
-            F.scaled_dot_product_attention(
-                query[rows],
-                key[rows, :, :columns],
-                value[rows, :, :columns],
-                attn_mask=masks[rows, ..., :columns],
-                **rest,
-            )
-        )
-    return torch.cat(found)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_eval_aft.attention import over_columns
 from lm_eval_aft.positions import GENERATED, LAST
+from lm_eval_aft.scoring.decoding import over_columns
 from lm_eval_aft.scoring.drafts import MOST_SPANS, Followers, Width, Words
 from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.requests import Option, Question, with_common_prefixes

@@ -7,10 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lm_eval_aft import attention
-from lm_eval_aft.attention import over_columns
+from lm_eval_aft.scoring import decoding
+from lm_eval_aft.scoring.decoding import over_columns
 
 SEEN = [[20], [7, 20, 3], [20, 19, 18, 17, 16], [1, 2, 3, 4, 20, 6, 7, 8, 9]]
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "numpy"], autouse=True)
+def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "numpy_is_faster", lambda: request.param)
 
 
 def given(seen: list[int], tokens: int = 2, heads: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,6 +40,7 @@ def test_rows_get_what_the_whole_mask_gives(seen: list[int], tokens: int) -> Non
         by_place = F.scaled_dot_product_attention(query, key, value, mask, 0.0, False, scale=0.7)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
     assert torch.equal(found, by_place)
+    assert found.is_contiguous()
 
 
 @pytest.mark.parametrize("seen", SEEN[1:], ids=str)
@@ -44,7 +50,7 @@ def test_columns_that_no_row_of_a_call_sees_are_not_read(
     """A mask does not hide NaN; what is not read cannot be NaN."""
     query, key, value, mask = given(seen)
     together = 2
-    monkeypatch.setattr(attention, "ROWS_TOGETHER", together)
+    monkeypatch.setattr(decoding, "ROWS_TOGETHER", together)
     whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     for first in range(0, len(seen), together):
         rows = slice(first, first + together)
@@ -63,6 +69,28 @@ def test_heads_that_share_keys_are_served() -> None:
     with over_columns(seen):
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+
+
+def test_what_the_mask_adds_is_added() -> None:
+    """A bias for each head, as ALiBi has it."""
+    seen = [5, 20, 9, 3, 4, 5]
+    query, key, value, mask = given(seen)
+    biased = mask + torch.randn(1, 3, 1, 20)
+    whole = F.scaled_dot_product_attention(query, key, value, attn_mask=biased)
+    with over_columns(seen):
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=biased)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_stay_what_they_are(dtype: torch.dtype) -> None:
+    seen = [20] * 6
+    asked = [tensor.to(dtype) for tensor in given(seen)]
+    whole = F.scaled_dot_product_attention(*asked)
+    with over_columns(seen):
+        found = F.scaled_dot_product_attention(*asked)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, whole)
 
 
 def test_one_mask_may_serve_all_rows() -> None:
