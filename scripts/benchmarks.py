@@ -267,7 +267,12 @@ SECTIONS: list[Section] = [
         "overhead*: with a vector over without.",
         scoring,
     ),
-    ("Generation", "Real gsm8k prompts, 64 new tokens, against `hf` at its best batch size.", generation),
+    (
+        "Generation",
+        "Real gsm8k prompts, 64 new tokens, against `hf` at its best batch size; few-shot examples drawn for "
+        "every document, as stock gsm8k does, or *fixed*: the same for all.",
+        generation,
+    ),
     ("Merged exports", "", export),
     ("Dry runs", "What a plan from a config alone says, against a process that does it.", plan),
     ("Starting Python", "", startup),

@@ -13,6 +13,10 @@ from lm_eval_aft.scoring.decoding import over_columns
 SEEN = [[20], [7, 20, 3], [20, 19, 18, 17, 16], [1, 2, 3, 4, 20, 6, 7, 8, 9]]
 
 
+# Before the fixture puts another in its place.
+ask = decoding.numpy_is_faster
+
+
 @pytest.fixture(params=[False, True], ids=["torch", "numpy"], autouse=True)
 def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "numpy_is_faster", lambda: request.param)
@@ -113,3 +117,28 @@ def test_other_attention_is_left_alone() -> None:
             assert torch.equal(F.scaled_dot_product_attention(*asked, **options), whole)  # type: ignore[arg-type]
     with over_columns(seen):
         assert torch.equal(torch.softmax(query, -1), query.softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("maker", "threads", "mine", "faster"),
+    [
+        ("AuthenticAMD", "1", 1, True),
+        ("GenuineIntel", "1", 1, False),
+        ("AuthenticAMD", "2", 1, False),
+        ("AuthenticAMD", None, 1, False),
+        ("AuthenticAMD", "1", 2, False),
+    ],
+)
+def test_numpy_multiplies_for_one_thread_on_amd(
+    maker: str, threads: str | None, mine: int, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(decoding.Path, "is_file", lambda _: True)
+    monkeypatch.setattr(decoding.Path, "read_text", lambda _: f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: mine)
+    if threads is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert ask.__wrapped__() == faster
