@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,16 @@ ROWS_TOGETHER = 4  # rows in one call: fewer take longer to call than to compute
 
 
 @contextmanager
-def over_columns(seen: Sequence[int]) -> Iterator[None]:
+def over_columns(seen: Sequence[int], device: torch.device) -> Iterator[None]:
     """Read only the keys and values that rows may see, during the passes made inside the block.
 
     Kernels given a mask read as many for every row as the longest has tokens.
 
     Args:
         seen: how many of the first columns each row sees at most; the mask hides the others from it.
+        device: where the passes run. An accelerator would rather have all rows at once, and does.
     """
-    with instead(lambda named: _by_columns(named, seen)):
+    with instead(lambda named: _by_columns(named, seen)) if device.type == "cpu" else nullcontext():
         yield
 
 
@@ -55,7 +55,7 @@ def _by_columns(named: dict[str, Any], seen: Sequence[int]) -> Tensor:
 
 
 def _plain_fp32(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and not tensor.requires_grad
+    return tensor.dtype == torch.float32 and not tensor.requires_grad
 
 
 @cache
@@ -67,9 +67,9 @@ def numpy_is_faster() -> bool:
     half. With one thread only: OpenBLAS would share out each of many small products.
     """
     cpu = Path("/proc/cpuinfo")
-    here = platform.machine() in ("x86_64", "AMD64") and cpu.is_file() and "AuthenticAMD" in cpu.read_text()
+    amd = cpu.is_file() and "AuthenticAMD" in cpu.read_text()
     alone = os.environ.get("OMP_NUM_THREADS") == "1" and torch.get_num_threads() == 1
-    return here and alone and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return amd and alone and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 
 
 def _by_numpy(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:

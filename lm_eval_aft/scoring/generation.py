@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -199,9 +198,7 @@ def _read(
         states=[row.question.state for row in rows],
         roles=torch.tensor(roles, device=device),
     )
-    # An accelerator would rather have all rows at once.
-    few = over_columns([1 + last for *_, last in columns]) if device.type == "cpu" else nullcontext()
-    with few:
+    with over_columns([1 + last for *_, last in columns], device):
         logits = scorer.logits(step, slots)
     assert logits is not None
     return logits.float().view(n, wide, -1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lm_eval_aft.scoring import decoding
 from lm_eval_aft.scoring.decoding import over_columns
 
+CPU = torch.device("cpu")
 SEEN = [[20], [7, 20, 3], [20, 19, 18, 17, 16], [1, 2, 3, 4, 20, 6, 7, 8, 9]]
 
 
@@ -39,7 +40,7 @@ def given(seen: list[int], tokens: int = 2, heads: int = 3) -> tuple[Tensor, Ten
 def test_rows_get_what_the_whole_mask_gives(seen: list[int], tokens: int) -> None:
     query, key, value, mask = given(seen, tokens)
     whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.7)
-    with over_columns(seen):
+    with over_columns(seen, CPU):
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.7)
         by_place = F.scaled_dot_product_attention(query, key, value, mask, 0.0, False, scale=0.7)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
@@ -60,7 +61,7 @@ def test_columns_that_no_row_of_a_call_sees_are_not_read(
         rows = slice(first, first + together)
         for tensor in (key, value):
             tensor[rows, :, max(seen[rows]) :] = float("nan")
-    with over_columns(seen):
+    with over_columns(seen, CPU):
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
 
@@ -70,7 +71,7 @@ def test_heads_that_share_keys_are_served() -> None:
     query, _, _, mask = given(seen, heads=4)
     _, key, value, _ = given(seen, heads=2)
     whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    with over_columns(seen):
+    with over_columns(seen, CPU):
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
 
@@ -81,7 +82,7 @@ def test_what_the_mask_adds_is_added() -> None:
     query, key, value, mask = given(seen)
     biased = mask + torch.randn(1, 3, 1, 20)
     whole = F.scaled_dot_product_attention(query, key, value, attn_mask=biased)
-    with over_columns(seen):
+    with over_columns(seen, CPU):
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=biased)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
 
@@ -91,7 +92,7 @@ def test_other_dtypes_stay_what_they_are(dtype: torch.dtype) -> None:
     seen = [20] * 6
     asked = [tensor.to(dtype) for tensor in given(seen)]
     whole = F.scaled_dot_product_attention(*asked)
-    with over_columns(seen):
+    with over_columns(seen, CPU):
         found = F.scaled_dot_product_attention(*asked)
     assert found.dtype == dtype
     torch.testing.assert_close(found, whole)
@@ -101,7 +102,7 @@ def test_one_mask_may_serve_all_rows() -> None:
     seen = [20] * 6
     query, key, value, mask = given(seen)
     whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    with over_columns(seen):
+    with over_columns(seen, CPU):
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:1])
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
 
@@ -113,9 +114,9 @@ def test_other_attention_is_left_alone() -> None:
     for rows, options in ((5, {}), (5, {"is_causal": True}), (3, {"attn_mask": mask[:3]})):
         asked = query[:rows], key[:rows], value[:rows]
         whole = F.scaled_dot_product_attention(*asked, **options)  # type: ignore[arg-type]
-        with over_columns(seen):
+        with over_columns(seen, CPU):
             assert torch.equal(F.scaled_dot_product_attention(*asked, **options), whole)  # type: ignore[arg-type]
-    with over_columns(seen):
+    with over_columns(seen, CPU):
         assert torch.equal(torch.softmax(query, -1), query.softmax(-1))
 
 
@@ -132,7 +133,6 @@ def test_other_attention_is_left_alone() -> None:
 def test_numpy_multiplies_for_one_thread_on_amd(
     maker: str, threads: str | None, mine: int, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(decoding.Path, "is_file", lambda _: True)
     monkeypatch.setattr(decoding.Path, "read_text", lambda _: f"vendor_id\t: {maker}\n")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
@@ -142,3 +142,10 @@ def test_numpy_multiplies_for_one_thread_on_amd(
     else:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     assert ask.__wrapped__() == faster
+
+
+def test_accelerators_take_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_by_columns", None)  # would fail if it were called
+    query, key, value, mask = given([3, 5, 4])
+    with over_columns([3, 5, 4], torch.device("cuda")):
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
