@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -37,8 +38,28 @@ class InForce:
     @property
     def masked(self) -> bool:
         """Whether anything in force steers some of the tokens only."""
-        vectors = [self.vector] if self.vector else self.routing.vectors.values() if self.routing else ()
-        return any(vector.positions != "all" and vector.coefficient for vector in vectors)
+        return any(vector.positions != "all" and vector.coefficient for vector in self._vectors())
+
+    @property
+    def kinds(self) -> frozenset[tuple[str, str]]:
+        """Method and positions of everything in force."""
+        return frozenset((vector.method, vector.positions) for vector in self._vectors())
+
+    @property
+    def state(self) -> int:
+        """Which of a router's vectors steers the rows at hand, counted from 1; 0 without a router."""
+        return 0 if self.rows is None else self.rows.state
+
+    def vector_in(self, state: int) -> SteeringVector | None:
+        """The vector that steers rows in a state: without a router the vector in force."""
+        if self.routing is None:
+            return self.vector
+        return list(self.routing.vectors.values())[state - 1] if state else None
+
+    def _vectors(self) -> Sequence[SteeringVector]:
+        if self.routing is not None:
+            return list(self.routing.vectors.values())
+        return [] if self.vector is None else [self.vector]
 
     def clear(self) -> None:
         """Make this the baseline."""
@@ -66,7 +87,8 @@ class InForce:
             check_fits(vector, backbone)
         routing.forget()
         vectors = routing.vectors.values()
-        passes = Passes(self.model) if any(vector.positions != "all" for vector in vectors) else None
+        some = any(vector.positions != "all" for vector in vectors)
+        passes = Passes.of(self.model, backbone.name) if some else None
         self.rows = RowSteering(backbone, [deltas(vector, passes=passes) for vector in vectors])
         self._handle = SteeringHandle([] if passes is None else [passes])
         self.routing = routing

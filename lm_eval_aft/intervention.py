@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_aft.methods import METHODS, Method
-from lm_eval_aft.positions import Passes, mask_for
+from lm_eval_aft.positions import Passes, is_unsteered, mask_for
 
 # What is done at a block: a vector (hidden_size,) is added, or a function gives the new hidden states.
 Shift = Tensor | Callable[[Tensor], Tensor]
@@ -57,6 +57,8 @@ class Intervention:
 
     def _steer(self, layer: int) -> Callable[[Tensor], Tensor]:
         def steer(hidden: Tensor) -> Tensor:
+            if self.positions != "all" and is_unsteered():
+                return hidden
             own = {name: tensor.to(hidden.device) for name, tensor in self.tensors.items()}
             wide = hidden.to(own[f"layers.{layer}"].dtype)
             delta = self.method.delta(own, layer, wide) * self.coefficient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,12 +26,14 @@ from lm_eval_aft.positions import POSITIONS
 from lm_eval_aft.routing import Routing, whole_spec
 from lm_eval_aft.scoring.companions import Companions
 from lm_eval_aft.scoring.loglikelihood import Answers, Scorer
+from lm_eval_aft.scoring.naive import Naive, wrong
 from lm_eval_aft.scoring.paths import Paths
 from lm_eval_aft.scoring.requests import Answer, Request
 from lm_eval_aft.scoring.stock import StockLM, one_by_one
 from lm_eval_aft.scoring.texts import Texts
 from lm_eval_aft.vector import SteeringVector
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -97,6 +100,9 @@ class AFTLM(StockLM):
         self.fast, self.answer_only = bool(fast), bool(answer_only)
         self._shared: tuple[Paths, Texts] | None = None
         self._companions: Companions | None = None
+        self._naive: Naive | None = None  # where some positions are steered: what answers are held against
+        self._kinds: frozenset[tuple[str, str]] = frozenset()
+        self._stock_faults: dict[tuple[str, int], str] = {}
         self._force = InForce(self.model, self.tokenizer, blocks)
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
@@ -121,6 +127,7 @@ class AFTLM(StockLM):
             self._force.clear()
         else:
             self._force.use(vector, coefficient, positions, allow_mismatch)
+        self._forget_checks()
 
     def routing_of(self, spec: str, library: Library, *, allow_mismatch: bool = False) -> Routing:
         """A router over those vectors of the library that fit this model; see `Routing.open`."""
@@ -130,6 +137,7 @@ class AFTLM(StockLM):
         """Let a router pick the vector for each document, instead of the vector in force."""
         self._force.follow(routing)
         self._shared = None  # rows that are steered differently are to be checked against stock anew
+        self._forget_checks()
 
     @property
     def vector(self) -> SteeringVector | None:
@@ -158,6 +166,9 @@ class AFTLM(StockLM):
         if vector is None or companions is None:
             return list(ask(requests))
         found = companions.answers(vector, [request.args for request in requests])
+        if self._naive and self._companions_differ(requests, found):
+            self._companions = None
+            return list(ask(requests))
         missing = []
         for request, answer in zip(requests, found, strict=True):
             if answer is None:
@@ -245,8 +256,8 @@ class AFTLM(StockLM):
                 autocast=self.mixed_precision_dtype,
                 rows=self._force.rows,
             )
-            paths = Paths(scorer, self._alone(self._stock_answers), self.max_length)
-            self._shared = paths, Texts(self, scorer, self._alone(self._stock_texts))
+            paths = Paths(scorer, self._alone(self._stock_answers), self.max_length, self._naive)
+            self._shared = paths, Texts(self, scorer, self._alone(self._stock_texts), self._naive)
         return self._shared
 
     def _by_vector(self, requests: list[Instance], ask: Callable[[list[Instance]], list[T]]) -> list[T]:
@@ -257,15 +268,87 @@ class AFTLM(StockLM):
         return rows.apart(routing.states(requests), requests, self._alone(ask))
 
     def _stock_texts(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        return self._by_vector(requests, partial(HFLM.generate_until, self, disable_tqdm=disable_tqdm))
+        def ask(mine: list[Instance]) -> list[str]:
+            self._check_stock_texts(mine)
+            return list(HFLM.generate_until(self, mine, disable_tqdm=disable_tqdm))
+
+        return self._by_vector(requests, ask)
 
     def _stock_answers(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Answer]:
         ask = super()._loglikelihood_tokens
         if self._force.masked:
-            return one_by_one(requests, self.max_length, lambda request: ask([request], True, 1))
+            found = one_by_one(requests, self.max_length, lambda request: ask([request], True, 1))
+            self._check_stock_answers(requests, found)
+            return found
         return list(ask(list(requests), disable_tqdm, override_bs))
+
+    def _forget_checks(self) -> None:
+        """Where other kinds of vectors steer some positions only, answers are checked anew."""
+        kinds = self._force.kinds if self._force.masked else frozenset()
+        if kinds == self._kinds and (self._naive is None) == (not kinds):
+            return
+        self._kinds, self._shared, self._stock_faults, self._naive = kinds, None, {}, None
+        if kinds:
+            self._naive = Naive(
+                self.model,
+                find_backbone(self.model, self._blocks),
+                self._force.vector_in,
+                device=self.device,
+                window=self.max_length,
+                softmax_dtype=self.softmax_dtype,
+                autocast=self.mixed_precision_dtype,
+                rows=self._force.rows,
+            )
+
+    def _check_stock(self, what: str, differs: Callable[[Naive, int], str]) -> None:
+        """Raise `AFTError` where `hf`'s own code does not steer the positions asked for; checked once."""
+        state = self._force.state
+        vector = self._force.vector_in(state)
+        if self._naive is None or vector is None or vector.positions == "all":
+            return
+        if (what, state) not in self._stock_faults:
+            self._stock_faults[what, state] = differs(self._naive, state)
+        reason = self._stock_faults[what, state]
+        if reason:
+            raise wrong(f"Stock {what}", vector.positions, reason)
+
+    def _check_stock_answers(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+        def differs(naive: Naive, state: int) -> str:
+            probe = _ends(
+                [i for i, (_, context, tail) in enumerate(requests) if context and tail],
+                lambda i: len(requests[i][1]) + len(requests[i][2]),
+                self.max_length + 1,
+            )
+            return naive.differs([requests[i] for i in probe], [answers[i] for i in probe], [state] * 2)
+
+        self._check_stock("scoring", differs)
+
+    def _check_stock_texts(self, requests: Sequence[Instance]) -> None:
+        def differs(naive: Naive, state: int) -> str:
+            contexts = sorted({request.args[0] for request in requests}, key=len)
+            prompts = [self.tok_batch_encode([text])[0][0].tolist() for text in (contexts[0], contexts[-1])]
+            return naive.generation_differs(prompts, state, int(self.tokenizer.pad_token_id or 0))
+
+        if requests:
+            self._check_stock("generation", differs)
+
+    def _companions_differ(self, requests: Sequence[Instance], found: Sequence[Answer | None]) -> bool:
+        """Whether answers found along with the baseline's are not those of the vector in force."""
+        naive = self._naive
+        assert naive is not None
+        at = _ends(
+            [i for i, answer in enumerate(found) if answer is not None and all(requests[i].args)],
+            lambda i: len("".join(requests[i].args)),
+        )
+        probe = [(None, *self._encode_pair(*requests[i].args)) for i in at]
+        fits = [k for k, (_, context, tail) in enumerate(probe) if len(context + tail) <= self.max_length + 1]
+        answers = [found[at[k]] or (0.0, False) for k in fits]
+        reason = naive.differs([probe[k] for k in fits], answers, [0] * len(fits)) if fits else ""
+        if reason:
+            logger.warning("The vector is scored by itself: along with the baseline its %s.", reason)
+        return bool(reason)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """As `HFLM`; answers are kept apart by what steers the model."""
@@ -280,3 +363,9 @@ class AFTLM(StockLM):
         """How many documents were scored by which path, since the model was last steered."""
         taken = sum((part.taken for part in self._shared or ()), Counter[str]())
         return taken + self._companions.paths if self._companions and self.vector else taken
+
+
+def _ends(items: Sequence[int], length: Callable[[int], int], most: int | None = None) -> list[int]:
+    """The shortest and the longest of the items, or of those no longer than ``most``."""
+    order = sorted((i for i in items if most is None or length(i) <= most), key=length)
+    return [*order[:1], *order[1:][-1:]]

@@ -78,7 +78,7 @@ def attach(
     check_fingerprint(vector.metadata, model, tokenizer, allow_mismatch=allow_mismatch)
     if vector.positions == "all":
         return add_all(backbone, deltas(vector, coefficient))
-    passes = Passes(model)
+    passes = Passes.of(model, backbone.name)
     handle = add_all(backbone, deltas(vector, coefficient, passes))
     return SteeringHandle([handle, passes])
 
@@ -150,6 +150,17 @@ class RowSteering:
         self._handle = SteeringHandle(
             [backbone.blocks[layer].register_forward_hook(self._hook(layer, shifts)) for layer in layers]
         )
+
+    @property
+    def state(self) -> int:
+        """The state that all rows of passes made now are in.
+
+        Raises:
+            AFTError: rows differ.
+        """
+        if not isinstance(self._states, int):
+            raise AFTError("Rows of one pass are in several states.")
+        return self._states
 
     def remove(self) -> None:
         """Take the vectors off the model."""

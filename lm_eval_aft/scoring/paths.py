@@ -11,6 +11,7 @@ import torch
 
 from lm_eval_aft.packability import disagreement, refused, row_decides
 from lm_eval_aft.scoring.loglikelihood import Answers, Scorer, Shifts
+from lm_eval_aft.scoring.naive import Naive
 from lm_eval_aft.scoring.requests import Answer, Question, Request, gather, with_common_prefixes
 from lm_eval_aft.steering import add_all
 
@@ -33,12 +34,14 @@ class Paths:
     Args:
         stock: answers requests as `HFLM` does, for the model as it stands.
         window: most tokens a row may have; longer requests are cut by stock, and left to it.
+        naive: what paths are compared with instead of stock, where some positions only are steered.
     """
 
-    def __init__(self, scorer: Scorer, stock: Stock, window: int) -> None:
+    def __init__(self, scorer: Scorer, stock: Stock, window: int, naive: Naive | None = None) -> None:
         self.scorer = scorer
         self.stock = stock
         self.window = window
+        self.naive = naive
         self.taken: Counter[str] = Counter()
         self._holds: dict[str, bool] = {}
         self._longest: dict[str, int] = {}
@@ -157,6 +160,11 @@ class Paths:
             return f"the model refuses it ({type(error).__name__}: {str(error)[:200]})"
         finally:
             self.scorer.vectors = vectors
+        if self.naive is not None:
+            states = [self._states[i] if self._states else 0 for i in sorted(fast)]
+            return self.naive.differs(
+                [requests[i] for i in sorted(fast)], [fast[i] for i in sorted(fast)], states
+            )
         slow = self._by_stock([(i, (None, *request[1:])) for i, request in _items(probe, requests)])
         return self._compare(fast, dict(zip(sorted(fast), slow, strict=True)), requests)
 

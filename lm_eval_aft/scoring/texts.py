@@ -19,6 +19,7 @@ from lm_eval_aft.packability import disagreement, refused
 from lm_eval_aft.positions import row_roles
 from lm_eval_aft.scoring.generation import Ending, Watch, continuations, prompt, unusual
 from lm_eval_aft.scoring.loglikelihood import Scorer
+from lm_eval_aft.scoring.naive import Naive
 from lm_eval_aft.scoring.requests import Question
 from lm_eval_aft.scoring.steps import Step
 
@@ -43,12 +44,17 @@ class Texts:
     left to stock, and the log says so.
     Texts are those of stock at batch size 1. In 16 bits stock's own texts depend on the batch
     size, so nothing is promised and stock answers.
+
+    Args:
+        naive: what the logits are compared with, rather than the texts with stock's, where some positions
+            only are steered.
     """
 
-    def __init__(self, lm: HFLM, scorer: Scorer, stock: Stock) -> None:
+    def __init__(self, lm: HFLM, scorer: Scorer, stock: Stock, naive: Naive | None = None) -> None:
         self.lm = lm
         self.scorer = scorer
         self.stock = stock
+        self.naive = naive
         self.taken: Counter[str] = Counter()
         self._holds: bool | None = None
         self._longest = 0
@@ -124,7 +130,7 @@ class Texts:
             reasons = [self._logits_differ(question, seen[question.options[0].index]) for question in probe]
         except Exception as error:  # whatever a model's own code makes of such passes
             return f"the model refuses ({type(error).__name__}: {str(error)[:200]})"
-        if any(reasons):
+        if any(reasons) or self.naive is not None:
             return "; ".join(filter(None, reasons))
         indices = sorted(fast)
         same = self.stock([requests[i] for i in indices]) == [fast[i] for i in indices]
@@ -134,6 +140,9 @@ class Texts:
         """Compare the logits behind each token with one plain pass; texts alone would show little."""
         fast = torch.stack(seen)
         tokens = fast.argmax(-1)
+        if self.naive is not None:
+            prompt = [*question.context, *question.tokens]
+            return self.naive.logits_differ(prompt, tokens.tolist(), fast, question.state)
         ids = torch.tensor(
             [[*question.context, *question.tokens, *tokens.tolist()[:-1]]], device=tokens.device
         )
