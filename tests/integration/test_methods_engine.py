@@ -295,7 +295,7 @@ def test_generation_equals_a_naive_loop(positions: str, name: str, checkpoint: C
 def test_unknown_roles_are_refused() -> None:
     model = tiny_model("llama")
     with attach(model, vector_for("static", "prompt")), pytest.raises(AFTError, match="belong to the prompt"):
-        model.model(inputs_embeds=torch.zeros(1, 3, 32))
+        model.model(inputs_embeds=torch.zeros(1, 3, 32), attention_mask=torch.zeros(1, 1, 3, 3))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -22,7 +22,15 @@ from lm_eval_aft.methods import METHODS, find_method
 from lm_eval_aft.positions import POSITIONS, Passes, generating_from
 from tests.support.families import tiny_model, tiny_tokenizer
 
-FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen2", "gemma3_text", "mistral-window", "falcon", "falcon-rope"]
+# Two of them in the default tier, one with a sliding window; the rest takes a minute.
+FAMILIES = [
+    "llama",
+    "gemma3_text",
+    *(
+        pytest.param(family, marks=pytest.mark.slow)
+        for family in ("gpt2", "gpt_neox", "qwen2", "mistral-window", "falcon", "falcon-rope")
+    ),
+]
 NEW = 8
 PROMPTS = [[5, 9, 12], [7], [20, 6, 31, 11, 8, 8, 40]]
 WIDTH = max(map(len, PROMPTS))
