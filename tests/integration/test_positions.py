@@ -19,7 +19,7 @@ from lm_eval_aft import AFTError, SteeringVector, attach
 from lm_eval_aft.backbone import find_backbone
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.methods import METHODS, find_method
-from lm_eval_aft.positions import POSITIONS, Passes, generating_from
+from lm_eval_aft.positions import GENERATED, POSITIONS, Passes, generating_from, prompt_roles
 from tests.support.families import tiny_model, tiny_tokenizer
 
 # Two of them in the default tier, one with a sliding window; the rest takes a minute.
@@ -219,6 +219,24 @@ def test_a_generation_goes_on_from_a_filled_cache(positions: str) -> None:
             generate(model, attention_mask=None, **{cache_name(model): cache})
 
 
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
+def test_quantised_caches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded keys change texts, so the roles are compared, pass by pass."""
+    model = tiny_model("llama")
+    how = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+    try:
+        generate(model, **how)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"this transformers cannot quantise a cache with {backend} here: {str(error)[:60]}")
+    seen: list[Any] = []
+    work_out = Passes._work_out
+    monkeypatch.setattr(Passes, "_work_out", lambda *args: seen.append(work_out(*args)) or seen[-1])
+    steered(model, vector_for("static", "last"), **how)
+    assert torch.equal(seen[0], prompt_roles(MASK))
+    assert len(seen) == NEW
+    assert all(torch.equal(each, torch.full((3, 1), GENERATED)) for each in seen[1:])
+
+
 def cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
@@ -364,8 +382,6 @@ def scoring_requests() -> list[Instance]:
 
 def takes_everything_for_a_prompt(self: Passes, inputs: Any) -> Any:
     """What version 0.1 made of decoding steps under transformers 5.24."""
-    from lm_eval_aft.positions import prompt_roles
-
     return prompt_roles(torch.ones(inputs["input_ids"].shape[:2]))
 
 
