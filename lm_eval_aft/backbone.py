@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 
 from lm_eval_aft.errors import AFTError
 
+# What models call their key-value cache, the newest name first: transformers renamed it in 5.24.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 # The last part of the names under which transformers keeps decoder blocks.
 _USUAL_NAMES = {"layers", "h", "blocks", "block", "decoder_layers"}
 
@@ -74,6 +77,32 @@ def input_device(model: nn.Module) -> torch.device:
         embedding = None
     place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return next(model.parameters()).device if place is None else torch.device(place)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The keyword by which the model's ``forward`` takes a key-value cache.
+
+    Read from its signature, so that it is never a deprecated one while there is another. Wrappers that
+    hand their arguments on (PEFT, compiled models) are asked for what they wrap.
+
+    Raises:
+        AFTError: the model takes no cache, or calls it something else.
+    """
+    for module in model.modules():  # the model itself first, then what it wraps
+        try:
+            taken = inspect.signature(module.forward).parameters
+        except (TypeError, ValueError):  # compiled code may have none
+            continue
+        for name in CACHE_ARGUMENTS:
+            if name in taken:
+                return name
+        if "input_ids" in taken and not hasattr(module, "base_model"):
+            break  # a model of its own, whose layers' names are not for callers
+    raise AFTError(
+        f"{type(model).__name__} takes no key-value cache by a name that is known here "
+        f"({' or '.join(CACHE_ARGUMENTS)}).",
+        "Score it with fast=false, and upgrade lm-eval-aft if a new transformers renamed it.",
+    )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.backbone import Backbone, cache_argument
 from lm_eval_aft.intervention import Shift
 from lm_eval_aft.packing import capture, logits_at, resumed
 from lm_eval_aft.positions import CONTEXT, roles
@@ -255,7 +255,7 @@ class Scorer:
             if step.contexts and isinstance(step.at, slice) and isinstance(step.start, int):
                 slots.hide(step.at.start, step.contexts, step.start)
             slots.open(step.at, step.start, stop)
-            inputs |= {"past_key_values": slots, "use_cache": True}
+            inputs |= {cache_argument(self.model): slots, "use_cache": True}
         positions = torch.tensor(step.scored, dtype=torch.long, device=self.device)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
