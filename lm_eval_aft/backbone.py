@@ -12,8 +12,17 @@ from torch import nn
 
 from lm_eval_aft.errors import AFTError
 
+try:
+    from transformers.pytorch_utils import Conv1D as Conv1D  # of GPT-2's linear layers
+except ImportError:  # no release without it is known; its layers are then like any others
+
+    class Conv1D(nn.Module):  # type: ignore[no-redef]
+        """Nothing is one of these."""
+
+
 # What models call their key-value cache, the newest name first: transformers renamed it in 5.24.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
+UNTOLD = "untold"  # a config does not say which attention kernel it uses
 # The last part of the names under which transformers keeps decoder blocks.
 _USUAL_NAMES = {"layers", "h", "blocks", "block", "decoder_layers"}
 
@@ -103,6 +112,11 @@ def cache_argument(model: nn.Module) -> str:
         f"({' or '.join(CACHE_ARGUMENTS)}).",
         "Score it with fast=false, and upgrade lm-eval-aft if a new transformers renamed it.",
     )
+
+
+def attention_kernel(model: nn.Module) -> str | None:
+    """The attention implementation that a model's config names; ``UNTOLD`` where it has no such entry."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", UNTOLD)
 
 
 @torch.no_grad()

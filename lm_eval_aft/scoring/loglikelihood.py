@@ -66,7 +66,9 @@ class Scorer:
         self.vectors = list(vectors)
         self.budget = Budget.of(device)
         # A model spread over devices moves its inputs in hooks that must see every pass end.
-        self._may_stop = len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+        placed = {parameter.device for parameter in model.parameters()}
+        mapped = set(getattr(model, "hf_device_map", {}).values())
+        self._may_stop = max(len(placed), len(mapped)) <= 1 and torch.device("meta") not in placed
         self._slots: list[Slots | None] = [None] * 2
         self._reorders = autocast is None
         self._weights: ReorderedWeights | None = None

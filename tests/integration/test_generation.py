@@ -264,10 +264,12 @@ def test_a_wrong_way_is_left_with_a_warning(caplog: pytest.LogCaptureFixture) ->
     lm = AFTLM(tiny_model("llama"), **OPTIONS)
     forward = lm.model.model.forward
 
-    def shifted(*args: Any, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
-        if type(past_key_values).__name__ == "Slots" and position_ids is not None:
+    keyword = cache_argument(lm.model)
+
+    def shifted(*args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        if type(kwargs.get(keyword)).__name__ == "Slots" and position_ids is not None:
             position_ids = position_ids * 0
-        return forward(*args, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+        return forward(*args, position_ids=position_ids, **kwargs)
 
     lm.model.model.forward = shifted
     with caplog.at_level(logging.WARNING):
