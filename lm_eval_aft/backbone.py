@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.private_names import CACHE_ARGUMENTS
 
 try:
     from transformers.pytorch_utils import Conv1D as Conv1D  # of GPT-2's linear layers
@@ -20,8 +21,6 @@ except ImportError:  # no release without it is known; its layers are then like 
         """Nothing is one of these."""
 
 
-# What models call their key-value cache, the newest name first: transformers renamed it in 5.24.
-CACHE_ARGUMENTS = ("cache", "past_key_values")
 UNTOLD = "untold"  # a config does not say which attention kernel it uses
 # The last part of the names under which transformers keeps decoder blocks.
 _USUAL_NAMES = {"layers", "h", "blocks", "block", "decoder_layers"}

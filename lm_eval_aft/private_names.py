@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,18 +140,9 @@ def _parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def _cache_keyword() -> bool:
-    """The models that ship with transformers take a cache by a name that is known."""
-    from transformers import GPT2LMHeadModel, LlamaForCausalLM
-
-    from lm_eval_aft.backbone import CACHE_ARGUMENTS
-
-    return all(
-        set(CACHE_ARGUMENTS) & set(_parameters(m.forward)) for m in (LlamaForCausalLM, GPT2LMHeadModel)
-    )
-
-
-# What models may ask of a cache that they are handed: `Slots` answers the first three, and inherits
+# What models call their key-value cache, the newest name first: transformers renamed it in 5.24.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+# What models ask of a cache that they are handed: `Slots` answers the first three, and inherits
 # answers to the others that hold for it too.
 CACHE_CALLS = frozenset({"update", "get_seq_length", "get_mask_sizes"})
 CACHE_INHERITED = frozenset(
@@ -158,20 +150,26 @@ CACHE_INHERITED = frozenset(
 )
 
 
-def asked_of_a_cache(model: Any, like: Any, keyword: str) -> set[str]:
-    """Which attributes of its cache a model's pass asks for.
+def _keyword(model: Any) -> str:
+    taken = _parameters(model.forward)
+    return next(name for name in CACHE_ARGUMENTS if name in taken)
 
-    Args:
-        like: the class of the cache; made with ``like(1, 8)`` and opened for one row.
-        keyword: by which the model takes it.
-    """
-    import sys
 
+def _cache_keyword() -> bool:
+    """The models that ship with transformers take a cache by a name that is known."""
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+    return all(map(_keyword, (LlamaForCausalLM, GPT2LMHeadModel)))
+
+
+def asked_of_a_cache(model: Any) -> set[str]:
+    """Which attributes of its cache a model's passes ask for, over a prompt and two tokens more."""
     import torch
+    from transformers import DynamicCache
 
     asked: set[str] = set()
 
-    class Watched(like):
+    class Watched(DynamicCache):
         def __getattribute__(self, name: str) -> Any:
             caller = sys._getframe(1)
             theirs = str(caller.f_globals.get("__name__", "")).startswith("transformers.")
@@ -180,11 +178,10 @@ def asked_of_a_cache(model: Any, like: Any, keyword: str) -> set[str]:
                 asked.add(name)
             return super().__getattribute__(name)
 
-    cache = Watched(1, 8)
+    cache = {_keyword(model): Watched()}
     with torch.no_grad():
-        for start, ids in ((0, [[2, 3, 4]]), (3, [[5, 6]])):
-            cache.open(slice(0, 1), start)
-            model(input_ids=torch.tensor(ids), use_cache=True, **{keyword: cache})
+        for ids in ([[2, 3, 4]], [[5, 6]]):
+            model(input_ids=torch.tensor(ids), use_cache=True, **cache)
     return asked
 
 
@@ -192,15 +189,11 @@ def _slots_answer() -> bool:
     import torch
     from transformers import LlamaForCausalLM
 
-    from lm_eval_aft.backbone import cache_argument
-    from lm_eval_aft.scoring.slots import Slots
-
     with torch.random.fork_rng([]):
-        model = LlamaForCausalLM(_llama_config()).eval()
-    more = asked_of_a_cache(model, Slots, cache_argument(model)) - CACHE_CALLS - CACHE_INHERITED
-    if more:
-        raise AttributeError(f"models ask a cache for {', '.join(sorted(more))} too")
-    return True
+        asked = asked_of_a_cache(LlamaForCausalLM(_llama_config()).eval())
+    if more := sorted(asked - CACHE_CALLS - CACHE_INHERITED):
+        raise AttributeError(f"models ask a cache for {', '.join(more)} too")
+    return asked >= CACHE_CALLS
 
 
 def _llama_config() -> Any:
@@ -248,25 +241,41 @@ def _device_map() -> bool:
 
 
 def _attention_counted() -> bool:
-    """What attention on a CPU runs is what is counted, and comes to what the formula says."""
+    """Attention on a CPU runs the two kernels that are counted, forwards and backwards."""
     import torch
     import torch.nn.functional as F
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lm_eval_aft.training.rates import CPU_ATTENTION
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    ran: list[str] = []
 
-    query = torch.ones(1, 2, 16, 8)
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        F.scaled_dot_product_attention(query, query, query)
-    return bool(counter.get_total_flops() == 2 * (2 * 2 * 16 * 16 * 8))
+    def noting(name: str) -> Callable[..., int]:
+        def count(*_: Any, **__: Any) -> int:
+            ran.append(name)
+            return 0
+
+        return count
+
+    query = torch.ones(1, 2, 16, 8, requires_grad=True)
+    counted = {kernel: noting("forward"), back: noting("backward")}
+    with FlopCounterMode(display=False, custom_mapping=counted):
+        torch.autograd.backward(F.scaled_dot_product_attention(query, query, query).sum())
+    return ran == ["forward", "backward"]
 
 
 def _onednn() -> bool:
+    """A small product by oneDNN's kernels, which PyTorch has for itself, comes to the plain one."""
     import torch
+    import torch.nn.functional as F
 
-    from lm_eval_aft.scoring.reordered import multiplies_rightly
-
-    return multiplies_rightly() or not torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return True
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = (torch.randn(rows, 32, generator=generator) for rows in (8, 48))
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+    found = torch.ops.mkldnn._linear_pointwise(inputs, reordered, None, "none", [], "")
+    return torch.allclose(found, F.linear(inputs, weight), atol=1e-4)
 
 
 def _compiled_module() -> bool:
@@ -285,8 +294,7 @@ def _registry() -> bool:
 
 def _cache_hook() -> bool:
     """lm-eval hands its cache to the model, and one table of it is used for looking up and for writing."""
-    from lm_eval.api.model import CachingLM
-
+    caching_lm = importlib.import_module("lm_eval.api.model").CachingLM
     handed: list[Any] = []
 
     class Stub:
@@ -294,7 +302,7 @@ def _cache_hook() -> bool:
             handed.append(hook)
 
     with tempfile.TemporaryDirectory() as folder:
-        caching = CachingLM(Stub(), str(Path(folder) / "answers.db"))
+        caching = caching_lm(Stub(), str(Path(folder) / "answers.db"))
         try:
             return bool(handed) and handed[0].dbdict is caching.dbdict
         finally:
@@ -321,8 +329,7 @@ def _table_renamed() -> bool:
 
 def _doc_hash() -> bool:
     """lm-eval names a logged document by the digest that vectors keep."""
-    from lm_eval import evaluator
-
+    evaluator = importlib.import_module("lm_eval.evaluator")
     source = re.sub(r"\s+", "", inspect.getsource(evaluator))
     wanted = (
         "hash_string(json.dumps(requests[0].doc,indent=2,default=handle_non_serializable,ensure_ascii=False"
