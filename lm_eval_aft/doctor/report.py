@@ -19,10 +19,10 @@ _COLUMNS = {
     "by hand": ("by hand",),
 }
 _MEANING = (
-    "Each family is a tiny random model. Its log-likelihoods and its greedy texts (by --model aft; stock: with",
-    "fast=false; by hand: by the model's own generate under attach), without a vector and steered at all, prompt,",
-    "last and generated positions, are compared with whole passes that use no cache and are told which tokens",
-    "to steer.",
+    "Each family is a tiny random model. Its log-likelihoods and greedy texts (generation: by --model aft;",
+    "stock: with fast=false; by hand: by the model's own generate under attach), without a vector and",
+    "steered at all, prompt, last and generated positions, are compared with whole passes that use no",
+    "cache and are told which tokens to steer.",
 )
 
 
@@ -75,8 +75,8 @@ class Report:
             return f"Every answer of {len(ran)} families is right."
         families = list(dict.fromkeys(family for family, _ in self.bad))
         return (
-            f"{len(self.bad)} answers are wrong, in {len(families)} of {len(ran)} families: do not trust scores "
-            "and texts of these kinds with these versions. Please report this output."
+            f"{len(self.bad)} answers are wrong, in {len(families)} of {len(ran)} families: do not trust "
+            "scores and texts of these kinds with these versions. Please report this output."
         )
 
     def _reasons(self, verdict: str, title: str) -> list[str]:

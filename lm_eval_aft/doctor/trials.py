@@ -139,7 +139,8 @@ class _Subject:
             self.model(input_ids=ids, use_cache=False)
         norm = hidden_states(outputs[LAYER]).float().norm(dim=-1).mean().cpu()
         direction = torch.randn(self.backbone.hidden_size, generator=torch.Generator().manual_seed(1))
-        return direction / direction.norm() * norm
+        found: Tensor = direction / direction.norm() * norm
+        return found
 
     def ask(self) -> None:
         """All parts."""
