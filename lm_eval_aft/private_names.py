@@ -151,8 +151,10 @@ CACHE_INHERITED = frozenset(
 
 
 def _keyword(model: Any) -> str:
-    taken = _parameters(model.forward)
-    return next(name for name in CACHE_ARGUMENTS if name in taken)
+    found = [name for name in CACHE_ARGUMENTS if name in _parameters(model.forward)]
+    if not found:
+        raise AttributeError(f"{getattr(model, '__name__', type(model).__name__)} takes no cache")
+    return found[0]
 
 
 def _cache_keyword() -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from lm_eval_aft import AFTError, SteeringVector, attach, train_vector
-from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.backbone import cache_argument, find_backbone
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.methods import METHODS, find_method
