@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,17 @@ import torch
 from torch import nn
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.private_names import CACHE_ARGUMENTS
 
+try:
+    from transformers.pytorch_utils import Conv1D as Conv1D  # of GPT-2's linear layers
+except ImportError:  # no release without it is known; its layers are then like any others
+
+    class Conv1D(nn.Module):  # type: ignore[no-redef]
+        """Nothing is one of these."""
+
+
+UNTOLD = "untold"  # a config does not say which attention kernel it uses
 # The last part of the names under which transformers keeps decoder blocks.
 _USUAL_NAMES = {"layers", "h", "blocks", "block", "decoder_layers"}
 
@@ -74,6 +85,37 @@ def input_device(model: nn.Module) -> torch.device:
         embedding = None
     place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return next(model.parameters()).device if place is None else torch.device(place)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The keyword by which the model's ``forward`` takes a key-value cache.
+
+    Read from its signature, so that it is never a deprecated one while there is another. Wrappers that
+    hand their arguments on (PEFT, compiled models) are asked for what they wrap.
+
+    Raises:
+        AFTError: the model takes no cache, or calls it something else.
+    """
+    for module in model.modules():  # the model itself first, then what it wraps
+        try:
+            taken = inspect.signature(module.forward).parameters
+        except (TypeError, ValueError):  # compiled code may have none
+            continue
+        for name in CACHE_ARGUMENTS:
+            if name in taken:
+                return name
+        if "input_ids" in taken and not hasattr(module, "base_model"):
+            break  # a model of its own, whose layers' names are not for callers
+    raise AFTError(
+        f"{type(model).__name__} takes no key-value cache by a name that is known here "
+        f"({' or '.join(CACHE_ARGUMENTS)}).",
+        "Score it with fast=false, and upgrade lm-eval-aft if a new transformers renamed it.",
+    )
+
+
+def attention_kernel(model: nn.Module) -> str | None:
+    """The attention implementation that a model's config names; ``UNTOLD`` where it has no such entry."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", UNTOLD)
 
 
 @torch.no_grad()

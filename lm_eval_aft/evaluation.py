@@ -17,6 +17,7 @@ from lm_eval_aft.evaluation_folder import begun, lacking, note_asked, whole
 from lm_eval_aft.harness import check_names, environment_asked_once, task_manager_for
 from lm_eval_aft.library import Library
 from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.private_names import borrowed, require
 from lm_eval_aft.routing import Routing
 from lm_eval_aft.runs import Run, plan_runs
 
@@ -174,14 +175,16 @@ def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) ->
     Raises:
         AFTError: lm-eval refuses them, or they name model arguments.
     """
-    from lm_eval._cli.run import Run as StockRun
-    from lm_eval.config.evaluate_config import EvaluatorConfig
+    with borrowed("lm-eval: lm_eval._cli.run.Run, EvaluatorConfig.from_cli"):
+        from lm_eval._cli.run import Run as StockRun
+        from lm_eval.config.evaluate_config import EvaluatorConfig
 
+        create, from_cli = StockRun.create, EvaluatorConfig.from_cli
     parser = argparse.ArgumentParser(prog="lm_eval")
-    StockRun.create(parser.add_subparsers())
+    create(parser.add_subparsers())
     ours = ["--model", "aft", "--tasks", ",".join(tasks), "--log_samples", "--output_path", str(folder)]
     try:
-        config = EvaluatorConfig.from_cli(parser.parse_args(["run", *ours, *flags]))
+        config = from_cli(parser.parse_args(["run", *ours, *flags]))
     except ValueError as error:
         raise AFTError(f"lm-eval refuses these flags: {error}", "See `lm_eval run --help`.") from error
     if config.model_args:
@@ -217,6 +220,9 @@ def score(
     """
     from lm_eval.loggers import EvaluationTracker
 
+    require(
+        "lm-eval: EvaluationTracker.general_config_tracker, save_results_aggregated, save_results_samples"
+    )
     if run.spec is not None:
         model_args = {**model_args, "vector": run.spec}
     if lm.routing is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.private_names import borrowed, require
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Output types that can be trained on, and the objective each is trained with.
 TRAINABLE = {"multiple_choice": "choice", "generate_until": "lm", "loglikelihood": "lm"}
+_MANAGER = "lm-eval: TaskManager (task_index, all_tasks, all_subtasks, match_tasks, load)"
 NOT_TEXT = ("image", "audio")  # what a task's documents may hold, by its doc_to_...
 
 
@@ -99,9 +101,13 @@ def compiled_once() -> Iterator[None]:
 
     The templates are the same objects it would make anew; over a large task that is most of the time.
     """
-    from lm_eval.utils import env
+    try:
+        from lm_eval.utils import env
 
-    compile_template = env.from_string
+        compile_template = env.from_string
+    except (ImportError, AttributeError):  # lm-eval keeps it elsewhere: slower
+        yield
+        return
     env.from_string = cache(compile_template)
     try:
         yield
@@ -117,11 +123,14 @@ def environment_asked_once(known: list[str]) -> Iterator[None]:
     """
     from torch.utils import collect_env
 
-    ask = collect_env.get_pretty_env_info
+    ask = getattr(collect_env, "get_pretty_env_info", None)
+    if ask is None:
+        yield
+        return
 
     def told() -> str:
         if not known:
-            known.append(str(ask()))  # type: ignore[no-untyped-call]
+            known.append(str(ask()))
         return known[0]
 
     collect_env.get_pretty_env_info = told
@@ -153,6 +162,7 @@ def task_manager_for(
     """
     from lm_eval.tasks import TaskManager
 
+    require(_MANAGER)
     definitions = [find_definition(name, include_path) for name in names]
     if None not in definitions:
         # Earlier folders win in task_folders, later ones in TaskManager.
@@ -169,6 +179,7 @@ def full_index(
     """The index of every known task, ours and the user's included (6 to 11 seconds)."""
     from lm_eval.tasks import TaskManager
 
+    require(_MANAGER)
     logger.info("Indexing all harness tasks ...")
     # Later paths override earlier ones, so the user's come last.
     return TaskManager(include_path=[str(tasks_path()), *map(str, include_path)], metadata=metadata)
@@ -202,15 +213,13 @@ def list_tasks(
     pattern: str = "*", include_path: Sequence[str | Path] = (), manager: TaskManager | None = None
 ) -> list[TaskListing]:
     """Tasks whose names match, in alphabetical order; of ``manager``, by default of the full index."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     if manager is None:  # a plain name is found without reading every task there is
         plain = not set(pattern) & set("*?[")
         manager = task_manager_for([pattern], include_path) if plain else full_index(include_path)
     listings = []
     for name in fnmatch.filter(manager.all_subtasks, pattern):
         path = manager.task_index[name].yaml_path
-        config = load_yaml(path, resolve_func=False, recursive=True) if path else {}
+        config = read_definition(path) if path else {}
         metrics = tuple(str(m.get("metric")) for m in config.get("metric_list") or [] if isinstance(m, dict))
         listings.append(
             TaskListing(
@@ -227,6 +236,15 @@ def list_tasks(
             )
         )
     return listings
+
+
+def read_definition(path: Path) -> dict[str, Any]:
+    """A task's YAML with what it includes, as lm-eval reads it; functions that it names are not imported."""
+    with borrowed("lm-eval: lm_eval.tasks._yaml_loader.load_yaml"):
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+    found: dict[str, Any] = load_yaml(path, resolve_func=False, recursive=True)
+    return found
 
 
 def find_definition(name: str, include_path: Sequence[str | Path] = ()) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.demo import resolve_pretrained
-from lm_eval_aft.harness import find_definition
+from lm_eval_aft.harness import find_definition, read_definition
 from lm_eval_aft.vector import FILE_NAME, canonical_json
 
 # Folders with one of these hold results of ours, not what a task is made of.
@@ -42,12 +42,11 @@ def task_identity(name: str, include_path: Sequence[str] = ()) -> dict[str, Any]
     Tasks of lm-eval's own are told by their definition and the harness's version, which holds their code.
     """
     import lm_eval.tasks
-    from lm_eval.tasks._yaml_loader import load_yaml
 
     path = find_definition(name, include_path)
     if path is None:
         return {"task": name}
-    config = load_yaml(path, resolve_func=False, recursive=True)
+    config = read_definition(path)
     found: dict[str, Any] = {"task": name, "config": json.loads(json.dumps(config, default=str))}
     if path.is_relative_to(Path(lm_eval.tasks.__file__).parent):
         found["lm_eval"] = lm_eval.__version__

@@ -23,6 +23,7 @@ from lm_eval_aft.library import Library, load_vector
 from lm_eval_aft.library.names import as_spec
 from lm_eval_aft.model_info import describe, key_cache
 from lm_eval_aft.positions import POSITIONS
+from lm_eval_aft.private_names import gone, require
 from lm_eval_aft.routing import Routing, whole_spec
 from lm_eval_aft.scoring.companions import Companions
 from lm_eval_aft.scoring.loglikelihood import Answers, Scorer
@@ -35,6 +36,13 @@ from lm_eval_aft.vector import SteeringVector
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_ANSWERS = "lm-eval: HFLM._loglikelihood_tokens"
+# Without these a vector would not be where it should, and nothing would say so.
+_RELIED_ON = (
+    _ANSWERS,
+    "lm-eval: HFLM._detect_batch_size, batch_schedule, batch_sizes",
+    "lm-eval: attributes of HFLM (softmax_dtype, mixed_precision_dtype, truncation, think_end_token, ...)",
+)
 
 
 class AFTLM(StockLM):
@@ -76,6 +84,8 @@ class AFTLM(StockLM):
         **kwargs: Any,
     ) -> None:
         print_errors_plainly()
+        for key in _RELIED_ON:
+            require(key)
         if isinstance(pretrained, str):
             pretrained = resolve_pretrained(pretrained)
         if positions is not None and positions not in POSITIONS:
@@ -95,6 +105,8 @@ class AFTLM(StockLM):
             raise AFTError("Encoder-decoder models are not supported.", "Use a decoder-only (causal) model.")
         if self.device.type == "meta":  # stock looks at the first weights, which lie on disk
             self._device = input_device(self.model)
+            if self.device.type == "meta":
+                raise gone("accelerate: _hf_hook.execution_device of offloaded modules")
         check_causal(self.model)
         self._blocks = blocks
         self.fast, self.answer_only = bool(fast), bool(answer_only)
@@ -104,6 +116,7 @@ class AFTLM(StockLM):
         self._kinds: frozenset[tuple[str, str]] = frozenset()
         self._stock_faults: dict[tuple[str, int], str] = {}
         self._force = InForce(self.model, self.tokenizer, blocks)
+        self._asked = 0
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
         if route:
@@ -162,7 +175,7 @@ class AFTLM(StockLM):
         vector, companions = self._force.vector, self._companions
         self._states = [] if self.routing is None else self.routing.states(requests)
         requests = without_contexts(requests) if self.answer_only else requests
-        ask = partial(HFLM.loglikelihood, self, disable_tqdm=disable_tqdm)
+        ask = self._through_us(partial(HFLM.loglikelihood, self, disable_tqdm=disable_tqdm))
         if vector is None or companions is None:
             return list(ask(requests))
         found = companions.answers(vector, [request.args for request in requests])
@@ -181,6 +194,7 @@ class AFTLM(StockLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
+        self._asked += len(requests)
         # Rolling windows bring a batch size of their own: long rows without anything to share.
         if override_bs is not None or not requests:
             return self._stock_answers(requests, disable_tqdm, override_bs)
@@ -212,6 +226,18 @@ class AFTLM(StockLM):
             companions.paths += paths.taken - before
         return [found[i] for i in range(len(requests))]
 
+    def _through_us(self, ask: Callable[[list[Instance]], list[T]]) -> Callable[[list[Instance]], list[T]]:
+        """``ask``, which must call `_loglikelihood_tokens`: tokens' roles and routers are applied there."""
+
+        def asked(requests: list[Instance]) -> list[T]:
+            before = self._asked
+            found = list(ask(requests))
+            if requests and self._asked == before:
+                raise gone(_ANSWERS, "it answered without calling it")
+            return found
+
+        return asked
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As `HFLM`; under a router vector by vector.
 
@@ -220,7 +246,8 @@ class AFTLM(StockLM):
         """
         if self.routing is not None and self.world_size > 1:
             raise AFTError("A router cannot serve rolling log-likelihoods in several processes.", "Use one.")
-        return self._by_vector(requests, partial(HFLM.loglikelihood_rolling, self, disable_tqdm=disable_tqdm))
+        ask = self._through_us(partial(HFLM.loglikelihood_rolling, self, disable_tqdm=disable_tqdm))
+        return self._by_vector(requests, ask)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As `HFLM`; plain greedy decoding in fp32 goes the fast way, the rest to stock."""

@@ -11,6 +11,7 @@ from lm_eval.api.model import CacheHook
 
 from lm_eval_aft.fingerprint import fingerprint, stored_weights
 from lm_eval_aft.library.entry import is_biased
+from lm_eval_aft.private_names import borrowed, require
 from lm_eval_aft.vector import SteeringVector, canonical_json
 
 if TYPE_CHECKING:
@@ -64,9 +65,14 @@ def key_cache(lm: AFTLM, cache_hook: CacheHook) -> None:
     baseline's answers. `CachingLM` looks answers up, and hooks write them, through one
     ``SqliteDict``; renaming its table here separates both.
     """
-    database = cache_hook.dbdict
+    handed = "lm-eval: CachingLM.set_cache_hook, CacheHook.dbdict"
+    with borrowed(handed):
+        database = cache_hook.dbdict
     if database is None:
         return
+    # A name that only seems to take effect would serve a steered run the baseline's answers.
+    require(handed)
+    require("sqlitedict: SqliteDict.tablename, conn")
     table = f"aft_{hashlib.sha256(canonical_json(_answers_depend_on(lm)).encode()).hexdigest()[:24]}"
     database.tablename = table
     database.conn.execute(f'CREATE TABLE IF NOT EXISTS "{table}" (key TEXT PRIMARY KEY, value BLOB)')

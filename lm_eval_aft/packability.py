@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lm_eval_aft.backbone import input_device
+from lm_eval_aft.backbone import UNTOLD, attention_kernel, input_device
 from lm_eval_aft.documents import Document, lay_out, units
 from lm_eval_aft.packing import continuation_logits, make_batch, option_logprobs
 
@@ -33,9 +34,14 @@ def refused(model: nn.Module, longest: int) -> str:
     family = str(getattr(text, "model_type", ""))
     if family in UNPACKABLE and getattr(text, "alibi", True):
         return f"{family}: {UNPACKABLE[family]}"
-    if getattr(model, "_is_stateful", False):
+    stateful = getattr(model, "_is_stateful", None)
+    if stateful is None and isinstance(model, PreTrainedModel):
+        return "this transformers does not say whether blocks carry a state along the row"
+    if stateful:
         return f"{family}: its blocks carry a state along the row, which no mask divides"
-    kernel = getattr(config, "_attn_implementation", None)
+    kernel = attention_kernel(model)
+    if kernel == UNTOLD:
+        return "this transformers does not say which attention kernel a model uses"
     if kernel not in (None, "eager", "sdpa"):
         return f"{kernel} takes no 4-D masks"
     window = getattr(text, "sliding_window", None)

@@ -145,15 +145,13 @@ def _finished(cells: Sequence[Cell], output: Path | None) -> int:
 
 def _shots(study: BenchStudy) -> Any:
     """Examples in a cell's prompts: what the study says, else what the task's file says."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    from lm_eval_aft.harness import find_definition
+    from lm_eval_aft.harness import find_definition, read_definition
 
     known: dict[str, int] = {}
     with contextlib.chdir(study.data) if study.data else contextlib.nullcontext():
         for entry in study.tasks:
             path = find_definition(entry.task, study.include_path)
-            config = load_yaml(path, resolve_func=False, recursive=True) if path else {}
+            config = read_definition(path) if path else {}
             known[entry.name] = int(config.get("num_fewshot") or 0)
     return lambda cell: (
         known[cell.task.name] if cell.plan.prompts.num_fewshot is None else cell.plan.prompts.num_fewshot

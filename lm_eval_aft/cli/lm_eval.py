@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import click
+
+from lm_eval_aft.registration import MODEL_NAME
 
 
 @click.command(
@@ -20,8 +23,16 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     Example:
       aft lm-eval run --model aft --model_args pretrained=gpt2,vector=v --tasks hellaswag
     """
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval_aft.private_names import borrowed, gone
 
+    with borrowed("lm-eval: lm_eval.__main__.cli_evaluate"):
+        from lm_eval.__main__ import cli_evaluate
+    table = "lm-eval: lm_eval.models and lm_eval.api.registry.model_registry"
+    with borrowed(table):
+        importlib.import_module("lm_eval.models")  # which fills the table
+        from lm_eval.api.registry import model_registry
+    if MODEL_NAME not in model_registry:
+        raise gone(table, "the model was not taken into the table")
     saved = sys.argv
     sys.argv = ["lm_eval", *arguments]
     try:

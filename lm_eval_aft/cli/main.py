@@ -6,6 +6,7 @@ import click
 
 from lm_eval_aft import __version__
 from lm_eval_aft.cli.bench import bench
+from lm_eval_aft.cli.doctor import doctor
 from lm_eval_aft.cli.evaluate import evaluate
 from lm_eval_aft.cli.export import export, import_
 from lm_eval_aft.cli.lm_eval import lm_eval
@@ -38,6 +39,7 @@ def aft() -> None:
 aft.add_command(train_vector, "train")
 aft.add_command(evaluate)
 aft.add_command(report)
+aft.add_command(doctor)
 aft.add_command(export)
 aft.add_command(import_)
 aft.add_command(bench)

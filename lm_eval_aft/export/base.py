@@ -15,6 +15,7 @@ from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.errors import AFTError, model_not_loaded
 from lm_eval_aft.fingerprint import check_fingerprint
 from lm_eval_aft.methods import METHODS
+from lm_eval_aft.private_names import require
 from lm_eval_aft.steering import add_at, check_fits
 from lm_eval_aft.vector import SteeringVector
 
@@ -22,6 +23,8 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"),
     *("vocab.txt", "merges.txt", "sentencepiece.bpe.model", "tekken.json", "tokenizer.tiktoken"),
 )
+
+_MAY_BE_MISSING = "transformers: cached_file(_raise_exceptions_for_...)"
 
 
 @dataclass
@@ -105,6 +108,7 @@ def _tokenizer(name: str, path: str, revision: str | None) -> Any:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizers, in Rust, raises nothing narrower for a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        require(_MAY_BE_MISSING)
         try:
             there = [
                 file
@@ -128,6 +132,7 @@ def source_file(base: Base, name: str) -> Path | None:
     """A file of the base model's repository or folder, or ``None`` where it has no such file."""
     from transformers.utils import cached_file
 
+    require(_MAY_BE_MISSING)
     try:
         found = cached_file(
             base.path,

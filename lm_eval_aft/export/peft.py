@@ -25,6 +25,7 @@ from lm_eval_aft.export.report import Export, Progress
 from lm_eval_aft.export.slots import find_slots, module_of
 from lm_eval_aft.export.target import appearing
 from lm_eval_aft.export.verify import Agreement, compare, probe_logits, probe_prompts, require
+from lm_eval_aft.private_names import gone
 from lm_eval_aft.vector import SteeringVector
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -61,7 +62,10 @@ def export_peft(
         config = _config(peft, sorted(names.values()), linear)
         model = peft.get_peft_model(base.model, config)
         values = {names[layer]: delta / slot.scale for layer, delta in deltas.items()}
-        _fill(model.base_model.model, values, linear)
+        try:
+            _fill(model.base_model.model, values, linear)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise gone("peft: BeftConfig, beft_bias, lora_A and lora_B of adapted layers", error) from error
         config.base_model_name_or_path, config.revision = base.path, base.revision
         config.inference_mode = True
         model.save_pretrained(folder, safe_serialization=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.backbone import Backbone, Conv1D
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.export.verify import forward_in_float32
 from lm_eval_aft.steering import add_at, hidden_states
@@ -76,8 +76,6 @@ def _exact_scales(model: Any) -> list[float]:
 
 
 def _linears_in_order(model: Any, block: nn.Module, width: int) -> list[tuple[str, nn.Module]]:
-    from transformers.pytorch_utils import Conv1D
-
     seen: list[tuple[str, nn.Module]] = []
     handles = []
     for name, module in block.named_modules():

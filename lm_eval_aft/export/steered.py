@@ -13,6 +13,7 @@ from lm_eval_aft.export.base import Base
 from lm_eval_aft.export.report import Export, Progress
 from lm_eval_aft.export.target import appearing
 from lm_eval_aft.export.verify import compare, probe_prompts, require
+from lm_eval_aft.private_names import borrowed
 
 
 def export_steered(base: Base, deltas: dict[int, Tensor], target: Path, progress: Progress) -> Export:
@@ -58,14 +59,18 @@ def export_steered(base: Base, deltas: dict[int, Tensor], target: Path, progress
 
 
 def _loaded_logits(base: Base, file: Path, prompts: list[Tensor]) -> list[Tensor]:
-    from lm_eval.models.hf_steered import SteeredModel
+    call = "lm-eval: SteeredModel._model_call"
+    with borrowed(call):
+        from lm_eval.models.hf_steered import SteeredModel
 
     if base.tokenizer is None:
         raise AFTError(f"{base.name} has no tokenizer, which lm-eval needs.")
     lm: Any = SteeredModel(base.model, str(file), device="cpu", tokenizer=base.tokenizer)
+    with borrowed(call):
+        ask = lm._model_call
     try:
         with torch.no_grad():
-            return [lm._model_call(ids) for ids in prompts]
+            return [ask(ids) for ids in prompts]
     except TypeError as error:  # its hook takes tensors and tuples
         raise AFTError(
             f"lm-eval's steered model cannot hook blocks of {base.config.model_type} ({error}).",

@@ -159,6 +159,8 @@ def speaking(repo: str, doing: str) -> Iterator[None]:
 
     # httpx in some releases, its successor in others: the base class of both kinds of failure.
     http_error: Any = errors.HfHubHTTPError.__mro__[1]
+    if http_error in (Exception, BaseException):  # would take every error for one of the network
+        http_error = errors.HfHubHTTPError
     try:
         yield
     except errors.GatedRepoError as error:

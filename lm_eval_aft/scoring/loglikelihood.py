@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lm_eval_aft.backbone import Backbone
+from lm_eval_aft.backbone import Backbone, cache_argument
 from lm_eval_aft.intervention import Shift
 from lm_eval_aft.packing import capture, logits_at, resumed
 from lm_eval_aft.positions import CONTEXT, roles
@@ -66,7 +66,9 @@ class Scorer:
         self.vectors = list(vectors)
         self.budget = Budget.of(device)
         # A model spread over devices moves its inputs in hooks that must see every pass end.
-        self._may_stop = len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+        placed = {parameter.device for parameter in model.parameters()}
+        mapped = set(getattr(model, "hf_device_map", {}).values())
+        self._may_stop = max(len(placed), len(mapped)) <= 1 and torch.device("meta") not in placed
         self._slots: list[Slots | None] = [None] * 2
         self._reorders = autocast is None
         self._weights: ReorderedWeights | None = None
@@ -255,7 +257,7 @@ class Scorer:
             if step.contexts and isinstance(step.at, slice) and isinstance(step.start, int):
                 slots.hide(step.at.start, step.contexts, step.start)
             slots.open(step.at, step.start, stop)
-            inputs |= {"past_key_values": slots, "use_cache": True}
+            inputs |= {cache_argument(self.model): slots, "use_cache": True}
         positions = torch.tensor(step.scored, dtype=torch.long, device=self.device)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
-from transformers.pytorch_utils import Conv1D
+
+from lm_eval_aft.backbone import Conv1D
+from lm_eval_aft.private_names import NAMES, borrowed
+
+with borrowed("torch: torch.utils.flop_counter (flop_registry, register_flop_formula, sdpa_flop_count)"):
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # A model whose weights take more bytes than this keeps them as they are: the copies take as many again.
 MOST_BYTES = 2 << 30
+_KERNELS = "torch: torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight"
 # Rows that the order is chosen for; any number is served.
 _ROWS = 256
 
@@ -64,7 +69,7 @@ class ReorderedWeights:
 def _served(model: nn.Module) -> bool:
     compiled = hasattr(model, "_orig_mod")  # would be compiled anew for every change of a layer
     here = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return here and not compiled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return here and not compiled and not NAMES[_KERNELS].problem()
 
 
 def _weight(module: nn.Module) -> Tensor | None:

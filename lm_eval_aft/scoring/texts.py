@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 
 from lm_eval_aft.packability import disagreement, refused
 from lm_eval_aft.positions import row_roles
+from lm_eval_aft.private_names import borrowed
 from lm_eval_aft.scoring.generation import Ending, Watch, continuations, prompt, unusual
 from lm_eval_aft.scoring.loglikelihood import Scorer
 from lm_eval_aft.scoring.naive import Naive
 from lm_eval_aft.scoring.requests import Question
 from lm_eval_aft.scoring.steps import Step
+
+with borrowed(
+    "lm-eval: lm_eval.models.utils (handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text)"
+):
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lm_eval_aft.documents import Document, units
+from lm_eval_aft.private_names import borrowed, require
 from lm_eval_aft.training.fit import Candidate, Engine, in_steps
 from lm_eval_aft.training.protocols import Stage
 from lm_eval_aft.training.rates import Spent, flops_of, measure_rates
+
+with borrowed("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.utils._pytree.tree_leaves"):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
 SAMPLE = 4  # documents timed
 
@@ -35,6 +38,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, only: str | None = None) -> None:
+        require("torch: UntypedStorage._cdata")
         super().__init__()  # type: ignore[no-untyped-call]
         self._only = only
         self.alive = self.peak = 0

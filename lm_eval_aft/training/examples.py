@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from lm_eval_aft.documents import Document
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.harness import NOT_TEXT, TRAINABLE, set_num_fewshot
+from lm_eval_aft.private_names import borrowed
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -198,6 +199,8 @@ def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:
     """Token ids of examples, split and cut on the left exactly as ``hf`` would."""
     documents = []
     limit = lm.max_length
+    with borrowed("lm-eval: HFLM._encode_pair"):
+        split = lm._encode_pair
     for example in examples:
         pairs = []
         for context, continuation in example.requests:
@@ -206,7 +209,7 @@ def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:
                 prefix = lm.prefix_token_id
                 head, tail = ([prefix], tail) if prefix != tail[0] else (tail[:1], tail[1:])
             else:
-                head, tail = lm._encode_pair(context, continuation)
+                head, tail = split(context, continuation)
             if not tail:
                 raise AFTError(
                     f"The tokenizer makes nothing of {continuation!r} (document {example.doc_id}).",

@@ -65,7 +65,7 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     ]
     model.to(dtype)
     for module, name, buffer in rotary:
-        module._buffers[name] = buffer
+        setattr(module, name, buffer)
 
 
 @contextmanager

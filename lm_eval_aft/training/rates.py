@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_aft.documents import Document
+from lm_eval_aft.private_names import borrowed, require
 from lm_eval_aft.training.fit import Candidate, Engine, in_steps
 from lm_eval_aft.training.protocols import Stage
+
+with borrowed("torch: torch.utils.flop_counter (flop_registry, register_flop_formula, sdpa_flop_count)"):
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -23,10 +27,15 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
 
 
 # The counter knows the attention kernels of GPUs only; these are the CPU's, which do the same products.
-CPU_ATTENTION: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+_KERNELS: dict[str, Any] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }
+CPU_ATTENTION: dict[Any, Any] = {
+    getattr(torch.ops.aten, name): count for name, count in _KERNELS.items() if hasattr(torch.ops.aten, name)
+}
+# Without them, or if attention runs others, counts would be too low: asked for wherever something is counted.
+COUNTED_ATTENTION = "torch: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu and its backward"
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ def measure_rates(
 
 def flops_of(work: Callable[[], None]) -> int:
     """Floating-point operations of matrix products and attention, as `FlopCounterMode` counts them."""
+    require(COUNTED_ATTENTION)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         work()
     return int(counter.get_total_flops())

@@ -17,11 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lm_eval_aft.training.rates import CPU_ATTENTION, Spent
+from lm_eval_aft.private_names import borrowed, require
+from lm_eval_aft.training.rates import COUNTED_ATTENTION, CPU_ATTENTION, Spent
+
+with borrowed("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.utils._pytree.tree_leaves"):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, device: Device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        require(COUNTED_ATTENTION)
         self.device = device
         self.spent: Spent = Spent()
         self._flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).flop_registry
@@ -111,9 +115,9 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
         if func.is_view or not any(each.is_meta for each in (*given, *made)):
             return output
-        count = self._flops.get(func._overloadpacket)
+        count = self._flops.get(func.overloadpacket)
         flops = float(count(*args, **(kwargs or {}), out_val=output)) if count else 0.0
-        read = 0 if func._overloadpacket.__name__ in _PICKING else _size(given)
+        read = 0 if func.overloadpacket.__name__ in _PICKING else _size(given)
         traffic = read + _size(made) if given else 0
         seconds = max(flops / self.device.flops, traffic / self.device.bandwidth, self.device.overhead)
         self.spent = self.spent + Spent(seconds, flops)
@@ -171,8 +175,8 @@ def _attention(
     else:
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-        found = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-        )
+        with borrowed("torch: torch.ops.aten._scaled_dot_product_efficient_attention"):
+            kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        found = kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)
     result: Tensor = found[0]
     return result

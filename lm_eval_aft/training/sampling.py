@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.private_names import borrowed
 from lm_eval_aft.training.parallel import Workers
 from lm_eval_aft.vector import SteeringVector
+
+with borrowed(
+    "lm-eval: lm_eval.models.utils (handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text)"
+):
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 # Constants, not what happens to be free: the batches decide which random numbers a sample gets.
 CACHE_BYTES = 4 << 30  # keys and values of a batch

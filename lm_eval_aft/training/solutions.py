@@ -12,6 +12,7 @@ import jsonlines
 from lm_eval.api.instance import Instance
 
 from lm_eval_aft.errors import AFTError
+from lm_eval_aft.private_names import borrowed
 from lm_eval_aft.vector import replacing
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Marker:
     ) -> None:
         self.task = task
         name = task.config.task
-        filters = {each.name: each for each in task._filters}
+        with borrowed("lm-eval: ConfigurableTask._filters"):
+            filters = {each.name: each for each in task._filters}
         metrics = list(task.aggregation())
         self.filter = next(iter(filters)) if filter_name is None else filter_name
         self.metric = metrics[0] if metric is None else metric

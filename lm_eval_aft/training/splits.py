@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.harness import evaluation_split, split_documents
+from lm_eval_aft.private_names import NAMES, borrowed, version
 from lm_eval_aft.training.examples import Example, Extractor
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 logger = logging.getLogger(__name__)
+DOC_HASH = "lm-eval: doc_hash of logged samples (lm_eval.utils.hash_string, handle_non_serializable)"
 
 Keyed = tuple[int, dict[str, Any], str]  # id, document, key
 Shown = tuple[dict[str, Any], frozenset[str]]  # a few-shot document, and its keys however it is read
@@ -189,6 +191,13 @@ def prompted(
         )
     counts |= {"pool": len(pool), "selection": len(selection)}
     digest = hashlib.sha256("".join(key for _, _, key in chosen).encode()).hexdigest()
+    if reason := NAMES[DOC_HASH].problem():
+        logger.warning(
+            "lm-eval %s may name the documents it logs in a way that is not known here (%s): reports may not "
+            "see that this vector was chosen on a document they report.",
+            version("lm-eval"),
+            reason,
+        )
     documents_chosen = tuple(_doc_hash(doc)[:16] for _, doc, _ in chosen)
     found = Splits(extractor, selection, pool, carved.train_docs, counts, digest, documents_chosen, share)
     found._fewshot = fewshot
@@ -202,7 +211,8 @@ def in_groups(documents: Sequence[Keyed], share: int) -> list[Sequence[Keyed]]:
 
 def _doc_hash(doc: dict[str, Any]) -> str:
     """``doc_hash`` as lm-eval logs it with samples (``lm_eval.evaluator.evaluate``)."""
-    from lm_eval.utils import handle_non_serializable, hash_string
+    with borrowed(DOC_HASH):
+        from lm_eval.utils import handle_non_serializable, hash_string
 
     text = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
     return str(hash_string(text))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lm_eval_aft.backbone import Backbone, input_device
+from lm_eval_aft.backbone import Backbone, attention_kernel, input_device
 from lm_eval_aft.documents import Document, token_budget_batches, units
 from lm_eval_aft.errors import AFTError
 from lm_eval_aft.intervention import Intervention
@@ -249,9 +249,7 @@ def residual_norm(model: nn.Module, backbone: Backbone, layer: int, documents: S
 
 
 def _no_gradients(model: nn.Module) -> bool:
-    config: Any = getattr(model, "config", None)
-    flex = getattr(config, "_attn_implementation", None) == "flex_attention"
-    return flex and input_device(model).type == "cpu"
+    return attention_kernel(model) == "flex_attention" and input_device(model).type == "cpu"
 
 
 def _run_blocks(model: nn.Module, batch: Batch) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from lm_eval_aft import AFTError, SteeringVector, attach, train_vector
-from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.backbone import cache_argument, find_backbone
 from lm_eval_aft.intervention import Intervention
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.methods import METHODS, find_method
@@ -141,7 +142,7 @@ def test_prefill_and_decoding_change_hidden_states_where_they_should(
 ) -> None:
     """Left padding, as generation pads: the prompt in one pass, then a token at a time on the cache."""
     model = tiny_model(family)
-    backbone = find_backbone(model)
+    backbone, keyword = find_backbone(model), cache_argument(model)
     vector = vector_for(name, positions)
     prompts = torch.tensor([[5, 6, 7, 8, 9], [1, 1, 10, 11, 12]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
@@ -151,16 +152,18 @@ def test_prefill_and_decoding_change_hidden_states_where_they_should(
     def passes() -> list[torch.Tensor]:
         seen = []
         with capture(backbone, [1]) as outputs:
-            past = model(input_ids=prompts, attention_mask=mask, position_ids=places, use_cache=True)
+            cache = DynamicCache()
+            first = {"input_ids": prompts, "attention_mask": mask, "position_ids": places}
+            model(**first, use_cache=True, **{keyword: cache})
             seen.append(hidden(outputs[1]))
             for step in range(2):
                 grown = torch.cat([mask, torch.ones(2, step + 1, dtype=torch.long)], 1)
-                past = model(
+                model(
                     input_ids=more[:, step : step + 1],
                     attention_mask=grown,
                     position_ids=places[:, -1:] + 1 + step,
-                    past_key_values=past.past_key_values,
                     use_cache=True,
+                    **{keyword: cache},
                 )
                 seen.append(hidden(outputs[1]))
         return seen
