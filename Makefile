@@ -48,10 +48,10 @@ setup: $(STAMP) ## create .venv and install the package in it, editable, with th
 # a pip of 2025, hence pip before anything else.
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade $(CONSTRAINTS:%=--constraint %) "pip>=25.3"
+	$(BIN)/python -m pip install --quiet --upgrade $(addprefix --constraint ,$(CONSTRAINTS)) "pip>=25.3"
 	$(BIN)/python -m pip show --quiet torch 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=--constraint %) $(TORCH)
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=--constraint % --build-constraint %) --editable . --group dev
+		$(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) $(TORCH)
+	$(BIN)/python -m pip install --quiet $(foreach file,$(CONSTRAINTS),--constraint $(file) --build-constraint $(file)) --editable . --group dev
 	cat $(CONSTRAINTS) </dev/null >$@
 
 # Neither torch nor the GPU libraries it asks for are pinned here: TORCH is torch's pin, and torch pins its own.
