@@ -55,14 +55,14 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	cat $(CONSTRAINTS) </dev/null >$@
 
 # Neither torch nor the GPU libraries it asks for are pinned here: TORCH is torch's pin, and torch pins its own.
-LOCK = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --upgrade \
+LOCK = .venv-lock/bin/uv pip compile --quiet --python-version 3.11 --no-annotate --upgrade \
 	--custom-compile-command "make lock" --all-extras --group dev --group setup --group tables pyproject.toml -
 WITHOUT_TORCH = grep -vE '^(torch|triton|nvidia-.*|cuda-.*)=='
 
 lock: ## renew constraints.txt (newest releases) and constraints-oldest.txt (floors of pyproject.toml)
 	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --upgrade uv
-	echo "$(firstword $(TORCH))" | $(LOCK) --output-file .venv-lock/newest.txt
+	echo "$(firstword $(TORCH))" | $(LOCK) --universal --output-file .venv-lock/newest.txt
 	echo "$(OLDEST_TORCH)" | $(LOCK) --resolution lowest-direct --output-file .venv-lock/oldest.txt
 	$(WITHOUT_TORCH) .venv-lock/newest.txt >constraints.txt
 	$(WITHOUT_TORCH) .venv-lock/oldest.txt >constraints-oldest.txt
