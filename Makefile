@@ -37,7 +37,7 @@ DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math 
 	--device cpu --batch_size 32 --log_samples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-slow test-full test-oldest test-newest canary coverage check format clean
+.PHONY: help setup lock demo test test-slow test-full test-oldest test-newest canary .venv-newest coverage check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,21 @@ test-slow: setup ## tests that take minutes
 
 test-full: setup ## the long matrix of tests
 	$(PYTEST) -m "full and not gpu" $(PYTEST_ARGS)
+
+# Both environments are built anew each time, so that nothing of an earlier set is left in them.
+test-oldest: ## the tests of `make test` under the floors of pyproject.toml, in .venv-oldest
+	rm -rf .venv-oldest
+	$(MAKE) test VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) TORCH=$(OLDEST_TORCH) CONSTRAINTS=constraints-oldest.txt
+
+test-newest: .venv-newest ## the tests of `make test` under the newest releases, in .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
+canary: .venv-newest ## the part of test-newest that other libraries' changes can break
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS= PYTEST_ARGS="$(addprefix --ignore-glob=,$(OURS_ALONE)) $(PYTEST_ARGS)"
+
+.venv-newest:
+	rm -rf .venv-newest
+	$(MAKE) setup VENV=.venv-newest CONSTRAINTS=
 
 coverage: setup ## lines of the package that the default and the slow tests run
 	$(PYTEST) -m "not full and not gpu" --cov --cov-report= $(PYTEST_ARGS)
