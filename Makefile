@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 # The oldest environment: the floors of pyproject.toml, torch's too, under the oldest Python.
 OLDEST_PYTHON ?= python3.11
-OLDEST_TORCH ?= torch==2.8.0
+OLDEST_TORCH ?= torch==2.9.1
 PYTEST_ARGS ?=
 # Tests run in so many processes, file by file.
 WORKERS ?= 2
