@@ -3,13 +3,19 @@
 VENV ?= .venv
 PYTHON ?= python3
 # What pip installs for torch where the environment has none. Elsewhere than the default index:
-#   make setup TORCH="torch --index-url ADDRESS"
+#   make setup TORCH="torch==2.13.0 --index-url ADDRESS"
 TORCH ?= torch==2.13.0
+# The exact version of everything else, pip and the build backend among it. Empty: the newest releases.
+CONSTRAINTS ?= constraints.txt
+# The oldest environment: the floors of pyproject.toml, torch's too, under the oldest Python.
+OLDEST_PYTHON ?= python3.11
+OLDEST_TORCH ?= torch==2.9.1
 PYTEST_ARGS ?=
 # Tests run in so many processes, file by file.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
+# A copy of the constraints that the environment was made from.
 STAMP := $(VENV)/.installed
 
 # The models here are tiny: a second thread gains little when it has a core of its own, and costs up to
@@ -31,20 +37,35 @@ DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math 
 	--device cpu --batch_size 32 --log_samples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-full coverage check format clean
+.PHONY: help setup lock demo test test-slow test-full test-oldest test-newest canary .venv-newest coverage check format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install the package in it, editable, with the development tools
 
-# torch comes first and alone so that TORCH decides which build it is; pip learnt `--group` in 25.1.
-$(STAMP): pyproject.toml
+# torch comes first and alone so that TORCH decides which build it is. `--group` and `--build-constraint` need
+# a pip of 2025, hence pip before anything else.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip show --quiet torch 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable . --group dev
-	@touch $@
+	$(BIN)/python -m pip install --quiet --upgrade $(addprefix --constraint ,$(CONSTRAINTS)) "pip>=25.3"
+	$(BIN)/python -m pip show --quiet torch 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) $(TORCH)
+	$(BIN)/python -m pip install --quiet $(foreach file,$(CONSTRAINTS),--constraint $(file) --build-constraint $(file)) --editable . --group dev
+	cat $(CONSTRAINTS) </dev/null >$@
+
+# Neither torch nor the GPU libraries it asks for are pinned here: TORCH is torch's pin, and torch pins its own.
+LOCK = .venv-lock/bin/uv pip compile --quiet --python-version 3.11 --no-annotate --upgrade \
+	--custom-compile-command "make lock" --all-extras --group dev --group setup --group tables pyproject.toml -
+WITHOUT_TORCH = grep -vE '^(torch|triton|nvidia-.*|cuda-.*)=='
+
+lock: ## renew constraints.txt (newest releases) and constraints-oldest.txt (floors of pyproject.toml)
+	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --upgrade uv
+	echo "$(firstword $(TORCH))" | $(LOCK) --universal --output-file .venv-lock/newest.txt
+	echo "$(OLDEST_TORCH)" | $(LOCK) --resolution lowest-direct --output-file .venv-lock/oldest.txt
+	$(WITHOUT_TORCH) .venv-lock/newest.txt >constraints.txt
+	$(WITHOUT_TORCH) .venv-lock/oldest.txt >constraints-oldest.txt
 
 demo: setup ## train a vector for the embedded model, score it with stock lm_eval, compare
 	rm -rf demo-results
@@ -63,6 +84,21 @@ test-slow: setup ## tests that take minutes
 
 test-full: setup ## the long matrix of tests
 	$(PYTEST) -m "full and not gpu" $(PYTEST_ARGS)
+
+# Both environments are built anew each time, so that nothing of an earlier set is left in them.
+test-oldest: ## the tests of `make test` under the floors of pyproject.toml, in .venv-oldest
+	rm -rf .venv-oldest
+	$(MAKE) test VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) TORCH=$(OLDEST_TORCH) CONSTRAINTS=constraints-oldest.txt
+
+test-newest: .venv-newest ## the tests of `make test` under the newest releases, in .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
+canary: .venv-newest ## the part of test-newest that other libraries' changes can break
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS= PYTEST_ARGS="$(addprefix --ignore-glob=,$(OURS_ALONE)) $(PYTEST_ARGS)"
+
+.venv-newest:
+	rm -rf .venv-newest
+	$(MAKE) setup VENV=.venv-newest CONSTRAINTS=
 
 coverage: setup ## lines of the package that the default and the slow tests run
 	$(PYTEST) -m "not full and not gpu" --cov --cov-report= $(PYTEST_ARGS)

@@ -380,7 +380,7 @@ def test_tasks_are_told_of_the_model_as_by_stock(tmp_path: Path) -> None:
     )
     evaluate_pair(
         str(model), str(vector), ["toy_made"], tmp_path / "out", model_args={"device": "cpu"},
-        flags=["--include_path", str(folder), "--metadata", "n=7"],
+        flags=["--include_path", str(folder), "--metadata", '{"n": 7}'],
     )  # fmt: skip
     for run in ("baseline", "steered"):
         (samples,) = (tmp_path / "out" / run).glob("**/samples*.jsonl")
