@@ -13,7 +13,6 @@ import torch
 from lm_eval.api.instance import Instance
 
 from lm_eval_aft import SteeringVector
-from lm_eval_aft.backbone import cache_argument
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.scoring import generation
 from lm_eval_aft.scoring.budget import Budget

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import transformers
 from lm_eval.api.instance import Instance
 
 from lm_eval_aft import AFTError, SteeringVector, attach
-from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.backbone import cache_argument, find_backbone
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.methods import METHODS, find_method
 from lm_eval_aft.positions import GENERATED, POSITIONS, Passes, generating_from, prompt_roles
@@ -209,14 +208,14 @@ def test_a_generation_goes_on_from_a_filled_cache(positions: str) -> None:
     with attach(model, vector), torch.no_grad():
         cache = transformers.DynamicCache(config=model.config)
         with generating_from(IDS, MASK):
-            model(IDS[:, :4], attention_mask=MASK[:, :4], **{cache_name(model): cache}, use_cache=True)
-        found = generate(model, **{cache_name(model): cache})
+            model(IDS[:, :4], attention_mask=MASK[:, :4], **{cache_argument(model): cache}, use_cache=True)
+        found = generate(model, **{cache_argument(model): cache})
         assert torch.equal(found, wanted)
         cache = transformers.DynamicCache(config=model.config)
         with generating_from(IDS, MASK):
-            model(IDS[:, :4], attention_mask=MASK[:, :4], **{cache_name(model): cache}, use_cache=True)
+            model(IDS[:, :4], attention_mask=MASK[:, :4], **{cache_argument(model): cache}, use_cache=True)
         with pytest.raises(AFTError, match="needs a mask"):
-            generate(model, attention_mask=None, **{cache_name(model): cache})
+            generate(model, attention_mask=None, **{cache_argument(model): cache})
 
 
 @pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
@@ -237,10 +236,6 @@ def test_quantised_caches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(each, torch.full((3, 1), GENERATED)) for each in seen[1:])
 
 
-def cache_name(model: Any) -> str:
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 @pytest.mark.parametrize("positions", SOME)
 def test_loops_of_ones_own(positions: str) -> None:
     model, vector = tiny_model("llama"), vector_for("static", positions)
@@ -259,13 +254,13 @@ def test_loops_of_ones_own(positions: str) -> None:
         # With a cache a token at a time needs no word.
         cache, new, ids = transformers.DynamicCache(config=model.config), prompt, prompt
         for _ in range(4):
-            logits = model(new, **{cache_name(model): cache}, use_cache=True).logits
+            logits = model(new, **{cache_argument(model): cache}, use_cache=True).logits
             new = logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, new], 1)
         assert torch.equal(ids, wanted)
         # Several behind a cache may be a prompt's rest or a draft.
         with pytest.raises(AFTError, match="may belong to the prompt"):
-            model(prompt, **{cache_name(model): cache}, use_cache=True)
+            model(prompt, **{cache_argument(model): cache}, use_cache=True)
 
 
 def test_a_second_text_is_no_continuation() -> None:
@@ -343,7 +338,7 @@ def test_a_future_release_gives_an_error_or_the_right_text(
 
 def rename_the_caches_keyword(model: Any) -> None:
     """The model of a release whose `forward` and `generate` call the cache ``kv_store``."""
-    name, forward = cache_name(model), model.forward
+    name, forward = cache_argument(model), model.forward
 
     @wraps(forward)
     def renamed(*args: Any, kv_store: Any = None, **kwargs: Any) -> Any:
