@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ def export_steered(base: Base, deltas: dict[int, Tensor], target: Path, progress
             steered = [base.model(input_ids=ids, use_cache=False).logits for ids in prompts]
     with appearing(target, 10**6) as file:
         progress("writing")
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+        # Not straight into the file: on a full disk torch says RuntimeError, or nothing at all (before 2.10).
+        buffer = BytesIO()
+        torch.save(content, buffer)
+        file.write_bytes(buffer.getvalue())
         progress("reloading")
         exported = _loaded_logits(base, file, prompts)
         agreement = require(

@@ -157,4 +157,5 @@ def test_scoring_on_paper_makes_the_operations_that_a_real_model_makes(family: s
     assert plan.packed == packed
     # The longest one decides the memory only. Judged one by one, so that padding is none or the same.
     counted = sum(flops_of(lambda: engine.baseline([one], lambda _: None)) for one in documents[:-1])  # noqa: B023
-    assert round(plan.scored.flops * len(documents[:-1])) == counted
+    # Not to the last operation: older versions of transformers form the rotary angles by a matrix product.
+    assert plan.scored.flops * len(documents[:-1]) == pytest.approx(counted, rel=1e-4)
