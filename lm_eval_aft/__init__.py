@@ -8,13 +8,13 @@ from lm_eval_aft import registration
 
 TYPE_CHECKING = False  # typing is too slow for a module read at every start of Python; checkers know the name
 if TYPE_CHECKING:
-    from lm_eval_aft.errors import AFTError
-    from lm_eval_aft.evaluation import evaluate_pair
-    from lm_eval_aft.library import load_vector
-    from lm_eval_aft.reporting.report import compare
-    from lm_eval_aft.steering import attach
-    from lm_eval_aft.training import train_vector
-    from lm_eval_aft.vector import SteeringVector
+    from lm_eval_aft._util.errors import AFTError
+    from lm_eval_aft.evaluation.report import compare
+    from lm_eval_aft.evaluation.run import evaluate_pair
+    from lm_eval_aft.library.load import load_vector
+    from lm_eval_aft.steering.hooks import attach
+    from lm_eval_aft.steering.vector import SteeringVector
+    from lm_eval_aft.training.run import train_vector
 
 __version__ = "0.1.0"
 
@@ -31,13 +31,13 @@ __all__ = [
 
 # Public name -> the module that defines it.
 _HOMES = {
-    "AFTError": "lm_eval_aft.errors",
-    "SteeringVector": "lm_eval_aft.vector",
-    "attach": "lm_eval_aft.steering",
-    "compare": "lm_eval_aft.reporting.report",
-    "evaluate_pair": "lm_eval_aft.evaluation",
-    "load_vector": "lm_eval_aft.library",
-    "train_vector": "lm_eval_aft.training",
+    "AFTError": "lm_eval_aft._util.errors",
+    "SteeringVector": "lm_eval_aft.steering.vector",
+    "attach": "lm_eval_aft.steering.hooks",
+    "compare": "lm_eval_aft.evaluation.report",
+    "evaluate_pair": "lm_eval_aft.evaluation.run",
+    "load_vector": "lm_eval_aft.library.load",
+    "train_vector": "lm_eval_aft.training.run",
 }
 
 

@@ -1,7 +1,8 @@
-"""``--model aft``: lm-eval's `hf` model with a steering vector."""
+"""``--model aft``: lm-eval's `hf` model with a steering vector, and what results files say of it."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,27 +13,29 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
+from torch import nn
 from tqdm import tqdm
 
-from lm_eval_aft.answer_only import refuse_generation, without_contexts
-from lm_eval_aft.backbone import check_causal, find_backbone, input_device
+from lm_eval_aft._util.errors import AFTError, model_not_loaded, print_errors_plainly
+from lm_eval_aft._util.files import canonical_json
+from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
-from lm_eval_aft.errors import AFTError, model_not_loaded, print_errors_plainly
-from lm_eval_aft.in_force import InForce
-from lm_eval_aft.library import Library, load_vector
-from lm_eval_aft.library.names import as_spec
-from lm_eval_aft.model_info import describe, key_cache
-from lm_eval_aft.positions import POSITIONS
-from lm_eval_aft.private_names import gone, require
-from lm_eval_aft.routing import Routing, whole_spec
-from lm_eval_aft.scoring.companions import Companions
-from lm_eval_aft.scoring.loglikelihood import Answers, Scorer
-from lm_eval_aft.scoring.naive import Naive, wrong
-from lm_eval_aft.scoring.paths import Paths
-from lm_eval_aft.scoring.requests import Answer, Request
-from lm_eval_aft.scoring.stock import StockLM, one_by_one
-from lm_eval_aft.scoring.texts import Texts
-from lm_eval_aft.vector import SteeringVector
+from lm_eval_aft.engine.fallback import Paths, StockLM, one_by_one
+from lm_eval_aft.engine.generation import Texts
+from lm_eval_aft.engine.naive import Naive, wrong
+from lm_eval_aft.engine.requests import Answer, Companions, Request
+from lm_eval_aft.engine.routing import Routing, whole_spec
+from lm_eval_aft.engine.scorer import Answers, Scorer
+from lm_eval_aft.harness.tasks import refuse_generation, without_contexts
+from lm_eval_aft.library.entry import ModelIdentity
+from lm_eval_aft.library.files import as_spec
+from lm_eval_aft.library.load import load_vector
+from lm_eval_aft.library.store import Library
+from lm_eval_aft.steering.backbone import check_causal, find_backbone, input_device
+from lm_eval_aft.steering.fingerprint import fingerprint, stored_weights
+from lm_eval_aft.steering.hooks import RowSteering, SteeringHandle, attach, check_fits, layer_shifts
+from lm_eval_aft.steering.intervention import POSITIONS, Passes
+from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,9 +61,9 @@ class AFTLM(StockLM):
         coefficient: replaces the vector's (or vectors') own; 0 is the baseline.
         positions: replaces the vector's own: ``all``, ``prompt``, ``last`` or ``generated``.
         allow_mismatch: try a vector trained on another model, with a warning.
-        fast: share work among requests where that gives stock's answers (`lm_eval_aft.scoring`);
+        fast: share work among requests where that gives stock's answers (`lm_eval_aft.engine`);
             false scores exactly as `hf` does.
-        answer_only: score log-likelihoods with every context removed; see `lm_eval_aft.answer_only`.
+        answer_only: score log-likelihoods with every context removed; see `lm_eval_aft.harness.tasks`.
         blocks: dotted path of the decoder blocks, for architectures not recognised.
         device: default CUDA where there is one, else the CPU.
 
@@ -115,7 +118,7 @@ class AFTLM(StockLM):
         self._naive: Naive | None = None  # where some positions are steered: what answers are held against
         self._kinds: frozenset[tuple[str, str]] = frozenset()
         self._stock_faults: dict[tuple[str, int], str] = {}
-        self._force = InForce(self.model, self.tokenizer, blocks)
+        self._force = ActiveSteering(self.model, self.tokenizer, blocks)
         self._asked = 0
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
@@ -396,3 +399,163 @@ def _ends(items: Sequence[int], length: Callable[[int], int], most: int | None =
     """The shortest and the longest of the items, or of those no longer than ``most``."""
     order = sorted((i for i in items if most is None or length(i) <= most), key=length)
     return [*order[:1], *order[1:][-1:]]
+
+
+# What steers a model at the moment: a vector, a router over several, or nothing.
+
+
+class ActiveSteering:
+    """One model and what is in force on it; at first nothing.
+
+    Attributes:
+        vector: the vector in force, with the coefficient and positions it is applied with.
+        routing: what picks the vectors, if a router does.
+        rows: the router's vectors, on the model.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, blocks: str | None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.blocks = blocks
+        self.vector: SteeringVector | None = None
+        self.routing: Routing | None = None
+        self.rows: RowSteering | None = None
+        self._handle = SteeringHandle([])
+
+    @property
+    def masked(self) -> bool:
+        """Whether anything in force steers some of the tokens only."""
+        return any(vector.positions != "all" and vector.coefficient for vector in self._vectors())
+
+    @property
+    def kinds(self) -> frozenset[tuple[str, str]]:
+        """Method and positions of everything in force."""
+        return frozenset((vector.method, vector.positions) for vector in self._vectors())
+
+    @property
+    def state(self) -> int:
+        """Which of a router's vectors steers the rows at hand, counted from 1; 0 without a router."""
+        return 0 if self.rows is None else self.rows.state
+
+    def vector_in(self, state: int) -> SteeringVector | None:
+        """The vector that steers rows in a state: without a router the vector in force."""
+        if self.routing is None:
+            return self.vector
+        return list(self.routing.vectors.values())[state - 1] if state else None
+
+    def _vectors(self) -> Sequence[SteeringVector]:
+        if self.routing is not None:
+            return list(self.routing.vectors.values())
+        return [] if self.vector is None else [self.vector]
+
+    def clear(self) -> None:
+        """Make this the baseline."""
+        self._handle.remove()
+        if self.rows is not None:
+            self.rows.remove()
+        self.vector = self.routing = self.rows = None
+
+    def use(
+        self, vector: SteeringVector, coefficient: float | None, positions: str | None, allow_mismatch: bool
+    ) -> None:
+        """Put one vector in force, with the coefficient and positions given or its own."""
+        self.clear()
+        vector = vector.adjusted(coefficient, positions)
+        self._handle = attach(
+            self.model, vector, tokenizer=self.tokenizer, allow_mismatch=allow_mismatch, blocks=self.blocks
+        )
+        self.vector = vector
+
+    def follow(self, routing: Routing) -> None:
+        """Put a router's vectors in force, each on the rows of the documents it picks them for."""
+        self.clear()
+        backbone = find_backbone(self.model, self.blocks)
+        for vector in routing.vectors.values():
+            check_fits(vector, backbone)
+        routing.forget()
+        vectors = routing.vectors.values()
+        some = any(vector.positions != "all" for vector in vectors)
+        passes = Passes.of(self.model, backbone.name) if some else None
+        self.rows = RowSteering(backbone, [layer_shifts(vector, passes=passes) for vector in vectors])
+        self._handle = SteeringHandle([] if passes is None else [passes])
+        self.routing = routing
+
+    def open_routing(self, spec: str, library: Library, name: str, allow_mismatch: bool) -> Routing:
+        """A router over those vectors of a library that fit the model, which messages call ``name``."""
+        backbone = find_backbone(self.model, self.blocks)
+        sketch = fingerprint(self.model, self.tokenizer)
+        identity = ModelIdentity(name, backbone.hidden_size, len(backbone.blocks), sketch, weights=True)
+        return Routing.open(spec, library, identity, allow_mismatch=allow_mismatch)
+
+
+# What results files and lm-eval's answer cache must know of a steered model.
+
+
+def describe(lm: AFTLM) -> dict[str, Any]:
+    """The ``aft`` entry of a results file."""
+    info: dict[str, Any] = {
+        "fingerprint": fingerprint(lm.model, lm.tokenizer),
+        "world_size": lm.world_size,
+        "softmax_dtype": None if lm.softmax_dtype is None else str(lm.softmax_dtype),
+        "scoring_path": _path_taken(lm.paths_taken()),
+        "answer_only": lm.answer_only,
+        "vector": None if lm.vector is None else describe_vector(lm.vector),
+    }
+    if lm.routing is not None:
+        info["routing"] = lm.routing.info()
+    return info
+
+
+def key_cache(lm: AFTLM, cache_hook: CacheHook) -> None:
+    """Give this model, as it is steered, a table of its own in lm-eval's ``--use_cache`` file.
+
+    lm-eval keys that file by the request alone, so a steered run would be served the
+    baseline's answers. `CachingLM` looks answers up, and hooks write them, through one
+    ``SqliteDict``; renaming its table here separates both.
+    """
+    handed = "lm-eval: CachingLM.set_cache_hook, CacheHook.dbdict"
+    with borrowed(handed):
+        database = cache_hook.dbdict
+    if database is None:
+        return
+    # A name that only seems to take effect would serve a steered run the baseline's answers.
+    require(handed)
+    require("sqlitedict: SqliteDict.tablename, conn")
+    table = f"aft_{hashlib.sha256(canonical_json(_answers_depend_on(lm)).encode()).hexdigest()[:24]}"
+    database.tablename = table
+    database.conn.execute(f'CREATE TABLE IF NOT EXISTS "{table}" (key TEXT PRIMARY KEY, value BLOB)')
+    database.conn.commit()
+
+
+def _name(source: Any) -> str | None:
+    """A path or a name on the Hub; of a model that was handed over, its class."""
+    return source if source is None or isinstance(source, str) else type(source).__name__
+
+
+def _path_taken(taken: Counter[str]) -> str:
+    """Which way documents were scored: the most frequent path and its share, then the others."""
+    total = sum(taken.values())
+    return ", ".join(f"{path} ({n / total:.1%} of {total})" for path, n in taken.most_common()) or "stock"
+
+
+def _answers_depend_on(lm: AFTLM) -> dict[str, Any]:
+    vector = lm.vector
+    steered = vector is not None and vector.coefficient != 0
+    found: dict[str, Any] = {
+        "model": fingerprint(lm.model, lm.tokenizer),
+        # What the fingerprint leaves out: quantised weights, and most of the config.
+        "weights": stored_weights(lm.model),
+        "config": hashlib.sha256(lm.model.config.to_json_string(use_diff=False).encode()).hexdigest(),
+        "source": [_name(each) for each in (lm.pretrained, lm.revision, lm.peft, lm.delta)],
+        "texts": [str(lm.truncation), str(lm.think_end_token), str(lm.max_gen_toks)],
+        "vector": vector.digest() if vector is not None and steered else None,
+        "dtype": str(lm.model.dtype),
+        "softmax_dtype": str(lm.softmax_dtype),
+        "mixed_precision_dtype": str(lm.mixed_precision_dtype),
+        "max_length": lm.max_length,
+        "add_bos_token": lm.add_bos_token,
+        "prefix_token_id": lm.prefix_token_id,
+        "fast": lm.fast,
+        **({"answer_only": True} if lm.answer_only else {}),  # ordinary runs keep the tables they have
+    }
+    return found if lm.routing is None else {**found, "routing": lm.routing.depends_on()}

@@ -101,7 +101,7 @@ def cost(rounds: int, tokens: int) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lm_eval_aft.export import export_vector
+    from lm_eval_aft.export.formats import export_vector
 
     found = {}
     for family, extra in ROUTES.items():
@@ -173,7 +173,7 @@ def child(base: str, folder: str) -> None:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     import lm_eval_aft.export.merged  # noqa: F401
-    from lm_eval_aft.export import export_vector
+    from lm_eval_aft.export.formats import export_vector
 
     vector = some_vector(896, 12)
     imports = status("VmRSS")

@@ -23,21 +23,20 @@ import click
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
-from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft._util.process import quiet_libraries
 from lm_eval_aft.cli.options import print_table
-from lm_eval_aft.cli.training_report import duration
-from lm_eval_aft.intervention import Intervention
-from lm_eval_aft.packing import Document
-from lm_eval_aft.quiet import quiet_libraries
-from lm_eval_aft.training.estimate import peak_memory
-from lm_eval_aft.training.fit import Candidate, Recipe
-from lm_eval_aft.training.known_models import Lengths, documents_of, find_config, typical_documents
+from lm_eval_aft.cli.train import duration
+from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.steering.backbone import find_backbone
+from lm_eval_aft.steering.intervention import Intervention
+from lm_eval_aft.studies.known_models import Lengths, documents_of, find_config, typical_documents
+from lm_eval_aft.studies.planner import plan_cost
+from lm_eval_aft.studies.simulated_device import DEVICES, this_cpu
+from lm_eval_aft.training.candidate import Candidate, Recipe
+from lm_eval_aft.training.cost import flops_of, peak_memory
 from lm_eval_aft.training.objectives import Choice
-from lm_eval_aft.training.plan_cost import plan_cost
-from lm_eval_aft.training.protocols import Protocol, find_protocol
-from lm_eval_aft.training.rates import flops_of
-from lm_eval_aft.training.roofline import DEVICES, this_cpu
-from lm_eval_aft.training.trajectory import Trajectory
+from lm_eval_aft.training.recipe import Protocol, find_protocol
+from lm_eval_aft.training.trainer import Trajectory
 
 SHAPES: dict[str, Any] = {
     "pythia-70m": GPTNeoXConfig(

@@ -39,9 +39,9 @@ from lm_eval.models.huggingface import HFLM
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_aft import SteeringVector
-from lm_eval_aft.backbone import find_backbone
+from lm_eval_aft.engine.precision import ReorderedWeights
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.scoring.reordered import ReorderedWeights
+from lm_eval_aft.steering.backbone import find_backbone
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "pythia-70m": (
@@ -97,7 +97,7 @@ def real_documents(task_name: str, shots: int, count: int, tokenizer: Any) -> Re
     """The first documents of a stock task, tokenised as `hf` would."""
     from lm_eval.tasks import get_task_dict
 
-    from lm_eval_aft.harness import task_manager_for
+    from lm_eval_aft.harness.tasks import task_manager_for
 
     (task,) = get_task_dict([task_name], task_manager_for([task_name], [])).values()
     task.set_config(key="num_fewshot", value=shots)
@@ -299,7 +299,7 @@ def generation_case(
     from lm_eval.api.samplers import FirstNSampler
     from lm_eval.tasks import get_task_dict
 
-    from lm_eval_aft.harness import task_manager_for
+    from lm_eval_aft.harness.tasks import task_manager_for
 
     (task,) = get_task_dict(["gsm8k"], task_manager_for(["gsm8k"], [])).values()
     task.set_config(key="num_fewshot", value=shots)

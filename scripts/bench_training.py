@@ -36,16 +36,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config
 
-from lm_eval_aft.backbone import Backbone, find_backbone
-from lm_eval_aft.documents import Document, lay_out
-from lm_eval_aft.intervention import Intervention
-from lm_eval_aft.quiet import quiet_libraries
-from lm_eval_aft.steering import add_at
-from lm_eval_aft.training.estimate import estimate, peak_memory
-from lm_eval_aft.training.fit import Candidate, Recipe, in_steps
+from lm_eval_aft._util.process import quiet_libraries
+from lm_eval_aft.engine.batching import Document, lay_out
+from lm_eval_aft.steering.backbone import Backbone, find_backbone
+from lm_eval_aft.steering.hooks import add_at
+from lm_eval_aft.steering.intervention import Intervention
+from lm_eval_aft.training.candidate import Candidate, Recipe, in_steps
+from lm_eval_aft.training.cost import estimate, peak_memory
 from lm_eval_aft.training.objectives import Choice
-from lm_eval_aft.training.protocols import find_protocol, schedule
-from lm_eval_aft.training.trajectory import Trajectory
+from lm_eval_aft.training.recipe import find_protocol, schedule
+from lm_eval_aft.training.trainer import Trajectory
 
 SHAPES: dict[str, Any] = {
     "pythia-70m": GPTNeoXConfig(
@@ -114,9 +114,9 @@ def lengths(task: str, shots: int, n: int) -> list[tuple[int, int, list[int]]]:
     # Evaluation documents, the whole of which is at hand; only their lengths are used.
     program = f"""
 import json, random
-from lm_eval_aft.harness import load_task
+from lm_eval_aft.harness.tasks import load_task
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.training.examples import Extractor, PromptSettings, encode
+from lm_eval_aft.harness.examples import Extractor, PromptSettings, encode
 lm = AFTLM({str(Path(root).resolve() / "models" / "english-neox-12m")!r}, device="cpu")
 task = load_task({task!r})
 documents = random.Random(0).sample(list(task.eval_docs), 60)

@@ -27,7 +27,7 @@ import torch
 from bench_scoring import SHAPES
 from bench_training import CASES
 
-from lm_eval_aft.vector import replacing
+from lm_eval_aft._util.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 Results = dict[str, dict[str, Any]]

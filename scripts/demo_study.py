@@ -15,10 +15,10 @@ from pathlib import Path
 import click
 
 from lm_eval_aft import SteeringVector, load_vector, train_vector
-from lm_eval_aft.evaluation import evaluate_pair
+from lm_eval_aft._util.process import quiet_libraries
+from lm_eval_aft.evaluation.run import evaluate_pair
+from lm_eval_aft.evaluation.stats import mcnemar_exact
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.quiet import quiet_libraries
-from lm_eval_aft.reporting.stats import mcnemar_exact
 from lm_eval_aft.training.controls import random_like
 
 CHOICE, MATH = "aft_demo_choice", "aft_demo_math"

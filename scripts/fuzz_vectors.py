@@ -29,8 +29,8 @@ import torch
 from safetensors.torch import save
 
 from lm_eval_aft import AFTError, SteeringVector
-from lm_eval_aft.library.header import read_header
-from lm_eval_aft.methods import METHODS
+from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector_file import read_header
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 SLOW = 2.0  # seconds

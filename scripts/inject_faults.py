@@ -87,16 +87,14 @@ class Count:
 def jobs(scratch: Path) -> list[Job]:
     """The jobs; a further command is one more row here."""
     from lm_eval_aft import AFTError
-    from lm_eval_aft.bench.driver import run_study
-    from lm_eval_aft.bench.executors import Local
-    from lm_eval_aft.bench.store import Store
-    from lm_eval_aft.bench.study import read_bench
-    from lm_eval_aft.bench.work import Session
-    from lm_eval_aft.evaluation import evaluate_pair
-    from lm_eval_aft.library import Library
+    from lm_eval_aft._util.process import terminable
+    from lm_eval_aft.evaluation.run import evaluate_pair
+    from lm_eval_aft.library.store import Library
     from lm_eval_aft.lm import AFTLM
-    from lm_eval_aft.termination import terminable
-    from lm_eval_aft.training.train import train_vector
+    from lm_eval_aft.studies.config import read_bench
+    from lm_eval_aft.studies.jobs import Session, Store
+    from lm_eval_aft.studies.runner import Local, run_study
+    from lm_eval_aft.training.run import train_vector
 
     lm = AFTLM("demo", device="cpu", batch_size=16)
     plan: dict[str, Any] = {
@@ -205,8 +203,8 @@ def _rounded(value: Any) -> Any:
 
 def library_outcome(folder: Path) -> Any:
     """All files of all vectors, which must be sound."""
-    from lm_eval_aft.library import Library
-    from lm_eval_aft.library.verify import damage
+    from lm_eval_aft.library.files import damage
+    from lm_eval_aft.library.store import Library
 
     library = Library(folder)
     if any(damage(library.path(name)) for name in library.names()):
@@ -391,7 +389,7 @@ def main() -> None:
     options = parser.parse_args()
     others = max(1, options.times // 5) if options.others is None else options.others
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from lm_eval_aft.quiet import quiet_libraries
+    from lm_eval_aft._util.process import quiet_libraries
 
     quiet_libraries()
     rng, count = random.Random(options.seed), Count()

@@ -24,14 +24,14 @@ import click
 from scipy.stats import t as student
 
 from lm_eval_aft import SteeringVector, train_vector
-from lm_eval_aft.evaluation import evaluate_pair
-from lm_eval_aft.harness import tasks_path
+from lm_eval_aft._util.process import quiet_libraries
+from lm_eval_aft.evaluation.run import evaluate_pair
+from lm_eval_aft.evaluation.stats import mcnemar_exact
+from lm_eval_aft.harness.tasks import tasks_path
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.methods import METHODS
-from lm_eval_aft.quiet import quiet_libraries
-from lm_eval_aft.reporting.stats import mcnemar_exact
+from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.training.controls import random_like
-from lm_eval_aft.training.protocols import Rung
+from lm_eval_aft.training.recipe import Rung
 
 TASKS = {
     "aft_demo_choice": ("acc_norm", "none", "shuffled"),

@@ -18,15 +18,15 @@ from method_study import interval
 from torch import Tensor
 
 from lm_eval_aft import train_vector
-from lm_eval_aft.intervention import Intervention
+from lm_eval_aft._util.process import quiet_libraries
+from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.harness.examples import encode
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.packing import Document
-from lm_eval_aft.quiet import quiet_libraries
-from lm_eval_aft.training.examples import encode
-from lm_eval_aft.training.fit import Candidate, Engine, Recipe
-from lm_eval_aft.training.plan import TrainingPlan
-from lm_eval_aft.training.prepared import Prepared, prepare
-from lm_eval_aft.training.trajectory import make_engine, residual_norm
+from lm_eval_aft.steering.intervention import Intervention
+from lm_eval_aft.training.candidate import Candidate, Engine, Recipe
+from lm_eval_aft.training.recipe import TrainingPlan
+from lm_eval_aft.training.setup import Prepared, prepare
+from lm_eval_aft.training.trainer import make_engine, residual_norm
 
 TASK = "aft_demo_choice"
 SIZES = {"train_docs": 300, "selection_docs": 500}

@@ -36,22 +36,21 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from lm_eval_aft import SteeringVector
+from lm_eval_aft._util.process import quiet_libraries
 from lm_eval_aft.cli.options import print_table
-from lm_eval_aft.evaluation import evaluate_pair
-from lm_eval_aft.fingerprint import fingerprint
-from lm_eval_aft.harness import tasks_path
+from lm_eval_aft.evaluation.report import compare
+from lm_eval_aft.evaluation.run import evaluate_pair
+from lm_eval_aft.evaluation.stats import mcnemar_exact
+from lm_eval_aft.harness.examples import encode
+from lm_eval_aft.harness.splits import _doc_hash
+from lm_eval_aft.harness.tasks import tasks_path
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.quiet import quiet_libraries
-from lm_eval_aft.reporting.report import compare
-from lm_eval_aft.reporting.stats import mcnemar_exact
-from lm_eval_aft.training.examples import encode
-from lm_eval_aft.training.fit import Candidate, Recipe, in_steps
+from lm_eval_aft.steering.fingerprint import fingerprint
+from lm_eval_aft.training.candidate import Candidate, Recipe, in_steps
 from lm_eval_aft.training.objectives import Choice, Score
-from lm_eval_aft.training.plan import TrainingPlan
-from lm_eval_aft.training.prepared import prepare
-from lm_eval_aft.training.splits import _doc_hash
-from lm_eval_aft.training.starts import Starts
-from lm_eval_aft.training.trajectory import make_engine
+from lm_eval_aft.training.recipe import TrainingPlan
+from lm_eval_aft.training.setup import Starts, prepare
+from lm_eval_aft.training.trainer import make_engine
 
 LAYERS, ON, EPOCHS, SEEDS, FINAL = 24, 30, 10, 3, 100  # the earlier study's numbers
 TASK, METRIC = "permuted_choice", "acc"

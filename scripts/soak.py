@@ -37,9 +37,9 @@ class Soak:
     """One process's work and what is counted of it."""
 
     def __init__(self, folder: Path) -> None:
-        from lm_eval_aft.library import Library
+        from lm_eval_aft._util.process import quiet_libraries
+        from lm_eval_aft.library.store import Library
         from lm_eval_aft.lm import AFTLM
-        from lm_eval_aft.quiet import quiet_libraries
 
         quiet_libraries()
         self.folder, self.library = folder, Library(folder / "library")
@@ -94,17 +94,16 @@ class Soak:
             handle = attach(self.lm.model, vector, coefficient=0.5)
             self.lm.model(**tokens)
             handle.remove()
-            with contextlib.suppress(ZeroDivisionError), vector.applied_to(self.lm.model):
+            with contextlib.suppress(ZeroDivisionError), attach(self.lm.model, vector):
                 self.lm.model.generate(**tokens, max_new_tokens=8, do_sample=False)
                 raise ZeroDivisionError  # an error inside the block must not leave the vector there
             if not torch.equal(plain, self.lm.model(**tokens).logits):
                 raise SystemExit("soak: the model is still steered after the vector was removed")
 
     def _evaluate(self, place: Path, task: str) -> None:
-        from lm_eval_aft.evaluation import evaluate_pair
-        from lm_eval_aft.reporting.cards import update_cards
-        from lm_eval_aft.reporting.render import write_report
-        from lm_eval_aft.reporting.report import compare
+        from lm_eval_aft.evaluation.render import update_cards, write_report
+        from lm_eval_aft.evaluation.report import compare
+        from lm_eval_aft.evaluation.run import evaluate_pair
 
         runs = evaluate_pair(
             "demo",
@@ -122,8 +121,8 @@ class Soak:
 
     def _keep(self, place: Path, vector: Any, method: str) -> None:
         from lm_eval_aft import load_vector
-        from lm_eval_aft.export import export_vector
-        from lm_eval_aft.library.verify import damage
+        from lm_eval_aft.export.formats import export_vector
+        from lm_eval_aft.library.files import damage
 
         self.library.add(place / "vector", "soak/newest", replace=True)
         if any(entry.error for entry in self.library.entries()) or damage(self.library.path("soak/newest")):

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import transformers
 
-from lm_eval_aft.harness import environment_asked_once
+from lm_eval_aft.harness.tasks import environment_asked_once
 from tests.support import tables
 
 T = TypeVar("T")

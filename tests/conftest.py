@@ -24,7 +24,7 @@ __all__ = ["FAMILIES", "WORDS", "tiny_model", "tiny_tokenizer"]
 @pytest.fixture(scope="session", autouse=True)
 def machine_described_once() -> Iterator[None]:
     """lm-eval lists the installed packages for every result, which takes a second: once will do."""
-    from lm_eval_aft.harness import environment_asked_once
+    from lm_eval_aft.harness.tasks import environment_asked_once
 
     with environment_asked_once([]):
         yield

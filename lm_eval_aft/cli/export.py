@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from lm_eval_aft.cli.offline import offline_option
-from lm_eval_aft.quiet import quiet_libraries
+from lm_eval_aft._util.process import quiet_libraries
+from lm_eval_aft.cli.options import offline_option
 
 
 @click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,8 +69,8 @@ def export(
       lm_eval --model hf --model_args pretrained=pythia-arc --tasks arc_challenge
     """
     quiet_libraries()
-    from lm_eval_aft.export import export_vector
-    from lm_eval_aft.library import load_vector
+    from lm_eval_aft.export.formats import export_vector
+    from lm_eval_aft.library.load import load_vector
 
     found = load_vector(vector)
     if coefficient is not None:
@@ -110,7 +110,7 @@ def import_(source: Path, output: Path, model: str | None, revision: str | None)
       aft import adapter -o vector
     """
     quiet_libraries()
-    from lm_eval_aft.export import import_vector
+    from lm_eval_aft.export.formats import import_vector
 
     with _stages() as progress:
         path, notes = import_vector(source, output, model=model, revision=revision, progress=progress)

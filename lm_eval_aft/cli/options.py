@@ -1,18 +1,23 @@
-"""What several commands share: model arguments, printed tables, how an interrupted one ends."""
+"""What commands share: model arguments, ``--offline``, printed tables, and errors without tracebacks."""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.termination import EXIT_CODE, Terminated
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.private_names import gone
+from lm_eval_aft._util.process import EXIT_CODE, Terminated
 
 
 def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
@@ -49,3 +54,82 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_row(*map(escape, row), style="bold" if i == mark else None)
     # Without a terminal rich assumes 80 columns and cuts cells; logs have room.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+# ``--offline``: nothing asks the network, whatever the environment says.
+
+# Read by huggingface_hub, transformers and datasets when they are first imported.
+_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+
+
+def go_offline() -> None:
+    """Have models, vectors and data come from local folders and caches alone."""
+    os.environ.update(dict.fromkeys(_SWITCHES, "1"))
+    # Imported already, in a notebook or a test: these are what the switches were read into.
+    for module, names, key in (
+        (
+            "huggingface_hub.constants",
+            ("HF_HUB_OFFLINE",),
+            "huggingface_hub: constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE",
+        ),
+        (
+            "datasets.config",
+            ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
+            "datasets: config.HF_HUB_OFFLINE, config.HF_DATASETS_OFFLINE",
+        ),
+    ):
+        there = [name for name in names if hasattr(sys.modules.get(module), name)]
+        if module in sys.modules and not there:
+            raise gone(key)
+        for name in there:
+            setattr(sys.modules[module], name, True)
+
+
+def _switch(_context: click.Context, _parameter: click.Parameter, on: bool) -> None:
+    if on:
+        go_offline()
+
+
+offline_option = click.option(
+    "--offline",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_switch,
+    help="Ask nothing of the network: local folders and caches only.",
+)
+
+
+# Commands whose errors of the operating system end in one message, like all bad input.
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (None, errno.EPIPE):  # no error of a file; a reader that went away, click's own
+            raise
+        place = str(error.filename or "a file")
+        place = place if len(place) <= 200 else f"{place[:200]}..."
+        raise AFTError(
+            f"{place} cannot be used: {error.strerror}.", "Check the path, its rights and the free space."
+        ) from error
+
+
+class PlainCommand(click.Command):
+    """A command that tells them so."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Command.invoke`."""
+        with _told():
+            return super().invoke(ctx)
+
+
+class PlainGroup(click.Group):
+    """A group whose commands tell them so."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Group.invoke`."""
+        with _told():
+            return super().invoke(ctx)

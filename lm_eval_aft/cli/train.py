@@ -1,24 +1,26 @@
-"""``train-vector``, also ``aft train``."""
+"""``train-vector``, also ``aft train``: its options, its dry run, and what it prints at the end."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lm_eval_aft.alone import alone_in
-from lm_eval_aft.cli.offline import offline_option
-from lm_eval_aft.cli.options import ended, parse_model_args, print_table
-from lm_eval_aft.cli.plain_errors import PlainCommand
-from lm_eval_aft.cli.training_report import print_cost, print_result, print_stages
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.quiet import quiet_libraries
-from lm_eval_aft.termination import Terminated, terminable
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import exclusive_dir
+from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
+from lm_eval_aft.cli.options import PlainCommand, ended, offline_option, parse_model_args, print_table
 
 if TYPE_CHECKING:
-    from lm_eval_aft.training.prepared import Prepared
+    from lm_eval_aft.steering.vector import SteeringVector
+    from lm_eval_aft.training.cost import Estimate
+    from lm_eval_aft.training.recipe import Stage
+    from lm_eval_aft.training.run import TrainingResult
+    from lm_eval_aft.training.setup import Prepared
+    from lm_eval_aft.training.sweep import SweepResult
 
 
 @click.command("train-vector", cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -168,7 +170,7 @@ def train_vector(**options: Any) -> None:
     if output is None and not dry_run:
         raise AFTError("No output folder was given.", "Add --output FOLDER, or --dry-run to see the plan.")
     try:
-        with terminable(), alone_in(None if dry_run else output):
+        with terminable(), exclusive_dir(None if dry_run else output):
             _train(options, output, dry_run)
     except (KeyboardInterrupt, Terminated) as end:
         ended(end, output)
@@ -177,18 +179,17 @@ def train_vector(**options: Any) -> None:
 def _train(options: dict[str, Any], output: Path | None, dry_run: bool) -> None:
     from_user = options.pop
     quiet_libraries()
+    from lm_eval_aft.engine.precision import to_training_dtype
+    from lm_eval_aft.harness.examples import PromptSettings
     from lm_eval_aft.lm import AFTLM
-    from lm_eval_aft.training.examples import PromptSettings
-    from lm_eval_aft.training.folder import check_output
-    from lm_eval_aft.training.plan import TrainingPlan
-    from lm_eval_aft.training.precision import to_training_dtype
-    from lm_eval_aft.training.prepared import prepare
-    from lm_eval_aft.training.protocols import parse_numbers, parse_rungs
-    from lm_eval_aft.training.train import run
+    from lm_eval_aft.training.checkpoint import check_output
+    from lm_eval_aft.training.recipe import TrainingPlan, parse_numbers, parse_rungs
+    from lm_eval_aft.training.run import run
+    from lm_eval_aft.training.setup import prepare
 
     resume, overwrite = from_user("resume"), from_user("overwrite")
-    leads = int(os.environ.get("RANK", "0")) == 0  # of several processes one looks and speaks
-    if output is not None and not dry_run and leads:
+    is_main = int(os.environ.get("RANK", "0")) == 0  # of several processes one looks and speaks
+    if output is not None and not dry_run and is_main:
         check_output(output, resume=resume, overwrite=overwrite)
     prompts = PromptSettings(
         **{
@@ -213,12 +214,12 @@ def _train(options: dict[str, Any], output: Path | None, dry_run: bool) -> None:
         _dry_run(prepared)
         return
     result = run(prepared, output, resume=resume)
-    if leads:
+    if is_main:
         print_result(result, model, plan.include_path)
 
 
 def _dry_run(prepared: Prepared) -> None:
-    from lm_eval_aft.training.train import cost
+    from lm_eval_aft.training.run import cost
 
     rows = [(key, str(value)) for key, value in prepared.summary().items()]
     print_table("Plan (nothing was trained)", ("setting", "value"), rows)
@@ -230,6 +231,197 @@ def _dry_run(prepared: Prepared) -> None:
             f"That is one of at most {rft.rounds} rounds with one kept answer per problem; a round "
             f"keeps up to {rft.samples} times as many. Sampling comes on top."
         )
+
+
+# Options that commands take over from `train-vector`, and what a plan is made of from them.
+
+PROMPT_OPTIONS = ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+
+
+def training_options(*names: str) -> Callable[[Any], Any]:
+    """Give a command these options of `train-vector`, in its words."""
+    known = {option.name: option for option in train_vector.params}
+
+    def add(command: click.Command) -> click.Command:
+        command.params += [known[name] for name in names]
+        return command
+
+    return add
+
+
+def plan_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `TrainingPlan.of` takes, from options of `train-vector`; those not given are left out.
+
+    Raises:
+        AFTError: an option that cannot be read.
+    """
+    from lm_eval_aft.harness.examples import PromptSettings
+    from lm_eval_aft.training.recipe import parse_numbers, parse_rungs
+
+    parsers = {"lr": parse_numbers, "l2": parse_numbers, "rungs": parse_rungs}
+    settings: dict[str, Any] = {
+        name: parsers[name](value) if name in parsers else value
+        for name, value in options.items()
+        if value is not None and name not in (*PROMPT_OPTIONS, "include_path")
+    }
+    settings["prompts"] = PromptSettings(
+        **{name: options[name] for name in PROMPT_OPTIONS if options.get(name) is not None}
+    )
+    return settings | {"include_path": tuple(options.get("include_path") or ())}
+
+
+def scoring_flags(options: Mapping[str, Any]) -> list[str]:
+    """The same prompts as flags of ``lm_eval run``."""
+    from lm_eval_aft.harness.examples import PromptSettings  # torch
+
+    given = {key: options[key] for key in PROMPT_OPTIONS if options.get(key) is not None}
+    flags = PromptSettings(**given).flags()
+    for folder in options.get("include_path") or ():
+        flags += ["--include_path", str(folder)]
+    return flags
+
+
+# What train-vector prints: the plan's stages, and how a finished run came out.
+
+
+def print_result(result: TrainingResult, model: str, include_path: tuple[str, ...]) -> None:
+    """How a run came out, and how to score its vector."""
+    if result.sweep is None:
+        _print_rounds(result.vector.metadata["rft"])
+        chose = f"layer {next(iter(result.vector.layers))}"
+    else:
+        _print_sweep(result, result.sweep)
+        chose = f"layer {result.sweep.chosen.layer}, seed {result.sweep.finalist.seed}"
+    click.echo(f"Chose {chose}, on these very documents: the numbers above are not results.")
+    dropped = result.counts["evaluation_overlap"]
+    if dropped:
+        click.echo(f"Dropped {dropped} training document(s) that also occur in the evaluation split.")
+    click.echo(f"Wrote {result.folder} ({result.seconds:.0f} s, engine: {result.engine}). Score it:")
+    own_tasks = f" -- --include_path {include_path[0]}" if include_path else ""
+    click.echo(
+        f"  aft eval --model {model} --vector {result.folder} "
+        f"--tasks {result.vector.metadata['task']} --output {result.folder}-results{own_tasks}"
+    )
+
+
+def _print_rounds(rft: dict[str, Any]) -> None:
+    table = rft["table"]
+    sizes = list(table[0]["pass_at"])
+    rows = [
+        (
+            str(each["round"] or "baseline"),
+            f"{each['kept']} of {each['tried']}" if "kept" in each else "",
+            f"{each['solved']} of {each['problems_tried']}" if "kept" in each else "",
+            str(each.get("layer", "")),
+            f"{each['greedy']:.1%}",
+            *(f"{each['pass_at'][k]:.1%}" for k in sizes),
+        )
+        for each in table
+    ]
+    columns = ("round", "answers kept", "problems solved", "layer", "greedy", *(f"pass@{k}" for k in sizes))
+    title = (
+        f"Selection split, {table[0]['problems']} problems: {rft['metric']} after {rft['filter']}; "
+        f"pass@k at temperature {rft['temperature']:g}"
+    )
+    print_table(title, columns, rows, rft["best_round"])
+    if not rft["best_round"]:
+        click.echo("A negative result: no round does better than the baseline. Round 1's vector is kept.")
+
+
+def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
+    baseline = sweep.baseline
+    rows = [("baseline", "", f"{baseline.score:.4f}", "", f"{baseline.accuracy:.1%}", "", "", "", "")]
+    mark = 0
+    for place, layer in enumerate(sweep.layers, start=1):
+        ordered = sorted(layer.candidates, key=lambda c: c.seed)
+        norms = "/".join(f"{c.norm(best=True):.2f}" for c in ordered)
+        _, lr, l2 = ordered[0].setting
+        rows.append(
+            (
+                str(layer.layer),
+                f"{layer.stage} ({layer.baseline.n})",
+                f"{layer.score:.4f}",
+                f"{layer.change:+.4f}",
+                f"{layer.accuracy:.1%}",
+                f"{lr:g}",
+                f"{l2:g}",
+                "/".join(str(c.best_epoch) for c in ordered),
+                norms,
+            )
+        )
+        mark = place if layer is sweep.chosen else mark
+    columns = "layer|stage (docs)|cross-entropy|change|accuracy|lr|l2|best epoch|norm".split("|")
+    title = f"Selection split, {baseline.n} documents: means over seeds; change against the same documents"
+    print_table(title, columns, rows, mark)
+    _print_calibration(result.vector)
+    own = sweep.finalist.best_score.tasks if sweep.finalist.best_score else {}
+    for task, score in own.items():
+        before = baseline.tasks[task]
+        click.echo(
+            f"{task}: cross-entropy {before.score:.4f} -> {score.score:.4f}, "
+            f"accuracy {before.accuracy:.1%} -> {score.accuracy:.1%}, {score.n} documents."
+        )
+    if result.screen:
+        click.echo(
+            f"The screen put the layers in the order {', '.join(map(str, result.screen['order']))}"
+            + (
+                f"; rank correlation with the sweep {result.screen['rank_correlation']:+.2f}."
+                if "rank_correlation" in result.screen
+                else "."
+            )
+        )
+    if sweep.pruned:
+        click.echo(f"A negative result: {sweep.pruned}.")
+    elif sweep.chosen.score >= baseline.score:
+        click.echo("No layer improved on the baseline: expect no gain from this vector.")
+
+
+def _print_calibration(vector: SteeringVector) -> None:
+    found = vector.metadata.get("calibration")
+    if not found:
+        return
+    rows = [(f"{c:g}", f"{score:.4f}", f"{accuracy:.1%}") for c, score, accuracy, _ in found["curve"]]
+    if rows:
+        mark = [row[0] for row in found["curve"]].index(found["coefficient"])
+        title = "Coefficients on the selection split (0 is the baseline)"
+        print_table(title, ("coefficient", "cross-entropy", "accuracy"), rows, mark)
+    cap = f", at most {found['cap']:.3g} by the norm cap" if found["cap"] is not None else ""
+    click.echo(f"The vector's coefficient is {found['coefficient']:g}{cap}.")
+
+
+def print_stages(stages: Sequence[Stage]) -> None:
+    """A plan's stages as a table."""
+    rows = [
+        (
+            s.name,
+            str(s.candidates),
+            str(s.train),
+            str(s.selection),
+            str(s.epochs),
+            str(s.keep),
+            str(s.documents),
+        )
+        for s in stages
+    ]
+    columns = ("stage", "candidates", "train docs", "selection docs", "epochs", "keep", "candidate-docs")
+    print_table("Stages, at most", columns, rows)
+
+
+def print_cost(expected: Estimate, retries: bool = False) -> None:
+    """What a run would take; ``retries``: it may start some candidates again, which is not counted."""
+    aside = " (retries aside)" if retries else ""
+    click.echo(
+        f"At most about {duration(expected.seconds)} on this machine as it is now{aside}, "
+        f"{expected.flops:.3g} floating-point operations, "
+        f"{expected.peak_bytes / 2**20:,.0f} MiB above the loaded weights."
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

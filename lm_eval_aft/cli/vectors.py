@@ -1,27 +1,395 @@
-"""``aft vectors``: keep, find and check the vectors of a library."""
+"""``aft vectors``: list, show, add, remove, verify, share, compose and train the vectors of a library."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lm_eval_aft.cli.vector_listing import as_json_text, cells, print_columns, result_text
-from lm_eval_aft.cli.vectors_share import compose, library_option, pull, push
-from lm_eval_aft.cli.vectors_train import train_set
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.library.names import printable
-from lm_eval_aft.quiet import quiet_libraries
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import exclusive_dir
+from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
+from lm_eval_aft.cli.options import ended, offline_option, parse_model_args, print_table
+from lm_eval_aft.library.files import check_name, is_name, printable
 
 if TYPE_CHECKING:
     from lm_eval_aft.library.entry import Entry
     from lm_eval_aft.library.store import Library
+    from lm_eval_aft.steering.vector import SteeringVector
+    from lm_eval_aft.studies.train_set import TrainSet
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
+library_option = click.option(
+    "--library",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the library.  [default: $AFT_LIBRARY, or a folder among your user data]",
+)
+
+
+@click.command("push", context_settings=_SETTINGS)
+@library_option
+@click.option("--repo", required=True, help="Repository on the Hub: OWNER/NAME.")
+@click.option(
+    "--as-library", is_flag=True, help="Put a single vector in a folder too, as in a repository of many."
+)
+@click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
+@click.option("--revision", help="Branch to push to; made if it is not there.  [default: main]")
+@click.option("--message", help="Commit message.")
+@click.option("--dry-run", is_flag=True, help="Print what would be uploaded, and ask nobody.")
+@click.argument("vectors", nargs=-1, required=True)
+def push(
+    library: Path | None,
+    repo: str,
+    as_library: bool,
+    private: bool,
+    revision: str | None,
+    message: str | None,
+    dry_run: bool,
+    vectors: tuple[str, ...],
+) -> None:
+    """Upload vectors to the Hugging Face Hub.
+
+    VECTORS go there with their model cards, in one commit. One vector becomes the repository
+    itself; several become a library, each in its folder CATEGORY/NAME. The training ledger goes
+    along: look at the dry run first. The token is that of `hf auth login` or HF_TOKEN.
+
+    \b
+    Examples:
+      aft vectors push math/word_problems --repo me/pythia-160m-gsm8k --dry-run
+      aft vectors push math/word_problems logic/analogy --repo me/vectors --private
+    """
+    _quiet()
+    from lm_eval_aft.library.files import CARD, copy_vector
+    from lm_eval_aft.library.hub import plan_push
+    from lm_eval_aft.library.hub import push as upload
+    from lm_eval_aft.library.load import holds_vector
+    from lm_eval_aft.library.store import Library
+    from lm_eval_aft.steering.vector import SteeringVector
+    from lm_eval_aft.training.artifacts import write_card
+
+    shelf = Library(library)
+    several = as_library or len(vectors) > 1
+    with ExitStack() as stack:
+        planned = []
+        for name in vectors:
+            given = Path(name)
+            # A folder that holds no vector hides no library name.
+            is_path = holds_vector(given) or (given.exists() and not is_name(name))
+            folder = given if is_path else shelf.path(name)
+            place = _place(name, folder) if several else ""
+            # A copy, so that what was checked is what is sent.
+            copy = Path(stack.enter_context(TemporaryDirectory(prefix="aft-push-")))
+            copy_vector(folder, copy)
+            if not (copy / CARD).exists():
+                write_card(copy, SteeringVector.load(copy))
+            planned.append((copy, place))
+        places = [place for _, place in planned]
+        if several and (len(set(places)) < len(places) or not all(is_name(place) for place in places)):
+            raise AFTError(
+                f"The folders in the repository would be {', '.join(places)}.",
+                "Add the vectors to a library first: their names there are the folders' names.",
+            )
+        uploads = plan_push(planned, repo)
+        rows = [(each.path, f"{each.size:,}") for each in uploads]
+        if dry_run:
+            total = sum(each.size for each in uploads)
+            visible = "private" if private else "public"
+            title = f"Would upload to {repo} ({visible} if new), branch {revision or 'main'}: {total:,} bytes"
+            print_table(title, ("file", "bytes"), rows)
+            return
+        address = upload(uploads, repo, private=private, revision=revision, message=message)
+    click.echo(f"Pushed {len(uploads)} files: {address}")
+
+
+@click.command("pull", context_settings=_SETTINGS)
+@library_option
+@click.option("--name", help="Library name for a single vector.  [default: OWNER/NAME or its folder]")
+@click.option(
+    "--vector", "wanted", multiple=True, help="Only this vector of a library repository; may repeat."
+)
+@click.option("--revision", help="Branch, tag or commit; the commit it stands for is recorded.")
+@click.option("--replace", is_flag=True, help="Replace vectors of these names.")
+@click.option("--dry-run", is_flag=True, help="Print what would be fetched.")
+@click.argument("repo")
+def pull(
+    library: Path | None,
+    name: str | None,
+    wanted: tuple[str, ...],
+    revision: str | None,
+    replace: bool,
+    dry_run: bool,
+    repo: str,
+) -> None:
+    """Fetch vectors from the Hugging Face Hub.
+
+    The vectors of REPO, OWNER/NAME, go into the library. Only vectors, cards, ledgers and sweep
+    pictures are fetched; everything is checked before it is put in its place, and nothing from the
+    repository is ever run. With HF_HUB_OFFLINE=1 what was fetched before is taken from the Hub's
+    local cache.
+
+    \b
+    Examples:
+      aft vectors pull someone/pythia-160m-gsm8k --name math/word_problems
+      aft vectors pull someone/vectors --vector math/algebra --revision v1.0
+    """
+    _quiet()
+    from lm_eval_aft.library.hub import choose, look
+    from lm_eval_aft.library.hub import pull as download
+    from lm_eval_aft.library.store import Library
+
+    remote = look(repo, revision)
+    if dry_run:
+        rows = [
+            (f"{place}/{file}".lstrip("/"), f"{size:,}")
+            for place in choose(remote, wanted)
+            for file, size in remote.vectors[place].items()
+        ]
+        print_table(f"Would fetch from {repo} at {remote.commit[:12]}", ("file", "bytes"), rows)
+    else:
+        pulled = download(
+            remote, Library(library), vectors=wanted, name=name, revision=revision, replace=replace
+        )
+        for each in pulled:
+            click.echo(f"Pulled: {each.name} at {each.commit[:12]} in {each.folder}")
+    if remote.left_out:
+        shown = printable(", ".join(sorted(remote.left_out)[:5]))
+        more = f" and {len(remote.left_out) - 5} more" if len(remote.left_out) > 5 else ""
+        click.echo(f"Left out, as no vector folder holds such files: {shown}{more}")
+
+
+@click.command("compose", context_settings=_SETTINGS)
+@library_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the new vector.")
+@click.option("--name", help="Put the new vector into the library under this name.")
+@click.option("--report", is_flag=True, help="Print how far the vectors pull the same way at each layer.")
+@click.argument("expression")
+def compose(
+    library: Path | None, output: Path | None, name: str | None, report: bool, expression: str
+) -> None:
+    """Add vectors to each other.
+
+    EXPRESSION names them, with their weights. Vectors at one layer are added there, others stay at
+    their own layers. Only vectors of one base model can be added. A minus needs a space before it.
+    The recipe is kept in the new vector.
+
+    \b
+    Examples:
+      aft vectors compose "math/algebra*0.7 + logic/analogy*0.3" -o both
+      aft vectors compose "style/careful - style/careless" --report
+    """
+    from lm_eval_aft.library.compose import Operand, combine, conflicts
+    from lm_eval_aft.library.expression import parse_expression
+    from lm_eval_aft.library.load import load_vector
+    from lm_eval_aft.library.store import Library
+
+    if not (output or name or report):
+        raise AFTError("Nothing to do with the sum.", "Give -o FOLDER, --name CATEGORY/NAME or --report.")
+    shelf = Library(library)
+    _check_places(output, shelf, name)  # both, before either is written
+    operands = [Operand(n, w, load_vector(n, shelf)) for n, w in parse_expression(expression).items()]
+    vector = combine(operands, expression)
+    if report:
+        _print_conflicts(conflicts(operands))
+    with ExitStack() as stack:
+        if name is not None:  # enters the library as the block ends, if the other place could be written
+            _write(stack.enter_context(shelf.adding(name)), vector)
+        if output is not None:
+            _write_whole(output, vector)
+    if output is not None:
+        click.echo(f"Written: {output}")
+    if name is not None:
+        click.echo(f"Added: {shelf.root / name}")
+
+
+def _quiet() -> None:
+    quiet_libraries()
+    # Its client tells every attempt; we tell how it ended.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def _place(name: str, folder: Path) -> str:
+    """Where a vector goes in a repository of many: by its library name, or by its last two folders."""
+    own = folder.stem if folder.suffix == ".safetensors" else folder.resolve().name
+    return name if is_name(name) else f"{folder.resolve().parent.name}/{own}"
+
+
+def _print_conflicts(found: Sequence[Mapping[str, Any]]) -> None:
+    rows = [
+        (
+            str(row["layer"]),
+            f"{row['one']} with {row['other']}",
+            "–" if row["cosine"] is None else f"{row['cosine']:+.4f}",
+            ", ".join(f"{norm:.4g}" for norm in row["norms"]),
+        )
+        for row in found
+    ]
+    if rows:
+        print_table("Pulling together (+1) or apart (-1)", ("layer", "vectors", "cosine", "norms"), rows)
+    else:
+        click.echo("No two of the vectors share a layer.")
+
+
+def _check_places(output: Path | None, shelf: Library, name: str | None) -> None:
+    if name is not None and os.path.lexists(shelf.root / check_name(name)):
+        raise AFTError(f"The library {shelf.root} already has {name!r}.", "Choose another name.")
+    if output is None:
+        return
+    if output.suffix == ".safetensors":
+        raise AFTError(f"{output} would be a folder, named like a file.", "Give a name without .safetensors.")
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
+        raise AFTError(f"{output} is there already.", "Choose another folder.")
+
+
+def _write_whole(output: Path, vector: SteeringVector) -> None:
+    """Write a vector into a new or an empty folder, whole or not at all."""
+    target = output.resolve()
+    beside = target if target.is_dir() else target.parent
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".aft-compose-", dir=beside) as place:
+            folder = Path(place) / "vector"
+            _write(folder, vector)
+            if beside == target:  # may be somebody's working directory: it stays the one it is
+                for each in sorted(folder.iterdir()):  # the vector last: a folder that has one is finished
+                    each.rename(target / each.name)
+            else:
+                folder.rename(target)
+    except OSError as error:
+        raise AFTError(f"Cannot write {output}: {error.strerror}.", "Choose another folder.") from error
+
+
+def _write(folder: Path, vector: SteeringVector) -> None:
+    from lm_eval_aft.training.artifacts import write_card
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_card(folder, vector)
+    vector.save(folder)  # last: a folder that has one is finished
+
+
+# ``aft vectors train-set``: a whole library from a study file.
+
+
+@click.command("train-set", context_settings={"help_option_names": ["-h", "--help"]})
+@offline_option
+@click.argument("study", type=click.Path(path_type=Path, dir_okay=False))
+@library_option
+@click.option("--model", help="Hub name or local folder of the base model.  [default: the study's]")
+@click.option("--resume", is_flag=True, help="Go on with what a former call began.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; train nothing.")
+@click.option("--limit", type=click.IntRange(min=1), help="Documents per task in the cross-scores.")
+@click.option("--no-scores", is_flag=True, help="Train only; no cross-scores.")
+@click.option(
+    "--batch-size", default="16", show_default=True, help="Of the cross-scores, as lm-eval takes it."
+)
+@click.option("--device", help="cuda, cuda:1, cpu, ...  [default: cuda where there is one]")
+@click.option("--dtype", help="float32, bfloat16, float16.  [default: as `aft train` and `aft eval`]")
+@click.option("--model-args", help="Further arguments of lm-eval's hf model: revision=...")
+def train_set(
+    study: Path,
+    library: Path | None,
+    model: str | None,
+    resume: bool,
+    dry_run: bool,
+    limit: int | None,
+    no_scores: bool,
+    batch_size: str,
+    device: str | None,
+    dtype: str | None,
+    model_args: str | None,
+) -> None:
+    """Train every vector of a study file into a library, then score each on each task.
+
+    STUDY is a YAML file: `vectors` maps CATEGORY/NAME to a task, or to a mapping with the task and any
+    setting of `aft train` (protocol, seeds, train_docs, ...; limit for its scores); `defaults` holds
+    for all; `unavailable` says what is missing for others. A vector is trained on its task's training
+    split and scored on the evaluation splits; scores land in the library as cross-scores.md and
+    .json. Ctrl-C or a crash loses little: --resume goes on.
+
+    \b
+    Examples:
+      aft vectors train-set scripts/studies/library.yaml --model EleutherAI/pythia-160m \\
+          --library lib --dry-run
+      aft vectors train-set mine.yaml --model demo --library lib --limit 200
+      aft vectors train-set mine.yaml --model demo --library lib --limit 200 --resume
+
+    \b
+    A study:
+      defaults: {protocol: rapid, train_docs: 50}
+      vectors:
+        math/word_problems: gsm8k
+        logic/analogy: {task: arc_challenge, protocol: adaptive, seeds: 3}
+      scores: {limit: 200}
+    """
+    quiet_libraries()
+    from lm_eval_aft.library.store import Library
+    from lm_eval_aft.studies.config import read_study
+    from lm_eval_aft.studies.train_set import TrainSet
+
+    plan = read_study(study)
+    base = model or plan.model
+    if base is None:
+        raise AFTError(f"The study {study} names no model.", "Give one with --model.")
+    shelf = Library(library)
+    arguments = parse_model_args(model_args, device=device, dtype=dtype)
+    job = TrainSet(plan, shelf, base, arguments)
+    if dry_run:
+        _print_plan(job)
+        return
+    if not resume:
+        job.check_fresh()
+    try:
+        with terminable(), exclusive_dir(job.folder):
+            failed = job.train(say=click.echo)
+            for name, needs in plan.unavailable.items():
+                click.echo(f"{name}: not trainable. {needs}")
+            if not no_scores and len(failed) < len(plan.entries):
+                _score(job, limit, arguments, batch_size)
+    except (KeyboardInterrupt, Terminated) as end:
+        ended(end)
+    if failed:
+        raise AFTError(
+            f"{len(failed)} of {len(plan.entries)} vectors were not trained: {', '.join(failed)}.",
+            "The reasons stand above; put them right and go on with --resume.",
+        )
+
+
+def _score(job: TrainSet, limit: int | None, arguments: dict[str, Any], batch_size: str) -> None:
+    """Score every vector on every task, and print and write the table."""
+    from lm_eval_aft.studies.train_set import CROSS_SCORES_NOTE, TABLE, cross_score, table
+
+    flags = ["--batch_size", batch_size]
+    rows = cross_score(
+        job.study, job.library, job.model, limit=limit, model_args=arguments, flags=flags, say=click.echo
+    )
+    columns, lines = table(rows)
+    print_table("Cross-scores", columns, lines)
+    click.echo(f"{CROSS_SCORES_NOTE}\nWritten: {job.library.root / TABLE}.md and .json")
+
+
+def _print_plan(job: TrainSet) -> None:
+    rows = []
+    for standing in job.statuses():
+        entry, plan = standing.entry, standing.entry.plan()
+        changed = {
+            k: v for k, v in entry.settings.items() if k not in ("protocol", "include_path", "prompts")
+        }
+        settings = ", ".join(f"{key}={value}" for key, value in changed.items()) or "–"
+        rows.append((entry.name, entry.task, plan.protocol.name, settings, standing.state))
+    columns = ("vector", "task", "protocol", "settings", "state")
+    print_table(f"Plan for {job.model} (nothing was trained)", columns, rows)
+    for name, needs in job.study.unavailable.items():
+        click.echo(f"{name}: not trainable. {needs}")
+
+
+# ``aft vectors``: keep, find and check the vectors of a library.
 
 
 @click.group("vectors", context_settings=_SETTINGS)
@@ -102,8 +470,8 @@ def show(library: Path | None, as_json: bool, name: str) -> None:
       aft vectors show math/word_problems
     """
     from lm_eval_aft.library.files import SOURCE
-    from lm_eval_aft.library.header import FILE_NAME, read_header
     from lm_eval_aft.library.store import Library
+    from lm_eval_aft.steering.vector_file import FILE_NAME, read_header
 
     shelf = Library(library)
     folder, entry = shelf.path(name), shelf.entry(name)
@@ -191,8 +559,8 @@ def verify(library: Path | None, names: tuple[str, ...]) -> None:
     Example:
       aft vectors verify math/word_problems
     """
+    from lm_eval_aft.library.files import damage
     from lm_eval_aft.library.store import Library
-    from lm_eval_aft.library.verify import damage
 
     shelf = Library(library)
     if not shelf.root.is_dir():
@@ -222,7 +590,7 @@ def routes(table: Path | None, text: str | None) -> None:
       aft vectors routes > mine.yaml
       aft vectors routes mine.yaml --text "How many apples are left?"
     """
-    from lm_eval_aft.library.route import default_table, parse_keyword_table, read_table
+    from lm_eval_aft.library.routers import default_table, parse_keyword_table, read_table
 
     content = read_table(table) if table else default_table()
     router = parse_keyword_table(content)
@@ -234,15 +602,11 @@ def routes(table: Path | None, text: str | None) -> None:
         click.echo(content, nl=False)
 
 
-for _command in (push, pull, compose, train_set):
-    vectors.add_command(_command)
-
-
 def _fitting(shelf: Library, entries: Sequence[Entry], model: str, weights: bool) -> list[Entry]:
     quiet_libraries()
     from lm_eval_aft.demo import resolve_pretrained
-    from lm_eval_aft.library.fits import identify, misfits
-    from lm_eval_aft.library.header import FILE_NAME, read_header
+    from lm_eval_aft.library.entry import identify, misfits
+    from lm_eval_aft.steering.vector_file import FILE_NAME, read_header
 
     identity = identify(resolve_pretrained(model), weights=weights)
     found, reasons = [], Counter[str]()
@@ -265,3 +629,50 @@ def _fitting(shelf: Library, entries: Sequence[Entry], model: str, weights: bool
             "Config and tokenizer compared, weights not: --weights tells fine-tuned copies apart.", err=True
         )
     return found
+
+
+# Vectors of a library as lines of text that a terminal can show.
+
+
+def cells(entry: Entry) -> list[str]:
+    """The columns of one row of `aft vectors list`."""
+    if entry.error:
+        return [entry.name, "damaged", *["–"] * 6]
+    change = entry.selection.get("score")
+    model = (entry.base_model or "–").rstrip("/").rpartition("/")[2]
+    task = ", ".join(entry.tasks) or "–"
+    made = (entry.created or "–")[:10]
+    version = entry.versions.get("lm-eval-aft")
+    return [
+        entry.name,
+        str(entry.hidden_size),
+        ", ".join(map(str, entry.layers)),
+        f"{task} (placebo: {entry.control})" if entry.control else task,
+        model,
+        "–" if change is None else f"{change:+.4f}",
+        "; ".join(result_text(row) for row in entry.results[:3]) or "–",
+        f"{made}, {version}" if version else made,
+    ]
+
+
+def print_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Plain columns: a rich table of a thousand rows takes longer than reading the library."""
+    lines = [columns, *(list(map(printable, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row in lines:
+        click.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def as_json_text(value: Any) -> str:
+    """JSON that steers no terminal: of what cannot be printed only the line breaks between fields stay."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def result_text(row: dict[str, str]) -> str:
+    """A row of a card's results table in one line."""
+    return f"{row['task']} {row['metric']} {row['difference']} {row['95 % interval']}"
+
+
+for _command in (push, pull, compose, train_set):
+    vectors.add_command(_command)

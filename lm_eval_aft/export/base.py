@@ -1,23 +1,31 @@
-"""The base model an export starts from: loaded once, checked against the vector, given back early."""
+"""What every export needs: its base model, the check of its logits, its card, and the vector's own record."""
 
 from __future__ import annotations
 
+import copy
 import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lm_eval_aft.backbone import Backbone, find_backbone
+from lm_eval_aft._util.errors import AFTError, model_not_loaded
+from lm_eval_aft._util.files import canonical_json
+from lm_eval_aft._util.private_names import require
 from lm_eval_aft.demo import resolve_pretrained
-from lm_eval_aft.errors import AFTError, model_not_loaded
-from lm_eval_aft.fingerprint import check_fingerprint
-from lm_eval_aft.methods import METHODS
-from lm_eval_aft.private_names import require
-from lm_eval_aft.steering import add_at, check_fits
-from lm_eval_aft.vector import SteeringVector
+from lm_eval_aft.library.entry import task_names
+from lm_eval_aft.steering.backbone import Backbone, find_backbone
+from lm_eval_aft.steering.fingerprint import check_fingerprint
+from lm_eval_aft.steering.hooks import add_at, check_fits
+from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.steering.vector_file import MAX_HEADER, is_biased, parse_entry
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"),
@@ -188,3 +196,370 @@ def check_constant(vector: SteeringVector) -> None:
         raise AFTError(
             "The vector's coefficient is 0: it would change nothing.", "Give another --coefficient."
         )
+
+
+ExportProgress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export.
+
+    Attributes:
+        path: the file or folder that was written.
+        kind: ``merged``, ``peft``, ``gguf`` or ``steered``.
+        agreement: the comparison of logits; ``None`` where the format has no loader to ask.
+        notes: what people should know, one sentence each.
+    """
+
+    path: Path
+    kind: str
+    agreement: Agreement | None
+    notes: list[str]
+
+
+# The vector's own record in what is exported, so that it comes back with an import.
+#
+# Without it a vector chosen on evaluation documents, or a placebo, would return as one of which nothing is
+# known.
+
+# Beside an adapter or a merged checkpoint; in a GGUF file it is a string.
+RECORD_NAME = "aft.json"
+_VALUES = "exported_values"
+_ENTRIES = 32  # of each layer: enough to tell vectors apart
+_TOLERANCE = 0.01  # between tools values are cast to 16 bits, and scaled
+# Attributes of the vector, not of its metadata: an import sets them itself.
+_ATTRIBUTES = ("method", "layers", "coefficient", "positions", "hidden_size")
+
+
+def record(vector: SteeringVector, added: dict[int, Tensor]) -> str:
+    """The vector's header as JSON.
+
+    Args:
+        added: what the export adds after each block; the record keeps a sketch of it, by which an import
+            knows that it belongs to what lies beside it.
+
+    Raises:
+        AFTError: the metadata are no JSON.
+    """
+    header = {
+        **vector.metadata,
+        **{key: getattr(vector, key) for key in _ATTRIBUTES if key != "layers"},
+        "layers": list(vector.layers),
+        _VALUES: _sketch(added),
+    }
+    try:
+        return canonical_json(header)
+    except (TypeError, ValueError) as error:
+        raise AFTError(f"The vector's metadata cannot be written as JSON: {error}.") from error
+
+
+def write_record(folder: Path, vector: SteeringVector, added: dict[int, Tensor]) -> None:
+    """Write the record into a folder; see `record`."""
+    (folder / RECORD_NAME).write_text(record(vector, added), encoding="utf-8")
+
+
+def read_record(folder: Path) -> str | None:
+    """The record in a folder, or ``None`` where there is none.
+
+    Raises:
+        AFTError: it cannot be read, or is longer than any.
+    """
+    file = folder / RECORD_NAME
+    if not file.exists():
+        return None
+    try:
+        if file.stat().st_size > MAX_HEADER:
+            raise AFTError(f"{file} is longer than any vector's record.", "Export or download it again.")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AFTError(f"{file} cannot be read: {error}.", "Export or download it again.") from error
+
+
+def restore(vector: SteeringVector, text: object, where: str) -> list[str]:
+    """Give an imported vector the metadata of its record, if that belongs to it; return notes.
+
+    Args:
+        text: the record, or ``None`` where there is none.
+        where: what people know it as.
+
+    Raises:
+        AFTError: the record is damaged.
+    """
+    if text is None:
+        return ["how the vector was made and chosen is not recorded there"]
+    try:
+        if not isinstance(text, str) or len(text) > MAX_HEADER:
+            raise ValueError("it is no text, or too long a one")
+        found = parse_entry(text)
+        canonical_json(found)  # 1e999 is read as infinite, which no vector file can hold
+    except (ValueError, RecursionError) as error:
+        raise AFTError(
+            f"{where}, the vector's record, is damaged: {error}.",
+            "Export or download it again.",
+        ) from error
+    if not _belongs(found.pop(_VALUES, None), _sketch(vector.layers)):
+        return [
+            f"{where} was written for other values and is ignored: how this vector was chosen is not known"
+        ]
+    for key in _ATTRIBUTES:
+        found.pop(key, None)
+    vector.metadata = {**found, **vector.metadata}
+    return [f"{where} says how the vector was made", *cautions(vector)]
+
+
+def cautions(vector: SteeringVector) -> list[str]:
+    """What nobody should overlook who uses the vector or reads its scores, one phrase each."""
+    meta = vector.metadata
+    found = []
+    if meta.get("control"):
+        found.append(f"this is a placebo (control `{meta['control']}`), not a vector to use")
+    if is_biased(meta):
+        found.append(
+            "this vector is biased: it was chosen on evaluation documents, so scores on them are no result"
+        )
+    return found
+
+
+def _sketch(layers: dict[int, Tensor]) -> dict[str, Any]:
+    """Per layer its norm and evenly spaced entries."""
+    found = {}
+    for layer, values in layers.items():
+        step = torch.arange(_ENTRIES) * len(values) // _ENTRIES
+        found[str(layer)] = {"norm": float(values.double().norm()), "entries": values[step].tolist()}
+    return found
+
+
+def _belongs(recorded: Any, present: dict[str, Any]) -> bool:
+    """Whether two sketches are of the same values, up to rounding."""
+    try:
+        if recorded.keys() != present.keys():
+            return False
+        for layer, now in present.items():
+            was, norm = recorded[layer], now["norm"]
+            pairs = zip(was["entries"], now["entries"], strict=True)
+            largest = max(map(abs, now["entries"]))
+            if abs(was["norm"] - norm) > _TOLERANCE * norm:
+                return False
+            if any(abs(a - b) > _TOLERANCE * largest for a, b in pairs):
+                return False
+    except (AttributeError, KeyError, TypeError, ValueError):  # a stranger's record
+        return False
+    return True
+
+
+# Does an export compute what the hook computes? Logits on probe prompts, in float32 arithmetic.
+
+# Largest difference of two logits, relative to the largest logit where that is above 1.
+TOLERANCE = 1e-5
+_LONGEST = 1024
+_SHOWN = 16  # positions of each probe whose logits are compared
+_CHUNK = 2**22  # weights of one matrix turned to float32 at a time: 16 MiB
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The outcome of a comparison, in logits.
+
+    Attributes:
+        difference: largest absolute difference between the export and the hooked model.
+        bound: what it had to stay within.
+        effect: largest absolute change that the vector makes: what would be seen if it were missing.
+        probes: number of prompts.
+    """
+
+    difference: float
+    bound: float
+    effect: float
+    probes: int
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by at most {self.difference:.1e} on {self.probes} probe prompts "
+            f"(bound {self.bound:.1e}; the vector itself changes them by {self.effect:.1e})"
+        )
+
+
+def probe_prompts(config: Any) -> list[Tensor]:
+    """Random token ids of shape ``(batch, length)``, the same for the same config.
+
+    Three short prompts and, for a model with a sliding window of reasonable size, one that is longer
+    than the window.
+    """
+    text = config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(text.vocab_size, (3, _SHOWN), generator=generator)]
+    window = getattr(text, "sliding_window", None)
+    longest = min(_LONGEST, getattr(text, "max_position_embeddings", None) or _LONGEST)
+    if isinstance(window, int) and window < longest:
+        length = min(window + _SHOWN, longest)
+        prompts.append(torch.randint(text.vocab_size, (1, length), generator=generator))
+    return prompts
+
+
+@torch.no_grad()
+def probe_logits(model: Any, prompts: list[Tensor]) -> list[Tensor]:
+    """Logits of the last positions of each prompt, ``(batch, <= 16, vocabulary)``, in float32.
+
+    Computed in float32 whatever the dtype of the weights, so that the comparison can be strict.
+    """
+    return [forward_in_float32(model, ids, **_keep(model)).logits[:, -_SHOWN:] for ids in prompts]
+
+
+def forward_in_float32(model: Any, ids: Tensor, **options: Any) -> Any:
+    """``model``'s output for ``ids``, computed in float32; on a copy where it cannot be done in place."""
+    try:
+        with computing_in_float32(model):
+            return model(input_ids=ids, use_cache=False, **options)
+    except RuntimeError:
+        if all(not _coarse(module) for module in model.modules()):
+            raise
+    # Mamba's blocks read weights of modules that they do not call, which no hook can widen. A copy keeps
+    # the hooks that steer.
+    return copy.deepcopy(model).float()(input_ids=ids, use_cache=False, **options)
+
+
+def compare_logits(base: list[Tensor], steered: list[Tensor], export: list[Tensor]) -> Agreement:
+    """Compare an export's logits with the hooked model's; ``base`` are those without the vector."""
+    difference = _distance(steered, export)
+    return Agreement(
+        difference=difference,
+        bound=TOLERANCE * max(1.0, *(float(logits.abs().max()) for logits in steered)),
+        effect=_distance(base, steered),
+        probes=sum(len(logits) for logits in steered),
+    )
+
+
+def require_agreement(agreement: Agreement, what: str) -> Agreement:
+    """Raise `AFTError` unless the export agrees with the hooked model.
+
+    A vector whose whole effect is within the bound cannot be told from no vector at all: refused too.
+    """
+    if not agreement.difference <= agreement.bound:  # NaN must fail
+        raise AFTError(
+            f"The {what} was deleted: it does not compute what the vector does ({agreement}).",
+            "This is a fault of the export, not of the vector: please report it with the model's name.",
+        )
+    if agreement.effect <= agreement.bound:
+        raise AFTError(
+            f"The {what} was deleted: the vector changes the logits too little to verify anything "
+            f"({agreement}).",
+            "Check the vector's norm and coefficient.",
+        )
+    return agreement
+
+
+@contextmanager
+def computing_in_float32(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in float32 arithmetic without a float32 copy of it.
+
+    Each module's own weights are turned to float32 only while it runs, large matrices in pieces.
+    Nothing is patched where all weights are float32 already.
+    """
+    handles: list[Any] = []
+    patched: list[nn.Module] = []
+
+    def widen(module: nn.Module, _inputs: Any) -> None:
+        module.__dict__["_aft_saved"] = saved = [(p, p.data) for p in _coarse(module)]
+        for parameter, data in saved:
+            parameter.data = data.float()
+
+    def restore(module: nn.Module, _inputs: Any, output: Any) -> Any:
+        for parameter, data in module.__dict__.pop("_aft_saved", []):
+            parameter.data = data
+        return output
+
+    try:
+        for module in model.modules():
+            if not _coarse(module):
+                continue
+            if type(module) is nn.Linear and module.weight.numel() > _CHUNK:
+                module.forward = _linear_in_pieces(module)  # type: ignore[method-assign]
+                patched.append(module)
+            elif type(module) is nn.Embedding:
+                handles.append(module.register_forward_hook(lambda _m, _i, output: output.float()))
+            else:
+                handles.append(module.register_forward_pre_hook(widen))
+                handles.append(module.register_forward_hook(restore, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in patched:
+            del module.forward
+
+
+def _coarse(module: nn.Module) -> list[nn.Parameter]:
+    own = module.parameters(recurse=False)
+    return [p for p in own if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64)]
+
+
+def _linear_in_pieces(module: nn.Linear) -> Any:
+    rows = max(1, _CHUNK // module.in_features)
+
+    def forward(inputs: Tensor) -> Tensor:
+        # One buffer for all pieces: freed one by one, they would leave the heap in tatters.
+        buffer = torch.empty(rows, module.in_features)
+        output = torch.empty(*inputs.shape[:-1], module.out_features)
+        for start in range(0, module.out_features, rows):
+            weight = module.weight[start : start + rows]
+            piece = functional.linear(inputs, buffer[: len(weight)].copy_(weight))
+            output[..., start : start + rows] = piece
+        return output if module.bias is None else output + module.bias.float()
+
+    return forward
+
+
+def _keep(model: Any) -> dict[str, int]:
+    import inspect
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return (
+        {"logits_to_keep": _SHOWN} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+    )
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    if [x.shape for x in one] != [x.shape for x in other]:
+        return float("inf")
+    # torch's max, unlike Python's, keeps a NaN.
+    return float(torch.stack([(x - y).abs().max() for x, y in zip(one, other, strict=True)]).max())
+
+
+# The README.md beside an exported checkpoint or adapter.
+
+_RELATION = {"merged": "finetune", "peft": "adapter"}
+_LIBRARY = {"merged": "transformers", "peft": "peft"}
+
+
+def write_export_card(folder: Path, kind: str, base: Base, vector: SteeringVector, notes: list[str]) -> None:
+    """Write ``folder/README.md``: base model, the vector's identity, how it was stored and checked.
+
+    A placebo, or a vector chosen on evaluation documents, is said to be one.
+    """
+    data = ModelCardData(
+        base_model=base.name,
+        base_model_relation=_RELATION[kind],
+        library_name=_LIBRARY[kind],
+        tags=["activation-steering"],
+    )
+    layers, tasks = ", ".join(map(str, vector.layers)), task_names(vector.metadata)
+    at = f" (revision `{base.revision}`)" if base.revision else ""
+    lines = [
+        f"# {base.name} with a steering vector",
+        "",
+        *(line for caution in cautions(vector) for line in (f"**{_sentence(caution)}.**", "")),
+        f"`{base.name}`{at} with one constant vector added to the residual stream after block {layers}, "
+        f"{'folded into its weights' if kind == 'merged' else 'as a PEFT adapter'} by `aft export`.",
+        "",
+        f"- Vector: SHA-256 `{vector.digest()}`, norm {vector.norm():.4g}, coefficient {vector.coefficient:g}"
+        + (f", trained on {', '.join(f'`{task}`' for task in tasks)}" if tasks else ""),
+        *(f"- {_sentence(note)}." for note in notes),
+        f"- `{RECORD_NAME}` holds the vector's own record of how it was made and chosen.",
+        "- The base model's licence applies.",
+    ]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n").save(folder / "README.md")
+
+
+def _sentence(phrase: str) -> str:
+    return phrase[0].upper() + phrase[1:]

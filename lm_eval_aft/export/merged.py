@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.export.base import Base, source_file
-from lm_eval_aft.export.card import write_card
-from lm_eval_aft.export.families import plan_merge
-from lm_eval_aft.export.plan import Plan, skeleton
-from lm_eval_aft.export.provenance import write_record
-from lm_eval_aft.export.report import Export, Progress
-from lm_eval_aft.export.slots import find_slots
-from lm_eval_aft.export.target import appearing
-from lm_eval_aft.export.verify import Agreement, compare, probe_logits, probe_prompts, require
-from lm_eval_aft.vector import SteeringVector
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import appearing
+from lm_eval_aft.export.base import (
+    Agreement,
+    Base,
+    Export,
+    ExportProgress,
+    compare_logits,
+    forward_in_float32,
+    probe_logits,
+    probe_prompts,
+    require_agreement,
+    source_file,
+    write_export_card,
+    write_record,
+)
+from lm_eval_aft.export.rewritings import (
+    HOOK_INSTEAD,
+    NO_FAMILY,
+    PEFT_INSTEAD,
+    REWRITINGS,
+    Plan,
+    skeleton,
+    unchanged,
+)
+from lm_eval_aft.steering.backbone import Backbone, Conv1D
+from lm_eval_aft.steering.hooks import add_at, hidden_states
+from lm_eval_aft.steering.vector import SteeringVector
 
 SHARD_SIZE = "5GB"
 # The share of the vector's norm that rounding to the checkpoint's dtype may move it by.
@@ -29,7 +48,7 @@ _ROUNDED = 2.0**-22  # below, float32's own
 
 
 def export_merged(
-    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: Progress
+    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: ExportProgress
 ) -> Export:
     """Write a checkpoint that plain transformers loads and that computes what the steered model does.
 
@@ -47,7 +66,7 @@ def export_merged(
             written; the check fails.
     """
     progress("looking for a place")
-    plan = plan_merge(base.model, find_slots(base.model, base.backbone, min(deltas)))
+    plan = plan_merge(base.model, find_bias_slots(base.model, base.backbone, min(deltas)))
     model, stored = build(base, plan, deltas)
     rounding, dtype = _relative_error(stored, deltas), str(model.dtype).removeprefix("torch.")
     _refuse_rounded_away(rounding, dtype)
@@ -70,17 +89,17 @@ def export_merged(
         gc.collect()
         progress("reloading")
         exported = _reloaded_logits(folder, prompts)
-        agreement = require(compare(plain, steered, exported), "merged checkpoint")
+        agreement = require_agreement(compare_logits(plain, steered, exported), "merged checkpoint")
         _check_tokenizer(tokenizer, folder)
         notes = [f"{plan.route}; dtype {dtype}"]
         if rounding > _ROUNDED:
-            notes.append(_rounding_told(rounding, dtype, compare(plain, exact, exported)))
+            notes.append(_rounding_told(rounding, dtype, compare_logits(plain, exact, exported)))
         if tokenizer is None:
             notes.append(f"no tokenizer was found with {base.name}, so the checkpoint has none")
         if plan.caution:
             notes.append(plan.caution)
         write_record(folder, vector, deltas)
-        write_card(folder, "merged", base, vector, [*notes, str(agreement)])
+        write_export_card(folder, "merged", base, vector, [*notes, str(agreement)])
     return Export(target, "merged", agreement, notes)
 
 
@@ -185,3 +204,180 @@ def _relative_error(stored: dict[int, Tensor], deltas: dict[int, Tensor]) -> flo
     off = sum(float((stored[layer] - deltas[layer]).double().square().sum()) for layer in deltas)
     norm = sum(float(delta.double().square().sum()) for delta in deltas.values())
     return math.sqrt(off / max(norm, 1e-300))
+
+
+# Where a plain checkpoint can keep the vector: a bias that is there, a switch, or another architecture.
+#
+# Biases and switches are found by structure, whatever the family; only rewritings are a table. Nothing here
+# is trusted: every export is reloaded and compared with the hooked model.
+
+# Config switches that give a family's Linears biases. Those other than ours become zeros.
+_SWITCHES = ("mlp_bias", "use_bias", "bias", "enable_bias", "attention_bias")
+
+
+def plan_merge(model: Any, slots: list[BiasSlot]) -> Plan:
+    """Find a place for the vector in a plain checkpoint.
+
+    Args:
+        slots: what `find_bias_slots` found in the vector's first block.
+
+    Raises:
+        AFTError: there is none, with the reason and what to use instead.
+    """
+    config = model.config
+    family = config.model_type
+    refuse_mixture(config)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise AFTError("A quantised model cannot take a merged vector.", "Merge into the original weights.")
+    if not slots:
+        raise AFTError(no_slot(model), HOOK_INSTEAD)
+    names = set(model.state_dict())
+    for slot in slots:
+        if any(name.endswith(f".{slot.name}.bias") for name in names):
+            return Plan(config, slot.name, slot.scale, unchanged, f"the vector was added to {slot.name}.bias")
+    for slot in slots:
+        for switch in _SWITCHES:
+            if getattr(config, switch, None) is not False:
+                continue
+            changed = copy.deepcopy(config)
+            setattr(changed, switch, True)
+            new = set(parameter_names(changed)) - names
+            ours = any(name.endswith(f".{slot.name}.bias") for name in new)
+            if ours and all(name.endswith(".bias") for name in new):
+                route = (
+                    f"the vector lies in {slot.name}.bias, there by {switch}=true; the other new biases are 0"
+                )
+                return Plan(changed, slot.name, slot.scale, unchanged, route)
+    if family in REWRITINGS:
+        return REWRITINGS[family](model)
+    reason = NO_FAMILY.get(family, "no family that computes the same and has one is known")
+    raise AFTError(
+        f"{family} has no bias in {slots[0].name} that survives saving, and {reason}.", PEFT_INSTEAD
+    )
+
+
+def parameter_names(config: Any) -> list[str]:
+    """Names of the tensors that a checkpoint of this config holds; nothing is allocated."""
+    return list(skeleton(config).state_dict())
+
+
+def refuse_mixture(config: Any) -> None:
+    """Raise `AFTError` for a mixture of experts, which has no one Linear that writes for every token."""
+    text = config.get_text_config()
+    for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        if (getattr(text, key, None) or 0) > 1:
+            raise AFTError(
+                f"{config.model_type} is a mixture of experts ({key}={getattr(text, key)}): each token "
+                "passes through other Linears, weighted by a router, so no bias equals the vector.",
+                HOOK_INSTEAD,
+            )
+
+
+def no_slot(model: Any) -> str:
+    """Why no bias of a block can stand for the vector."""
+    family = model.config.model_type
+    if family == "opt" and not model.config.do_layer_norm_before:
+        where = "normalises the residual stream itself after each sublayer"
+    else:
+        where = "normalises, gates or scales what its last Linear writes before adding it"
+    return (
+        f"No bias in a block of {family} equals the vector: the block {where} (post-norm), so a constant "
+        "before it does not stay a constant."
+    )
+
+
+# Where in a block a bias equals the vector: the Linear that writes into the residual stream last.
+
+_TRIED = 3  # candidates of one block
+_TOLERANCE = 1e-4  # relative to the probe; where it is wrong it is wrong by about 1
+
+
+@dataclass(frozen=True)
+class BiasSlot:
+    """A Linear whose bias moves the block's output by a constant.
+
+    Attributes:
+        name: path inside the block, e.g. ``mlp.down_proj``.
+        scale: how far the block's output moves per unit of bias; 1 but for residual multipliers.
+    """
+
+    name: str
+    scale: float
+
+
+@torch.no_grad()
+def find_bias_slots(model: Any, backbone: Backbone, layer: int) -> list[BiasSlot]:
+    """The slots of block ``layer``, the one that runs last first; empty if it has none.
+
+    Found by trial, whatever the family: a random vector is added to a Linear's output, and the block's
+    output must move by that vector at every position, times one constant. That fails where the block
+    normalises what the Linear wrote (post-norm), gates it (mixtures of experts) or reads it again.
+    """
+    block = backbone.blocks[layer]
+    order = _linears_in_order(model, block, backbone.hidden_size)
+    plain = _block_output(model, block)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(backbone.hidden_size, generator=generator) * plain.square().mean().sqrt()
+    found = []
+    for name, module in list(reversed(order))[:_TRIED]:
+        handle = add_at(module, probe)
+        try:
+            moved = _block_output(model, block) - plain
+        finally:
+            handle.remove()
+        scale = float((moved @ probe).mean() / (probe @ probe))
+        scale = next((s for s in _exact_scales(model) if abs(scale - s) < 1e-3 * s), scale)
+        off = float((moved - scale * probe).abs().max())
+        if off <= _TOLERANCE * float(probe.abs().max()) and abs(scale) > _TOLERANCE:
+            found.append(BiasSlot(name, scale))
+    return found
+
+
+def module_of(backbone: Backbone, layer: int, slot: BiasSlot) -> nn.Module:
+    """The Linear itself.
+
+    Raises:
+        AFTError: this block is built otherwise than the one the slot was found in.
+    """
+    try:
+        return backbone.blocks[layer].get_submodule(slot.name)
+    except AttributeError as error:
+        raise AFTError(f"Block {layer} has no {slot.name}, unlike other blocks of this model.") from error
+
+
+def _exact_scales(model: Any) -> list[float]:
+    multiplier = getattr(model.config, "residual_multiplier", None)
+    return [1.0] if multiplier is None else [1.0, float(multiplier)]
+
+
+def _linears_in_order(model: Any, block: nn.Module, width: int) -> list[tuple[str, nn.Module]]:
+    seen: list[tuple[str, nn.Module]] = []
+    handles = []
+    for name, module in block.named_modules():
+        writes = isinstance(module, nn.Linear) and module.out_features == width
+        if writes or (isinstance(module, Conv1D) and module.nf == width):
+            entry = (name, module)
+            handles.append(module.register_forward_hook(lambda *_, entry=entry: seen.append(entry)))
+    try:
+        _block_output(model, block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict(seen).items())
+
+
+def _block_output(model: Any, block: nn.Module) -> Tensor:
+    caught: list[Tensor] = []
+
+    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        # A copy: later blocks may add to it in place.
+        caught.append(hidden_states(output).float().reshape(-1, hidden_states(output).shape[-1]).clone())
+
+    handle = block.register_forward_hook(catch)
+    try:
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (1, 12), generator=torch.Generator().manual_seed(1))
+        forward_in_float32(model, ids)
+    finally:
+        handle.remove()
+    return caught[0]

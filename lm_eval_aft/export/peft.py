@@ -15,25 +15,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.export.base import Base
-from lm_eval_aft.export.card import write_card
-from lm_eval_aft.export.families import no_slot, refuse_mixture
-from lm_eval_aft.export.plan import HOOK_INSTEAD
-from lm_eval_aft.export.provenance import write_record
-from lm_eval_aft.export.report import Export, Progress
-from lm_eval_aft.export.slots import find_slots, module_of
-from lm_eval_aft.export.target import appearing
-from lm_eval_aft.export.verify import Agreement, compare, probe_logits, probe_prompts, require
-from lm_eval_aft.private_names import gone
-from lm_eval_aft.vector import SteeringVector
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import appearing
+from lm_eval_aft._util.private_names import gone
+from lm_eval_aft.export.base import (
+    Agreement,
+    Base,
+    Export,
+    ExportProgress,
+    compare_logits,
+    probe_logits,
+    probe_prompts,
+    require_agreement,
+    write_export_card,
+    write_record,
+)
+from lm_eval_aft.export.merged import find_bias_slots, module_of, no_slot, refuse_mixture
+from lm_eval_aft.export.rewritings import HOOK_INSTEAD
+from lm_eval_aft.steering.vector import SteeringVector
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
 def export_peft(
-    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: Progress
+    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: ExportProgress
 ) -> Export:
     """Write an adapter folder that ``PeftModel.from_pretrained`` and lm-eval's ``peft=`` load.
 
@@ -46,7 +52,7 @@ def export_peft(
     peft = _library()
     progress("looking for a place")
     refuse_mixture(base.config)
-    slots = find_slots(base.model, base.backbone, min(deltas))
+    slots = find_bias_slots(base.model, base.backbone, min(deltas))
     if not slots:
         raise AFTError(no_slot(base.model), HOOK_INSTEAD)
     slot = slots[0]
@@ -72,16 +78,18 @@ def export_peft(
         plain_again = model.unload()
         progress("reloading")
         loaded = peft.PeftModel.from_pretrained(plain_again, str(folder)).eval()
-        agreement = require(compare(plain, steered, probe_logits(loaded, prompts)), "adapter")
+        agreement = require_agreement(
+            compare_logits(plain, steered, probe_logits(loaded, prompts)), "adapter"
+        )
         loaded.unload()
         kind = "a BEFT adapter" if linear else "a LoRA adapter (zero matrices, lora_bias)"
         notes = [f"{kind} on {', '.join(names.values())}"]
         write_record(folder, vector, deltas)
-        write_card(folder, "peft", base, vector, [*notes, str(agreement)])
+        write_export_card(folder, "peft", base, vector, [*notes, str(agreement)])
     return Export(target, "peft", agreement, notes)
 
 
-def import_peft(base: Base, folder: Path, progress: Progress) -> tuple[dict[int, Tensor], Agreement]:
+def import_peft(base: Base, folder: Path, progress: ExportProgress) -> tuple[dict[int, Tensor], Agreement]:
     """Read a BEFT adapter, or a LoRA with zero matrices and biases, as what it adds after blocks.
 
     Returns:
@@ -102,7 +110,7 @@ def import_peft(base: Base, folder: Path, progress: Progress) -> tuple[dict[int,
         if inner == module or not numbered or int(index) >= len(base.backbone.blocks):
             raise AFTError(f"The adapter acts on {module}, which is in no block of {base.name}.")
         layer = int(index)
-        slots = {slot.name: slot for slot in find_slots(base.model, base.backbone, layer)}
+        slots = {slot.name: slot for slot in find_bias_slots(base.model, base.backbone, layer)}
         if name not in slots:
             raise AFTError(
                 f"The adapter's bias on {module} does not move the output of block {layer} by a constant, so "
@@ -125,9 +133,9 @@ def import_peft(base: Base, folder: Path, progress: Progress) -> tuple[dict[int,
             raise AFTError(
                 f"peft cannot load the adapter in {folder}: {reason}.", "Save it again."
             ) from error
-        agreement = compare(plain, probe_logits(loaded, prompts), steered)
+        agreement = compare_logits(plain, probe_logits(loaded, prompts), steered)
         loaded.unload()
-    return deltas, require(agreement, "vector")
+    return deltas, require_agreement(agreement, "vector")
 
 
 def _library() -> Any:

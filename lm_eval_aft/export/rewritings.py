@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.export.plan import PEFT_INSTEAD, Plan, Tensors, unchanged
+from lm_eval_aft._util.errors import AFTError
 
 _COMMON = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -206,3 +206,47 @@ NO_FAMILY = {
     ),
     "mpt": "no family with one has its ALiBi attention without biases",
 }
+
+
+# How a plain checkpoint will hold a vector.
+
+Tensors = Iterator[tuple[str, Tensor]]
+
+PEFT_INSTEAD = "Use --to peft, which adds the vector without a place in the checkpoint."
+HOOK_INSTEAD = "Use --to steered, or score it with `--model aft`; both add it after the block itself."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a checkpoint will hold the vector.
+
+    Attributes:
+        config: configuration of the export.
+        slot: the Linear that gets the bias, by its name inside a block *of the export*.
+        scale: how far a block's output moves per unit of that bias.
+        convert: the base model's tensors to the export's; biases that are missing become zeros.
+        route: one phrase for people.
+        centred: the residual stream of the export is free of its mean, so the vector must be too.
+        caution: a sentence on what the route costs elsewhere, or ``""``.
+    """
+
+    config: Any
+    slot: str
+    scale: float
+    convert: Callable[[Tensors], Tensors]
+    route: str
+    centred: bool = False
+    caution: str = ""
+
+
+def unchanged(tensors: Tensors) -> Tensors:
+    """The conversion that converts nothing."""
+    yield from tensors
+
+
+def skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """A causal LM of this config without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()

@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.export.base import Base
-from lm_eval_aft.export.report import Export, Progress
-from lm_eval_aft.export.target import appearing
-from lm_eval_aft.export.verify import compare, probe_prompts, require
-from lm_eval_aft.private_names import borrowed
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import appearing
+from lm_eval_aft._util.private_names import borrowed
+from lm_eval_aft.export.base import (
+    Base,
+    Export,
+    ExportProgress,
+    compare_logits,
+    probe_prompts,
+    require_agreement,
+)
 
 
-def export_steered(base: Base, deltas: dict[int, Tensor], target: Path, progress: Progress) -> Export:
+def export_steered(base: Base, deltas: dict[int, Tensor], target: Path, progress: ExportProgress) -> Export:
     """Write the file and compare logits through lm-eval's own loader, in the model's own dtype.
 
     Raises:
@@ -50,8 +55,8 @@ def export_steered(base: Base, deltas: dict[int, Tensor], target: Path, progress
         file.write_bytes(buffer.getvalue())
         progress("reloading")
         exported = _loaded_logits(base, file, prompts)
-        agreement = require(
-            compare(
+        agreement = require_agreement(
+            compare_logits(
                 *([logits.float() for logits in side] for side in (plain, steered, exported)),
             ),
             "file",

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.fingerprint import compare_fingerprints
-from lm_eval_aft.library.entry import is_biased, task_names
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.library.expression import parse_expression
-from lm_eval_aft.methods import METHODS
-from lm_eval_aft.vector import SteeringVector
+from lm_eval_aft.steering.fingerprint import compare_fingerprints
+from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.steering.vector_file import is_biased
 
 # What a composed vector keeps where all operands agree on it.
 _SHARED = (

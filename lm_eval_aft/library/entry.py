@@ -1,4 +1,4 @@
-"""One vector of a library as a listing shows it: read from its folder, kept in the index."""
+"""One vector of a library as a listing shows it, and whether it fits a model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lm_eval_aft.errors import AFTError
+from lm_eval_aft._util.errors import AFTError, model_not_loaded
 from lm_eval_aft.library.files import CARD, FILES
-from lm_eval_aft.library.header import FILE_NAME, read_header
+from lm_eval_aft.steering.vector_file import FILE_NAME, Header, is_biased, mapping_or_empty, read_header
 
-# The columns of a card's results table, as lm_eval_aft.training.card writes them.
+# The columns of a card's results table, as lm_eval_aft.training.artifacts writes them.
 _COLUMNS = ("task", "metric", "n", "difference", "95 % interval", "verdict")
 
 
@@ -92,7 +92,7 @@ def read_entry(name: str, folder: Path) -> Entry:
     except AFTError as error:
         return Entry(name, error=error.what)
     meta = header.metadata
-    base_model, versions = (_mapping(meta.get(key)) for key in ("base_model", "versions"))
+    base_model, versions = (mapping_or_empty(meta.get(key)) for key in ("base_model", "versions"))
     depth = meta.get("num_hidden_layers")
     return Entry(
         name,
@@ -104,17 +104,11 @@ def read_entry(name: str, folder: Path) -> Entry:
         base_model=_text(base_model.get("name")),
         control=_text(meta.get("control")) or ("biased" if is_biased(meta) else None),
         selection=_selection(meta),
-        results=tuple(card_results(folder / CARD)),
+        results=tuple(read_card_results(folder / CARD)),
         created=_text(meta.get("created")),
         versions={str(k)[:40]: str(v)[:40] for k, v in list(versions.items())[:20]},
-        recipe=_text(_mapping(meta.get("recipe")).get("expression")),
+        recipe=_text(mapping_or_empty(meta.get("recipe")).get("expression")),
     )
-
-
-def is_biased(meta: Mapping[str, Any]) -> bool:
-    """Whether a vector was chosen on evaluation documents, by its metadata's own word."""
-    protocol = _mapping(meta.get("protocol"))
-    return bool(protocol.get("biased") or protocol.get("name") == "biased")
 
 
 def task_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
@@ -126,7 +120,7 @@ def task_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
     return (str(meta["task"])[:200],) if meta.get("task") else ()
 
 
-def card_results(card: Path) -> list[dict[str, str]]:
+def read_card_results(card: Path) -> list[dict[str, str]]:
     """The rows of the results table in a model card; a card without one, or damaged, gives none."""
     try:
         if card.is_symlink() or card.stat().st_size > FILES[CARD]:
@@ -150,8 +144,8 @@ def card_results(card: Path) -> list[dict[str, str]]:
 
 
 def _selection(meta: Mapping[str, Any]) -> dict[str, float]:
-    selection = _mapping(meta.get("selection"))
-    baseline, own = (_mapping(selection.get(key)) for key in ("baseline", "vector"))
+    selection = mapping_or_empty(meta.get("selection"))
+    baseline, own = (mapping_or_empty(selection.get(key)) for key in ("baseline", "vector"))
     found = {}
     for key in ("score", "accuracy"):
         before, after = baseline.get(key), own.get(key)
@@ -160,13 +154,81 @@ def _selection(meta: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _text(value: Any) -> str | None:
     return str(value)[:300] if value else None
 
 
 def _matches(pattern: str | None, texts: tuple[str, ...]) -> bool:
     return pattern is None or any(fnmatchcase(text.lower(), pattern.lower()) for text in texts)
+
+
+# Which vectors fit a model, from as little of the model as will do.
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What of a model a vector must fit.
+
+    Attributes:
+        fingerprint: as `lm_eval_aft.steering.fingerprint.fingerprint` gives it.
+        weights: whether the weights were read; without them a fine-tuned copy passes for its origin.
+    """
+
+    name: str
+    hidden_size: int
+    num_hidden_layers: int
+    fingerprint: Mapping[str, Any]
+    weights: bool
+
+
+def identify(model: str, *, weights: bool = False) -> ModelIdentity:
+    """Identify a model by its config and tokenizer or, if asked or if those do not do, by all of it.
+
+    Args:
+        model: local folder or Hub name.
+        weights: load the weights as well.
+
+    Raises:
+        AFTError: no such model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from lm_eval_aft.steering.fingerprint import fingerprint
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        loaded: Any = None
+        if not weights:
+            try:
+                with torch.device("meta"):  # names and shapes, no numbers
+                    loaded = AutoModelForCausalLM.from_config(config)
+            except (ImportError, NotImplementedError, RuntimeError, ValueError):
+                weights = True
+        if weights:
+            loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise model_not_loaded(model, error) from error
+    text = config.get_text_config()
+    found = fingerprint(loaded, tokenizer)
+    if getattr(config, "quantization_config", None) is not None:
+        found["quantized"] = True
+    return ModelIdentity(model, text.hidden_size, text.num_hidden_layers, found, weights)
+
+
+def misfits(header: Header, model: ModelIdentity) -> list[str]:
+    """Say in what a vector does not fit a model; an empty list means that it does."""
+    from lm_eval_aft.steering.fingerprint import compare_fingerprints
+
+    if header.hidden_size != model.hidden_size:
+        return ["hidden size"]
+    if header.layers[-1] >= model.num_hidden_layers:
+        return ["number of blocks"]
+    recorded = header.metadata.get("fingerprint")
+    if recorded is None:  # made by hand
+        return []
+    try:
+        return compare_fingerprints(recorded, model.fingerprint)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ["fingerprint (damaged)"]

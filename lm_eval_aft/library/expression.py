@@ -1,4 +1,4 @@
-"""Expressions such as ``math/algebra*0.7 + logic/analogy*0.3``: text in, weights out.
+"""Expressions such as ``math/algebra*0.7 + logic/analogy*0.3``: text in, weights out. Free of torch.
 
     expression = term { ("+" | "-") term }
     term       = factor { "*" factor }
@@ -13,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from lm_eval_aft.errors import AFTError
+from lm_eval_aft._util.errors import AFTError
 
 _TOKEN = re.compile(
     r"""\s*(?:

@@ -1,18 +1,67 @@
-"""The files a vector folder may hold, and copying them without trusting where they come from."""
+"""What vectors are called, which files their folders may hold, and copying and checking those files."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import re
 import shutil
 import stat
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.header_entry import MAX_FILE
-from lm_eval_aft.library.header import FILE_NAME, OPEN_FLAGS, read_header
-from lm_eval_aft.library.names import PART
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import sha256
+from lm_eval_aft.steering.vector_file import FILE_NAME, MAX_FILE, OPEN_FLAGS, read_header
+
+# No leading dot (temporaries, `..`) and no leading dash (an expression would read a minus).
+PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,95}"
+_NAME = re.compile(rf"{PART}/{PART}")
+
+
+def is_name(text: str) -> bool:
+    """Whether ``text`` has the form of a library name."""
+    return _NAME.fullmatch(text) is not None
+
+
+def check_name(text: str) -> str:
+    """Return ``text`` if it can name a vector.
+
+    Raises:
+        AFTError: it cannot.
+    """
+    if not is_name(text):
+        raise AFTError(
+            f"{text!r} cannot name a vector in a library.",
+            "Write CATEGORY/NAME, as in math/word_problems: letters, digits and _ - . (not first: - and .).",
+        )
+    return text
+
+
+def printable(text: str) -> str:
+    """Text from a file as a terminal may show it: what would steer the terminal is written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def suggestion(wrong: str, names: Iterable[str]) -> str:
+    """A hint that lists the names nearest to a wrong one, or ``""``."""
+    known = list(names)
+    near = get_close_matches(wrong, known, n=3, cutoff=0.6)
+    tails = {name.rpartition("/")[2]: name for name in known}
+    near += [tails[t] for t in get_close_matches(wrong.rpartition("/")[2], tails, n=3, cutoff=0.75)]
+    if not near:
+        return ""
+    return f"Did you mean {' or '.join(dict.fromkeys(near))}?"
+
+
+def as_spec(value: Any) -> Any:
+    """A name or path as it was typed: lm-eval makes numbers of what ``--model_args`` says where it can."""
+    return str(value) if isinstance(value, int | float) else value
+
+
+# The files a vector folder may hold, and copying them without trusting where they come from.
 
 CARD = "README.md"
 SOURCE = "source.json"
@@ -91,7 +140,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         AFTError: a file that is not what its name says, or a vector that cannot be used.
     """
-    from lm_eval_aft.vector import SteeringVector  # torch
+    from lm_eval_aft.steering.vector import SteeringVector  # torch
 
     for name in vector_files(folder):
         file, longest = folder / name, limit(name) or 0
@@ -113,12 +162,6 @@ def check_folder(folder: Path) -> None:
                 raise AFTError(f"{file} is not text.") from error
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def open_rights(folder: Path) -> None:
     """Give a folder made by mkdtemp and the files in it the rights that newly made ones get."""
     umask = os.umask(0)
@@ -130,3 +173,29 @@ def open_rights(folder: Path) -> None:
 
 def _link(path: Path) -> AFTError:
     return AFTError(f"{path} is a symbolic link or not a plain file.", "Give the file itself.")
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with a vector folder: unreadable files, and any that changed since it was pulled."""
+    found = []
+    try:
+        check_folder(folder)
+        header = read_header(folder / FILE_NAME)
+        depth = header.metadata.get("num_hidden_layers")
+        if isinstance(depth, int) and header.layers[-1] >= depth:
+            found.append(f"layer {header.layers[-1]} of a model that has {depth}")
+    except (AFTError, OSError) as error:
+        return [error.what if isinstance(error, AFTError) else str(error)]
+    if (folder / SOURCE).is_file():
+        try:
+            recorded = json.loads((folder / SOURCE).read_text(encoding="utf-8"))["files"]
+            added = [name for name in vector_files(folder) if name not in recorded and name != SOURCE]
+            found += [f"{name} was not pulled with it" for name in added]
+            for name, digest in recorded.items():
+                if limit(name) is None or not (folder / name).is_file():
+                    found.append(f"{name} was pulled but is no longer there")
+                elif sha256(folder / name) != digest:
+                    found.append(f"{name} changed since it was pulled")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            found.append(f"{SOURCE} is damaged ({type(error).__name__})")
+    return found

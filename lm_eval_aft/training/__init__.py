@@ -1,8 +1,5 @@
-"""Training a vector on the training split of a harness task."""
+"""Training a vector on the training split of a harness task.
 
-from __future__ import annotations
-
-from lm_eval_aft.training.plan import TrainingPlan
-from lm_eval_aft.training.train import TrainingResult, train_vector
-
-__all__ = ["TrainingPlan", "TrainingResult", "train_vector"]
+May import ``lm``, ``harness``, ``engine`` and the rooms below them; knows nothing of reports or studies.
+A new objective, recipe, selection rule or control goes here.
+"""

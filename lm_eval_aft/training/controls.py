@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.methods import METHODS
-from lm_eval_aft.training.examples import Example
-from lm_eval_aft.vector import SteeringVector
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.harness.examples import Example
+from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector import SteeringVector
 
 CONTROLS = ("random", "shuffled", "format")
 
@@ -32,7 +32,7 @@ def check_control(control: str | None, objective: str) -> None:
         )
 
 
-def spoil(examples: Sequence[Example], control: str | None, seed: int) -> list[Example]:
+def apply_control(examples: Sequence[Example], control: str | None, seed: int) -> list[Example]:
     """The training examples of a control; other controls than these leave them as they are.
 
     ``shuffled`` permutes the gold labels among the documents (a label beyond a document's options
@@ -44,12 +44,14 @@ def spoil(examples: Sequence[Example], control: str | None, seed: int) -> list[E
     found = list(examples)
     for task in sorted({example.task for example in examples}):
         places = [i for i, example in enumerate(examples) if example.task == task]
-        for i, spoiled in zip(places, _spoil([examples[i] for i in places], control, seed), strict=True):
+        for i, spoiled in zip(
+            places, _apply_to_group([examples[i] for i in places], control, seed), strict=True
+        ):
             found[i] = spoiled
     return found
 
 
-def _spoil(examples: Sequence[Example], control: str, seed: int) -> list[Example]:
+def _apply_to_group(examples: Sequence[Example], control: str, seed: int) -> list[Example]:
     if len(examples) < 2:
         return list(examples)
     order = list(range(len(examples)))

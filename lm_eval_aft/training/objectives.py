@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -14,9 +15,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from torch import Tensor
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.packing import Batch, option_logprobs, token_logprobs
-from lm_eval_aft.training.choice_loss import ChoiceLoss
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.engine.batching import Batch, option_logprobs, token_logprobs
 
 CHOICE_METRICS = ("acc", "acc_norm", "both")
 # Logarithms of the inverse temperatures tried first: 1/e^7 to e^7.
@@ -282,3 +282,154 @@ def _per_document(values: Tensor, batch: Batch) -> Tensor:
     empty = torch.zeros(len(batch.documents), dtype=values.dtype, device=values.device)
     count = empty.index_add(0, owner, torch.ones_like(values))
     return empty.index_add(0, owner, values) / count
+
+
+# Losses over a document's options, given each option's score and which are right.
+
+CHOICE_LOSSES = ("cross-entropy", "margin")
+DEFAULT_MARGIN = 1.0
+
+
+@dataclass(frozen=True)
+class ChoiceLoss:
+    """What the ``choice`` objective makes of a document's option scores ``s`` in nats.
+
+    ``cross-entropy``: -log of the probability, by a softmax over ``s``, of any right option. With
+    label smoothing ``e`` it is ``(1 - e)`` times that, plus ``e`` times the mean over all options of
+    -log of their probability (Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7,
+    with the uniform distribution over the document's own options).
+
+    ``margin``: the hinge ``max(0, margin - (best right s - best wrong s))``; 0 where every option is
+    right. Only documents nearer to the border than the margin have a gradient.
+
+    Attributes:
+        name: ``cross-entropy`` or ``margin``.
+        margin: nats the best right option should lead by.
+        label_smoothing: ``e``, in [0, 1).
+    """
+
+    name: str = "cross-entropy"
+    margin: float = DEFAULT_MARGIN
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def of(
+        cls, name: str | None = None, margin: float | None = None, label_smoothing: float | None = None
+    ) -> ChoiceLoss:
+        """The loss that these settings name; ``None`` is the default.
+
+        Raises:
+            AFTError: an unknown loss, a number out of range, or a number that the loss does not use.
+        """
+        name = name or "cross-entropy"
+        if name not in CHOICE_LOSSES:
+            raise AFTError(f"There is no choice loss {name!r}.", f"Use one of: {', '.join(CHOICE_LOSSES)}.")
+        if margin is not None and name != "margin":
+            raise AFTError(f"margin={margin:g} means nothing to {name}.", "Add --choice-loss margin.")
+        if label_smoothing and name != "cross-entropy":
+            raise AFTError(
+                f"Label smoothing is for cross-entropy; the choice loss is {name!r}.",
+                "Leave out --label-smoothing, or --choice-loss.",
+            )
+        if margin is not None and not 0 < margin < float("inf"):
+            raise AFTError(f"margin={margin:g} makes no sense.", "Give a positive number of nats.")
+        if label_smoothing is not None and not 0 <= label_smoothing < 1:
+            raise AFTError(f"label_smoothing={label_smoothing:g} makes no sense.", "Give 0 or more, below 1.")
+        return cls(name, DEFAULT_MARGIN if margin is None else float(margin), float(label_smoothing or 0))
+
+    def __call__(self, scores: Tensor, gold: Tensor) -> Tensor:
+        """Loss in nats of every document, shape (documents,); differentiable.
+
+        Args:
+            scores: (documents, options) in nats, padded with -inf.
+            gold: (documents, options) whether an option is right.
+        """
+        right = scores.masked_fill(~gold, -torch.inf)
+        if self.name == "margin":
+            lead = right.amax(1) - scores.masked_fill(gold, -torch.inf).amax(1)
+            return (self.margin - lead).clamp(min=0)
+        total = scores.logsumexp(1)
+        loss = total - right.logsumexp(1)
+        if not self.label_smoothing:
+            return loss
+        options = scores.isfinite()
+        mean = scores.masked_fill(~options, 0.0).sum(1) / options.sum(1)
+        return (1 - self.label_smoothing) * loss + self.label_smoothing * (total - mean)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for headers: the name and the number that this loss uses."""
+        used = "margin" if self.name == "margin" else "label_smoothing"
+        return {"name": self.name, used: getattr(self, used)}
+
+    def __str__(self) -> str:
+        if self.name == "margin":
+            return f"margin of {self.margin:g} nats"
+        return f"{self.name}, label smoothing {self.label_smoothing:g}" if self.label_smoothing else self.name
+
+
+# Several tasks trained on together: documents interleaved evenly, each task judged on its own scale.
+
+
+class Mixture:
+    """One objective over several tasks, each with its own metric.
+
+    Losses are each document's own task's. The selection score is the mean over tasks of each task's
+    own score, after fitting a temperature *per task*: confidence is a nuisance of every task by
+    itself, and with one temperature for all a vector could win by bringing the tasks' confidences
+    into line without ranking one option better. Tasks count alike, however many documents each has.
+
+    Args:
+        objectives: one per task, all of the same name.
+        names: the tasks.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], names: Sequence[str]) -> None:
+        self.name = objectives[0].name
+        self.metric = ", ".join(dict.fromkeys(objective.metric for objective in objectives))
+        self.objectives = list(objectives)
+        self.loss = loss_of(objectives[0])
+        self.names = list(names)
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        tables = {key: one.losses(logits, batch) for key, one in self._present(batch).items()}
+        if len(tables) == 1:
+            return next(iter(tables.values()))
+        rows = [tables[self._key(document.task)][i] for i, document in enumerate(batch.documents)]
+        return torch.stack(rows)
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> list[NDArray[np.float64]]:
+        """Each document's own objective's outcome, headed by a row (or entry) that says its task."""
+        tables = {key: one.outcomes(logits, batch) for key, one in self._present(batch).items()}
+        found = []
+        for i, document in enumerate(batch.documents):
+            outcome = tables[self._key(document.task)][i]
+            found.append(np.concatenate([np.full_like(outcome[:1], document.task), outcome]))
+        return found
+
+    def summarise(self, outcomes: Sequence[NDArray[np.float64]]) -> Score:
+        """Means over tasks; ``temperature`` is the geometric mean; ``tasks`` holds each task's own."""
+        groups: dict[int, list[NDArray[np.float64]]] = {}
+        for outcome in outcomes:
+            groups.setdefault(int(outcome.flat[0]), []).append(outcome[1:])
+        own = {task: self.objectives[task].summarise(groups[task]) for task in sorted(groups)}
+        scores = list(own.values())
+
+        def mean(values: Sequence[float]) -> float:
+            return math.fsum(values) / len(values)
+
+        return Score(
+            mean([score.score for score in scores]),
+            mean([score.cross_entropy for score in scores]),
+            mean([score.accuracy for score in scores]),
+            math.exp(mean([math.log(score.temperature) for score in scores])),
+            sum(score.n for score in scores),
+            math.sqrt(math.fsum(score.stderr**2 for score in scores)) / len(scores),
+            {self.names[task]: score for task, score in own.items()},
+        )
+
+    def _key(self, task: int) -> str:
+        return self.objectives[task].metric  # the same metric, the same computation
+
+    def _present(self, batch: Batch) -> dict[str, Objective]:
+        tasks = dict.fromkeys(document.task for document in batch.documents)
+        return {self._key(task): self.objectives[task] for task in tasks}

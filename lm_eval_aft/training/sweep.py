@@ -1,4 +1,4 @@
-"""Training a protocol's candidates and choosing among them on the selection split."""
+"""Training a protocol's candidates, choosing among them on the selection split, and calibrating the best."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import logging
 import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from typing import Protocol as Interface
 
 from torch import Tensor
 
-from lm_eval_aft.errors import AFTError
-from lm_eval_aft.intervention import Intervention
-from lm_eval_aft.packing import Document
-from lm_eval_aft.training.fit import Candidate, Engine, Recipe, in_steps
-from lm_eval_aft.training.mixture import interleaved
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.harness.splits import interleaved
+from lm_eval_aft.steering.intervention import Intervention
+from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Tick, in_steps
+from lm_eval_aft.training.distributed import Workers
 from lm_eval_aft.training.objectives import Score
-from lm_eval_aft.training.parallel import Workers
-from lm_eval_aft.training.protocols import Protocol, schedule
+from lm_eval_aft.training.recipe import Protocol, schedule
+from lm_eval_aft.training.setup import Prepared
+from lm_eval_aft.training.trainer import residual_norm
 
 logger = logging.getLogger(__name__)
 Setting = tuple[int, float, float]  # layer, learning rate, L2
@@ -73,7 +77,7 @@ class SweepResult:
         return self.chosen.candidates[len(self.chosen.candidates) // 2]
 
 
-class Events(Interface):
+class SweepEvents(Interface):
     """What a sweep tells the outside."""
 
     def tick(self, done: int, /) -> None:
@@ -107,7 +111,7 @@ class Sweep:
     train: dict[int, list[Document]]
     selection: Sequence[Document]
     start: Callable[[int, int, int | None], Intervention]
-    events: Events
+    events: SweepEvents
     workers: Workers = field(default_factory=Workers)
     saved: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = field(default_factory=dict)
     candidates: dict[str, Candidate] = field(default_factory=dict)
@@ -150,7 +154,7 @@ class Sweep:
         n = len(self.selection) if selection is None else selection
         if n not in self._baselines:
             score = self.engine.baseline(self.selection[:n], self._tick)
-            self._baselines[n] = self.workers.agree(score)
+            self._baselines[n] = self.workers.broadcast(score)
         return self._baselines[n]
 
     def _retried(self, best: list[Candidate]) -> SweepResult:
@@ -214,11 +218,11 @@ class Sweep:
         pass per selection batch serves everybody.
         """
         baseline = self.baseline(selection)
-        self._tell_of_earlier(self.workers.mine(group), epochs, train, selection)
+        self._tell_of_earlier(self.workers.shard(group), epochs, train, selection)
         while live := [c for c in group if (not c.stopped or c.steps) and c.epoch < epochs]:
             epoch = min(candidate.epoch for candidate in live)
             live = [candidate for candidate in live if candidate.epoch == epoch]
-            mine = self.workers.mine(live)
+            mine = self.workers.shard(live)
             for seed, done in sorted({(c.seed, c.steps) for c in mine if c.trained}):
                 ours = [c for c in mine if (c.seed, c.steps) == (seed, done)]
                 documents = self.train[seed][:train]
@@ -295,3 +299,145 @@ class Sweep:
 
 def _score(result: LayerResult) -> float:
     return result.score
+
+
+# What is settled of a run's finalists after the search: coefficients, and the scores headers state.
+
+
+def coefficients(
+    prepared: Prepared, engine: Engine, found: SweepResult, selection: Sequence[Document], tick: Tick
+) -> dict[int, Calibration]:
+    """The finalists' coefficients by seed, where the plan leaves them open.
+
+    All get the one that was found for the chosen one, as far as their own norms allow.
+    """
+    plan, finalist = prepared.plan, found.finalist
+    if not (plan.calibrate or plan.norm_cap) or finalist.best is None:
+        return {}
+    caps: dict[int, float | None] = {c.seed: None for c in found.chosen.candidates}
+    if plan.norm_cap is not None:
+        layers = finalist.intervention.layers
+        norms = {at: residual_norm(prepared.lm.model, prepared.backbone, at, selection[:64]) for at in layers}
+        for each in found.chosen.candidates:
+            if each.best is not None:
+                own = {at: each.best[f"layers.{at}"] for at in layers}
+                caps[each.seed] = norm_cap(plan.norm_cap, norms, own)
+    chosen = Calibration({}, 1.0, None)
+    if plan.calibrate:
+        cap = caps[finalist.seed]
+        chosen = calibrate(engine, finalist, found.baseline, selection, cap, tick)
+    return {seed: chosen.capped(cap) for seed, cap in caps.items()}
+
+
+def score_again(
+    finalists: dict[int, SteeringVector],
+    found: SweepResult,
+    engine: Engine,
+    selection: Sequence[Document],
+    workers: Workers,
+) -> None:
+    """Put the selection scores of the vectors as they are saved into their headers.
+
+    What the search gave the trained directions at coefficient 1 stays beside them, as ``trained``.
+    """
+    group = []
+    for seed, vector in finalists.items():
+        own = {name: tensor.clone() for name, tensor in vector.tensors.items()}
+        used = Intervention(METHODS[vector.method], own, vector.coefficient, vector.positions)
+        group.append(Candidate(found.finalist.layer, seed, Recipe(), used, "finished"))
+    scores = engine.evaluate(group, selection, lambda _: None) if workers.is_main else []
+    for vector, score in zip(finalists.values(), workers.broadcast(scores), strict=True):
+        said = vector.metadata["selection"]
+        vector.metadata["selection"] = {**said, "vector": score.to_dict(), "trained": said["vector"]}
+
+
+# The coefficient: how strongly a finished vector is best applied, by the selection split.
+
+COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+REFINEMENTS = 2  # rounds in which the gaps beside the best coefficient are halved
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The curve of selection scores over coefficients, and the coefficient chosen from it.
+
+    Attributes:
+        curve: score by coefficient, ascending; 0 is the baseline.
+        coefficient: the best of them that the cap allows; at least as good as 1 where that is allowed.
+        cap: the largest coefficient allowed, or ``None``.
+    """
+
+    curve: dict[float, Score]
+    coefficient: float
+    cap: float | None = None
+
+    def capped(self, cap: float | None) -> Calibration:
+        """The same under another cap."""
+        allowed = self.coefficient if cap is None else min(self.coefficient, cap)
+        return replace(self, coefficient=allowed, cap=cap)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for headers."""
+        rows = [[c, score.score, score.accuracy, score.stderr] for c, score in self.curve.items()]
+        return {"coefficient": self.coefficient, "cap": self.cap, "curve": rows}
+
+
+def calibrate(
+    engine: Engine,
+    candidate: Candidate,
+    baseline: Score,
+    documents: Sequence[Document],
+    cap: float | None,
+    tick: Callable[[int], None],
+) -> Calibration:
+    """Search a finished candidate's coefficient on the selection documents.
+
+    First `COEFFICIENTS`, then twice the midpoints beside the best. Equal scores go to the coefficient
+    nearest 1.
+
+    Args:
+        cap: largest coefficient allowed.
+
+    Raises:
+        AFTError: the candidate never had a finite score.
+    """
+    if candidate.best is None:
+        raise AFTError(f"{candidate.name} has no finite score.", "Lower the learning rate.")
+    allowed = [c for c in COEFFICIENTS if cap is None or c <= cap] or [float(cap or 0.0)]
+    curve = {0.0: baseline}
+    for round_ in range(1 + REFINEMENTS):
+        wanted = allowed if round_ == 0 else _beside(curve, _best(curve))
+        wanted = [c for c in wanted if c not in curve]
+        group = [_at(candidate, candidate.best, coefficient) for coefficient in wanted]
+        if group:
+            curve |= dict(zip(wanted, engine.evaluate(group, documents, tick), strict=True))
+    chosen = _best({c: score for c, score in curve.items() if c > 0})
+    return Calibration(dict(sorted(curve.items())), chosen, cap)
+
+
+def norm_cap(share: float, residual: dict[int, float], vectors: dict[int, Tensor]) -> float:
+    """The coefficient at which a vector's norm is ``share`` of the median residual norm at a layer.
+
+    Args:
+        residual: median norm of the hidden states by layer.
+        vectors: the vector at each of these layers; the tightest of them counts.
+    """
+    return min(share * residual[layer] / max(1e-30, float(v.norm())) for layer, v in vectors.items())
+
+
+def _at(candidate: Candidate, tensors: dict[str, Tensor], coefficient: float) -> Candidate:
+    own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    intervention = replace(candidate.intervention, tensors=own, coefficient=coefficient)
+    return Candidate(candidate.layer, candidate.seed, Recipe(), intervention, "calibration")
+
+
+def _best(curve: dict[float, Score]) -> float:
+    return min(curve, key=lambda c: (*curve[c].order(), abs(c - 1)))
+
+
+def _beside(curve: dict[float, Score], best: float) -> list[float]:
+    """The midpoints between the best coefficient and its neighbours."""
+    known = sorted(curve)
+    place = known.index(best)
+    neighbours = known[max(0, place - 1) : place] + known[place + 1 : place + 2]
+    return [round((best + other) / 2, 6) for other in neighbours]

@@ -16,13 +16,13 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_aft import AFTError
-from lm_eval_aft.backbone import find_backbone
-from lm_eval_aft.harness import list_tasks, load_task, task_manager_for
+from lm_eval_aft.harness.examples import Example, Extractor, PromptSettings
+from lm_eval_aft.harness.tasks import list_tasks, load_task, task_manager_for
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.training.examples import Example, Extractor, PromptSettings
-from lm_eval_aft.training.plan import TrainingPlan
-from lm_eval_aft.training.prepared import prepare
-from lm_eval_aft.training.train import run
+from lm_eval_aft.steering.backbone import find_backbone
+from lm_eval_aft.training.recipe import TrainingPlan
+from lm_eval_aft.training.run import run
+from lm_eval_aft.training.setup import prepare
 from tests.support.task_data import OWN, STOCK, own_doc
 from tests.support.trial import LAYER, instances, plain_hook
 
@@ -85,7 +85,7 @@ def byte_model() -> AFTLM:
 
 def stock_file(name: str) -> Path:
     """Where lm-eval defines a task."""
-    from lm_eval_aft.harness import find_definition
+    from lm_eval_aft.harness.tasks import find_definition
 
     found = find_definition(name, [])
     assert found is not None, f"lm-eval has no task {name}"

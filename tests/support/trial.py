@@ -22,16 +22,16 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from lm_eval_aft import AFTError, SteeringVector, attach, load_vector
-from lm_eval_aft.backbone import Backbone, find_backbone
-from lm_eval_aft.export import export_vector
-from lm_eval_aft.fingerprint import fingerprint
-from lm_eval_aft.intervention import Intervention
+from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.compatibility import may_pack
+from lm_eval_aft.export.formats import export_vector
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.packability import may_pack
-from lm_eval_aft.packing import Document
-from lm_eval_aft.training.fit import Candidate, Recipe
+from lm_eval_aft.steering.backbone import Backbone, find_backbone
+from lm_eval_aft.steering.fingerprint import fingerprint
+from lm_eval_aft.steering.intervention import Intervention
+from lm_eval_aft.training.candidate import Candidate, Recipe
 from lm_eval_aft.training.objectives import Choice
-from lm_eval_aft.training.trajectory import make_engine
+from lm_eval_aft.training.trainer import make_engine
 from tests.support.families import WORDS, tiny_tokenizer
 
 LAYER = 1
@@ -201,7 +201,7 @@ def run(row: Row, load: Callable[[], Subject], work: Path) -> Row:
 
 def _train(row: Row, subject: Subject, backbone: Backbone) -> SteeringVector:
     model, docs, lr = subject.lm.model, documents(), 0.1
-    with messages("lm_eval_aft.training.trajectory") as said:
+    with messages("lm_eval_aft.training.trainer") as said:
         engine, row.training = make_engine(model, backbone, Choice("acc"), docs)
     if row.training != "packed":
         reason = may_pack(model, docs)
@@ -252,7 +252,7 @@ def _score(row: Row, subject: Subject, backbone: Backbone, vector: SteeringVecto
     lm, pairs = subject.lm, questions()
     stock = _stock(subject.lm)
     paths = []
-    with messages("lm_eval_aft.scoring.paths") as said:
+    with messages("lm_eval_aft.engine.fallback") as said:
         for steered in (None, vector):
             shift = None if steered is None else steered.layers[LAYER]
             with plain_hook(backbone.blocks[LAYER], shift):
@@ -277,7 +277,7 @@ def _score(row: Row, subject: Subject, backbone: Backbone, vector: SteeringVecto
 
 def _generate(row: Row, subject: Subject, backbone: Backbone, vector: SteeringVector) -> None:
     lm, asked = subject.lm, instances(prompts(), "generate_until")
-    with messages("lm_eval_aft.scoring.texts") as said:
+    with messages("lm_eval_aft.engine.generation") as said:
         for steered in (None, vector):
             shift = None if steered is None else steered.layers[LAYER]
             with plain_hook(backbone.blocks[LAYER], shift):

@@ -1,0 +1,185 @@
+"""Writing files so that they appear whole or not at all, and keeping a folder to one process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from lm_eval_aft._util.errors import AFTError
+
+logger = logging.getLogger(__name__)
+LOCK = ".aft.lock"
+# What file systems say that have no locks: some network mounts.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@contextmanager
+def exclusive_dir(folder: Path | None) -> Iterator[None]:
+    """Keep other processes of ours out of an output folder while the block runs.
+
+    The folder is made if need be, and goes again if the block leaves nothing in it. The lock belongs to
+    the operating system: it ends with the process, however that dies, and what is left of its file
+    keeps nobody out. Of several processes that share a run only the first asks.
+
+    Raises:
+        AFTError: another process is in there, the folder is a file, or it cannot be written.
+    """
+    if folder is None or int(os.environ.get("RANK", "0")) != 0:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise AFTError(f"The output {folder} is a file.", "Give a folder.")
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    lock = FileLock(folder / LOCK)
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _acquire(lock, folder)
+        except OSError as error:
+            raise AFTError(
+                f"Cannot write into {folder}: {error.strerror or error}.", "Choose another folder."
+            ) from error
+        try:
+            yield
+        finally:
+            # While it is held: a process that has opened the same file sees that it lost its name.
+            with contextlib.suppress(OSError):
+                if lock.is_locked:
+                    (folder / LOCK).unlink()
+            lock.release()
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for each in missing:
+                each.rmdir()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it tells when it takes a lock of another kind
+            lock.acquire(blocking=False)
+    except Timeout as error:
+        raise AFTError(
+            f"Another process is writing into {folder}.", "Wait until it has ended, or choose another folder."
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s cannot be locked (%s): let no other process write there.", folder, error.strerror)
+
+
+# Where an export goes: it appears there whole, or nothing does.
+
+
+@contextmanager
+def appearing(target: Path, expected_bytes: int = 0) -> Iterator[Path]:
+    """Yield a path in a temporary folder beside ``target``; move it there if the block succeeds.
+
+    Whatever happens, the temporary folder goes, and so do parent folders made for it when the
+    export fails.
+
+    Args:
+        target: the file or folder to make.
+        expected_bytes: refuse beforehand if the disk has less room than this.
+
+    Raises:
+        AFTError: ``target`` exists, cannot be written, or the disk is full.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - a link is replaced by nothing, so not resolved
+    check_absent(target)
+    missing = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < expected_bytes:
+            raise AFTError(
+                f"{target.parent} has {free / 1e9:.1f} GB free; "
+                f"the export needs {expected_bytes / 1e9:.1f} GB.",
+                "Free space or choose another place.",
+            )
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except (OSError, AFTError) as error:
+        _remove_empty(missing)
+        if isinstance(error, AFTError):
+            raise
+        raise AFTError(f"Cannot write {target}: {error.strerror}.", "Choose another place.") from error
+    done = False
+    try:
+        # Named like the target, as some loaders look at the name.
+        yield folder / target.name
+        check_absent(target)
+        (folder / target.name).rename(target)
+        done = True
+    except (OSError, SafetensorError) as error:
+        raise AFTError(f"Cannot write {target}: {error}.", "Free space or choose another place.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not done:
+            _remove_empty(missing)
+
+
+def check_absent(target: Path) -> None:
+    """Raise `AFTError` if there is something at ``target``."""
+    if target.exists() or target.is_symlink():
+        raise AFTError(f"{target} exists already.", "Choose another place, or remove it first.")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:  # innermost first
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """JSON with sorted keys and no spaces, so that equal contents give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; rename it there if the block succeeds.
+
+    Raises:
+        AFTError: the place cannot be written (missing rights, no space).
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise AFTError(f"Cannot write {target}: {error.strerror}.", "Choose another place.") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())  # else a loss of power may leave the new name with nothing behind it
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600, which would not survive sharing
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise AFTError(f"Cannot write {target}: {error}.", "Free space or choose another place.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

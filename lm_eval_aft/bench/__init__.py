@@ -1,1 +1,0 @@
-"""Whole studies: models × tasks × methods × seeds from one file."""

@@ -1,0 +1,514 @@
+"""``aft bench``, ``aft search`` and ``aft transfer``: many runs from one command."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
+from lm_eval_aft.cli.options import ended, parse_model_args, print_table
+from lm_eval_aft.cli.train import plan_settings, print_cost, print_stages, scoring_flags, training_options
+
+if TYPE_CHECKING:
+    from lm_eval_aft.studies.config import BenchStudy
+    from lm_eval_aft.studies.jobs import Store, StudyCell
+    from lm_eval_aft.studies.report import BenchReport
+    from lm_eval_aft.studies.runner import Executor
+    from lm_eval_aft.studies.search import Point
+    from lm_eval_aft.studies.simulated_device import Device
+    from lm_eval_aft.training.cost import Spent
+
+
+@click.command("bench", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("study", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for vectors, scores, ledger, report.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on in a folder that holds a study: what is finished and still asked for is kept.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="GLOB",
+    help="Work on cells whose name MODEL/TASK/METHOD/seed-N, or a part of it, fits; may repeat.",
+)
+@click.option("--dry-run", is_flag=True, help="Print cells, steps, hours and memory; run nothing.")
+@click.option(
+    "--plan-for",
+    type=click.Choice(["24gb", "80gb", "cpu"]),
+    default="80gb",
+    show_default=True,
+    help="With --dry-run: the device: an RTX 4090, an A100, or this machine's processor.",
+)
+@click.option("--device", help="cuda, cuda:1, cpu, ...  [default: cuda where there is one]")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Do the work in this process, or on a Ray cluster (pip install 'lm-eval-aft[ray]').",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Ray: how many.  [default: one per slot]")
+@click.option("--ray-address", help="Ray: cluster to join (auto, ray://host:10001).  [default: a local one]")
+@click.option("--gpus-per-worker", type=float, help="Ray: GPUs of a slot, may be 0.5.  [default: 1 if any]")
+@click.option("--cpus-per-worker", type=float, default=1.0, show_default=True, help="Ray: CPUs of a slot.")
+@click.option("--ray-runtime-env", help="Ray: runtime environment, JSON or a YAML file.")
+def bench(
+    study: Path,
+    output: Path | None,
+    resume: bool,
+    only: tuple[str, ...],
+    dry_run: bool,
+    plan_for: str,
+    device: str | None,
+    executor: str,
+    **ray: Any,
+) -> None:
+    """Run a study: every model on every task with every method and seed, and one report.
+
+    STUDY is a YAML file; those under scripts/studies are examples. A cell trains a vector on its
+    task's training split and scores it, document by document against the frozen model, on the
+    evaluation split. Each model is loaded once and each baseline scored once. What is finished is
+    kept under the address of everything it depends on, so --resume goes on after any interruption,
+    and after a change of the file only the cells that it touches are run again.
+
+    \b
+    Examples:
+      aft bench scripts/studies/rapid.yaml --dry-run --plan-for 24gb
+      aft bench scripts/studies/rapid.yaml --output rapid --device cuda
+      aft bench scripts/studies/rapid.yaml --output rapid --resume --only 'pythia-*'
+      aft bench scripts/studies/full.yaml --output full --executor ray --gpus-per-worker 0.5
+
+    \b
+    A study:
+      models: [EleutherAI/pythia-160m, {pretrained: Qwen/Qwen1.5-0.5B, dtype: bfloat16}]
+      tasks: [arc_challenge, {task: hellaswag, num_fewshot: 10, limit: 500}]
+      methods: [static, {name: placebo, control: shuffled}]
+      seeds: 3
+      recipe: {protocol: maximum, train_docs: 100}
+    """
+    quiet_libraries()
+    logging.getLogger("lm_eval_aft").setLevel(logging.WARNING)  # what is said of each cell, said once each
+    from lm_eval_aft.studies.config import read_bench
+
+    plan = read_bench(study)
+    if dry_run:
+        print_plan(plan, output, only, plan_for)
+        return
+    if output is None:
+        raise AFTError("No output folder was given.", "Add --output FOLDER, or --dry-run to see the plan.")
+    from lm_eval_aft.studies.jobs import Store
+    from lm_eval_aft.studies.runner import StudyProgress, run_study
+
+    store = Store(output)
+    try:
+        with terminable():
+            report = run_study(
+                plan,
+                study,
+                store,
+                _executor(executor, plan, store, device, ray),
+                resume=resume,
+                only=only,
+                progress=StudyProgress(),
+            )
+    except (KeyboardInterrupt, Terminated) as end:
+        ended(end, output)
+    _print_report(report, output)
+    failed = [cell for cell in report.cells if cell.state == "failed"]
+    if failed:
+        raise AFTError(
+            f"{len(failed)} of {len(report.cells)} cells failed; {failed[0].name}: {failed[0].why}",
+            "The report tells all reasons; put them right and go on with --resume.",
+        )
+
+
+def _executor(name: str, plan: BenchStudy, store: Store, device: str | None, ray: dict[str, Any]) -> Executor:
+    from lm_eval_aft.studies.jobs import Session
+    from lm_eval_aft.studies.runner import Local
+
+    if name == "local":
+        given = [key for key, value in ray.items() if value is not None and key != "cpus_per_worker"]
+        if given:
+            flag = given[0].replace("_", "-")
+            raise AFTError(f"--{flag} is for Ray.", "Add --executor ray.")
+        return Local(Session(store, device=device, batch_size=plan.batch_size, data=plan.data))
+    from lm_eval_aft.studies.ray import Ray, RayOptions, read_runtime_env
+
+    options = RayOptions(
+        address=ray["ray_address"],
+        workers=ray["workers"],
+        gpus=ray["gpus_per_worker"],
+        cpus=ray["cpus_per_worker"],
+        runtime_env=read_runtime_env(ray["ray_runtime_env"]),
+    )
+    return Ray(store, {"device": device, "batch_size": plan.batch_size, "data": plan.data}, options)
+
+
+def _print_report(report: BenchReport, output: Path) -> None:
+    from lm_eval_aft.studies.report import summary, tables
+
+    for table in tables(report, brief=True):
+        print_table(table.title, table.columns, table.lines)
+    click.echo(summary(report))
+    for note in report.notes:
+        click.echo(f"Note: {note}")
+    click.echo(f"Written: {output}/report.md, .html, .json and .csv")
+
+
+# What ``aft bench --dry-run`` prints: cells, steps, operations, hours and memory, model by model.
+
+GIB = 2**30
+
+
+@dataclass
+class _Shown:
+    """Lines of the two tables, and what the notes below them tell.
+
+    Attributes:
+        rows: by model, task and method.
+        models: by model.
+        shipped: models whose shape is known here and was not read.
+        assumed: tasks whose lengths are only guessed.
+    """
+
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    models: list[tuple[str, ...]] = field(default_factory=list)
+    shipped: list[str] = field(default_factory=list)
+    assumed: set[str] = field(default_factory=set)
+
+
+def print_plan(study: BenchStudy, output: Path | None, only: Sequence[str], plan_for: str) -> None:
+    """Print what a study would do and cost; nothing is loaded, trained or written."""
+    from tqdm import tqdm
+
+    from lm_eval_aft.studies.runner import study_cells
+    from lm_eval_aft.studies.simulated_device import DEVICES, this_cpu
+    from lm_eval_aft.training.cost import Spent
+
+    cells = [cell for cell in study_cells(study) if cell.matches(only)]
+    device = this_cpu() if plan_for == "cpu" else DEVICES[plan_for]
+    shots, shown, whole = _shots(study), _Shown(), Spent()
+    kinds = dict.fromkeys((cell.model.name, cell.task.name, cell.method.name) for cell in cells)
+    with tqdm(total=len(kinds), desc="planning", unit="kind", leave=False, disable=None) as bar:
+        for entry in study.models:
+            if own := [cell for cell in cells if cell.model.name == entry.name]:
+                whole += _plan_model(own, shots, device, shown, bar)
+    columns = ("model", "task", "method", "cells", "candidates", "steps", "operations", "hours")
+    print_table(f"Study {study.name} (nothing was run)", columns, shown.rows)
+    heads = ("model", "parameters", "dtype", "cells", "weights", "above", "GiB in all", "fits")
+    title = f"By model on {device.name}; memory in GiB, baselines included"
+    print_table(title, (*heads, "operations", "hours"), shown.models)
+    _print_notes(study, cells, _finished(cells, output), shown, device, whole)
+
+
+def _plan_model(own: Sequence[StudyCell], shots: Any, device: Device, shown: _Shown, bar: Any) -> Spent:
+    """What a model's cells and baselines take."""
+    from lm_eval_aft.studies.planner import CostEstimator, find_shape
+    from lm_eval_aft.training.cost import Spent
+
+    name = own[0].model.name
+    shape = find_shape(own[0].model)
+    if shape.shipped:
+        shown.shipped.append(name)
+    paper = CostEstimator(shape, device)
+    total, costs = Spent(), []
+    for task, method in dict.fromkeys((cell.task.name, cell.method.name) for cell in own):
+        bar.set_postfix_str(f"{name}/{task}/{method}")
+        same = [cell for cell in own if (cell.task.name, cell.method.name) == (task, method)]
+        cost = paper.cost(same[0], shots(same[0]))
+        spent = cost.whole * len(same)
+        total += spent
+        costs.append((cost, same[0]))
+        if paper.assumed(same[0]):
+            shown.assumed.add(task)
+        numbers = (f"{len(same) * n:,}" for n in (cost.candidates, cost.steps))
+        shown.rows.append((name, task, method, str(len(same)), *numbers, *_spent(spent)))
+        bar.update()
+    for cell in {cell.baseline_key: cell for cell in own}.values():
+        total += paper.baseline(cell, shots(cell))
+    most, cell = max(costs, key=lambda each: each[0].peak_bytes)
+    budget = paper.fitting_budget(cell, shots(cell))
+    fits = "yes" if budget == paper.budget else f"in {budget:,} tokens" if budget else "NO"
+    memory = (most.weight_bytes, most.peak_bytes, most.weight_bytes + most.peak_bytes)
+    gibibytes = (f"{each / GIB:.1f}" for each in memory)
+    size, dtype = f"{most.parameters / 1e9:.3g} B", str(shape.dtype).removeprefix("torch.")
+    shown.models.append((name, size, dtype, str(len(own)), *gibibytes, fits, *_spent(total)))
+    return total
+
+
+def _spent(spent: Spent) -> tuple[str, str]:
+    hours = spent.seconds / 3600
+    return f"{spent.flops:.3g}", f"{hours:.1f}" if hours >= 0.95 else f"{hours:.2g}"
+
+
+def _print_notes(
+    study: BenchStudy,
+    cells: Sequence[StudyCell],
+    finished: int,
+    shown: _Shown,
+    device: Device,
+    whole: Spent,
+) -> None:
+    baselines, (operations, hours) = len({cell.baseline_key for cell in cells}), _spent(whole)
+    click.echo(
+        f"{len(cells)} cells ({finished} finished), {baselines} baselines, "
+        f"{len({cell.model.name for cell in cells})} models loaded once each: "
+        f"{operations} floating-point operations and {hours} hours at most, "
+        "retries aside."
+    )
+    click.echo(
+        f"{device.name} is taken to reach {device.flops / 1e12:.3g} TFLOP/s and "
+        f"{device.bandwidth / 1e9:.3g} GB/s; documents' lengths are those in "
+        "lm_eval_aft/studies/known_models.py. Generated answers count as if they were read, which takes as "
+        "many operations and less time. Out of memory, training goes on in passes of fewer tokens; a budget "
+        "beside `fits` is one at which it would."
+    )
+    if shown.shipped:
+        models = ", ".join(shown.shipped)
+        click.echo(f"Not read from the Hub: shapes of {models} are numbers shipped for estimates.")
+    if shown.assumed:
+        click.echo(f"Lengths of {', '.join(sorted(shown.assumed))} are not known: taken as typical.")
+    if study.prune:
+        click.echo("Pruning may leave out seeds of what stays behind its baseline after all retries.")
+
+
+def _finished(cells: Sequence[StudyCell], output: Path | None) -> int:
+    from lm_eval_aft.studies.jobs import STUDY_LEDGER, StudyLedger
+
+    if output is None or not (output / STUDY_LEDGER).exists():
+        return 0
+    ledger = StudyLedger(output / STUDY_LEDGER, mend=False)
+    return sum(cell.key in ledger.outcomes for cell in cells)
+
+
+def _shots(study: BenchStudy) -> Any:
+    """Examples in a cell's prompts: what the study says, else what the task's file says."""
+    from lm_eval_aft.harness.tasks import find_definition, read_definition
+
+    known: dict[str, int] = {}
+    with contextlib.chdir(study.data) if study.data else contextlib.nullcontext():
+        for entry in study.tasks:
+            path = find_definition(entry.task, study.include_path)
+            config = read_definition(path) if path else {}
+            known[entry.name] = int(config.get("num_fewshot") or 0)
+    return lambda cell: (
+        known[cell.task.name] if cell.plan.prompts.num_fewshot is None else cell.plan.prompts.num_fewshot
+    )
+
+
+# ``aft search``: layer, learning rate, epochs and penalty of a vector.
+
+SHOWN = 20  # lines of the table in the terminal
+
+
+@training_options(
+    *("train_docs", "selection_docs", "train_split", "first_seed", "num_fewshot", "apply_chat_template"),
+    *("system_instruction", "metric", "method", "positions", "device", "dtype", "model_args", "include_path"),
+)
+@click.command("search", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", required=True, help="Hub name or local folder of a causal LM, or `demo`.")
+@click.option("--task", required=True, help="Harness task with a training split.")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder; what is there is kept."
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(["grid", "optuna"]),
+    default="grid",
+    show_default=True,
+    help="grid: every combination, in one sweep; optuna: --trials draws within the same bounds.",
+)
+@click.option("--trials", type=click.IntRange(min=1), default=20, show_default=True, help="Of optuna.")
+@click.option(
+    "--layers",
+    default="10%,20%,30%,40%,50%,60%,70%,80%,90%",
+    show_default=True,
+    help="As `train-vector --layers`; percentages are of the depth.",
+)
+@click.option("--lr", default="1e-4,5e-4,1e-3,2e-3", show_default=True, help="Learning rates.")
+@click.option("--epochs", default="5,10,15,20", show_default=True, help="Numbers of epochs.")
+@click.option("--l2", default="0", show_default=True, help="Lambdas of lambda * ||v||^2.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Of every setting.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Per step.")
+@click.option("--dry-run", is_flag=True, help="Print what it would cost; train nothing.")
+def search(
+    model: str,
+    task: str,
+    output: Path,
+    strategy: str,
+    trials: int,
+    layers: str,
+    lr: str,
+    epochs: str,
+    l2: str,
+    seeds: int,
+    batch_size: int,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Search layer, learning rate, epochs and L2 penalty on the selection split.
+
+    The evaluation split is never read. A grid is one sweep: all settings share the frozen passes,
+    and numbers of epochs are stops of one training. Optuna (an extra) proposes settings by TPE.
+    Writes OUTPUT/search.jsonl (a line per setting), search.md, and OUTPUT/winner, an ordinary
+    vector folder. Called again, it goes on; optuna with more --trials too.
+
+    \b
+    Examples:
+      aft search --model EleutherAI/pythia-160m --task arc_challenge --output search
+      aft search --model demo --task aft_demo_choice --layers all --lr 2e-3,1e-2 --epochs 1,2,4 \\
+                 --l2 0,0.02 --batch-size 4 --train-docs 100 --output s
+      aft search --model M --task gsm8k --strategy optuna --trials 40 --lr 1e-4,1e-2 --output o
+    """
+    quiet_libraries()
+    from lm_eval_aft.studies.search import WINNER, Search, Space
+    from lm_eval_aft.training.recipe import parse_numbers
+    from lm_eval_aft.training.run import cost
+
+    arguments = parse_model_args(
+        options.pop("model_args"), device=options.pop("device"), dtype=options.pop("dtype")
+    )
+    space = Space(layers, parse_numbers(lr), _whole(epochs), parse_numbers(l2))
+    job = Search(
+        model, task, output, space, strategy, trials, seeds, batch_size, plan_settings(options), arguments
+    )
+    click.echo(f"Loading {model} ...", err=True)
+    prepared = job.prepare()
+    if dry_run:
+        if strategy == "grid":
+            print_stages(prepared.stages())
+            print_cost(cost(prepared))
+        else:
+            click.echo(f"{trials} trials of at most {max(space.epochs)} epochs, {seeds} seed(s) each.")
+        return
+    try:
+        points = job.run(prepared, say=click.echo)
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. What is finished is kept: the same command goes on.", err=True)
+        raise SystemExit(130) from None
+    _print_points(points, output, f"{strategy} search: {model}, {task}")
+    click.echo(f"The winner is {output / WINNER}. Score it:")
+    click.echo(f"  aft eval --model {model} --vector {output / WINNER} --tasks {task} --output RESULTS")
+
+
+def _print_points(points: Sequence[Point], output: Path, title: str) -> None:
+    """Write the whole table, print the best of it."""
+    from lm_eval_aft.studies.search import POINT_COLUMNS, SEARCH_NOTE, table, write_table
+
+    written = write_table(points, output, title)
+    print_table(title, POINT_COLUMNS, table(points)[:SHOWN], 0)
+    if len(points) > SHOWN:
+        click.echo(f"... and {len(points) - SHOWN} more in {written}.")
+    click.echo(SEARCH_NOTE.format(count=len(points)))
+    if points[0].change >= 0:
+        click.echo("No setting improved on the baseline: expect no gain from this vector.")
+
+
+def _whole(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise AFTError(f"Cannot read the epochs {text!r}.", "Write whole numbers: 5,10,20.") from error
+
+
+# ``aft transfer``: every vector on every task.
+
+
+@training_options(
+    *("protocol", "layers", "seeds", "first_seed", "train_docs", "selection_docs", "num_fewshot"),
+    *("apply_chat_template", "system_instruction", "metric", "method", "lr", "l2", "epochs", "patience"),
+    *("batch_size", "rungs", "finalists", "retries", "device", "dtype", "model_args", "include_path"),
+)
+@click.command(
+    "transfer",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
+@click.option("--tasks", required=True, help="Harness tasks, comma-separated: scored on, and trained on.")
+@click.option(
+    "--vector",
+    "vectors",
+    multiple=True,
+    metavar="NAME=VECTOR",
+    help="A vector that is there already, under the name of its task; may repeat. With any of these "
+    "only the vectors given are scored, unless --train-missing.",
+)
+@click.option("--train-missing", is_flag=True, help="Train vectors for the tasks that --vector leaves out.")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder; what is there is kept.",
+)
+@click.option("--placebo", default="none", show_default=True, help="random:N scores N random directions too.")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def transfer(
+    model: str,
+    tasks: str,
+    vectors: tuple[str, ...],
+    train_missing: bool,
+    output: Path,
+    placebo: str,
+    flags: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Train a vector on each task and score each vector on every task.
+
+    Writes OUTPUT/transfer.png (a heat map), .md, .json and .csv: paired differences from the
+    baseline with 95 % intervals, and exact tests Holm-adjusted over the whole matrix. Vectors go to
+    OUTPUT/vectors, results to OUTPUT/scores, a folder per task. Called again, it keeps what is there.
+    Flags after `--` go to lm-eval unchanged.
+
+    \b
+    Examples:
+      aft transfer --model EleutherAI/pythia-160m --tasks arc_easy,arc_challenge,hellaswag \\
+                   --output transfer -- --limit 500
+      aft transfer --model demo --tasks aft_demo_choice,aft_demo_math --protocol optimized --output t
+      aft transfer --model M --tasks arc_easy,hellaswag --vector arc_easy=runs/arc --output t
+    """
+    quiet_libraries()
+    from lm_eval_aft.evaluation.matrix import MATRIX_NOTE, table, write_matrix
+    from lm_eval_aft.studies.transfer import Transfer
+
+    arguments = parse_model_args(
+        options.pop("model_args"), device=options.pop("device"), dtype=options.pop("dtype")
+    )
+    given = {}
+    for each in vectors:
+        name, sign, spec = each.partition("=")
+        if not (sign and name and spec):
+            raise AFTError(f"Cannot read --vector {each!r}.", "Write NAME=VECTOR, as in arc_easy=runs/arc.")
+        if name in given:
+            raise AFTError(f"Two vectors are named {name}.", "Name each differently.")
+        given[name] = spec
+    asked = tuple(name.strip() for name in tasks.split(","))
+    job = Transfer(
+        model, asked, output, given, plan_settings(options), arguments, placebo,
+        (*scoring_flags(options), *flags), train=not given or train_missing,
+    )  # fmt: skip
+    try:
+        matrix = job.run(say=click.echo)
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. What is finished is kept: the same command goes on.", err=True)
+        raise SystemExit(130) from None
+    written = write_matrix(matrix, output)
+    columns, lines = table(matrix)
+    print_table(f"Transfer: {model}", columns, lines)
+    click.echo(MATRIX_NOTE.format(family=matrix.family))
+    for task, why in matrix.failed.items():
+        click.echo(f"No vector was trained on {task}: {why}")
+    click.echo(f"Written: {', '.join(str(path) for path in written)}")
+    if matrix.failed:
+        raise AFTError(
+            f"No vector could be trained on {', '.join(matrix.failed)}.",
+            "The reasons stand above; the same command tries again.",
+        )

@@ -1,0 +1,426 @@
+"""Rows of one context and many continuations, scored in one pass, and passes that start at block L.
+
+A *packed* row holds a context once, followed by every continuation; a tree mask lets each
+continuation see the context and itself only, and its position ids start again after the context.
+Documents whose contexts begin alike may share a row too: the common prefix once, then each one's branch.
+An *unpacked* row is one context with one continuation, padded on the right, as lm-eval's `hf` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_aft.engine.attention import Parts, in_parts
+from lm_eval_aft.steering.backbone import Backbone
+from lm_eval_aft.steering.hooks import hidden_states, with_hidden_states
+from lm_eval_aft.steering.intervention import CONTEXT, GENERATED, LAST, PADDING, roles
+
+Tokens = tuple[int, ...]
+# A prefix shorter than this is not worth a row that several documents share.
+WORTH_SHARING = 32
+# A shared row may hold this many token budgets, since its documents would take many more by themselves,
+# and this many tokens, since its mask grows with their square.
+SHARED_BUDGETS, SHARED_TOKENS = 4, 4096
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of one document: ``pairs`` of (context, continuation), one per option.
+
+    Neither part is empty. ``gold`` holds the indices of the right options and ``lengths`` each
+    option's length in characters (the unit lm-eval normalises by). ``task`` numbers the tasks of a mixture.
+    Documents of one task and one ``group`` have prompts that begin alike (the same few-shot examples).
+    """
+
+    pairs: tuple[tuple[Tokens, Tokens], ...]
+    gold: tuple[int, ...] = (0,)
+    lengths: tuple[float, ...] = (1.0,)
+    task: int = 0
+    group: int | None = None
+
+    def groups(self) -> dict[Tokens, list[int]]:
+        """Option indices by context: usually one context shared by all options."""
+        found: dict[Tokens, list[int]] = {}
+        for index, (context, _) in enumerate(self.pairs):
+            found.setdefault(context, []).append(index)
+        return found
+
+    def tokens(self, packed: bool) -> int:
+        """Length of the longest row this document needs by itself, in tokens."""
+        return max(row.width for row in lay_out([self], packed))
+
+    def rows(self, packed: bool) -> int:
+        """How many rows this document needs by itself."""
+        return len(self.groups()) if packed else len(self.pairs)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What follows a row's prefix for one document: the rest of its context, and continuations.
+
+    ``tails`` are (option, numbered through the batch; its tokens). Each sees the prefix, ``rest`` and itself.
+    """
+
+    rest: Tokens
+    tails: tuple[tuple[int, Tokens], ...]
+
+    @property
+    def width(self) -> int:
+        """Tokens it takes; the last one of a continuation is only predicted."""
+        return len(self.rest) + sum(len(tail) - 1 for _, tail in self.tails)
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A prefix that every branch sees, and branches that do not see each other."""
+
+    prefix: Tokens
+    branches: tuple[Branch, ...]
+
+    @property
+    def width(self) -> int:
+        """Tokens it takes."""
+        return len(self.prefix) + sum(branch.width for branch in self.branches)
+
+
+def lay_out(documents: Sequence[Document], packed: bool) -> list[PackedRow]:
+    """The rows that documents need, in order of their first document.
+
+    Packed, a document's options with one context share a row, and so do documents of one group. A row
+    that is not packed is one context with one continuation.
+    """
+    first, starts = 0, []
+    for document in documents:
+        starts.append(first)
+        first += len(document.pairs)
+    if not packed:
+        return [
+            PackedRow(context, (Branch((), ((start + i, tail),)),))
+            for start, document in zip(starts, documents, strict=True)
+            for i, (context, tail) in enumerate(document.pairs)
+        ]
+    rows = []
+    for unit in units(documents):
+        contexts: list[tuple[Tokens, tuple[tuple[int, Tokens], ...]]] = []
+        for place in unit:
+            document, start = documents[place], starts[place]
+            for context, options in document.groups().items():
+                tails = tuple((start + i, document.pairs[i][1]) for i in options)
+                contexts.append((context, tails))
+        shared = _common([context for context, _ in contexts]) if len(unit) > 1 else 0
+        if shared >= WORTH_SHARING:
+            prefix = contexts[0][0][:shared]
+            rows.append(
+                PackedRow(prefix, tuple(Branch(context[shared:], tails) for context, tails in contexts))
+            )
+        else:
+            rows += [PackedRow(context, (Branch((), tails),)) for context, tails in contexts]
+    return rows
+
+
+def units(documents: Sequence[Document]) -> list[list[int]]:
+    """Indices of documents that belong together: those of one group, and each other one by itself."""
+    found: dict[tuple[int, int | None, int], list[int]] = {}
+    for index, document in enumerate(documents):
+        alone = -1 if document.group is not None else index
+        found.setdefault((document.task, document.group, alone), []).append(index)
+    return list(found.values())
+
+
+def _common(contexts: Sequence[Tokens]) -> int:
+    """How many first tokens all contexts share, each keeping at least one of its own."""
+    first = contexts[0]
+    limit = min(len(context) for context in contexts) - 1
+    for at in range(limit):
+        token = first[at]
+        if any(context[at] != token for context in contexts):
+            return at
+    return limit
+
+
+def token_budget_batches(
+    documents: Sequence[Document], packed: bool, budget: int
+) -> Iterator[tuple[int, ...]]:
+    """Cut documents into batches, by index, so that rows x width stays within ``budget``.
+
+    Documents keep their order, but for those of a group, which are brought together. A document that
+    alone exceeds the budget gets a batch of its own, and a group whose row would be longer than
+    `SHARED_BUDGETS` and `SHARED_TOKENS` allow is cut in pieces.
+    """
+    batch: list[int] = []
+    rows = width = 0
+    for piece in _pieces(documents, packed, budget):
+        needed = lay_out([documents[i] for i in piece], packed)
+        widest = max(row.width for row in needed)
+        if batch and (rows + len(needed)) * max(width, widest) > budget:
+            yield tuple(batch)
+            batch, rows, width = [], 0, 0
+        batch += piece
+        rows, width = rows + len(needed), max(width, widest)
+    if batch:
+        yield tuple(batch)
+
+
+def _pieces(documents: Sequence[Document], packed: bool, budget: int) -> Iterator[list[int]]:
+    """Documents whose rows cannot be told apart without losing what they share."""
+    limit = min(SHARED_BUDGETS * budget, SHARED_TOKENS)
+    for unit in units(documents) if packed else [[i] for i in range(len(documents))]:
+        piece: list[int] = []
+        for index in unit:
+            longer = lay_out([documents[i] for i in [*piece, index]], packed)
+            if piece and (len(longer) > 1 or longer[0].width > limit):
+                yield piece
+                piece = []
+            piece.append(index)
+        yield piece
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors for one forward pass over several documents.
+
+    Attributes:
+        inputs: keyword arguments of the model: ``input_ids`` (rows, tokens), and for packed rows
+            ``attention_mask`` (rows, 1, tokens, tokens; additive) and ``position_ids``.
+        scored: (S,) flat positions in rows x tokens whose logits predict continuation tokens, each
+            once: the last token of a shared context predicts the first token of every option.
+        targets: (N,) the continuation tokens.
+        source: (N,) which entry of ``scored`` predicts each of them.
+        option: (N,) the option each belongs to, numbered through the batch.
+        document: (options,) the document each option belongs to.
+        documents: the documents themselves, in order.
+        parts: how each packed row is divided, for attention; empty where rows are not packed.
+        roles: (rows, tokens) what each token is; see `lm_eval_aft.steering.intervention`.
+    """
+
+    inputs: dict[str, Tensor]
+    scored: Tensor
+    targets: Tensor
+    source: Tensor
+    option: Tensor
+    document: Tensor
+    documents: tuple[Document, ...]
+    parts: tuple[Parts, ...]
+    roles: Tensor
+
+
+def make_batch(
+    documents: Sequence[Document], packed: bool, device: torch.device, dtype: torch.dtype
+) -> Batch:
+    """Lay documents out in rows, padded on the right. ``dtype`` is the mask's, the model's own."""
+    rows = lay_out(documents, packed)
+    table = _Table(len(rows), max(row.width for row in rows), packed)
+    for row in rows:
+        table.add(row)
+    owners = [d for d, document in enumerate(documents) for _ in document.pairs]
+
+    def indices(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    return Batch(
+        table.inputs(device, dtype),
+        indices(table.scored),
+        indices(table.targets),
+        indices(table.source),
+        indices(table.option),
+        indices(owners),
+        tuple(documents),
+        tuple(table.parts) if packed else (),
+        table.kinds.to(device),
+    )
+
+
+class _Table:
+    """Rows being laid out: token by token what it is, where it stands and what it sees."""
+
+    def __init__(self, rows: int, width: int, packed: bool) -> None:
+        self.width = width
+        self.ids = torch.zeros(rows, width, dtype=torch.long)
+        self.positions = torch.zeros(rows, width, dtype=torch.long)
+        self.kinds = torch.full((rows, width), PADDING)
+        # Padding sees itself, so that no row of the softmax is empty.
+        self.visible = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1) if packed else None
+        self.parts: list[Parts] = []
+        self.scored: list[int] = []
+        self.targets: list[int] = []
+        self.source: list[int] = []
+        self.option: list[int] = []
+
+    def add(self, row: PackedRow) -> None:
+        """The next row."""
+        at = self._put(0, row.prefix, 0, ())
+        whole = ((0, at),)
+        self.kinds[len(self.parts), :at] = CONTEXT
+        branches = []
+        for branch in row.branches:
+            start = at
+            at = self._put(at, branch.rest, len(row.prefix), whole)
+            seen = (*whole, (start, at)) if at > start else whole
+            self.kinds[len(self.parts), start:at] = CONTEXT
+            last = at - 1
+            self.kinds[len(self.parts), last] = LAST
+            # A context's last token predicts the first token of every continuation.
+            first = self._score(last)
+            for option, tail in branch.tails:
+                begin = at
+                at = self._put(at, tail[:-1], len(row.prefix) + len(branch.rest), seen)
+                self.kinds[len(self.parts), begin:at] = GENERATED
+                self.source += [first, *(self._score(place) for place in range(begin, at))]
+                self.targets += tail
+                self.option += [option] * len(tail)
+            branches.append((start, at))
+        self.parts.append(Parts(len(row.prefix), tuple(branches)))
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Keyword arguments of the model."""
+        inputs = {"input_ids": self.ids.to(device)}
+        if self.visible is not None:
+            mask = torch.zeros(self.visible.shape, dtype=dtype)
+            mask.masked_fill_(~self.visible, torch.finfo(dtype).min)
+            places = self.positions.to(device)
+            inputs |= {"attention_mask": mask.unsqueeze(1).to(device), "position_ids": places}
+        return inputs
+
+    def _put(self, at: int, tokens: Tokens, position: int, seen: Sequence[tuple[int, int]]) -> int:
+        """Write tokens that see each other causally, and all of ``seen``; where the next ones go."""
+        r, end = len(self.parts), at + len(tokens)
+        self.ids[r, at:end] = torch.tensor(tokens, dtype=torch.long)
+        self.positions[r, at:end] = torch.arange(position, position + len(tokens))
+        if self.visible is not None:
+            for start, stop in seen:
+                self.visible[r, at:end, start:stop] = True
+            causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+            self.visible[r, at:end, at:end] = causal
+        return end
+
+    def _score(self, place: int) -> int:
+        self.scored.append(len(self.parts) * self.width + place)
+        return len(self.scored) - 1
+
+
+def continuation_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (S, vocabulary) at the batch's scored positions; the head sees no other position."""
+    with in_parts(batch.parts, batch.inputs["input_ids"].shape[1]), roles(batch.roles):
+        return logits_at(model, {**batch.inputs, "use_cache": False}, batch.scored)
+
+
+def logits_at(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+    """Logits (N, vocabulary) at flat ``positions`` (N,) in rows x tokens of one pass.
+
+    The vocabulary head is applied there only, where the model has one that can be found.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def keep_scored(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return (flat[positions.to(flat.device)].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(keep_scored) if isinstance(head, nn.Module) else None
+    try:
+        logits: Tensor = model(**inputs).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    if logits.shape[:2] != (1, len(positions)) or handle is None:
+        logits = logits.reshape(-1, logits.shape[-1])[positions.to(logits.device)]
+    return logits.reshape(len(positions), logits.shape[-1])
+
+
+def option_logprobs(logits: Tensor, batch: Batch) -> Tensor:
+    """Summed log-likelihood (options,) in nats of every option, in fp32 or better."""
+    tokens = token_logprobs(logits, batch)
+    sums = torch.zeros(len(batch.document), dtype=tokens.dtype, device=tokens.device)
+    return sums.index_add(0, batch.option.to(tokens.device), tokens)
+
+
+def token_logprobs(logits: Tensor, batch: Batch) -> Tensor:
+    """Log-probability (N,) in nats of every continuation token, in fp32 or better."""
+    found: Tensor = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        logits, batch.source.to(logits.device), batch.targets.to(logits.device)
+    )
+    return found
+
+
+_NOTHING = 1e-12  # a share of the largest gradient, far below what float32 can add to it
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """``log_softmax(logits)[source, targets]`` whose gradient is made in the one buffer that is kept.
+
+    Autograd's own would fill and read two more tables of S x vocabulary numbers, which for small
+    models takes longer than their blocks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, source: Tensor, targets: Tensor) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(wide, source, targets)
+        return wide[source, targets]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        table, source, targets = ctx.saved_tensors
+        (gradient,) = gradients
+        rows = torch.zeros(len(table), dtype=table.dtype, device=table.device)
+        # Options that a softmax has all but ruled out weigh 1e-30 and less. Kept, their share of the table
+        # would be subnormal numbers, with which products take ten times as long, and no sum would feel it.
+        gradient = gradient.masked_fill(gradient.abs() < _NOTHING * gradient.abs().max(), 0.0)
+        rows.index_add_(0, source, gradient)
+        table.exp_().mul_(-rows.unsqueeze(1))
+        table.index_put_((source, targets), gradient, accumulate=True)
+        return table.to(ctx.dtype), None, None
+
+
+@contextmanager
+def capture(backbone: Backbone, layers: Sequence[int]) -> Iterator[dict[int, Any]]:
+    """Collect the outputs of the given blocks during the passes made inside the block."""
+    outputs: dict[int, Any] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[layer] = with_hidden_states(output, hidden_states(output).detach())
+
+        return hook
+
+    handles = [backbone.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def resumed(backbone: Backbone, layer: int, output: Any) -> Iterator[None]:
+    """Make passes start at block ``layer``: blocks below do nothing, it answers with ``output``.
+
+    Everything around the blocks (masks, rotary tables, final norm, head, logit scaling) runs as
+    the model defines it, so no family needs code of its own. Hooks on block ``layer`` still fire.
+    """
+    saved = [block.__dict__.get("forward") for block in backbone.blocks[: layer + 1]]
+
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        return with_hidden_states(output, args[0] if args else kwargs["hidden_states"])
+
+    def answering(*_args: Any, **_kwargs: Any) -> Any:
+        return output
+
+    try:
+        for block in backbone.blocks[:layer]:
+            block.forward = passing
+        backbone.blocks[layer].forward = answering
+        yield
+    finally:
+        for block, forward in zip(backbone.blocks, saved, strict=False):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward

@@ -1,0 +1,189 @@
+"""The plainest computation of a steered model's answers, which the ways that share work are held against.
+
+One row at a time, without a cache; the steered tokens are told by counting, not by watching the model. It is
+used where a vector steers some positions only: which tokens those are is what another release of a library
+could make wrong without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.engine.compatibility import disagreement
+from lm_eval_aft.engine.requests import Answer, Request
+from lm_eval_aft.steering.backbone import Backbone
+from lm_eval_aft.steering.hooks import RowSteering, hidden_states, with_hidden_states
+from lm_eval_aft.steering.intervention import unsteered
+from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector import SteeringVector
+
+# Tokens that are generated to check generation.
+PROBE_TOKENS = 8
+
+
+class Naive:
+    """Logits of a steered model, computed in the plainest way.
+
+    Args:
+        model: a causal LM with its vectors attached; they are set aside during a pass.
+        vector_of: what steers a row in each state; see `lm_eval_aft.steering.hooks.RowSteering`.
+        window: most tokens a row may have.
+        softmax_dtype: as in `HFLM`.
+        autocast: dtype of mixed precision, or None.
+        rows: what steers rows of one pass differently, if anything does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        vector_of: Callable[[int], SteeringVector | None],
+        *,
+        device: torch.device,
+        window: int,
+        softmax_dtype: torch.dtype | None = None,
+        autocast: torch.dtype | None = None,
+        rows: RowSteering | None = None,
+    ) -> None:
+        self.model: Any = model
+        self.backbone = backbone
+        self.vector_of = vector_of
+        self.device = device
+        self.window = window
+        self.softmax_dtype = softmax_dtype
+        self.autocast = autocast
+        self.rows = rows
+        self.dtype = autocast or next(model.parameters()).dtype
+
+    def logits(self, tokens: Sequence[int], context: int, state: int = 0) -> Tensor:
+        """Logits (tokens, vocabulary) behind each token; the first ``context`` of them are the context."""
+        vector = self.vector_of(state)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(unsteered())
+            if self.rows is not None:
+                stack.enter_context(self.rows.chosen(0))
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
+            if vector is not None and vector.coefficient:
+                steered = torch.tensor(_steered(vector.positions, context, len(tokens)))
+                for layer in vector.layers:
+                    hook = self.backbone.blocks[layer].register_forward_hook(_adding(vector, layer, steered))
+                    stack.callback(hook.remove)
+            ids = torch.tensor([list(tokens)], device=self.device)
+            found: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        return found
+
+    def answer(self, request: Request, state: int = 0) -> Answer:
+        """Log-likelihood in nats of a request that fits the window, and whether it is greedy decoding's."""
+        _, context, continuation = request
+        logits = self.logits([*context, *continuation][:-1], len(context), state)[len(context) - 1 :]
+        targets = torch.tensor(continuation, device=logits.device)
+        values = logits.log_softmax(-1, dtype=self.softmax_dtype)
+        greedy = bool((values.argmax(-1) == targets).all())
+        return float(values.gather(-1, targets[:, None]).sum()), greedy
+
+    def differs(self, requests: Sequence[Request], answers: Sequence[Answer], states: Sequence[int]) -> str:
+        """How ``answers`` to requests are wrong; ``""`` where they are not."""
+        naive = [self.answer(request, state) for request, state in zip(requests, states, strict=True)]
+        reason = disagreement(
+            torch.tensor([value for value, _ in answers], dtype=torch.float64),
+            torch.tensor([value for value, _ in naive], dtype=torch.float64),
+            torch.tensor([len(request[2]) for request in requests]),
+            self.dtype,
+        )
+        if reason:
+            return f"log-likelihoods {reason}"
+        exact = self.dtype in (torch.float32, torch.float64)
+        same = not exact or all(a[1] == b[1] for a, b in zip(answers, naive, strict=True))
+        return "" if same else "greedy decoding differs"
+
+    def logits_differ(self, prompt: Sequence[int], tokens: Sequence[int], logits: Tensor, state: int) -> str:
+        """How the ``logits`` (tokens, vocabulary) that wrote ``tokens`` are wrong; ``""`` if they are not."""
+        slow = self.logits([*prompt, *tokens][:-1], len(prompt), state)[len(prompt) - 1 :]
+        written = torch.tensor(tokens)[:, None]
+        fast, naive = (
+            each.float().cpu().log_softmax(-1).gather(-1, written)[:, 0] for each in (logits, slow)
+        )
+        if self.dtype in (torch.float32, torch.float64):
+            return disagreement(fast, naive, torch.ones(len(tokens)), self.dtype)
+        # One token's rounding says nothing in 16 bits: together they are within 0.1 nats a token.
+        return disagreement(fast.sum()[None], naive.sum()[None], torch.tensor([len(tokens)]), self.dtype)
+
+    def generation_differs(self, prompts: Sequence[Sequence[int]], state: int, pad: int) -> str:
+        """How ``generate``, on these prompts as one padded batch, differs from passes without a cache."""
+        prompts = [prompt for prompt in prompts if 0 < len(prompt) <= self.window - PROBE_TOKENS]
+        if not prompts:
+            return ""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.rows is not None:
+                stack.enter_context(self.rows.chosen(state))
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
+            try:
+                found = self.model.generate(
+                    input_ids=ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    max_new_tokens=PROBE_TOKENS,
+                    do_sample=False,
+                    pad_token_id=pad,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+            except AFTError as error:
+                return error.what
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list | tuple) else [ends]
+        for row, prompt in enumerate(prompts):
+            tokens = found.sequences[row, width:].tolist()
+            written = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+            logits = torch.stack([step[row] for step in found.logits[:written]])
+            reason = self.logits_differ(prompt, tokens[:written], logits, state)
+            if reason:
+                return f"its tokens' log-probabilities {reason}"
+        return ""
+
+
+def wrong(what: str, positions: str, reason: str) -> AFTError:
+    """The error where no way of computing something steers the right tokens."""
+    releases = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "lm_eval"))
+    return AFTError(
+        f"{what} would not steer the tokens that positions={positions!r} names, on this model with "
+        f"{releases}: {reason}.",
+        "Steer all positions, or install other versions of these; `aft doctor` shows which answers hold.",
+    )
+
+
+def _steered(positions: str, context: int, tokens: int) -> list[bool]:
+    """Which of a row's tokens are steered; the first ``context`` are the context's."""
+    kinds = {
+        "all": range(tokens),
+        "prompt": range(context),
+        "last": range(context - 1, context),
+        "generated": range(context, tokens),
+    }
+    return [i in kinds[positions] for i in range(tokens)]
+
+
+def _adding(vector: SteeringVector, layer: int, steered: Tensor) -> Callable[..., Any]:
+    method = METHODS[vector.method]
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = hidden_states(output)
+        own = {name: tensor.to(hidden.device) for name, tensor in vector.tensors.items()}
+        delta = method.delta(own, layer, hidden.to(own[f"layers.{layer}"].dtype)) * vector.coefficient
+        where = steered.to(hidden.device)[None, :, None]
+        return with_hidden_states(output, torch.where(where, hidden + delta.to(hidden.dtype), hidden))
+
+    return hook

@@ -1,0 +1,188 @@
+"""Which vector of a library each request of an evaluation gets, and a record of it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import canonical_json
+from lm_eval_aft.library.entry import ModelIdentity, misfits
+from lm_eval_aft.library.routers import (
+    ROUTERS,
+    ConstantRouter,
+    KeywordRouter,
+    Router,
+    TaskRouter,
+    make_router,
+    question_of,
+)
+from lm_eval_aft.library.store import Library
+from lm_eval_aft.steering.vector import SteeringVector, describe_vector
+from lm_eval_aft.steering.vector_file import FILE_NAME, read_header
+
+logger = logging.getLogger(__name__)
+# What the record calls requests that no vector steers.
+NONE = "none"
+
+
+@dataclass
+class Routing:
+    """A router, the vectors it may pick, and what it picked so far.
+
+    Attributes:
+        spec: as the user gave it.
+        library: folder of the library.
+        vectors: library name -> vector; their places, counted from 1, are the row states of
+            `lm_eval_aft.steering.hooks.RowSteering`, and 0 is no steering.
+        left_out: vectors of the library that are damaged or do not fit the model, with the reason.
+    """
+
+    spec: str
+    library: Path
+    router: Router
+    vectors: dict[str, SteeringVector]
+    left_out: dict[str, str] = field(default_factory=dict)
+    _picked: dict[str, dict[int, str]] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, spec: str, library: Library, model: ModelIdentity | None = None, *, allow_mismatch: bool = False
+    ) -> Routing:
+        """Read a library's vectors and the router over those of them that fit the model.
+
+        Args:
+            spec: as `make_router` takes it, or the path of a keyword table alone.
+            model: what the vectors must fit; ``None`` takes all.
+            allow_mismatch: only width and depth must fit.
+
+        Raises:
+            AFTError: as `make_router`; what did not fit is then named too.
+        """
+        spec = whole_spec(spec)
+        entries = [entry for entry in library.entries() if not entry.control]
+        usable = [entry for entry in entries if not entry.error]
+        if not usable:
+            raise AFTError(
+                f"The library {library.root} has no vectors to route to.", "`aft vectors add` adds one."
+            )
+        left_out = {entry.name: f"damaged: {entry.error}" for entry in entries if entry.error}
+        for entry in usable:
+            if model is None:
+                break
+            found = misfits(read_header(library.path(entry.name) / FILE_NAME), model)
+            if found and not (allow_mismatch and found[0] not in ("hidden size", "number of blocks")):
+                left_out[entry.name] = ", ".join(found)
+        try:
+            router = make_router(spec, [entry for entry in usable if entry.name not in left_out])
+        except AFTError as error:
+            told = "; ".join(f"{name}: {what}" for name, what in list(left_out.items())[:3])
+            more = f" {len(left_out)} vectors do not fit this model ({told})." if told else ""
+            raise AFTError(error.what + more, error.hint) from error
+        for name, why in left_out.items():
+            logger.warning("%s of %s is left out of routing: %s.", name, library.root, why)
+        vectors = {name: SteeringVector.load(library.path(name)) for name in router.targets()}
+        return cls(spec, library.root, router, vectors, left_out)
+
+    def adjusted(self, coefficient: float | None = None, positions: str | None = None) -> Routing:
+        """This routing with every vector's coefficient or positions replaced; ``None`` leaves them."""
+        for name, vector in self.vectors.items():
+            self.vectors[name] = vector.adjusted(coefficient, positions)
+        return self
+
+    def pick(self, task: str | None, doc_id: int | None, document: Any, prompt: str) -> str | None:
+        """The library name of the vector for a document's request, or None; the choice is kept."""
+        name = self.router.route(question_of(prompt, document), task)
+        if task is not None and doc_id is not None:
+            self._picked.setdefault(task, {})[doc_id] = name or NONE
+        return name
+
+    def states(self, requests: Sequence[Instance]) -> list[int]:
+        """Each request's row state: the place of its vector among ``vectors``, or 0.
+
+        A document's first request decides for all of them: options that stand in the prompt itself,
+        or are scored without it, are compared under one vector.
+        """
+        places = {None: 0} | {name: place for place, name in enumerate(self.vectors, 1)}
+        decided: dict[tuple[Any, ...], int] = {}
+        found = []
+        for number, each in enumerate(requests):
+            key: tuple[Any, ...] = (each.task_name, each.doc_id)
+            key = key if None not in key else (number,)
+            if key not in decided:
+                name = self.pick(each.task_name, each.doc_id, each.doc, str(each.args[0]))
+                decided[key] = places[name]
+            found.append(decided[key])
+        return found
+
+    def forget(self) -> None:
+        """Begin a new record."""
+        self._picked = {}
+
+    def digest(self) -> str:
+        """SHA-256 of what decides where a request goes, names resolved, comments left out."""
+        return hashlib.sha256(canonical_json(_described(self.router)).encode()).hexdigest()
+
+    def depends_on(self) -> dict[str, Any]:
+        """What answers under this routing depend on, besides the model and the request's text."""
+        vectors = {name: vector.digest() for name, vector in self.vectors.items()}
+        found: dict[str, Any] = {"router": self.digest(), "vectors": vectors}
+        if not isinstance(self.router, ConstantRouter):
+            # Two tasks may ask the same, and lm-eval's cache is not told the task; and of a document
+            # answered in part it hands on the rest, whose first request may name another vector: no other
+            # run's answers will do.
+            found["run"] = uuid.uuid4().hex
+        return found
+
+    def info(self) -> dict[str, Any]:
+        """What results files keep: router, vectors, and per task which documents got which.
+
+        ``routes`` maps task -> library name or ``none`` -> document numbers, in order; under several
+        processes they are those of this process.
+        """
+        routes: dict[str, dict[str, list[int]]] = {}
+        for task, picked in sorted(self._picked.items()):
+            for doc_id, name in sorted(picked.items()):
+                routes.setdefault(task, {}).setdefault(name, []).append(doc_id)
+        return {
+            "router": self.spec,
+            "router_sha256": self.digest(),
+            "library": str(self.library),
+            "vectors": {name: describe_vector(vector) for name, vector in self.vectors.items()},
+            "left_out": dict(self.left_out),
+            "counts": {task: {name: len(ids) for name, ids in each.items()} for task, each in routes.items()},
+            "routes": routes,
+        }
+
+
+def whole_spec(spec: str) -> str:
+    """A router's spec; the path of a table alone means a keyword table.
+
+    Raises:
+        AFTError: neither a router nor a file.
+    """
+    if spec.partition(":")[0] in ROUTERS:
+        return spec
+    if Path(spec).is_file():
+        return f"keyword:{spec}"
+    raise AFTError(
+        f"There is no router {spec!r}, and no keyword table at that path.",
+        f"Use one of: {', '.join(ROUTERS)}, with a table as in keyword:TABLE.yaml, or constant:NAME.",
+    )
+
+
+def _described(router: Router) -> Mapping[str, Any]:
+    if isinstance(router, KeywordRouter):
+        rules = [[rule.vector, list(rule.words)] for rule in router.rules]
+        return {"keyword": rules, "else": router.default}
+    if isinstance(router, TaskRouter):
+        return {"task": list(map(list, router.tasks.items())), "else": router.default}
+    assert isinstance(router, ConstantRouter)
+    return {"constant": router.name}

@@ -1,0 +1,482 @@
+"""Joining two runs document by document, refusing those that were not asked the same, and verdicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.evaluation.results import (
+    Sample,
+    ScoredRun,
+    TaskRun,
+    listed_metrics,
+    mean_metrics,
+    model_args,
+)
+from lm_eval_aft.evaluation.stats import (
+    PairedComparison,
+    compare_paired,
+    holm,
+    mean_stderr,
+    verdict,
+    wilson_interval,
+)
+from lm_eval_aft.evaluation.vector_info import HASH_DIGITS, VectorInfo
+
+# Where a task reports several metrics, the verdict is on the first of these that it has.
+PRIMARY_METRICS = ("acc_norm", "acc", "exact_match")
+PRIMARY_FILTERS = ("strict-match", "none")
+
+
+@dataclass
+class Comparison:
+    """One run against the baseline on one task, filter and metric.
+
+    Attributes:
+        primary: whether the verdict on the task hangs on this metric.
+        doc_ids: documents compared; ``wins`` and ``losses`` are the ids that flipped, wins being
+            *improvements* (a lower score where lower is better).
+    """
+
+    run: str
+    task: str
+    filter: str
+    metric: str
+    primary: bool
+    higher_is_better: bool
+    paired: PairedComparison
+    doc_ids: list[int]
+    wins: list[int]
+    losses: list[int]
+    clusters: str
+
+
+def differences(baseline: ScoredRun, other: ScoredRun) -> list[str]:
+    """Everything that keeps two runs from being compared, in words; empty when nothing does."""
+    tasks = shared_tasks(baseline, other)
+    found = differing(baseline, other, tasks)
+    for task in tasks:
+        found += _questions(task, baseline.tasks[task], other.tasks[task])
+    return found
+
+
+def require_comparable(baseline: ScoredRun, other: ScoredRun) -> None:
+    """Raise `AFTError` naming every field in which the runs differ."""
+    found = differences(baseline, other)
+    if found:
+        raise AFTError(
+            f"{other.name} cannot be compared with {baseline.name}; they differ in: {'; '.join(found)}.",
+            "Run both with the same settings, or compare anyway with --force (every output will say so).",
+        )
+
+
+def shared_tasks(baseline: ScoredRun, other: ScoredRun) -> list[str]:
+    """Tasks both runs have.
+
+    Raises:
+        AFTError: the other run has a task that the baseline has not.
+    """
+    missing = [task for task in other.tasks if task not in baseline.tasks]
+    if missing:
+        raise AFTError(
+            f"{other.name} has {', '.join(missing)}, {baseline.name} has not.",
+            "Score the baseline on it too.",
+        )
+    return list(other.tasks)
+
+
+def compare_runs(baseline: ScoredRun, other: ScoredRun) -> list[Comparison]:
+    """Every per-document metric of every shared task, on the documents both runs have."""
+    found = []
+    for task in shared_tasks(baseline, other):
+        before, after = baseline.tasks[task], other.tasks[task]
+        chosen = primary_metric(before, after)
+        for filter_name in (name for name in before.samples if name in after.samples):
+            left, right = before.samples[filter_name], after.samples[filter_name]
+            ids = sorted(left.keys() & right.keys())
+            for metric in _metrics(left, right, ids):
+                found.append(
+                    _compare(
+                        other.name, task, filter_name, metric, left, right, ids,
+                        (filter_name, metric) == chosen, _higher_is_better(before, metric),
+                    )
+                )  # fmt: skip
+    return sorted(found, key=lambda c: (c.task, not c.primary))
+
+
+def primary_metric(*runs: TaskRun, whole: bool = True) -> tuple[str, str] | None:
+    """(filter, metric) of a task's verdict: acc_norm, else acc, else exact match (strict first).
+
+    Of the metrics that all documents of all the runs have; with ``whole`` false, that any has.
+    """
+    metrics: dict[tuple[str, str], None] = {}
+    listed = list(mean_metrics(runs[0].config))
+    for filter_name in runs[0].samples:
+        rows = [sample.metrics.keys() for run in runs for sample in run.samples.get(filter_name, {}).values()]
+        own = set.intersection(*map(set, rows)) if whole and rows else set().union(*rows)
+        for metric in sorted(own, key=lambda m: (listed.index(m) if m in listed else len(listed), m)):
+            metrics[filter_name, metric] = None
+
+    def rank(pair: tuple[str, str]) -> tuple[int, int]:
+        filter_name, metric = pair
+        first = PRIMARY_METRICS.index(metric) if metric in PRIMARY_METRICS else len(PRIMARY_METRICS)
+        second = PRIMARY_FILTERS.index(filter_name) if filter_name in PRIMARY_FILTERS else 9
+        return first, second
+
+    return min(metrics, key=rank, default=None)
+
+
+def _higher_is_better(run: TaskRun, metric: str) -> bool:
+    """As the results' own table says, else the task's list of metrics, else yes."""
+    said = run.results.get("higher_is_better", {}).get(run.task, {}).get(metric)
+    if said is None:
+        said = listed_metrics(run.config).get(metric, {}).get("higher_is_better")
+    return said is not False
+
+
+def _compare(
+    run: str,
+    task: str,
+    filter_name: str,
+    metric: str,
+    left: dict[int, Sample],
+    right: dict[int, Sample],
+    ids: list[int],
+    primary: bool,
+    up: bool,
+) -> Comparison:
+    before = [left[i].metrics[metric] for i in ids]
+    after = [right[i].metrics[metric] for i in ids]
+    clusters = [left[i].cluster for i in ids]
+    paired = compare_paired(before, after, clusters)
+    gained = [i for i, a, b in zip(ids, before, after, strict=True) if b > a]
+    lost = [i for i, a, b in zip(ids, before, after, strict=True) if b < a]
+    wins, losses = (gained, lost) if up else (lost, gained)
+    return Comparison(
+        run, task, filter_name, metric, primary, up, paired, ids, wins, losses,
+        _cluster_note(clusters, paired),
+    )  # fmt: skip
+
+
+def _cluster_note(clusters: list[str | None], paired: PairedComparison) -> str:
+    if paired.clusters is not None:
+        return f"documents grouped by source_id: {paired.clusters} clusters are the units of the test"
+    count = len(set(clusters))
+    if None in clusters:
+        return ""
+    return f"{count} source_id value(s): too few or too uneven to be units; documents count as independent"
+
+
+def _metrics(left: dict[int, Sample], right: dict[int, Sample], ids: list[int]) -> Iterator[str]:
+    for metric in left[ids[0]].metrics if ids else ():
+        if all(metric in left[i].metrics and metric in right[i].metrics for i in ids):
+            yield metric
+
+
+def _questions(task: str, before: TaskRun, after: TaskRun) -> Iterator[str]:
+    """What was asked: documents, targets, prompts, options or generation settings."""
+    if set(before.samples) != set(after.samples):
+        yield f"filters of {task} ({', '.join(before.samples)} against {', '.join(after.samples)})"
+    for filter_name in (name for name in before.samples if name in after.samples):
+        left, right = before.samples[filter_name], after.samples[filter_name]
+        shared = left.keys() & right.keys()
+        if len(shared) < max(len(left), len(right)):
+            yield f"documents of {task} ({len(left)} against {len(right)}, {len(shared)} in both)"
+        counts: dict[str, list[int]] = {}
+        for i in sorted(shared):
+            a, b = left[i], right[i]
+            # A differing document has a differing prompt, of course: name the cause alone.
+            if a.doc_hash != b.doc_hash:
+                counts.setdefault("document contents", []).append(i)
+                continue
+            if a.target_hash != b.target_hash:
+                counts.setdefault("targets", []).append(i)
+            if a.prompts != b.prompts:
+                counts.setdefault("prompts", []).append(i)
+            if a.options != b.options:
+                counts.setdefault("gen_kwargs" if a.generates else "options", []).append(i)
+        for what, ids in counts.items():
+            yield f"{what} of {task} ({len(ids)} documents, first {ids[0]})"
+        return  # other filters hold the same documents
+
+
+# The settings of a run that decide what was asked and how answers were scored.
+
+# Whether the questions were taken away: prompts are logged as the task made them, so only this tells.
+ANSWER_ONLY = "answer_only"
+
+
+def run_settings(results: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal between runs whatever the task: field -> value, spellings made alike."""
+    config, arguments = results.get("config", {}), model_args(results)
+    info = config.get("aft") or {}
+    softmax = info.get("softmax_dtype") or arguments.get("softmax_dtype")
+    return {
+        "tokenizer": {key: results.get(f"tokenizer_{key}") for key in ("pad_token", "eos_token", "bos_token")}
+        | {"vocabulary": (info.get("fingerprint") or {}).get("vocabulary")},
+        "maximum length": results.get("max_length"),
+        "chat template": results.get("chat_template_sha"),
+        "system instruction": results.get("system_instruction_sha"),
+        "fewshot_as_multiturn": bool(results.get("fewshot_as_multiturn")),
+        "limit": config.get("limit"),
+        "gen_kwargs": _plain(config.get("gen_kwargs")) or {},
+        "dtype": _dtype(config.get("model_dtype") or arguments.get("dtype")),
+        "softmax dtype": _dtype(softmax),
+        ANSWER_ONLY: bool(info.get("answer_only")),
+    }
+
+
+def task_settings(run: TaskRun) -> dict[str, Any]:
+    """What must be equal between runs of one task: field -> value."""
+    results, config, task = run.results, run.config, run.task
+    shots = results.get("n-shot", {}).get(task)
+    generation = _plain(config.get("generation_kwargs")) or {}
+    seeds = results.get("config", {})
+    sampled = bool(isinstance(generation, dict) and generation.get("do_sample"))
+    return {
+        "task version": results.get("versions", {}).get(task),
+        "n-shot": shots,
+        # Without examples in the prompt the seed that would have drawn them decides nothing.
+        "few-shot seed": seeds.get("fewshot_seed") if shots != 0 else None,
+        "sampling seed": seeds.get("torch_seed") if sampled else None,
+        "generation_kwargs": generation,
+        "repeats": config.get("repeats") or 1,
+        "filters": _plain(config.get("filter_list")),
+        "metrics": _plain(config.get("metric_list")),
+    }
+
+
+def differing(first: ScoredRun, second: ScoredRun, tasks: list[str]) -> list[str]:
+    """Every setting that differs, in words, with both values; prompts and documents not included."""
+    found: dict[str, list[str]] = {}
+    for task in tasks:
+        before, after = first.tasks[task], second.tasks[task]
+        for where, left, right in (
+            ("", run_settings(before.results), run_settings(after.results)),
+            (f" of {task}", task_settings(before), task_settings(after)),
+        ):
+            for key in left:
+                if _differs(left[key], right[key]):
+                    text = f"{key}{where} ({_short(left[key])} against {_short(right[key])})"
+                    found.setdefault(text, []).append(task)
+    return list(found)
+
+
+def described(run: ScoredRun) -> dict[str, str]:
+    """The settings table's column of a run: field -> text."""
+    results = run.any
+    config, info = results.get("config", {}), results.get("config", {}).get("aft") or {}
+    vector = run.vector or {}
+    identity = info.get("fingerprint") or {}
+    rows: dict[str, Any] = {
+        "model type": config.get("model"),
+        "model": results.get("model_name") or model_args(results).get("pretrained"),
+        "model revision": config.get("model_revision"),
+        "model parameters": config.get("model_num_parameters"),
+        "base model fingerprint": fingerprint_text(identity),
+        "vector": run.vector_path,
+        "library": run.library,
+        "router": (run.routing or {}).get("router"),
+        "router sha256": (run.routing or {}).get("router_sha256"),
+        "routed vectors": list((run.routing or {}).get("vectors") or {}) or None,
+        "vector sha256": vector.get("sha256"),
+        "vector layers": vector.get("layers"),
+        "vector norm": _number(vector.get("norm"), 4),
+        "coefficient": vector.get("coefficient"),
+        "control": vector.get("control"),
+        **run_settings(results),
+        "batch size": config.get("batch_size"),
+        "device": config.get("device"),
+        "hardware": _hardware(results.get("pretty_env_info")),
+        "world size": info.get("world_size"),
+        "scoring path": info.get("scoring_path"),
+        "lm-eval": results.get("lm_eval_version"),
+        "transformers": results.get("transformers_version"),
+        "evaluation seconds": _number(results.get("total_evaluation_time_seconds"), 1),
+    }
+    rows["tokenizer"] = str(rows["tokenizer"]["vocabulary"] or "")[:16] or rows["tokenizer"]["eos_token"]
+    rows[ANSWER_ONLY] = rows[ANSWER_ONLY] or None  # told only of runs that were scored so
+    for task, each in run.tasks.items():
+        own = task_settings(each)
+        rows[f"{task}: version"] = own["task version"]
+        rows[f"{task}: n-shot"] = own["n-shot"]
+        rows[f"{task}: few-shot seed"] = own["few-shot seed"]
+        rows[f"{task}: documents, prompts and targets"] = results_hash(each)
+    return {key: _short(value) for key, value in rows.items() if value not in (None, "", {})}
+
+
+def results_hash(run: TaskRun) -> str | None:
+    """lm-eval's own digest of a task's documents, prompts and targets, shortened."""
+    value = run.results.get("task_hashes", {}).get(run.task)
+    return str(value)[:16] if value else None
+
+
+def fingerprint_text(identity: dict[str, Any]) -> str | None:
+    """A base model's fingerprint in 24 characters."""
+    if not identity:
+        return None
+    return "-".join(str(identity.get(key, ""))[:8] for key in ("config", "parameters", "vocabulary"))
+
+
+def _differs(left: Any, right: Any) -> bool:
+    if isinstance(left, dict) and isinstance(right, dict):
+        # A part that only one side logs (another model type) cannot be compared.
+        if set(left) == {"pad_token", "eos_token", "bos_token", "vocabulary"}:
+            return any(left[k] != right[k] for k in left if left[k] is not None and right[k] is not None)
+        return json.dumps(left, sort_keys=True) != json.dumps(right, sort_keys=True)
+    return bool(left != right)
+
+
+def _dtype(value: Any) -> str | None:
+    return None if value in (None, "", "None") else str(value).removeprefix("torch.")
+
+
+def _plain(value: Any) -> Any:
+    """JSON as it would be read back, so that a tuple equals a list; text of a mapping decoded."""
+    if isinstance(value, str) and "=" in value:
+        from lm_eval.utils import simple_parse_args_string
+
+        return dict(simple_parse_args_string(value))
+    return json.loads(json.dumps(value, default=str))
+
+
+def _hardware(text: Any) -> str | None:
+    wanted = ("Model name:", "CPU(s):", "GPU models and configuration:")
+    found = []
+    for line in str(text or "").splitlines():
+        key, _, value = line.partition(":")
+        if f"{key.strip()}:" in wanted and value.strip() and "Could not" not in value:
+            found.append(f"{value.strip()} CPUs" if key.strip() == "CPU(s)" else value.strip())
+    return ", ".join(dict.fromkeys(found)) or None
+
+
+def _number(value: Any, digits: int) -> str | None:
+    try:
+        return f"{float(value):.{digits}f}"
+    except (TypeError, ValueError):
+        return None
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+# Rows with verdicts: what the statistics allow to be said of each comparison.
+
+SELECTED = "not assessable: selected on these documents"
+DIFFERENT = "not assessable: the runs differ"
+
+
+@dataclass
+class VerdictRow:
+    """One comparison. Scores, differences and intervals are in the metric's own unit (shares: 0 to 1).
+
+    Attributes:
+        kind: ``steered``, ``placebo`` or ``answer-only``.
+        family: whether the row counts in Holm's correction; ``p_adjusted`` and ``verdict`` are empty
+            for rows outside (secondary metrics, placebos, answer-only runs).
+        share: whether the metric is a share, shown in percent.
+        wins, losses: documents that got better and worse.
+        mde: minimum detectable effect at 80 % power.
+    """
+
+    run: str
+    kind: str
+    task: str
+    metric: str
+    filter: str
+    primary: bool
+    family: bool
+    higher_is_better: bool
+    share: bool
+    n: int
+    baseline: float
+    baseline_stderr: float | None
+    baseline_low: float | None
+    baseline_high: float | None
+    steered: float
+    steered_stderr: float | None
+    steered_low: float | None
+    steered_high: float | None
+    difference: float
+    low: float | None
+    high: float | None
+    wins: int
+    losses: int
+    p_value: float
+    p_adjusted: float | None
+    verdict: str
+    mde: float | None
+    test: str
+    interval: str
+    clusters: str
+
+
+def judge(
+    baseline: ScoredRun,
+    comparisons: Sequence[tuple[ScoredRun, Comparison]],
+    vectors: dict[str, VectorInfo],
+    mismatched: set[str] | frozenset[str] = frozenset(),
+) -> list[VerdictRow]:
+    """Rows with verdicts: Holm over primary metrics × vectors, and what cannot be assessed.
+
+    A vector scored under two names with one outcome (the chosen seed among the finalists) is one
+    comparison.
+    """
+    rows = []
+    same: dict[tuple[Any, ...], list[VerdictRow]] = {}
+    for run, each in comparisons:
+        family = each.primary and run.kind == "steered"
+        blocked = ""
+        if _selected_on(vectors[run.name], baseline, each):
+            blocked = SELECTED
+        elif run.name in mismatched:
+            blocked = DIFFERENT
+        row = make_row(baseline, run, each, family and not blocked, blocked if family else "")
+        rows.append(row)
+        if row.family:
+            outcome = (each.task, tuple(each.doc_ids), tuple(each.wins), tuple(each.losses), row.difference)
+            same.setdefault(((run.vector or {}).get("sha256") or run.name, *outcome), []).append(row)
+    adjusted = holm([twins[0].p_value for twins in same.values()])
+    for twins, p in zip(same.values(), adjusted, strict=True):
+        for row in twins:
+            row.p_adjusted = p
+            row.verdict = verdict(p, row.difference, row.higher_is_better)
+            row.family = row is twins[0]
+    return rows
+
+
+def _selected_on(info: VectorInfo, baseline: ScoredRun, each: Comparison) -> bool:
+    """Whether the vector was chosen on documents that this comparison reports."""
+    if info.biased:
+        return True
+    known = set(info.selection_documents)
+    samples = baseline.tasks[each.task].samples[each.filter]
+    return bool(known) and any(samples[i].doc_hash[:HASH_DIGITS] in known for i in each.doc_ids)
+
+
+def make_row(baseline: ScoredRun, run: ScoredRun, each: Comparison, family: bool, blocked: str) -> VerdictRow:
+    """A comparison as a row: not yet adjusted, its verdict ``blocked`` or empty."""
+    p = each.paired
+    columns = []
+    for side, mean in ((baseline, p.baseline), (run, p.steered)):
+        samples = side.tasks[each.task].samples[each.filter]
+        values = [samples[i].metrics[each.metric] for i in each.doc_ids]
+        share = all(0 <= value <= 1 for value in values)
+        bounds: tuple[float | None, float | None] = (None, None)
+        if all(value in (0, 1) for value in values):
+            bounds = wilson_interval(sum(values), p.n)
+        elif (error := mean_stderr(values)) is not None:
+            bounds = (mean - 1.96 * error, mean + 1.96 * error)
+        columns.append((share, *bounds))
+    (first, low_b, high_b), (second, low_s, high_s) = columns
+    return VerdictRow(
+        run.name, run.kind, each.task, each.metric, each.filter, each.primary, family, each.higher_is_better,
+        first and second, p.n, p.baseline, p.baseline_stderr, low_b, high_b, p.steered, p.steered_stderr,
+        low_s, high_s, p.difference, p.low, p.high, len(each.wins), len(each.losses), p.p_value, None,
+        blocked, p.mde, p.test, p.interval, each.clusters,
+    )  # fmt: skip

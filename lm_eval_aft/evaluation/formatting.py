@@ -1,0 +1,174 @@
+"""How numbers are written, and reports as files: one place, so that every format shows the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval_aft._util.files import replacing
+from lm_eval_aft.evaluation.compare import VerdictRow
+from lm_eval_aft.evaluation.report import AnswerOnlyRow
+
+COLUMNS = (
+    "task",
+    "metric",
+    "run",
+    "n",
+    "baseline",
+    "steered",
+    "difference",
+    "95 % interval",
+    "wins / losses",
+    "p",
+    "p (Holm)",
+    "detectable",
+    "verdict",
+)
+
+
+def metric_name(metric: str, filter_name: str) -> str:
+    """``acc_norm``, or ``exact_match,strict-match`` where the filter is not lm-eval's only one."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
+def score(value: float | None, share: bool) -> str:
+    """A score: percent where it is a share."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.2f} %" if share else f"{value:.4f}"
+
+
+def points(value: float | None, share: bool) -> str:
+    """A difference with its sign: percentage points where it is one of shares."""
+    if value is None:
+        return "–"
+    text = f"{100 * value if share else value:+.{2 if share else 4}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
+
+
+def interval(low: float | None, high: float | None, share: bool) -> str:
+    """An interval of a difference."""
+    return "–" if low is None or high is None else f"{points(low, share)} to {points(high, share)}"
+
+
+def p_text(value: float | None) -> str:
+    """A p-value, two significant digits."""
+    if value is None:
+        return "–"
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
+
+
+def with_error(value: float, error: float | None, share: bool) -> str:
+    """A score and its standard error, as in lm-eval's own table but in percent for shares."""
+    if error is None:
+        return score(value, share)
+    return f"{100 * value:.2f} ± {100 * error:.2f} %" if share else f"{value:.4f} ± {error:.4f}"
+
+
+def row_cells(row: VerdictRow) -> tuple[str, ...]:
+    """A comparison's cells, in the order of ``COLUMNS``."""
+    note = row.verdict or ("placebo" if row.kind == "placebo" else "secondary")
+    return (
+        row.task,
+        metric_name(row.metric, row.filter),
+        row.run,
+        str(row.n),
+        with_error(row.baseline, row.baseline_stderr, row.share),
+        with_error(row.steered, row.steered_stderr, row.share),
+        points(row.difference, row.share),
+        interval(row.low, row.high, row.share),
+        f"{row.wins} / {row.losses}",
+        p_text(row.p_value),
+        p_text(row.p_adjusted),
+        "–" if row.mde is None else f"±{score(row.mde, row.share).removesuffix(' %')}",
+        note,
+    )
+
+
+ROUTE_COLUMNS = ("task", "metric", "run", "vector", "n", "baseline", "steered", "difference")
+
+
+def route_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A routed run's cells for one vector, in the order of ``ROUTE_COLUMNS``."""
+    return (
+        row["task"],
+        metric_name(row["metric"], row["filter"]),
+        row["run"],
+        f"{row['route']} (trained on this task)" if row["own"] else row["route"],
+        f"{row['n']} ({100 * row['n'] / row['of']:.1f} %)",
+        score(row["baseline"], row["share"]),
+        score(row["steered"], row["share"]),
+        points(row["difference"], row["share"]),
+    )
+
+
+ANSWER_ONLY_COLUMNS = (
+    *("task", "metric", "run", "n", "difference", "95 % interval", "p"),
+    *("baseline without question", "difference without question", "95 % interval without", "p without"),
+)
+
+
+def answer_only_cells(pair: AnswerOnlyRow) -> tuple[str, ...]:
+    """A vector's cells with and without the questions, in the order of ``ANSWER_ONLY_COLUMNS``."""
+    row, bare = pair.with_question, pair.without_question
+    return (
+        row.task,
+        metric_name(row.metric, row.filter),
+        row.run,
+        str(bare.n),
+        *_tested(row),
+        with_error(bare.baseline, bare.baseline_stderr, bare.share),
+        *_tested(bare),
+    )
+
+
+def _tested(row: VerdictRow) -> tuple[str, str, str]:
+    return points(row.difference, row.share), interval(row.low, row.high, row.share), p_text(row.p_value)
+
+
+def blocks(rows: Sequence[VerdictRow]) -> list[tuple[VerdictRow, list[tuple[VerdictRow, tuple[str, ...]]]]]:
+    """Rows with their cells, gathered by task and metric, each task's primary metric first.
+
+    Each block comes with one of its rows, which speaks for the baseline too: rows on other documents
+    (of runs compared by force) make a block of their own.
+    """
+    found: dict[tuple[Any, ...], list[tuple[VerdictRow, tuple[str, ...]]]] = {}
+    for row in rows:
+        key = (row.task, row.metric, row.filter, row.n, row.baseline)
+        found.setdefault(key, []).append((row, row_cells(row)))
+    ordered = sorted(found.values(), key=lambda block: (block[0][0].task, not block[0][0].primary))
+    return [(block[0][0], block) for block in ordered]
+
+
+# One report in several formats: files that appear whole or not at all.
+
+
+def write_formats(texts: Mapping[str, str], folder: Path, name: str) -> list[Path]:
+    """Write ``name.SUFFIX`` for each suffix and its text.
+
+    Raises:
+        AFTError: the folder cannot be written.
+    """
+    written = []
+    for suffix, text in texts.items():
+        written.append(folder / f"{name}.{suffix}")
+        with replacing(written[-1]) as temporary:
+            # Documents may hold half of a surrogate pair, which is no text.
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+    return written
+
+
+def json_text(value: Any) -> str:
+    """JSON with full precision; NaN and infinities, which it does not know, as null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

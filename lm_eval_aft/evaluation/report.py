@@ -1,0 +1,770 @@
+"""The report as plain data: computed once, rendered many ways."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lm_eval_aft import __version__
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.evaluation.compare import (
+    ANSWER_ONLY,
+    Comparison,
+    VerdictRow,
+    compare_runs,
+    described,
+    differences,
+    fingerprint_text,
+    judge,
+    make_row,
+    primary_metric,
+    require_comparable,
+)
+from lm_eval_aft.evaluation.results import AGAIN, ScoredRun, TaskRun, asked_of, discover, model_args, read_run
+from lm_eval_aft.evaluation.stats import ALPHA, mean_stderr
+from lm_eval_aft.evaluation.vector_info import VectorInfo, read_vector_info
+
+# Runs scored without their questions, beside the same vectors' ordinary runs: how much is answer style.
+
+ANSWER_ONLY_WORDING = (
+    "The questions were removed and the options scored alone, for the baseline and for the vector. A gain "
+    "that stays is answer style: the vector prefers such answers whatever is asked. These rows stand "
+    "outside Holm's family; p is not adjusted."
+)
+
+
+LEADERBOARD_WORDING = (
+    "Same settings as the Open LLM Leaderboard v1, not the same numbers: it ran an older version of the "
+    "harness, so scores may differ by a little even for the same model."
+)
+
+
+@dataclass
+class Report:
+    """Everything a reader is told, as values that JSON knows.
+
+    Attributes:
+        banner: what differs between runs compared by force.
+        family: how many comparisons Holm's correction covers.
+        corpus: metrics without a score per document: both values, no test.
+        groups: lm-eval's group scores: both values, no test.
+        seeds: per vector and task scored with >= 3 seeds, mean difference and its interval.
+        answer_only: vectors with the questions and without them, outside Holm's family.
+        routes: routed runs split by the vector that documents got: means, no test.
+        settings: one mapping per run, field -> text.
+        datasets: task -> the dataset it reads, by its name on the Hub or its path.
+    """
+
+    title: str
+    created: str
+    version: str
+    banner: list[str]
+    warnings: list[str]
+    family: int
+    alpha: float
+    runs: list[dict[str, Any]]
+    rows: list[VerdictRow]
+    corpus: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    seeds: list[dict[str, Any]] = field(default_factory=list)
+    answer_only: list[AnswerOnlyRow] = field(default_factory=list)
+    routes: list[dict[str, Any]] = field(default_factory=list)
+    flips: list[dict[str, Any]] = field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    vectors: list[dict[str, Any]] = field(default_factory=list)
+    commands: list[dict[str, Any]] = field(default_factory=list)
+    leaderboard: list[dict[str, Any]] = field(default_factory=list)
+    datasets: dict[str, str] = field(default_factory=dict)
+    leaderboard_wording: str = LEADERBOARD_WORDING
+    answer_only_wording: str = ANSWER_ONLY_WORDING
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def compare(baseline: str | Path, *steered: str | Path, force: bool = False, flips: int = 20) -> Report:
+    """Compare runs that lm-eval wrote with ``--log_samples``, document by document.
+
+    Args:
+        baseline: a folder written by ``aft eval`` (then alone), or the baseline's result folder.
+        steered: result folders to compare with it.
+        force: compare runs that were not asked the same, with a banner.
+        flips: how many flipped documents to tell in full, each way.
+
+    Raises:
+        AFTError: unreadable folders, or runs that cannot be compared (each difference is named).
+    """
+    return build_report(read_runs([Path(baseline), *map(Path, steered)]), force=force, flips=flips)
+
+
+def read_runs(folders: Sequence[Path]) -> list[ScoredRun]:
+    """Runs of one folder that holds several, or of several folders, the baseline first."""
+    if len(folders) == 1:
+        return discover(folders[0])
+    names = _names(folders)
+    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    runs[0].kind = "baseline"
+    for run in runs[1:]:
+        run.kind = "steered" if run.kind == "baseline" else run.kind
+    return runs
+
+
+def build_report(
+    runs: Sequence[ScoredRun], *, force: bool = False, flips: int = 20, title: str = ""
+) -> Report:
+    """Compare every run with the first one.
+
+    Raises:
+        AFTError: runs that cannot be compared, unless ``force``.
+    """
+    shown, (runs, bare) = runs, apart(runs)
+    if not runs:
+        raise AFTError("There is no baseline that was asked the questions.", "Give its result folder first.")
+    baseline, others = runs[0], list(runs[1:])
+    if not others:
+        raise AFTError("There is nothing to compare with the baseline.", "Give at least one steered run.")
+    if len({run.name for run in runs}) < len(runs):
+        raise AFTError("Two runs have one name.", "Give every run a folder of its own name.")
+    banner = []
+    mismatched = set()
+    for run in others:
+        if not force:
+            require_comparable(baseline, run)
+        elif found := differences(baseline, run):
+            mismatched.add(run.name)
+            banner.append(f"{run.name} and {baseline.name} differ in: {'; '.join(found)}")
+    vectors = {run.name: read_vector_info(run) for run in others}
+    comparisons = [(run, each) for run in others for each in compare_runs(baseline, run)]
+    if not comparisons:
+        raise AFTError("The runs share no metric with a score per document.", "Compare their tables by eye.")
+    rows = judge(baseline, comparisons, vectors, mismatched)
+    plain = [asdict(row) for row in rows]
+    models = sorted({str(run.any.get("model_name")) for run in runs})
+    models = [Path(model).name if model.startswith((".", "/")) else model for model in models]
+    return Report(
+        title=title or f"{', '.join(models)}: {', '.join(baseline.tasks)}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=__version__,
+        banner=banner,
+        warnings=warnings(baseline, others, list(vectors.values()), rows),
+        family=sum(row.family for row in rows),
+        alpha=ALPHA,
+        runs=[_described(run) for run in shown],
+        rows=rows,
+        corpus=corpus_scores(baseline, others, rows),
+        groups=group_scores(baseline, others),
+        seeds=over_seeds(rows),
+        answer_only=answer_only_rows(baseline, rows, others, bare, force),
+        routes=route_rows(baseline, comparisons),
+        flips=[
+            flipped_documents(baseline, run, each, flips)
+            for run, each in comparisons
+            if each.primary and run.kind == "steered"
+        ],
+        settings=[{"run": run.name, "values": described(run)} for run in shown],
+        vectors=[info.to_dict() for info in vectors.values() if info.path],
+        commands=[{"run": run.name, "commands": commands(run)} for run in shown],
+        leaderboard=leaderboard_rows(baseline, [row for row in plain if row["kind"] == "steered"]),
+        datasets={task: str(each.config.get("dataset_path") or "") for task, each in baseline.tasks.items()},
+    )
+
+
+def _described(run: ScoredRun) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "kind": run.kind,
+        "tasks": list(run.tasks),
+        "vector": run.vector_path,
+        "answer_only": run.answer_only,
+    }
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest tail of each path that tells them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise AFTError("The same folder was given twice.", "Give each run once.")
+
+
+# What a report tells besides its verdicts: warnings, scores without a test, intervals over seeds.
+
+
+def warnings(
+    baseline: ScoredRun, others: list[ScoredRun], vectors: list[VectorInfo], rows: list[VerdictRow]
+) -> list[str]:
+    """What a reader should know before believing a row; ``vectors`` in the order of ``others``."""
+    found = [note for run in (baseline, *others) for note in run.notes]
+    identity = (baseline.any.get("config", {}).get("aft") or {}).get("fingerprint")
+    if baseline.answer_only:
+        found.append(
+            "All of these runs were scored without the questions (answer_only): gains are answer style."
+        )
+    for run, info in zip(others, vectors, strict=True):
+        found += info.warnings
+        found += [
+            f"{run.name}: {name} was left out of routing ({why}); documents meant for it went elsewhere."
+            for name, why in ((run.routing or {}).get("left_out") or {}).items()
+        ]
+        results = run.any
+        routed = ((run.routing or {}).get("vectors") or {}).values()
+        own = (results.get("config", {}).get("aft") or {}).get("fingerprint")
+        names = [each.get("model_name") for each in (baseline.any, results)]
+        if identity and own:
+            settings = [each.get("computation") for each in (own, identity)]
+            other = None not in settings and settings[0] != settings[1]
+            if other or fingerprint_text(own) != fingerprint_text(identity):
+                found.append(f"{run.name}: its base model is not the baseline's (fingerprints differ).")
+        elif None not in names and names[0] != names[1]:
+            found.append(f"{run.name}: its base model is called {names[1]}, the baseline's {names[0]}.")
+        vectors_logged = (run.vector or {}, *routed)
+        for logged in (own for each in vectors_logged for own in each.get("tasks") or [each]):
+            task = logged.get("task")
+            if logged.get("num_fewshot") is None or task not in run.tasks:
+                continue
+            shots = run.tasks[task].results.get("n-shot", {}).get(task)
+            if shots != logged["num_fewshot"]:
+                found.append(
+                    f"{run.name}: trained on {logged['num_fewshot']}-shot prompts of {task}, "
+                    f"scored {shots}-shot."
+                )
+        if info.facts and bool(info.facts.get("chat_template")) != bool(results.get("chat_template_sha")):
+            found.append(f"{run.name}: trained with a chat template and scored without one, or the reverse.")
+        for library in ("lm_eval", "transformers"):
+            used, old = results.get(f"{library}_version"), baseline.any.get(f"{library}_version")
+            if used != old:
+                found.append(f"{run.name}: {library} {used}, baseline {old}.")
+        found += _displaced(baseline, run)
+    for run in (baseline, *others):
+        config = run.any.get("config", {})
+        if config.get("use_cache") and config.get("model") != "aft":
+            found.append(
+                f"{run.name}: scored with --use_cache, which {config.get('model')} does not key by model."
+            )
+    return list(dict.fromkeys([*found, *(f"{row.task}: {row.clusters}." for row in rows if row.clusters)]))
+
+
+def _displaced(baseline: ScoredRun, run: ScoredRun) -> Iterator[str]:
+    """Metrics that verdicts would be on, but for documents without a finite number."""
+    for task in run.tasks:
+        sides = baseline.tasks[task], run.tasks[task]
+        chosen, wanted = primary_metric(*sides), primary_metric(*sides, whole=False)
+        if wanted is not None and wanted != chosen:
+            name, metric = wanted
+            lacking = sum(
+                metric not in s.metrics for side in sides for s in side.samples.get(name, {}).values()
+            )
+            instead = f"the verdict is on {chosen[1]}" if chosen else "there is no verdict"
+            yield f"{run.name}: {metric} of {task} is no finite number for {lacking} answers; {instead}."
+
+
+def corpus_scores(
+    baseline: ScoredRun, others: list[ScoredRun], rows: list[VerdictRow]
+) -> list[dict[str, Any]]:
+    """Scores without a value per document (perplexities, F1 over the corpus, ...)."""
+    tested = {(row.run, row.task, f"{row.metric},{row.filter}") for row in rows}
+    found = []
+    for run in others:
+        for task, each in run.tasks.items():
+            before = baseline.tasks[task].results["results"].get(task, {})
+            after = each.results["results"].get(task, {})
+            for key, value in after.items():
+                if "," not in key or "_stderr," in key or (run.name, task, key) in tested:
+                    continue
+                if isinstance(value, int | float) and isinstance(before.get(key), int | float):
+                    found.append(
+                        {
+                            "run": run.name,
+                            "task": task,
+                            "metric": key,
+                            "baseline": before[key],
+                            "steered": value,
+                        }
+                    )
+    return found
+
+
+def group_scores(baseline: ScoredRun, others: list[ScoredRun]) -> list[dict[str, Any]]:
+    """lm-eval's own scores of groups of tasks: both values, no test."""
+    found = []
+    for run in others:
+        before, after = _groups(baseline), _groups(run)
+        for group in (name for name in after if name in before):
+            for key, value in after[group].items():
+                if "," in key and "_stderr," not in key and isinstance(value, int | float):
+                    old = before[group].get(key)
+                    if isinstance(old, int | float):
+                        found.append(
+                            {"run": run.name, "task": group, "metric": key, "baseline": old, "steered": value}
+                        )
+    return found
+
+
+def _groups(run: ScoredRun) -> dict[str, dict[str, Any]]:
+    """Group scores of all of a run's files, but for groups one of whose tasks was scored again since."""
+    found: dict[str, dict[str, Any]] = {}
+    for file, results in {each.file: each.results for each in run.tasks.values()}.items():
+        below = results.get("group_subtasks") or {}
+        for group, scores in results["groups"].items():
+            tasks = [group]
+            for name in tasks:  # grows as it goes: groups may hold groups
+                tasks += [each for each in below.get(name, ()) if each not in tasks]
+            if all(run.tasks[name].file == file for name in tasks if name in run.tasks):
+                found[group] = scores
+    return found
+
+
+def over_seeds(rows: list[VerdictRow]) -> list[dict[str, Any]]:
+    """Over the finalists of one vector (``NAME-seed-N``): what the method does, not one vector.
+
+    The seeds share their documents, so the interval's half width is made of two, added as squares: over
+    seeds, and over documents.
+    """
+    from scipy.special import stdtrit
+
+    groups: dict[tuple[str, str, bool], list[VerdictRow]] = {}
+    for row in rows:
+        if row.primary and (match := re.fullmatch(r"(.+)-seed-\d+", row.run)):
+            groups.setdefault((match[1], row.task, row.share), []).append(row)
+    found: list[dict[str, Any]] = []
+    for (run, task, share), own in groups.items():
+        values = [row.difference for row in own]
+        error = mean_stderr(values)
+        if len(values) >= 3 and error is not None:
+            documents = sum((row.high or 0.0) - (row.low or 0.0) for row in own) / (2 * len(own))
+            mean = sum(values) / len(values)
+            half = math.hypot(float(stdtrit(len(values) - 1, 0.975)) * error, documents)
+            found.append(
+                {
+                    "run": run,
+                    "task": task,
+                    "share": share,
+                    "seeds": len(values),
+                    "mean": mean,
+                    "low": mean - half,
+                    "high": mean + half,
+                }
+            )
+    return found
+
+
+@dataclass
+class AnswerOnlyRow:
+    """A vector on a task's primary metric, with the questions and without them.
+
+    Attributes:
+        with_question: its ordinary row against the ordinary baseline.
+        without_question: the same without the questions, baseline and vector alike; kind ``answer-only``.
+        meaning: what the pair says, in one sentence.
+    """
+
+    with_question: VerdictRow
+    without_question: VerdictRow
+    meaning: str
+
+
+def apart(runs: Sequence[ScoredRun]) -> tuple[list[ScoredRun], list[ScoredRun]]:
+    """The ordinary runs, and the answer-only runs that lie beside them."""
+    bare = [run for run in runs if run.kind == "answer-only"]
+    return [run for run in runs if run.kind != "answer-only"], bare
+
+
+def answer_only_rows(
+    baseline: ScoredRun,
+    rows: Sequence[VerdictRow],
+    runs: Sequence[ScoredRun],
+    bare: Sequence[ScoredRun],
+    force: bool = False,
+) -> list[AnswerOnlyRow]:
+    """Rows for every answer-only run whose vector has an ordinary row on the same task.
+
+    Args:
+        rows: ordinary rows, judged.
+        runs: ordinary runs, the baseline apart.
+        bare: answer-only runs, their baseline among them.
+        force: compare runs that were not asked the same.
+
+    Raises:
+        AFTError: answer-only runs without a baseline of their own, or that differ in other settings.
+    """
+    if not bare:
+        return []
+    bases = [run for run in bare if not (run.vector or run.vector_path)]
+    if len(bases) != 1:
+        raise AFTError(
+            f"There are {len(bases)} answer-only runs of the baseline; one is needed.",
+            "Score the baseline with answer_only=true too, as `aft eval --answer-only` does.",
+        )
+    if not force:
+        _require_same_questions(baseline, bases[0])
+    found = []
+    for run in (each for each in bare if each is not bases[0]):
+        if not force:
+            require_comparable(bases[0], run)
+        name = _ordinary_name(run, runs)
+        ordinary = {row.task: row for row in rows if row.primary and row.run == name}
+        for each in compare_runs(bases[0], run):
+            if each.primary and each.task in ordinary:
+                twin, row = ordinary[each.task], make_row(bases[0], run, each, False, "")
+                found.append(AnswerOnlyRow(twin, row, meaning(twin, row)))
+    return found
+
+
+def meaning(with_question: VerdictRow, without_question: VerdictRow) -> str:
+    """One sentence on a vector's gain with the questions (by its verdict) and without (by its own p)."""
+    ordinary, bare = _direction(with_question), _direction(without_question)
+    if ordinary > 0 and bare > 0:
+        share = without_question.difference / with_question.difference
+        return (
+            f"A gain of {min(share, 9.99):.0%} of the ordinary one survives without the question: that much "
+            "may be answer-style bias."
+        )
+    if ordinary > 0 and bare < 0:
+        return "Without the question the vector loses: its gain depends on the question, not on answer style."
+    if ordinary > 0:
+        return (
+            "Without the question no gain is detectable: within its interval, answer style does not explain "
+            "the ordinary gain."
+        )
+    if bare > 0:
+        return (
+            "The vector favours right answers by their style alone, which gains nothing once the question "
+            "is there."
+        )
+    return "There is no gain with the question, so there is none for answer style to explain."
+
+
+def _direction(row: VerdictRow) -> int:
+    """1 for better, -1 for worse, 0 for no detectable difference; by the verdict where there is one."""
+    if row.verdict in ("better", "worse", "no detectable difference"):
+        return {"better": 1, "worse": -1}.get(row.verdict, 0)
+    if row.p_value >= ALPHA or not row.difference:
+        return 0
+    return 1 if (row.difference > 0) == row.higher_is_better else -1
+
+
+def _ordinary_name(run: ScoredRun, runs: Sequence[ScoredRun]) -> str | None:
+    """The ordinary run of the same vector; of several, the one that is called the same."""
+    digest, tail = (run.vector or {}).get("sha256"), run.name.partition("/")[2]
+    same = [each.name for each in runs if digest and (each.vector or {}).get("sha256") == digest]
+    return min(same, key=lambda name: name.partition("/")[2] != tail, default=None)
+
+
+def _require_same_questions(baseline: ScoredRun, bare: ScoredRun) -> None:
+    """Raise `AFTError` unless both baselines differ in nothing but the questions' removal."""
+    found = [text for text in differences(baseline, bare) if not text.startswith(f"{ANSWER_ONLY} ")]
+    if found:
+        raise AFTError(
+            f"{bare.name} cannot stand beside {baseline.name}; they differ in: {'; '.join(found)}.",
+            "Run both with the same settings, or show them anyway with --force.",
+        )
+
+
+# Results of a routed run, split by the vector that each document got.
+
+# A document that the run's record does not name: another process routed it, or a cache answered.
+UNKNOWN = "not recorded"
+
+
+def route_rows(
+    baseline: ScoredRun, comparisons: Sequence[tuple[ScoredRun, Comparison]]
+) -> list[dict[str, Any]]:
+    """A row for each routed run, task and vector, on the task's primary metric.
+
+    Returns:
+        Rows ``{"run", "task", "metric", "filter", "route", "own", "n", "of", "baseline", "steered",
+        "difference", "share"}``: ``route`` is a library name or ``none``; ``own`` whether that vector
+        was trained on the task; ``n`` of the ``of`` documents went there; scores are means in the
+        metric's own unit, ``share`` whether that is a share. A description, not a test.
+    """
+    found = []
+    for run, each in comparisons:
+        routing = run.routing
+        if routing is None or not each.primary:
+            continue
+        before = baseline.tasks[each.task].samples[each.filter]
+        after = run.tasks[each.task].samples[each.filter]
+        groups: dict[str, list[int]] = {}
+        routed = _routed(routing, each.task)
+        for doc_id in each.doc_ids:
+            groups.setdefault(routed.get(doc_id, UNKNOWN), []).append(doc_id)
+        for name, ids in sorted(groups.items(), key=lambda group: -len(group[1])):
+            old = [before[i].metrics[each.metric] for i in ids]
+            new = [after[i].metrics[each.metric] for i in ids]
+            vector = (routing.get("vectors") or {}).get(name) or {}
+            found.append(
+                {
+                    "run": run.name,
+                    "task": each.task,
+                    "metric": each.metric,
+                    "filter": each.filter,
+                    "route": name,
+                    "own": each.task in str(vector.get("task")).split(","),
+                    "n": len(ids),
+                    "of": len(each.doc_ids),
+                    "baseline": sum(old) / len(ids),
+                    "steered": sum(new) / len(ids),
+                    "difference": (sum(new) - sum(old)) / len(ids),
+                    "share": all(0 <= value <= 1 for value in (*old, *new)),
+                }
+            )
+    return found
+
+
+def _routed(routing: dict[str, Any], task: str) -> dict[int, str]:
+    routes = (routing.get("routes") or {}).get(task) or {}
+    return {int(doc_id): str(name) for name, ids in routes.items() for doc_id in ids}
+
+
+# Documents whose outcome flipped, told in full: what was asked, what was right, before and after.
+
+CONTEXT_CHARACTERS = 1500
+
+
+def flipped_documents(
+    baseline: ScoredRun, run: ScoredRun, comparison: Comparison, limit: int
+) -> dict[str, Any]:
+    """Up to ``limit`` documents won and as many lost on a comparison's metric, with their counts."""
+    before, after = baseline.tasks[comparison.task], run.tasks[comparison.task]
+
+    def tell(ids: list[int]) -> list[dict[str, Any]]:
+        try:
+            return [_document(before, after, comparison, i) for i in ids[:limit]]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise AFTError(
+                f"{before.samples_file} or {after.samples_file.name} lacks what lm-eval logs of a document "
+                f"({error!r}).",
+                AGAIN,
+            ) from error
+
+    return {
+        "run": run.name,
+        "task": comparison.task,
+        "metric": comparison.metric,
+        "filter": comparison.filter,
+        "won_count": len(comparison.wins),
+        "lost_count": len(comparison.losses),
+        "won": tell(comparison.wins),
+        "lost": tell(comparison.losses),
+    }
+
+
+def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: int) -> dict[str, Any]:
+    first = before.document(comparison.filter, doc_id)
+    second = after.document(comparison.filter, doc_id)
+    asked = asked_of(first)
+    context = str(asked[0][0]) if asked[0] else ""
+    found: dict[str, Any] = {
+        "doc_id": doc_id,
+        "context": context[-CONTEXT_CHARACTERS:],
+        "context_cut": max(0, len(context) - CONTEXT_CHARACTERS),
+        "target": str(first["target"]),
+    }
+    if all(len(each) > 1 and isinstance(each[1], str) for each in asked):
+        return found | {"options": _options(before, comparison, asked, first, second)}
+    return found | {"generations": {"before": _generation(first), "after": _generation(second)}}
+
+
+def _options(
+    run: TaskRun,
+    comparison: Comparison,
+    asked: list[list[Any]],
+    first: dict[str, Any],
+    second: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Each option with its log-likelihoods (nats) and which one either run preferred by this metric."""
+    delimiter = str(run.config.get("target_delimiter", " "))
+    texts = [str(each[1]).removeprefix(delimiter) for each in asked]
+    # Tasks that score mutual information ask every option again without its context.
+    count = (
+        len(texts) // 2 if len(texts) % 2 == 0 and texts[: len(texts) // 2] == texts[len(texts) // 2 :] else 0
+    )
+    if count and all(each[0] != asked[0][0] for each in asked[count:]):
+        texts = texts[:count]
+    lengths = [max(1, len(text)) if comparison.metric == "acc_norm" else 1 for text in texts]
+    columns = []
+    for sample in (first, second):
+        scores = [_log_likelihood(sample, i) for i in range(len(texts))]
+        weighed = [-1e30 if s is None else s / n for s, n in zip(scores, lengths, strict=True)]
+        columns.append((scores, weighed.index(max(weighed))))
+    target = str(first["target"])
+    gold = {int(target)} if target.isdecimal() and int(target) < len(texts) else {
+        i for i, text in enumerate(texts) if text.strip() == target.strip()
+    }  # fmt: skip
+    (old, chosen_before), (new, chosen_after) = columns
+    return [
+        {
+            "text": text,
+            "gold": i in gold,
+            "before": old[i],
+            "after": new[i],
+            "chosen_before": i == chosen_before,
+            "chosen_after": i == chosen_after,
+        }
+        for i, text in enumerate(texts)
+    ]
+
+
+def _log_likelihood(sample: dict[str, Any], option: int) -> float | None:
+    value = sample["resps"][option]
+    while isinstance(value, list):
+        value = value[0] if value else None
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return None
+
+
+def _generation(sample: dict[str, Any]) -> dict[str, Any]:
+    texts = sample["resps"][0] if isinstance(sample["resps"][0], list) else sample["resps"]
+    answer = sample["filtered_resps"][0] if sample.get("filtered_resps") else ""
+    return {"text": str(texts[0]) if texts else "", "repeats": len(texts), "answer": str(answer)}
+
+
+# The exact commands that make a run again.
+
+
+def commands(run: ScoredRun) -> list[str]:
+    """One ``lm_eval`` call per results file and number of shots; none for a placebo without a file."""
+    if (run.vector or {}).get("control") and not run.vector_path:
+        return []
+    calls: dict[tuple[Path, str], list[str]] = {}
+    for task, each in run.tasks.items():
+        # Tasks may have been asked with shots of their own.
+        calls.setdefault((each.file, str(each.results.get("n-shot", {}).get(task))), []).append(task)
+    return [_command(run, tasks, shots) for (_, shots), tasks in calls.items()]
+
+
+def _command(run: ScoredRun, tasks: list[str], shots: str) -> str:
+    results = run.tasks[tasks[0]].results
+    config: dict[str, Any] = results.get("config", {})
+    words = ["lm_eval", "--model", str(config.get("model"))]
+    arguments = ",".join(f"{key}={value}" for key, value in model_args(results).items())
+    if arguments:
+        words += ["--model_args", arguments]
+    words += ["--tasks", ",".join(tasks)]
+    if shots != "None":
+        words += ["--num_fewshot", shots]
+    for flag in ("batch_size", "device", "limit"):
+        if config.get(flag) is not None:
+            value = config[flag]
+            text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+            words += [f"--{flag}", text]
+    generation = config.get("gen_kwargs")
+    if generation:
+        words += ["--gen_kwargs", _pairs(generation) if isinstance(generation, dict) else str(generation)]
+    if results.get("chat_template_sha"):
+        words.append("--apply_chat_template")
+    if results.get("system_instruction"):
+        words += ["--system_instruction", str(results["system_instruction"])]
+    if results.get("fewshot_as_multiturn"):
+        words.append("--fewshot_as_multiturn")
+    elif results.get("chat_template_sha"):  # else a template turns it on
+        words += ["--fewshot_as_multiturn", "false"]
+    seeds = [config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")]
+    if any(seed is not None for seed in seeds):
+        words += ["--seed", ",".join(map(str, seeds))]
+    for folder in _task_folders(results, tasks):
+        words += ["--include_path", folder]
+    return shlex.join([*words, "--log_samples", "--output_path", f"RESULTS/{run.name}"])
+
+
+def _task_folders(results: dict[str, Any], tasks: list[str]) -> list[str]:
+    """Folders of task files that are not lm-eval's own; lm-eval takes one."""
+    found = []
+    for task in tasks:
+        source = (results.get("configs", {}).get(task, {}).get("metadata") or {}).get("config_source")
+        if source and "lm_eval/tasks" not in Path(source).as_posix():
+            found.append(str(Path(source).parent))
+    return list(dict.fromkeys(found))[:1]
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    """``key=value,key=value`` where that says it, else JSON, which lm-eval reads too."""
+    if all(isinstance(value, str | int | float) and "," not in str(value) for value in values.values()):
+        return ",".join(f"{key}={value}" for key, value in values.items())
+    return json.dumps(values)
+
+
+# The Open LLM Leaderboard v1's settings, and scores published under them.
+
+# task -> (n-shot, metric, filter), as the leaderboard's first version set them.
+SETTINGS: dict[str, tuple[int, str, str]] = {
+    "arc_challenge": (25, "acc_norm", "none"),
+    "hellaswag": (10, "acc_norm", "none"),
+    "gsm8k": (5, "exact_match", "strict-match"),
+}
+# Scores in percent, from the model cards' records of that leaderboard.
+PUBLISHED: dict[str, dict[str, float]] = {
+    "Qwen/Qwen1.5-0.5B": {"arc_challenge": 31.48, "hellaswag": 49.05},
+    "microsoft/phi-1_5": {"arc_challenge": 52.90, "hellaswag": 63.79, "gsm8k": 12.43},
+    "stabilityai/stablelm-2-1_6b": {"arc_challenge": 43.43, "hellaswag": 70.49, "gsm8k": 17.82},
+}
+
+
+def leaderboard_rows(baseline: ScoredRun, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The three tasks' rows, whether they had the leaderboard's settings, and the calibration.
+
+    Args:
+        rows: a report's rows, as plain values.
+    """
+    model = str(baseline.any.get("model_name") or model_args(baseline.any).get("pretrained") or "")
+    published = next((v for k, v in PUBLISHED.items() if model in (k, k.split("/")[1])), {})
+    found = []
+    for task, (shots, metric, filter_name) in SETTINGS.items():
+        own = [r for r in rows if (r["task"], r["metric"], r["filter"]) == (task, metric, filter_name)]
+        if task not in baseline.tasks:
+            problems = ["not scored"]
+        else:
+            problems = _deviations(baseline, task, shots)
+            if not own:
+                problems.append(f"no {metric} ({filter_name})")
+        reference = published.get(task)
+        score = 100 * own[0]["baseline"] if own else None
+        found.append(
+            {
+                "task": task,
+                "num_fewshot": shots,
+                "metric": metric if filter_name == "none" else f"{metric},{filter_name}",
+                "same_settings": not problems,
+                "deviations": problems,
+                "published": reference,
+                "calibration": score - reference if score is not None and reference is not None else None,
+                "rows": own,
+            }
+        )
+    return found
+
+
+def _deviations(run: ScoredRun, task: str, shots: int) -> list[str]:
+    each = run.tasks[task]
+    results, found = each.results, []
+    if results.get("n-shot", {}).get(task) != shots:
+        found.append(f"{results.get('n-shot', {}).get(task)}-shot")
+    counts = results.get("n-samples", {}).get(task, {})
+    scored = max(map(len, each.samples.values()))
+    if counts.get("original") not in (None, scored):
+        found.append(f"{scored} of {counts['original']} documents")
+    elif limit := results.get("config", {}).get("limit"):
+        found.append(f"limit {limit:g}" if isinstance(limit, int | float) else f"limit {limit}")
+    elif "original" not in counts:
+        found.append(f"{scored} documents, of how many is not logged")
+    if run.answer_only:
+        found.append("scored without the questions")
+    if results.get("chat_template_sha"):
+        found.append("chat template")
+    if results.get("system_instruction_sha"):
+        found.append("system instruction")
+    if results.get("config", {}).get("gen_kwargs"):
+        found.append("gen_kwargs")
+    return found

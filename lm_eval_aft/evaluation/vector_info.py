@@ -1,0 +1,254 @@
+"""What a vector folder tells a report: how the vector was chosen, and how its training went."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.evaluation.results import ScoredRun
+from lm_eval_aft.steering.vector_file import is_biased
+
+if TYPE_CHECKING:
+    from lm_eval_aft.steering.vector import SteeringVector
+
+# Digits of lm-eval's doc_hash that a vector keeps of each selection document.
+HASH_DIGITS = 16
+# Metadata that record how a vector was chosen; one made by hand, or by another tool, has none.
+_CHOICE = ("splits", "protocol", "recipe")
+
+
+@dataclass
+class VectorInfo:
+    """A vector as a report describes it.
+
+    Attributes:
+        biased: chosen on the very documents reported, by its own word.
+        selection_documents: first digits of the ``doc_hash`` of each document it was chosen on.
+        baseline: selection scores of the model without a vector, if any vector was trained.
+        layers: per layer its selection scores: ``{"layer", "score", "accuracy", "chosen"}``.
+        curves: per candidate its scores by epoch:
+            ``{"name", "layer", "seed", "chosen", "points": [{"epoch", "score", "accuracy"}]}``.
+    """
+
+    run: str
+    path: str | None
+    sha256: str | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    biased: bool = False
+    selection_documents: list[str] = field(default_factory=list)
+    baseline: dict[str, Any] | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    command: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; of the selection documents only how many."""
+        return asdict(self) | {"selection_documents": len(self.selection_documents)}
+
+
+def read_vector_info(run: ScoredRun) -> VectorInfo:
+    """Read the vector that steered a run, where it still lies, and check that it is the same one."""
+    logged = run.vector or {}
+    info = VectorInfo(run.name, run.vector_path, logged.get("sha256"), biased=bool(logged.get("biased")))
+    if run.routing is not None:
+        _add_routed(info, run.routing)
+        return info
+    if run.vector_path is None:
+        if run.kind == "steered":
+            info.warnings.append(
+                f"{run.name}: what was changed and how it was chosen is not logged; the verdict holds only "
+                "if it was not chosen on these documents."
+            )
+        return info
+    from lm_eval_aft.library.load import folder_of, load_vector  # torch
+
+    path = folder_of(run.vector_path, run.library) or Path(run.vector_path)
+    try:
+        vector = load_vector(run.vector_path, run.library)
+    except AFTError as error:
+        info.warnings.append(f"{run.name}: {error.what} How it was chosen cannot be checked.")
+        return info
+    _as_scored(vector, logged)
+    if info.sha256 and vector.digest() != info.sha256:
+        info.warnings.append(
+            f"{run.name}: the vector at {path} is no longer the one that was scored; it is left out."
+        )
+        return info
+    _fill(info, vector.metadata, list(vector.layers))
+    if run.kind == "steered" and not any(vector.metadata.get(key) for key in _CHOICE):
+        info.warnings.append(
+            f"{run.name}: how the vector was chosen is not recorded; the verdict holds only if it was not "
+            "chosen on these documents."
+        )
+    info.facts |= {
+        "method": vector.method,
+        "positions": vector.positions,
+        "layers": list(vector.layers),
+        "norm": round(vector.norm(), 4),
+        "coefficient": vector.coefficient,
+    }
+    if path.exists():  # not so for a sum, or a vector on the Hub
+        info.path = str(path)
+        _read_ledger(info, path if path.is_dir() else path.parent, vector.metadata, list(vector.layers))
+    return info
+
+
+def _as_scored(vector: SteeringVector, logged: dict[str, Any]) -> None:
+    """Give a vector the coefficient and positions it was scored with, which may replace its own."""
+    vector.coefficient = float(logged.get("coefficient", vector.coefficient))
+    vector.positions = str(logged.get("positions", vector.positions))
+
+
+def _add_routed(info: VectorInfo, routing: dict[str, Any]) -> None:
+    """Every vector that a router may pick: one chosen on these documents taints the run."""
+    from lm_eval_aft.library.load import load_vector  # torch
+
+    info.sha256 = routing.get("router_sha256")
+    root = routing.get("library")
+    for name, logged in (routing.get("vectors") or {}).items():
+        info.biased = info.biased or bool(logged.get("biased"))
+        try:
+            vector = load_vector(Path(str(root)) / str(name))
+        except AFTError as error:
+            info.warnings.append(f"{info.run}: {error.what} How it was chosen cannot be checked.")
+            continue
+        _as_scored(vector, logged)
+        if vector.digest() != logged.get("sha256"):
+            info.warnings.append(f"{info.run}: {name} in {root} is no longer the vector that was scored.")
+            continue
+        splits = vector.metadata.get("splits") or {}
+        info.selection_documents += [str(e)[:HASH_DIGITS] for e in splits.get("selection_documents") or []]
+
+
+def _fill(info: VectorInfo, meta: dict[str, Any], layers: list[int]) -> None:
+    protocol, splits, selection = (meta.get(key) or {} for key in ("protocol", "splits", "selection"))
+    info.biased = info.biased or is_biased(meta)
+    info.selection_documents = [str(each)[:HASH_DIGITS] for each in splits.get("selection_documents") or []]
+    info.facts = {
+        "task": meta.get("task"),
+        "base model": (meta.get("base_model") or {}).get("name"),
+        "num_fewshot": meta.get("num_fewshot"),
+        "chat_template": meta.get("chat_template"),
+        "objective": meta.get("objective"),
+        "metric": meta.get("metric"),
+        "loss": _loss_text(meta.get("loss")),
+        "control": meta.get("control"),
+        "protocol": protocol.get("name"),
+        "seed": meta.get("seed"),
+        "epoch": meta.get("epoch"),
+        "train documents": splits.get("train"),
+        "selection documents": splits.get("selection"),
+        "selection_sha256": splits.get("selection_sha256"),
+        "created": meta.get("created"),
+    }
+    info.baseline = selection.get("baseline")
+    info.layers = [
+        {
+            "layer": int(layer),
+            "score": each["score"],
+            "accuracy": each["accuracy"],
+            "chosen": int(layer) in layers,
+        }
+        for layer, each in sorted((selection.get("layers") or {}).items(), key=lambda item: int(item[0]))
+    ]
+
+
+def _loss_text(loss: Any) -> str | None:
+    """``cross-entropy``, or with its number: ``margin (margin 1.0)``."""
+    if not isinstance(loss, dict):
+        return None
+    numbers = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in loss.items() if key != "name")
+    return f"{loss.get('name')} ({numbers})"
+
+
+def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: list[int]) -> None:
+    """Training curves from ``training.jsonl``; a ledger that is missing or damaged gives none."""
+    ledger = folder / "training.jsonl"
+    if not ledger.is_file():
+        return
+    curves: dict[str, dict[str, Any]] = {}
+    try:
+        for line in ledger.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry.get("event") == "start":
+                info.command = _training_command(entry["settings"], info.facts.get("base model"))
+            elif entry.get("event") == "epoch" and entry.get("stage") not in ("search", "penalty"):
+                own = curves.setdefault(
+                    entry["candidate"],
+                    {
+                        "name": entry["candidate"],
+                        "layer": entry["layer"],
+                        "seed": entry["seed"],
+                        "points": [],
+                    },
+                )
+                own["points"].append({key: entry[key] for key in ("epoch", "score", "accuracy")})
+    except (ValueError, KeyError, TypeError) as error:
+        info.warnings.append(f"{info.run}: {ledger} is damaged ({error!r}); training curves are left out.")
+        return
+    for curve in curves.values():
+        curve["chosen"] = curve["layer"] in layers and curve["seed"] == meta.get("seed")
+    info.curves = list(curves.values())
+
+
+def _training_command(settings: dict[str, Any], model: Any) -> str:
+    """The ``aft train`` call that trains this vector again."""
+    from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, PROTOCOLS  # torch
+
+    protocol = dict(settings.get("protocol") or {})
+    prompts = settings.get("prompts") or {}
+    words = ["aft", "train", "--model", str(model), "--task", str(settings["task"])]
+    plain = (
+        "first_seed",
+        "train_docs",
+        "selection_docs",
+        "train_split",
+        "objective",
+        "metric",
+        "choice_loss",
+        "margin",
+        "label_smoothing",
+        "control",
+        "method",
+        "positions",
+        "norm_cap",
+    )
+    name = protocol.pop("name", DEFAULT_PROTOCOL)
+    usual = PROTOCOLS[name].to_dict() if name in PROTOCOLS else {}
+    options: dict[str, Any] = {"protocol": name}
+    # What the protocol does by itself needs no flag; its document counts are limits, not flags.
+    options |= {
+        key: _flag(value)
+        for key, value in protocol.items()
+        if value != usual.get(key) and key not in ("train_docs", "selection_docs")
+    }
+    usually = {"method": "static", "positions": "all"}
+    options |= {key: settings.get(key) for key in plain if settings.get(key) != usually.get(key)}
+    regression = options.pop("regression", None)
+    options |= {key: prompts.get(key) for key in ("num_fewshot", "system_instruction")}
+    for key, value in options.items():
+        if value is not None:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    if regression is not None:
+        words.append("--regression" if regression else "--no-regression")
+    if settings.get("calibrate"):
+        words.append("--calibrate")
+    if prompts.get("apply_chat_template"):
+        words.append("--apply-chat-template")
+    if prompts.get("fewshot_as_multiturn") is not None:
+        words.append("--fewshot-as-multiturn" if prompts["fewshot_as_multiturn"] else "--fewshot-as-text")
+    for path in settings.get("include_path") or ():
+        words += ["--include-path", str(path)]
+    return shlex.join([*words, "--output", "VECTOR"])
+
+
+def _flag(value: Any) -> Any:
+    """A protocol's number as its flag takes it: lists comma-separated, 0 for "never"."""
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "none"
+    return 0 if value is None else value

@@ -1,0 +1,371 @@
+"""lm-eval's tasks: where they are defined, loading one of them, and scoring without questions."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.private_names import borrowed, require
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+logger = logging.getLogger(__name__)
+# Output types that can be trained on, and the objective each is trained with.
+TRAINABLE = {"multiple_choice": "choice", "generate_until": "lm", "loglikelihood": "lm"}
+_MANAGER = "lm-eval: TaskManager (task_index, all_tasks, all_subtasks, match_tasks, load)"
+NOT_TEXT = ("image", "audio")  # what a task's documents may hold, by its doc_to_...
+
+
+def tasks_path() -> Path:
+    """Folder of the task YAMLs this project ships (to pass to ``lm_eval --include_path``)."""
+    package = Path(__file__).parents[1]
+    shipped = package / "tasks"
+    return shipped if shipped.is_dir() else package.parent / "tasks"
+
+
+def task_folders(include_path: Sequence[str | Path] = ()) -> list[Path]:
+    """All folders tasks are looked for in: the user's first, then ours, then lm-eval's."""
+    import lm_eval.tasks
+
+    for path in include_path:
+        if not Path(path).exists():
+            raise AFTError(f"No such task folder: {path}.", "Check --include-path.")
+    return [*map(Path, include_path), tasks_path(), Path(lm_eval.tasks.__file__).parent]
+
+
+def load_task(name: str, include_path: Sequence[str | Path] = ()) -> ConfigurableTask:
+    """Load one harness task by name (or by the path of its YAML).
+
+    Raises:
+        AFTError: unknown name (nearest names are listed), a group, or data that cannot be loaded.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if name.endswith((".yaml", ".yml")):
+        definition = Path(name)
+        if not definition.is_file():
+            raise AFTError(f"There is no task file {name}.", "Give the path of a harness task YAML.")
+        manager = TaskManager(include_path=str(definition.parent), include_defaults=False)
+        name = next((k for k, entry in manager.task_index.items() if entry.yaml_path == definition), name)
+    else:
+        manager = task_manager_for([name], include_path)
+    check_names([name], manager)
+    if name not in manager.all_subtasks:
+        members = ", ".join(list(manager.load(name)["tasks"])[:20])
+        raise AFTError(
+            f"{name!r} is a group of tasks; a vector is trained on one.", f"Choose one of: {members}."
+        )
+    try:
+        task = manager.load(name)["tasks"][name]
+    except ImportError as error:
+        raise AFTError(
+            f"The code of task {name!r} cannot be imported: {_first_line(error)}.",
+            "Install what it needs; a part that a library has no more needs an older library.",
+        ) from error
+    except (OSError, ValueError, KeyError, ConnectionError) as error:
+        if "must have valid or test docs" in str(error):
+            raise AFTError(
+                f"Task {name!r} has no split to be evaluated on.",
+                "Name one in its YAML, as test_split or validation_split.",
+            ) from error
+        raise AFTError(
+            f"The data of task {name!r} cannot be loaded: {_first_line(error)}",
+            "Check the network, or run where the data set's folder is (offline, lm-eval finds "
+            "a folder named like the data set in the working directory).",
+        ) from error
+    from lm_eval.api.task import ConfigurableTask
+
+    if not isinstance(task, ConfigurableTask):
+        raise AFTError(
+            f"Task {name!r} is written in Python without a config.",
+            "Only YAML-style tasks can be trained on.",
+        )
+    return task
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Inside the block lm-eval compiles each prompt template once, not once for every document.
+
+    The templates are the same objects it would make anew; over a large task that is most of the time.
+    """
+    try:
+        from lm_eval.utils import env
+
+        compile_template = env.from_string
+    except (ImportError, AttributeError):  # lm-eval keeps it elsewhere: slower
+        yield
+        return
+    env.from_string = cache(compile_template)
+    try:
+        yield
+    finally:
+        env.from_string = compile_template
+
+
+@contextmanager
+def environment_asked_once(known: list[str]) -> Iterator[None]:
+    """Inside the block lm-eval describes the machine in its results by asking once, not for every run.
+
+    The description lists installed packages, which takes a second. ``known`` keeps it between blocks.
+    """
+    from torch.utils import collect_env
+
+    ask = getattr(collect_env, "get_pretty_env_info", None)
+    if ask is None:
+        yield
+        return
+
+    def told() -> str:
+        if not known:
+            known.append(str(ask()))
+        return known[0]
+
+    collect_env.get_pretty_env_info = told
+    try:
+        yield
+    finally:
+        collect_env.get_pretty_env_info = ask
+
+
+def check_names(names: Sequence[str], manager: TaskManager) -> None:
+    """Raise `AFTError` with the nearest names for a task the manager does not know."""
+    for name in names:
+        if not manager.match_tasks([name]):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5)
+            raise AFTError(
+                f"There is no harness task {name!r}.",
+                f"Nearest names: {', '.join(near)}." if near else "`aft tasks` lists them all.",
+            )
+
+
+def task_manager_for(
+    names: Sequence[str], include_path: Sequence[str | Path] = (), metadata: dict[str, Any] | None = None
+) -> TaskManager:
+    """A ``TaskManager`` that knows the named tasks, restricted to their folders where possible.
+
+    lm-eval's own ``TaskManager()`` parses some 14,000 files, 6 to 11 seconds; a text search finds
+    the files that define plain tasks in under one. Groups, tags and patterns take the full index.
+    ``metadata`` goes to tasks that build their documents for a model.
+    """
+    from lm_eval.tasks import TaskManager
+
+    require(_MANAGER)
+    definitions = [find_definition(name, include_path) for name in names]
+    if None not in definitions:
+        # Earlier folders win in task_folders, later ones in TaskManager.
+        folders = list(dict.fromkeys(str(path.parent) for path in definitions if path))
+        manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+        if all(name in manager.all_tasks for name in names):
+            return manager
+    return full_index(include_path, metadata)
+
+
+def full_index(
+    include_path: Sequence[str | Path] = (), metadata: dict[str, Any] | None = None
+) -> TaskManager:
+    """The index of every known task, ours and the user's included (6 to 11 seconds)."""
+    from lm_eval.tasks import TaskManager
+
+    require(_MANAGER)
+    logger.info("Indexing all harness tasks ...")
+    # Later paths override earlier ones, so the user's come last.
+    return TaskManager(include_path=[str(tasks_path()), *map(str, include_path)], metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TaskListing:
+    """A task as its YAML describes it, no data loaded.
+
+    ``trainable``: it has a training split apart from its evaluation split, a type that training
+    knows, text alone, and options of which not all are right.
+    """
+
+    name: str
+    output_type: str
+    training_split: str | None
+    evaluation_split: str | None
+    metrics: tuple[str, ...]
+    text_only: bool = True
+
+    @property
+    def trainable(self) -> bool:
+        """Whether train-vector can train on it."""
+        apart = self.evaluation_split and self.training_split not in (None, self.evaluation_split)
+        # Options scored by exact match are accepted answers, all of them right.
+        choosable = self.output_type != "multiple_choice" or set(self.metrics) != {"exact_match"}
+        return bool(apart) and self.output_type in TRAINABLE and self.text_only and choosable
+
+
+def list_tasks(
+    pattern: str = "*", include_path: Sequence[str | Path] = (), manager: TaskManager | None = None
+) -> list[TaskListing]:
+    """Tasks whose names match, in alphabetical order; of ``manager``, by default of the full index."""
+    if manager is None:  # a plain name is found without reading every task there is
+        plain = not set(pattern) & set("*?[")
+        manager = task_manager_for([pattern], include_path) if plain else full_index(include_path)
+    listings = []
+    for name in fnmatch.filter(manager.all_subtasks, pattern):
+        path = manager.task_index[name].yaml_path
+        config = read_definition(path) if path else {}
+        metrics = tuple(str(m.get("metric")) for m in config.get("metric_list") or [] if isinstance(m, dict))
+        listings.append(
+            TaskListing(
+                name,
+                str(
+                    config.get(
+                        "output_type", "generate_until" if path and not config.get("class") else "python"
+                    )
+                ),
+                config.get("training_split"),
+                config.get("test_split") or config.get("validation_split"),
+                metrics,
+                not any(config.get(f"doc_to_{kind}") for kind in NOT_TEXT),
+            )
+        )
+    return listings
+
+
+def read_definition(path: Path) -> dict[str, Any]:
+    """A task's YAML with what it includes, as lm-eval reads it; functions that it names are not imported."""
+    with borrowed("lm-eval: lm_eval.tasks._yaml_loader.load_yaml"):
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+    found: dict[str, Any] = load_yaml(path, resolve_func=False, recursive=True)
+    return found
+
+
+def find_definition(name: str, include_path: Sequence[str | Path] = ()) -> Path | None:
+    """The file that defines a plain task, by a text search; ``None`` where there is none."""
+    *folders, stock = task_folders(include_path)
+    for folder in folders:
+        if (path := _search(folder, name)) is not None:
+            return path
+    return _search_stock(stock, name)
+
+
+def _search(folder: Path, name: str) -> Path | None:
+    pattern = re.compile(rf"^task:\s*['\"]?{re.escape(name)}['\"]?\s*(#.*)?$", re.MULTILINE)
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            if pattern.search(path.read_text(encoding="utf-8")):
+                return path
+        except (OSError, UnicodeDecodeError):
+            continue
+    return None
+
+
+# The harness's own thousands of files do not change while we run.
+_search_stock = cache(_search)
+
+
+def set_num_fewshot(task: ConfigurableTask, num_fewshot: int | None) -> int:
+    """Set and return the task's number of few-shot examples by lm-eval's own rule.
+
+    The user's number wins unless the task's config fixes 0; without either it is 0.
+    """
+    configured = task.get_config("num_fewshot")
+    if num_fewshot is not None and configured != 0:
+        configured = num_fewshot
+    task.set_config(key="num_fewshot", value=configured or 0)
+    return int(configured or 0)
+
+
+def evaluation_split(task: ConfigurableTask) -> str:
+    """Name of the split lm-eval scores: the test split, else the validation split."""
+    return str(task.config.test_split if task.has_test_docs() else task.config.validation_split)
+
+
+def split_documents(task: ConfigurableTask, split: str) -> list[dict[str, Any]]:
+    """All documents of a named split, processed as the task processes them.
+
+    Raises:
+        AFTError: the data set has no such split.
+    """
+    if split not in task.dataset:
+        raise AFTError(
+            f"Task {task.config.task!r} has no split {split!r}.",
+            f"Its data has: {', '.join(map(str, task.dataset))}.",
+        )
+    documents = task.dataset[split]
+    if task.config.process_docs is not None:
+        documents = task.config.process_docs(documents)
+    return list(documents)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# The answer-only diagnostic: what a model makes of the answers when the questions are taken away.
+
+_SCORED = ("multiple_choice", "loglikelihood")
+
+
+def without_contexts(requests: Sequence[Instance]) -> list[Instance]:
+    """The same log-likelihood requests with an empty context each; the originals are left alone.
+
+    lm-eval scores an empty context behind the model's prefix token. White space at a context's end
+    goes with it, though with a context lm-eval would have counted it to the continuation.
+    """
+    found = []
+    for request in requests:
+        bare = copy.copy(request)
+        bare.arguments = ("", *request.args[1:])
+        found.append(bare)
+    return found
+
+
+def refuse_generation(requests: Sequence[Instance]) -> None:
+    """Raise `AFTError` if there is anything to generate."""
+    if requests:
+        task = requests[0].task_name or "the task"
+        raise AFTError(
+            f"answer_only=true cannot generate, as {task} asks: without a question there is no answer whose "
+            "style could be scored.",
+            "Leave out generation tasks, or answer_only.",
+        )
+
+
+def scorable(tasks: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Which tasks can be scored without their questions, and why the others cannot.
+
+    Args:
+        tasks: name -> task, as lm-eval's ``TaskManager.load`` gives them.
+    """
+    kept, out = [], {}
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            out[name] = "its answers are generated"
+        elif task.OUTPUT_TYPE not in _SCORED:
+            out[name] = "its requests have no context to remove"
+        elif getattr(task, "multiple_input", 0):
+            out[name] = "its options stand in the contexts, so nothing would be left to tell them apart"
+        else:
+            kept.append(name)
+    return kept, out
+
+
+def require_scorable(tasks: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """As `scorable`; raises `AFTError` when no task is left."""
+    kept, out = scorable(tasks)
+    if not kept:
+        reasons = "; ".join(f"{name}: {why}" for name, why in out.items())
+        raise AFTError(
+            f"No task can be scored without its questions ({reasons}).",
+            "Leave out --answer-only, or add a multiple-choice task.",
+        )
+    return kept, out

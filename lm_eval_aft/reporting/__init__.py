@@ -1,1 +1,0 @@
-"""Comparing runs: statistics on paired documents."""

@@ -1,1 +1,0 @@
-"""Log-likelihoods and generation that give stock `hf` answers while reading every context once."""

@@ -1,0 +1,220 @@
+"""Which base model a vector belongs to: an identity that survives a change of dtype."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lm_eval_aft._util.errors import AFTError
+
+logger = logging.getLogger(__name__)
+# Config keys that define the computation. A positive list, because a config's other keys and
+# their defaults change from one transformers release to the next.
+_CONFIG_KEYS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "hidden_act",
+    "activation_function",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_parallel_residual",
+    "residual_multiplier",
+)
+# What else the same weights compute differently with. Vectors made before these were looked at have no
+# hash of them, so they are compared only where both sides do.
+_COMPUTATION_KEYS = (
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    *("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar"),
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "output_multiplier"),
+    *("logits_scaling", "logit_scale", "scale_embedding", "scale_attn_weights"),
+    *("scale_attn_by_inverse_layer_idx", "routed_scaling_factor", "norm_topk_prob", "num_experts_per_tok"),
+    *("hidden_act", "hidden_activation", "activation_function"),
+    *("rope_parameters", "rope_theta", "partial_rotary_factor", "rotary_dim", "no_rope_layers"),
+)
+_COMPUTATION = "settings of the computation (rotary embedding, norms, scaling, softcapping or activation)"
+_ENTRIES = 16
+_COARSENESS = {"float64": 0, "float32": 0, "float16": 1, "bfloat16": 1}
+
+
+def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
+    """Identify a base model by its architecture, its vocabulary and a sketch of its weights.
+
+    The sketch holds 16 evenly spaced entries of *every* parameter, in fp32: a merged LoRA may
+    touch nothing but the query and value projections, so no matrix is left out.
+
+    Args:
+        model: a transformers causal LM.
+        tokenizer: its tokenizer; without one the vocabulary is not part of the identity.
+
+    Returns:
+        JSON-serialisable: ``config``, ``computation``, ``parameters`` and ``vocabulary`` (SHA-256 each,
+        the last possibly ``None``), ``dtype``, ``quantized``, ``sketch`` (base64 of little-endian fp32,
+        NaN where weights lie on disk and cannot be read).
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    described = {key: getattr(text, key, None) for key in _CONFIG_KEYS}
+    rope = getattr(text, "rope_parameters", None)
+    described["rope_theta"] = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+    parameters = list(model.named_parameters())
+    shapes = [(name, list(parameter.shape)) for name, parameter in parameters]
+    vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else None
+    quantized = _is_quantized(model)
+    dtypes = {str(p.dtype).removeprefix("torch.") for _, p in parameters if p.is_floating_point()}
+    return {
+        "config": _sha256(described),
+        "computation": _sha256(_canonical({key: getattr(text, key, None) for key in _COMPUTATION_KEYS})),
+        "parameters": _sha256(shapes),
+        "vocabulary": None if vocabulary is None else _sha256(vocabulary),
+        "dtype": max(dtypes, key=lambda name: _COARSENESS.get(name, 2), default="float32"),
+        "quantized": quantized,
+        "sketch": None if quantized else _encode(_sketch([p for _, p in parameters])),
+    }
+
+
+def stored_weights(model: nn.Module) -> str:
+    """SHA-256 of 16 entries of everything the model holds, in the numbers it holds them in.
+
+    Tells quantised models apart too, which have no sketch; another dtype counts as another model.
+    """
+    held = [tensor for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)]
+    # Numbers of 8 bits are read as integers: not all kinds of them can be indexed.
+    plain = [each.view(torch.uint8) if each.dtype.itemsize == 1 else each for each in held if each.numel()]
+    return hashlib.sha256(_encode(_sketch(plain)).encode()).hexdigest()
+
+
+def compare_fingerprints(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Say in what two fingerprints differ; an empty list means they name the same model.
+
+    Sketches are compared after rounding both to the coarser of the two dtypes; fp16 against bf16,
+    where neither is coarser, with a relative tolerance of 2**-8. Quantised weights have no sketch
+    and other shapes, so there only config and vocabulary count.
+    """
+    differences = []
+    if recorded["config"] != present["config"]:
+        differences.append("architecture")
+    computations = (recorded.get("computation"), present.get("computation"))
+    if None not in computations and computations[0] != computations[1]:
+        differences.append(_COMPUTATION)
+    quantized = recorded["quantized"] or present["quantized"]
+    if not quantized and recorded["parameters"] != present["parameters"]:
+        differences.append("parameter names or shapes")
+    vocabularies = (recorded["vocabulary"], present["vocabulary"])
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        differences.append("tokenizer vocabulary")
+    if not differences and not quantized and not _same_weights(recorded, present):
+        differences.append("weights")
+    return differences
+
+
+def check_fingerprint(
+    metadata: Mapping[str, Any], model: nn.Module, tokenizer: Any = None, *, allow_mismatch: bool = False
+) -> None:
+    """Refuse a vector that was trained on another model than ``model``.
+
+    Raises:
+        AFTError: the fingerprints differ; both models are named. With ``allow_mismatch`` this is
+            a warning. A vector without a fingerprint (made by hand) passes.
+    """
+    recorded = metadata.get("fingerprint")
+    if recorded is None:
+        return
+    present = fingerprint(model, tokenizer)
+    try:
+        differences = compare_fingerprints(recorded, present)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AFTError(f"The vector's fingerprint is damaged ({error!r}).", "Train it again.") from error
+    trained_on = (metadata.get("base_model") or {}).get("name", "an unnamed model")
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    if differences:
+        what = f"The vector was trained on {trained_on!r}, not on {name!r}: {', '.join(differences)} differ."
+        if not allow_mismatch:
+            raise AFTError(
+                what, "Load the model it was trained on, or pass allow_mismatch=true to try it all the same."
+            )
+        logger.warning("%s Going on, as allow_mismatch is set.", what)
+    elif (reason := _hardly_compared(recorded, present)) is not None:
+        logger.warning("%s: the vector was trained on %r, this is %r.", reason, trained_on, name)
+
+
+def _same_weights(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
+    ours, theirs = _decode(recorded["sketch"]), _decode(present["sketch"])
+    if ours.shape != theirs.shape:
+        return False
+    readable = ~(torch.isnan(ours) | torch.isnan(theirs))  # offloaded weights cannot be sampled
+    ours, theirs = ours[readable], theirs[readable]
+    dtypes = {recorded["dtype"], present["dtype"]}
+    if {"float16", "bfloat16"} <= dtypes:
+        tiny = 2.0**-24  # the smallest subnormal of fp16
+        return bool(torch.allclose(ours, theirs, rtol=2.0**-8, atol=tiny))
+    if not dtypes <= _COARSENESS.keys():
+        raise ValueError(f"a dtype of {sorted(dtypes)} is not known")
+    coarser = getattr(torch, max(dtypes, key=lambda name: _COARSENESS[name]))
+    return bool(torch.equal(ours.to(coarser), theirs.to(coarser)))
+
+
+def _hardly_compared(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
+    """Why equal fingerprints say little of the weights; ``None`` if they say enough."""
+    if recorded["quantized"] or present["quantized"]:
+        return "Quantised weights cannot be compared"
+    ours, theirs = _decode(recorded["sketch"]), _decode(present["sketch"])
+    readable = int((~(ours.isnan() | theirs.isnan())).sum())
+    if 2 * readable >= ours.numel():
+        return None
+    share = f"{readable / ours.numel():.0%}" if readable else "none"
+    return f"Weights that lie on disk cannot be compared, and {share} of them could be"
+
+
+def _sketch(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    pieces = []
+    for parameter in parameters:
+        if parameter.device.type == "meta":
+            pieces.append(torch.full((_ENTRIES,), torch.nan))
+            continue
+        flat = parameter.detach().reshape(-1)
+        # The middle of 16 equal stretches: the first entries of an embedding are often
+        # unused tokens, whose rows no training changes.
+        step = torch.arange(_ENTRIES, dtype=torch.float64).add(0.5).mul(flat.numel() / _ENTRIES)
+        pieces.append(flat[step.long().to(flat.device)].to("cpu", torch.float32))
+    return torch.cat(pieces) if pieces else torch.zeros(0)
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        return True
+    return any(not p.is_floating_point() for p in model.parameters())
+
+
+def _canonical(value: Any) -> Any:
+    """The same settings in one form: numbers as floats, and what is not set left out."""
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list | tuple):
+        return [_canonical(each) for each in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _encode(values: torch.Tensor) -> str:
+    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").copy())

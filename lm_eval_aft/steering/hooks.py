@@ -1,0 +1,249 @@
+"""Putting vectors on a model: one for all rows until it is removed, or several, each on rows of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.steering.backbone import Backbone, find_backbone
+from lm_eval_aft.steering.fingerprint import check_fingerprint
+from lm_eval_aft.steering.intervention import Intervention, Passes, Shift
+from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector import SteeringVector
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Removable(Protocol):
+    """What a handle keeps: a hook, or anything else with ``remove()``."""
+
+    def remove(self) -> None:
+        """Take it off the model."""
+
+
+class SteeringHandle:
+    """A vector in force on a model. ``remove()`` takes it off; removing twice does no harm."""
+
+    def __init__(self, hooks: list[Removable]) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        """Take the vector off the model."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def __enter__(self) -> SteeringHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def attach(
+    model: nn.Module,
+    vector: SteeringVector,
+    *,
+    coefficient: float | None = None,
+    tokenizer: Any = None,
+    allow_mismatch: bool = False,
+    blocks: str | None = None,
+) -> SteeringHandle:
+    """Add ``coefficient * vector`` at each of its layers' outputs from now on.
+
+    One forward hook per layer covers plain forward passes, generation (it fires at each decode
+    step) and wrapped (PEFT) models. ``h <- h + (coefficient * v)``: the product is formed in fp32,
+    cast to the activation's dtype and moved to its device; nothing is written in place.
+
+    Args:
+        model: a transformers causal LM.
+        vector: what to add.
+        coefficient: replaces the vector's own coefficient. At 0 no hook is set at all, so the
+            model stays bit-identical to the unsteered one.
+        tokenizer: when given, its vocabulary is checked against the fingerprint as well.
+        allow_mismatch: warn, rather than refuse, when the vector was trained on another model.
+        blocks: dotted path of the model's block list, for unknown architectures.
+
+    Raises:
+        AFTError: another hidden size, a layer out of range, or another base model.
+    """
+    backbone = find_backbone(model, blocks)
+    check_fits(vector, backbone)
+    check_fingerprint(vector.metadata, model, tokenizer, allow_mismatch=allow_mismatch)
+    if vector.positions == "all":
+        return add_all(backbone, layer_shifts(vector, coefficient))
+    passes = Passes.of(model, backbone.name)
+    handle = add_all(backbone, layer_shifts(vector, coefficient, passes))
+    return SteeringHandle([handle, passes])
+
+
+def layer_shifts(
+    vector: SteeringVector, coefficient: float | None = None, passes: Passes | None = None
+) -> dict[int, Shift]:
+    """What the vector does at each of its layers, in fp32; nothing at coefficient 0.
+
+    ``passes`` knows the tokens' roles where nobody says them; see `lm_eval_aft.steering.intervention`.
+    """
+    factor = vector.coefficient if coefficient is None else float(coefficient)
+    method = METHODS[vector.method]
+    return Intervention(method, vector.tensors, factor, vector.positions, passes).shifts()
+
+
+def add_all(backbone: Backbone, shifts: Mapping[int, Shift]) -> SteeringHandle:
+    """Add each shift at its layer's output until the handle is removed."""
+    return SteeringHandle([add_at(backbone.blocks[layer], shift) for layer, shift in shifts.items()])
+
+
+def check_fits(vector: SteeringVector, backbone: Backbone) -> None:
+    """Raise `AFTError` unless the vector's layers and width exist in the model."""
+    if vector.hidden_size != backbone.hidden_size:
+        raise AFTError(
+            f"The vector has hidden size {vector.hidden_size}, the model {backbone.hidden_size}.",
+            "A vector only fits the model it was trained on (or a sibling of the same width).",
+        )
+    for layer in vector.layers:
+        backbone.check_layer(layer)
+
+
+def add_at(block: nn.Module, shift: Shift) -> torch.utils.hooks.RemovableHandle:
+    """Hook ``block`` so that ``shift`` is added to its output: a vector (hidden_size,), or a function.
+
+    Gradients flow to what requires them.
+    """
+    placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = hidden_states(output)
+        if not isinstance(shift, Tensor):
+            return with_hidden_states(output, shift(hidden))
+        if shift.requires_grad:
+            return with_hidden_states(output, hidden + shift.to(hidden.device, hidden.dtype))
+        key = (hidden.device, hidden.dtype)
+        if key not in placed:
+            placed[key] = shift.to(hidden.device, hidden.dtype)
+        return with_hidden_states(output, hidden + placed[key])
+
+    return block.register_forward_hook(hook)
+
+
+class RowSteering:
+    """Several vectors in force on a model at once, each on rows of its own.
+
+    Rows are in *states*: in state 0 nothing is added, in state k ``shifts[k - 1]``. Outside of
+    `chosen` every row is in state 0.
+
+    Args:
+        shifts: what each vector does, by layer; see `layer_shifts`.
+    """
+
+    def __init__(self, backbone: Backbone, shifts: Sequence[Mapping[int, Shift]]) -> None:
+        self.count = len(shifts)
+        self._states: int | Sequence[int] = 0
+        self._placed: dict[Any, Tensor] = {}
+        layers = sorted({layer for shift in shifts for layer in shift})
+        self._handle = SteeringHandle(
+            [backbone.blocks[layer].register_forward_hook(self._hook(layer, shifts)) for layer in layers]
+        )
+
+    @property
+    def state(self) -> int:
+        """The state that all rows of passes made now are in.
+
+        Raises:
+            AFTError: rows differ.
+        """
+        if not isinstance(self._states, int):
+            raise AFTError("Rows of one pass are in several states.")
+        return self._states
+
+    def remove(self) -> None:
+        """Take the vectors off the model."""
+        self._handle.remove()
+
+    @contextmanager
+    def chosen(self, states: int | Sequence[int]) -> Iterator[None]:
+        """The passes made inside the block have rows in these states, or all rows in one state."""
+        before, self._states = self._states, states
+        try:
+            yield
+        finally:
+            self._states = before
+
+    def apart(
+        self, states: Sequence[int], items: Sequence[T], ask: Callable[[list[T]], Sequence[U]]
+    ) -> list[U]:
+        """What ``ask`` answers for the items, state by state, in the items' order.
+
+        For code that makes batches of its own, whose rows cannot be told apart.
+        """
+        answers: dict[int, U] = {}
+        for state in sorted(set(states)):
+            mine = [i for i, each in enumerate(states) if each == state]
+            with self.chosen(state):
+                answers |= zip(mine, ask([items[i] for i in mine]), strict=True)
+        return [answers[i] for i in range(len(items))]
+
+    def _hook(self, layer: int, shifts: Sequence[Mapping[int, Shift]]) -> Callable[..., Any]:
+        mine = {k: shift[layer] for k, shift in enumerate(shifts, 1) if layer in shift}
+        vectors = {k: shift for k, shift in mine.items() if isinstance(shift, Tensor)}
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            states = self._states
+            present = {states} if isinstance(states, int) else set(states)
+            if present.isdisjoint(mine):
+                return output
+            hidden = hidden_states(output)
+            if isinstance(states, int):
+                return with_hidden_states(output, _shifted(hidden, mine[states]))
+            if hidden.shape[0] != len(states):
+                raise AFTError(f"A pass over {len(states)} rows has {hidden.shape[0]} rows of hidden states.")
+            if present & set(mine) <= set(vectors):
+                index = torch.tensor(states, device=hidden.device)
+                table = self._table(layer, vectors, len(shifts), hidden)
+                return with_hidden_states(output, hidden + table[index].unsqueeze(1))
+            return with_hidden_states(output, _shifted_by_row(hidden, states, mine))
+
+        return hook
+
+    def _table(self, layer: int, vectors: dict[int, Tensor], count: int, like: Tensor) -> Tensor:
+        """What is added in each state, (states, hidden_size), where that is a vector."""
+        key = (layer, like.device, like.dtype)
+        if key not in self._placed:
+            zero = torch.zeros_like(next(iter(vectors.values())))
+            table = torch.stack([vectors.get(state, zero) for state in range(count + 1)])
+            self._placed[key] = table.to(like.device, like.dtype)
+        return self._placed[key]
+
+
+def _shifted(hidden: Tensor, shift: Shift) -> Tensor:
+    return hidden + shift.to(hidden.device, hidden.dtype) if isinstance(shift, Tensor) else shift(hidden)
+
+
+def _shifted_by_row(hidden: Tensor, states: Sequence[int], shifts: Mapping[int, Shift]) -> Tensor:
+    """Rows in states without a shift stay; a function sees all rows, and its own are taken."""
+    found = hidden
+    index = torch.tensor(states, device=hidden.device)
+    for state in set(states) & set(shifts):
+        own = (index == state).reshape(-1, *[1] * (hidden.ndim - 1))
+        found = torch.where(own, _shifted(hidden, shifts[state]), found)
+    return found
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The residual stream in a block's output: itself, or the first entry of a tuple or list."""
+    found = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(found, Tensor):
+        raise AFTError(f"A decoder block returned {type(found).__name__}, not a tensor of hidden states.")
+    return found
+
+
+def with_hidden_states(output: Any, hidden: Tensor) -> Any:
+    """``output`` with its residual stream replaced by ``hidden``."""
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -1,0 +1,259 @@
+"""The steering vector: its tensors, its metadata, and saving and loading it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import canonical_json, replacing
+from lm_eval_aft.steering.intervention import POSITIONS
+from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector_file import FILE_NAME, FORMAT, is_biased, layer_index, read_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class SteeringVector:
+    """One vector (or several, one per layer) to add to a model's residual stream.
+
+    Dynamic methods add what a function with further tensors makes of the hidden states.
+
+    Attributes:
+        layers: 0-based block index -> float32 tensor of shape ``(hidden_size,)``, added at the
+            *output* of that block, in the units of the residual stream.
+        coefficient: dimensionless factor applied when the vector is used.
+        positions: which tokens are steered: ``"all"``, ``"prompt"``, ``"last"`` (of the prompt) or
+            ``"generated"``; see `lm_eval_aft.steering.intervention`.
+        method: how the intervention is parametrised; see `lm_eval_aft.steering.methods`.
+        metadata: everything else the file keeps: base model and fingerprint, task, protocol,
+            scores, versions (JSON-serialisable).
+        extra: a dynamic method's further tensors, float32, by name (``method...``).
+    """
+
+    layers: dict[int, Tensor]
+    coefficient: float = 1.0
+    positions: str = "all"
+    method: str = "static"
+    metadata: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:  # 2 and 2.0 are one coefficient, and must give one digest
+            self.coefficient = float(self.coefficient)
+        except (TypeError, ValueError, OverflowError) as error:
+            told = str(self.coefficient)[:80]
+            raise AFTError(f"vector has coefficient {told}, which is not a finite number.") from error
+        self.layers = {int(k): v.detach().to("cpu", torch.float32) for k, v in sorted(self.layers.items())}
+        self.extra = {k: v.detach().to("cpu", torch.float32) for k, v in sorted(self.extra.items())}
+        self._check("vector")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream the vector fits."""
+        return int(next(iter(self.layers.values())).shape[0])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by the names they have in the file."""
+        return {f"layers.{layer}": values for layer, values in self.layers.items()} | self.extra
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **fields: Any) -> SteeringVector:
+        """The vector with these tensors, named as in a file, and these other attributes.
+
+        Raises:
+            AFTError: what they make is no vector.
+        """
+        layers, extra = _sorted_out(tensors, "vector")
+        return cls(layers, extra=extra, **fields)
+
+    def norm(self) -> float:
+        """Euclidean norm over all layers, in residual-stream units, coefficient excluded."""
+        return math.sqrt(sum(float(v.double().square().sum()) for v in self.layers.values()))
+
+    def digest(self) -> str:
+        """SHA-256 of what the vector *does*: layers, values, coefficient, positions, method."""
+        sha = hashlib.sha256(f"{self.method}|{self.positions}|{self.coefficient!r}".encode())
+        for layer, values in self.layers.items():
+            sha.update(f"|{layer}|".encode())
+            sha.update(values.contiguous().numpy().tobytes())
+        for name, values in self.extra.items():
+            sha.update(f"|{name}|".encode())
+            sha.update(values.contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def adjusted(self, coefficient: Any = None, positions: str | None = None) -> SteeringVector:
+        """This vector with another coefficient or positions; ``None`` leaves them.
+
+        Raises:
+            AFTError: a coefficient that is no finite number, or unknown positions.
+        """
+        try:
+            factor = self.coefficient if coefficient is None else float(coefficient)
+        except (TypeError, ValueError):
+            raise AFTError(f"coefficient={coefficient!r} is no number.", "Give one, as in 0.5.") from None
+        return replace(self, coefficient=factor, positions=positions or self.positions)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the vector to a file (``*.safetensors``) or into a folder; return the file's path.
+
+        The file appears whole or not at all.
+
+        Raises:
+            AFTError: the place cannot be written, or the metadata are nothing a file can hold.
+        """
+        target = Path(path)
+        if target.suffix != ".safetensors":
+            target = target / FILE_NAME
+        header = {
+            **self.metadata,
+            "method": self.method,
+            "layers": list(self.layers),
+            "coefficient": self.coefficient,
+            "positions": self.positions,
+            "hidden_size": self.hidden_size,
+        }
+        try:
+            entry = canonical_json(header)
+            entry.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise AFTError(
+                f"The vector's metadata cannot be written: {str(error)[:200]}.", "They must be finite JSON."
+            ) from error
+        tensors = {name: values.contiguous() for name, values in self.tensors.items()}
+        with replacing(target) as temporary:
+            save_file(tensors, temporary, metadata={"format": FORMAT, "aft": entry})
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
+        """Read a vector from a ``.safetensors`` file or from a vector folder.
+
+        Raises:
+            AFTError: missing, truncated, not safetensors, not a vector, mis-shaped or not finite.
+        """
+        source = Path(path)
+        if source.is_dir():
+            source = source / FILE_NAME
+        if not source.is_file():
+            raise AFTError(
+                f"No steering vector at {source}.",
+                "Give a .safetensors file or a folder that holds vector.safetensors.",
+            )
+        tensors, metadata = read_tensors(source)
+        layers, extra = _sorted_out(tensors, str(source))
+        header = {k: metadata.pop(k, None) for k in ("method", "coefficient", "positions", "layers")}
+        hidden_size = metadata.pop("hidden_size", None)
+        if not layers:
+            raise AFTError(f"{source} holds no layers.", "Train or download the vector again.")
+        if header["layers"] != sorted(layers):
+            raise AFTError(f"{source} declares layers {header['layers']} but holds {sorted(layers)}.")
+        if any(tensor.shape != (hidden_size,) for tensor in layers.values()):
+            shapes = sorted({tuple(tensor.shape) for tensor in layers.values()})
+            raise AFTError(
+                f"{source} declares hidden_size {hidden_size} but holds tensors of shape {shapes}."
+            )
+        coefficient = header["coefficient"]
+        if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
+            raise AFTError(f"{source} declares coefficient {coefficient!r}, which is not a number.")
+        if abs(coefficient) > sys.float_info.max:  # an integer may be
+            raise AFTError(f"{source} declares a coefficient that is too large.")
+        vector = cls.__new__(cls)
+        vector.layers = {k: layers[k].to(torch.float32) for k in sorted(layers)}
+        vector.extra = {k: extra[k].to(torch.float32) for k in sorted(extra)}
+        vector.coefficient = float(coefficient)
+        vector.positions, vector.method, vector.metadata = header["positions"], header["method"], metadata
+        vector._check(str(source))
+        return vector
+
+    def _check(self, name: str) -> None:
+        if not self.layers:
+            raise AFTError(f"{name} has no layers.")
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise AFTError(
+                f"{name} uses method {self.method!r}; this version knows {', '.join(METHODS)}.",
+                "A newer lm-eval-aft may have written it: upgrade.",
+            )
+        if not isinstance(self.positions, str) or self.positions not in POSITIONS:
+            raise AFTError(
+                f"{name} uses positions {self.positions!r}; this version knows {', '.join(POSITIONS)}."
+            )
+        if not math.isfinite(self.coefficient):
+            raise AFTError(f"{name} has coefficient {self.coefficient}, which is not a finite number.")
+        for layer, values in self.layers.items():
+            if layer < 0:
+                raise AFTError(f"{name} has layer {layer}; layers are numbered from 0.")
+            if values.ndim != 1 or values.shape[0] != self.hidden_size or not len(values):
+                raise AFTError(
+                    f"{name} has shape {tuple(values.shape)} at layer {layer}; one axis of at least one "
+                    "number, as long at every layer, is wanted."
+                )
+            if not bool(torch.isfinite(values).all()):
+                raise AFTError(
+                    f"{name} holds NaN or infinite values at layer {layer}.",
+                    "The training run diverged or the file is damaged: train it again.",
+                )
+        self._check_method(name)
+
+    def _check_method(self, name: str) -> None:
+        method = METHODS[self.method]
+        wanted = method.extra(self.hidden_size)
+        if {key: tuple(values.shape) for key, values in self.extra.items()} != wanted:
+            held = {key: tuple(values.shape) for key, values in self.extra.items()}
+            raise AFTError(f"{name} uses method {self.method!r} but holds {held} where it needs {wanted}.")
+        if not method.constant and len(self.layers) > 1:
+            raise AFTError(f"{name} steers {len(self.layers)} layers; the method {self.method!r} steers one.")
+        for key, values in self.extra.items():
+            if not bool(torch.isfinite(values).all()):
+                raise AFTError(f"{name} holds NaN or infinite values in {key}.", "Train it again.")
+
+
+def _sorted_out(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Tensors of a file as layers and the method's own."""
+    layers, extra = {}, {}
+    for key, tensor in tensors.items():
+        layer = layer_index(key)
+        if layer is not None:
+            layers[layer] = tensor
+        elif key.partition(".")[0] == "method":
+            extra[key] = tensor
+        else:
+            raise AFTError(f"{name} holds a tensor named {key[:80]!r}, which no vector of {FORMAT} has.")
+    return layers, extra
+
+
+def describe_vector(vector: SteeringVector) -> dict[str, Any]:
+    """A vector as results files name it: what it does, what it was made from and on, where it came from."""
+    meta = vector.metadata
+    # Of a mixture, what each task's prompts were like.
+    several = [each for each in meta.get("tasks") or () if isinstance(each, Mapping)]
+    mixed = [{key: each.get(key) for key in ("task", "num_fewshot")} for each in several]
+    return {
+        "sha256": vector.digest(),
+        "layers": list(vector.layers),
+        "coefficient": vector.coefficient,
+        "positions": vector.positions,
+        "method": vector.method,
+        "norm": vector.norm(),
+        "task": meta.get("task"),
+        "num_fewshot": meta.get("num_fewshot"),
+        "control": meta.get("control"),
+        # Chosen on evaluation documents, by its own word: no report may take it for a result.
+        "biased": is_biased(meta),
+        "base_model": meta.get("base_model"),
+        # A sum's operands, and the repository and commit a vector was fetched from.
+        **{key: meta[key] for key in ("recipe", "hub") if meta.get(key)},
+        **({"tasks": mixed} if mixed else {}),
+    }

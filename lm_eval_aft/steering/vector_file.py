@@ -1,0 +1,284 @@
+"""The file of a vector, read without trusting it: its header without torch, and its tensors.
+
+A listing reads a thousand files, and a download must be judged before anything opens it. So the JSON
+header can be read alone: eight bytes of length, then that many bytes of JSON, then the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from safetensors import SafetensorError, safe_open
+
+from lm_eval_aft._util.errors import AFTError, refuse_pickle
+from lm_eval_aft.steering.methods import METHODS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "aft/1"
+FILE_NAME = "vector.safetensors"
+
+# Links are not followed, and a pipe must not make anybody wait.
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Header:
+    """The declared contents of a vector file.
+
+    Attributes:
+        layers: 0-based block indices, ascending.
+        hidden_size: numbers per layer.
+        size: the file's length in bytes.
+        metadata: the decoded ``aft`` entry of the header.
+    """
+
+    layers: tuple[int, ...]
+    hidden_size: int
+    size: int
+    metadata: dict[str, Any]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a vector file's header; the numbers themselves are not read.
+
+    Raises:
+        AFTError: missing, a symbolic link, too large, a pickle, truncated, not a vector, or declaring
+            shapes that do not fit its own length.
+    """
+    try:
+        with os.fdopen(os.open(path, OPEN_FLAGS), "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise AFTError(f"{path} is not a plain file.", "Give the file itself.")
+            size = status.st_size
+            start = stream.read(9)
+            length = _header_length(path, start, size)
+            raw = start[8:] + stream.read(max(0, length - 1))
+    except FileNotFoundError as error:
+        raise AFTError(f"No steering vector at {path}.") from error
+    except OSError as error:
+        reason = "it is a symbolic link" if path.is_symlink() else error.strerror
+        raise AFTError(f"{path} cannot be read: {reason}.", "Give the file itself.") from error
+    try:
+        declared = json.loads(raw)
+        metadata = declared.pop("__metadata__", {})
+        form, text = metadata.get("format"), metadata.get("aft", "null")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise AFTError(f"{path} cannot be read: its header is not that of a safetensors file.") from error
+    try:
+        aft = parse_entry(text)
+    except (ValueError, TypeError) as error:
+        form, reason = None, f" ({error})"
+    else:
+        reason = ""
+    if form != FORMAT:
+        raise AFTError(
+            f"{path} is a safetensors file but not a steering vector{reason}.",
+            "Give a file written by train-vector.",
+        )
+    layers = _check_tensors(path, declared, size - 8 - length, aft)
+    return Header(layers, int(aft["hidden_size"]), size, aft)
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    refuse_pickle(path, start)
+    if len(start) < 8:
+        raise AFTError(f"{path} cannot be read: truncated or not a safetensors file.")
+    (length,) = struct.unpack("<Q", start[:8])
+    check_lengths(path, size, length)
+    if 8 + length > size:
+        raise AFTError(f"{path} cannot be read: truncated or not a safetensors file.")
+    return int(length)
+
+
+def _extra_shapes(path: Path, method: Any, width: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a vector of this method has beside its layers, by name."""
+    if not isinstance(method, str) or method not in METHODS:
+        raise AFTError(
+            f"{path} uses method {str(method)[:80]!r}; this version knows {', '.join(METHODS)}.",
+            "A newer lm-eval-aft may have written it: upgrade.",
+        )
+    return METHODS[method].extra(width) if isinstance(width, int) else {}
+
+
+def _check_tensors(path: Path, declared: dict[str, Any], size: int, aft: dict[str, Any]) -> tuple[int, ...]:
+    """The layers; raises unless every shape is the method's and the offsets fill the file."""
+    width, spans, layers = aft.get("hidden_size"), [], []
+    extra = _extra_shapes(path, aft.get("method"), width)
+    for name, tensor in declared.items():
+        layer = layer_index(name)
+        if layer is None and name not in extra:
+            raise AFTError(f"{path} holds a tensor named {name[:80]!r}, which no vector of {FORMAT} has.")
+        wanted = list(extra[name]) if layer is None else [width]
+        try:
+            dtype, shape, (first, last) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+            fits = last - first == _SIZES[dtype] * math.prod(shape)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise AFTError(
+                f"{path} holds a tensor {name!r} that is damaged or not floating point."
+            ) from error
+        if not fits or shape != wanted or isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise AFTError(
+                f"{path} declares hidden_size {width!r} but a shape {str(shape)[:60]} at {name} that does "
+                "not fit it or the file.",
+                "The file is damaged or was tampered with: get it again.",
+            )
+        if layer is not None:
+            layers.append(layer)
+        spans.append((first, last))
+    layers.sort()
+    if not layers or aft.get("layers") != layers:
+        raise AFTError(f"{path} declares layers {str(aft.get('layers'))[:80]} but holds {layers[:20]}.")
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise AFTError(f"{path} declares tensors that overlap or leave gaps.")
+        end = last
+    if end != size:
+        raise AFTError(f"{path} is truncated or too long: {end:,} bytes declared, {size:,} there.")
+    return tuple(layers)
+
+
+# The header of a vector file: bytes from anybody, made fit for use or refused.
+
+# A header with 10,000 selection documents and the fingerprint of a large model stays below 1 MB.
+MAX_HEADER = 16 * 2**20
+# 200 layers of 32,768 fp32 numbers are 26 MB.
+MAX_FILE = 256 * 2**20
+# What the entry's parts are where they are there at all; readers rely on it.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        (
+            "base_model",
+            "fingerprint",
+            "protocol",
+            "prompts",
+            "splits",
+            "selection",
+            "loss",
+            "versions",
+            "rft",
+        ),
+        (dict,),
+    ),
+    **dict.fromkeys(("calibration", "recipe", "hub"), (dict,)),
+    **dict.fromkeys(("tasks",), (list,)),
+    **dict.fromkeys(("task", "method", "positions", "objective", "metric", "control", "created"), (str,)),
+    **dict.fromkeys(("num_hidden_layers", "seed", "epoch", "parameters", "processes"), (int,)),
+}
+
+# One spelling each, and no more digits than any model has layers.
+_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def check_lengths(path: Path, size: int, header: int) -> None:
+    """Raise `AFTError` for a file, or a header that it declares, longer than any vector's (bytes)."""
+    if size > MAX_FILE:
+        raise AFTError(f"{path} is {size:,} bytes long; no vector is longer than {MAX_FILE:,}.")
+    if header > MAX_HEADER:
+        raise AFTError(
+            f"{path} declares a header of {header:,} bytes; no vector has more than {MAX_HEADER:,}."
+        )
+
+
+def layer_index(name: str) -> int | None:
+    """The 0-based block whose vector the tensor called ``name`` holds; ``None``: it holds no layer's."""
+    found = _LAYER.fullmatch(name)
+    return None if found is None else int(found[1])
+
+
+def parse_entry(text: str) -> dict[str, Any]:
+    """Read the entry.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, NaN or infinite numbers, no mapping, or a part that is
+            not of the kind it should be; the message says which.
+    """
+    try:
+        found = json.loads(text, parse_constant=_refuse, parse_int=_whole)
+        if _SURROGATE.search(text):  # half a character, which no file can be written with
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is no mapping")
+    for key, kinds in _KINDS.items():
+        value = found.get(key)
+        fine = value is None or (isinstance(value, kinds) and not isinstance(value, bool))
+        if not fine:
+            raise ValueError(f"its {key!r} is a {type(value).__name__}, not a {kinds[0].__name__}")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20:  # no arithmetic with it
+        raise ValueError("it holds a number that is too large")
+    return int(digits)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}")
+
+
+def read_tensors(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and the decoded ``aft`` entry of the header; never unpickles.
+
+    Raises:
+        AFTError: no file that can be read, or not of a vector's format; the tensors' names and shapes are
+            not looked at.
+    """
+    try:
+        with source.open("rb") as stream:
+            start = stream.read(9)
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise AFTError(f"{source} cannot be read: {error.strerror}.", "Check the path and rights.") from error
+    refuse_pickle(source, start)
+    check_lengths(source, size, int.from_bytes(start[:8], "little"))
+    try:
+        with safe_open(source, framework="pt", device="cpu") as file:
+            raw = file.metadata() or {}
+            if raw.get("format") != FORMAT:
+                raise AFTError(
+                    f"{source} is a safetensors file but not a steering vector "
+                    f"(format {raw.get('format')!r}, wanted {FORMAT!r}).",
+                    "Give a file written by train-vector.",
+                )
+            try:
+                header = parse_entry(raw.get("aft", "null"))
+            except ValueError as error:
+                raise AFTError(
+                    f"{source} has no sound 'aft' header: {error}.", "Give a file written by train-vector."
+                ) from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AFTError(
+            f"{source} cannot be read: truncated or not a safetensors file ({error}).",
+            "Copy or train it again.",
+        ) from error
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise AFTError(f"{source} holds tensors that are not floating point.")
+    return tensors, header
+
+
+def is_biased(meta: Mapping[str, Any]) -> bool:
+    """Whether a vector was chosen on evaluation documents, by its metadata's own word."""
+    protocol = mapping_or_empty(meta.get("protocol"))
+    return bool(protocol.get("biased") or protocol.get("name") == "biased")
+
+
+def mapping_or_empty(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,675 @@
+"""The report of a study: every cell, averages and intervals over cells, as data and as rendered tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scipy.special import stdtrit
+
+from lm_eval_aft import __version__
+from lm_eval_aft.evaluation import formatting, plots
+from lm_eval_aft.evaluation.compare import SELECTED, VerdictRow
+from lm_eval_aft.evaluation.formatting import json_text, write_formats
+from lm_eval_aft.evaluation.report import over_seeds
+from lm_eval_aft.evaluation.stats import ALPHA, BETTER, WORSE, holm, mean_stderr, verdict
+from lm_eval_aft.steering.methods import DEFAULT_METHOD
+from lm_eval_aft.studies.config import BenchStudy
+from lm_eval_aft.studies.jobs import DONE, PRUNED, Schedule, StudyCell, given_up
+from lm_eval_aft.studies.published import NOTES, TABLES
+
+
+@dataclass
+class BenchReport:
+    """Everything a reader is told.
+
+    Attributes:
+        family: how many comparisons Holm's correction covers.
+        pivots: per method a table of models × tasks, mean difference over seeds.
+        by_model, by_task: averages over cells, controls left out.
+        seeds: per model, task and method with at least 3 seeds, the mean and its interval.
+        methods: per method the mean over its models and tasks, seed by seed, with an interval.
+        contrasts: methods against the first one, seed by seed.
+        negative: pairs of model and task that were given up.
+        earlier: the earlier study's figures beside ours.
+    """
+
+    title: str
+    created: str
+    version: str
+    cells: list[CellRow]
+    family: int
+    alpha: float
+    pivots: list[dict[str, Any]]
+    by_model: list[dict[str, Any]]
+    by_task: list[dict[str, Any]]
+    seeds: list[dict[str, Any]]
+    methods: list[dict[str, Any]]
+    contrasts: list[dict[str, Any]]
+    negative: list[dict[str, Any]]
+    earlier: list[dict[str, Any]]
+    earlier_note: str
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def count(self, state: str) -> int:
+        """How many cells are in a state."""
+        return sum(cell.state == state for cell in self.cells)
+
+
+def build_study_report(study: BenchStudy, schedule: Schedule) -> BenchReport:
+    """The report of what is in the ledger, for the study as it is now."""
+    rows = [_cell_row(cell, schedule) for cell in schedule.cells]
+    family = _adjust(rows, schedule.cells)
+    judged = [row for row in rows if row.points is not None and not row.control]
+    notes = dict.fromkeys(f"{row.name}: {note}" for row in rows for note in row.notes)
+    return BenchReport(
+        title=f"Study {study.name}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=__version__,
+        cells=rows,
+        family=family,
+        alpha=ALPHA,
+        pivots=_pivots(rows),
+        by_model=averages(judged, lambda row: row.model),
+        by_task=averages(judged, lambda row: row.task),
+        seeds=over_seeds(_distinct(rows)),
+        methods=method_means(rows, study),
+        contrasts=contrasts(rows, study),
+        negative=_negative(rows),
+        earlier=beside_earlier(rows, study),
+        earlier_note=NOTES.get(study.earlier, ""),
+        notes=_shortened(list(notes)),
+    )
+
+
+def _cell_row(cell: StudyCell, schedule: Schedule) -> CellRow:
+    state = schedule.states[cell.name]
+    outcome = schedule.ledger.outcomes.get(cell.key) if state == DONE else None
+    own = (cell.name, cell.model.name, cell.task.name, cell.method.name, cell.seed, cell.control)
+    if outcome is None:
+        why = str(schedule.ledger.failures.get(cell.key, {}).get("error", "")) if state == "failed" else ""
+        if state == PRUNED:
+            why = "its first seed was no better than the baseline after all retries"
+        return CellRow(*own, state, why)
+    rows = [VerdictRow(**each) for each in outcome["rows"]]
+    for row in rows:
+        own_name = "" if cell.task.name == cell.task.task else f"{cell.task.name}/"
+        row.run = f"{cell.model.name}/{own_name}{cell.method.name}-seed-{cell.seed}" + (
+            f" {row.run}" if row.run.startswith("placebo/") else ""
+        )
+    steered = [row for row in rows if "placebo/" not in row.run]
+    primary = next((row for row in steered if row.primary), None)
+    return CellRow(
+        *own,
+        state,
+        given_up(outcome),
+        primary,
+        [row for row in rows if row is not primary],
+        outcome["vector"],
+        outcome.get("notes") or [],
+        round(sum((outcome.get("seconds") or {}).values()), 1),
+    )
+
+
+def _distinct(rows: Sequence[CellRow]) -> list[VerdictRow]:
+    """Primary shares of the cells, one and the same vector of several seeds once."""
+    found: dict[tuple[str, str, str, str], VerdictRow] = {}
+    for each in rows:
+        if each.row and each.row.share:
+            found.setdefault((each.model, each.task, each.method, each.vector["sha256"]), each.row)
+    return list(found.values())
+
+
+def _adjust(rows: Sequence[CellRow], cells: Sequence[StudyCell]) -> int:
+    """Holm over all cells; one and the same vector on the same documents is one comparison."""
+    same: dict[tuple[str, str], list[VerdictRow]] = {}
+    for each, cell in zip(rows, cells, strict=True):
+        row = each.row
+        if row is None:
+            continue
+        row.p_adjusted, row.family = None, False
+        if each.control or row.verdict == SELECTED:
+            continue
+        same.setdefault((each.vector["sha256"], cell.baseline_key), []).append(row)
+    adjusted = holm([twins[0].p_value for twins in same.values()])
+    for twins, p in zip(same.values(), adjusted, strict=True):
+        for row in twins:
+            row.p_adjusted, row.family = p, row is twins[0]
+            row.verdict = verdict(p, row.difference, row.higher_is_better)
+    return len(same)
+
+
+def _pivots(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    found = []
+    for method in dict.fromkeys(row.method for row in rows):
+        lines = []
+        for model in dict.fromkeys(row.model for row in rows):
+            line: list[dict[str, Any] | None] = []
+            for task in tasks:
+                own = [r for r in rows if (r.model, r.task, r.method) == (model, task, method)]
+                values = [row.points for row in own if row.points is not None]
+                verdicts = [row.row.verdict for row in own if row.row]
+                line.append(
+                    {
+                        "points": statistics.fmean(values) if values else None,
+                        "n": next((row.row.n for row in own if row.row), None),
+                        "seeds": len(values),
+                        "better": verdicts.count(BETTER),
+                        "worse": verdicts.count(WORSE),
+                        "states": sorted({row.state for row in own}),
+                    }
+                )
+            lines.append({"model": model, "values": line})
+        found.append({"method": method, "tasks": tasks, "lines": lines})
+    return found
+
+
+def _negative(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
+    """Series whose training gave up, and whether every method did on that model and task."""
+    gave_up = [row for row in rows if row.state == DONE and row.why]
+    found = []
+    for row in gave_up:
+        sisters = [each for each in rows if (each.model, each.task) == (row.model, row.task)]
+        finished = [each for each in sisters if each.state == DONE]
+        lost = {e.method for e in finished} - {each.method for each in finished if not each.why}
+        pruned = [each.name for each in sisters if each.state == PRUNED and each.method == row.method]
+        found.append(
+            {"name": row.name, "model": row.model, "task": row.task, "method": row.method, "why": row.why}
+            | {"points": row.points, "selection_change": row.vector.get("selection_change")}
+            | {"pruned": pruned, "whole_pair": lost >= {e.method for e in sisters if not e.control}}
+        )
+    return found
+
+
+def _shortened(notes: Iterable[str], most: int = 40) -> list[str]:
+    """One line for what is said of many cells."""
+    texts: dict[str, list[str]] = {}
+    for note in notes:
+        name, _, text = note.partition(": ")
+        texts.setdefault(text, []).append(name)
+    found = [
+        f"{names[0]}: {text}" if len(names) == 1 else f"{len(names)} cells, the first {names[0]}: {text}"
+        for text, names in texts.items()
+    ]
+    return (
+        found if len(found) <= most else [*found[:most], f"... and {len(found) - most} more kinds of notes."]
+    )
+
+
+# What may be said over cells: averages, intervals over seeds, the earlier study's figures beside ours.
+
+LEAST_SEEDS = 3
+
+
+@dataclass
+class CellRow:
+    """A cell's line in the table.
+
+    Attributes:
+        state: ``done``, ``failed``, ``pruned``, ``to do`` or ``left out`` (by ``--only``).
+        why: why it failed or was pruned; of a finished cell, why its training gave up.
+        row: its primary metric, the p-value adjusted over all cells; ``None`` unless it is done.
+        others: its other metrics and its placebos, outside Holm's family.
+        vector: what the vector is and how it was chosen.
+    """
+
+    name: str
+    model: str
+    task: str
+    method: str
+    seed: int
+    control: bool
+    state: str
+    why: str = ""
+    row: VerdictRow | None = None
+    others: list[VerdictRow] = field(default_factory=list)
+    vector: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def points(self) -> float | None:
+        """Difference in percentage points; ``None`` where there is none or the metric is no share."""
+        return 100 * self.row.difference if self.row and self.row.share else None
+
+
+def averages(rows: Sequence[CellRow], key: Callable[[CellRow], str]) -> list[dict[str, Any]]:
+    """Per key the mean over model, task and method, each of them a mean over its seeds."""
+    found = []
+    for name in dict.fromkeys(map(key, rows)):
+        own = [row for row in rows if key(row) == name]
+        series: dict[tuple[str, str, str], list[float]] = {}
+        for row in own:
+            series.setdefault((row.model, row.task, row.method), []).append(row.points or 0.0)
+        verdicts = [row.row.verdict for row in own if row.row]
+        better, worse = verdicts.count(BETTER), verdicts.count(WORSE)
+        mean = statistics.fmean(statistics.fmean(values) for values in series.values())
+        found.append(
+            {"name": name, "points": mean, "cells": len(own), "better": better, "worse": worse}
+            | {"neither": len(own) - better - worse}
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Series:
+    """A method on one model and task, seed by seed.
+
+    Attributes:
+        points: of each seed that is finished.
+        error: standard error of a seed's points, over documents; the mean over seeds.
+        vectors: how many different ones its seeds came to.
+    """
+
+    points: Mapping[int, float]
+    error: float
+    vectors: int
+
+
+def _by_pair(rows: Sequence[CellRow], method: str) -> dict[tuple[str, str], Series]:
+    """A method's series by model and task; without those whose primary metric is no share."""
+    own: dict[tuple[str, str], list[CellRow]] = {}
+    for row in rows:
+        if row.method == method:
+            own.setdefault((row.model, row.task), []).append(row)
+    return {
+        pair: Series(
+            {row.seed: row.points for row in each if row.points is not None},
+            statistics.fmean([_error(row.row) for row in each if row.row] or [0.0]),
+            len({row.vector.get("sha256") for row in each if row.row}),
+        )
+        for pair, each in own.items()
+        if all(row.row is None or row.row.share for row in each)
+    }
+
+
+def _error(row: VerdictRow) -> float:
+    """Standard error of a row's difference, in points, from its 95 % interval."""
+    return 100 * (row.high - row.low) / (2 * 1.96) if row.low is not None and row.high is not None else 0.0
+
+
+def _over_seeds(
+    series: Sequence[Mapping[int, float]], seeds: Sequence[int], vectors: int, error: float
+) -> dict[str, Any]:
+    """Mean over pairs seed by seed, then over seeds with its 95 % interval, where a claim may be made.
+
+    The seeds share their documents, so a t interval over seeds alone would miss what these documents
+    have by chance: half widths over seeds and over documents are added as squares.
+    ``why`` says why no claim may be made. Pairs that were pruned are those that did badly: a mean without
+    them would say nothing of the method, so each counts with the seeds that it has.
+
+    Args:
+        series: points by seed, of each pair that has any.
+        vectors: most different ones that a pair's seeds came to.
+        error: standard error of the mean over documents.
+    """
+    whole = [each for each in series if all(seed in each for seed in seeds)]
+    found: dict[str, Any] = {"seeds": len(seeds), "pairs": len(series), "low": None, "high": None}
+    found["mean"] = statistics.fmean(statistics.fmean(each.values()) for each in series)
+    if len(whole) < len(series):
+        return found | {"why": f"{len(series) - len(whole)} of them without every seed"}
+    if len(seeds) < LEAST_SEEDS:
+        return found | {"why": f"fewer than {LEAST_SEEDS} seeds"}
+    if vectors == 1:
+        return found | {"why": "every seed makes the same vector"}
+    means = [statistics.fmean(each[seed] for each in series) for seed in seeds]
+    half = math.hypot(float(stdtrit(len(means) - 1, 0.975)) * (mean_stderr(means) or 0.0), 1.96 * error)
+    return found | {"low": found["mean"] - half, "high": found["mean"] + half, "why": ""}
+
+
+def _documents(rows: Sequence[CellRow], method: str) -> float:
+    """Standard error over documents of a method's mean over models and tasks.
+
+    Models answer a task's documents alike, so their errors are not taken to cancel; those of different
+    tasks are.
+    """
+    errors: dict[str, list[float]] = {}
+    for (_, task), each in _by_pair(rows, method).items():
+        if each.points:
+            errors.setdefault(task, []).append(each.error)
+    total = sum(map(len, errors.values()))
+    return math.hypot(*(sum(each) for each in errors.values())) / total if total else 0.0
+
+
+def method_means(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]]:
+    """Each method over its models and tasks: what the method does, not one vector."""
+    found = []
+    for method in study.methods:
+        series = _by_pair(rows, method.name).values()
+        values = [each.points for each in series if each.points]
+        if values:
+            vectors = max(each.vectors for each in series)
+            means = _over_seeds(values, study.seeds, vectors, _documents(rows, method.name))
+            missing = len(series) - len(values)
+            if missing and not means["why"]:
+                means |= {"low": None, "high": None, "why": f"{missing} more without any seed"}
+            found.append({"method": method.name} | means)
+    return found
+
+
+def contrasts(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]]:
+    """Each method against the first one: models, tasks and seeds that both finished."""
+    first, *others = [method.name for method in study.methods]
+    before, found = _by_pair(rows, first), []
+    for name in others:
+        after = _by_pair(rows, name)
+        both = [(after[pair], before[pair]) for pair in after if pair in before]
+        values = [{s: a.points[s] - b.points[s] for s in a.points if s in b.points} for a, b in both]
+        if any(values):
+            vectors = max(max(a.vectors, b.vectors) for a, b in both)
+            error = math.hypot(_documents(rows, name), _documents(rows, first))
+            means = _over_seeds([each for each in values if each], study.seeds, vectors, error)
+            if not all(values) and not means["why"]:
+                means |= {"low": None, "high": None, "why": "not all of them in both"}
+            found.append({"method": name, "against": first} | means)
+    return found
+
+
+def beside_earlier(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]]:
+    """The earlier study's figures, each with the mean of ours on the same model, task and method."""
+    pretrained = {entry.name: entry.pretrained for entry in study.models}
+    harness = {entry.name: entry.task for entry in study.tasks}
+    shared = study.recipe.get("method", DEFAULT_METHOD)
+    kinds = {entry.name: entry.settings.get("method", shared) for entry in study.methods}
+    found = []
+    for quoted in TABLES.get(study.earlier, ()):
+        ours = [
+            row
+            for row in rows
+            if not row.control
+            and row.points is not None
+            and kinds[row.method] == quoted.method
+            and quoted.model in ("", pretrained[row.model])
+            and quoted.task in ("", harness[row.task])
+        ]
+        values = [row.points for row in ours if row.points is not None]
+        found.append(
+            asdict(quoted)
+            | {"ours": statistics.fmean(values) if values else None, "best": max(values, default=None)}
+            | {"cells": len(values), "our_n": sorted({row.row.n for row in ours if row.row})}
+        )
+    return found
+
+
+# A study's report as tables of texts: one place, so that every format shows the same.
+
+
+@dataclass
+class RenderedTable:
+    """A table as texts. ``tones`` gives the lines of an HTML table their colours."""
+
+    title: str
+    columns: list[str]
+    lines: list[list[str]]
+    intro: str = ""
+    tones: list[str] = field(default_factory=list)
+
+
+def summary(report: BenchReport) -> str:
+    """The study in a few sentences."""
+    states = {state: report.count(state) for state in dict.fromkeys(cell.state for cell in report.cells)}
+    told = ", ".join(f"{count} {state}" for state, count in states.items())
+    rows = [cell.row for cell in report.cells if cell.row and cell.row.p_adjusted is not None]
+    better, worse = (sum(row.verdict == word for row in rows) for word in ("better", "worse"))
+    open_cells = sum(cell.state not in (DONE, PRUNED) and not cell.control for cell in report.cells)
+    provisional = (
+        f" Verdicts are provisional: {open_cells} cells are not finished, and will count in that family."
+        if open_cells
+        else ""
+    )
+    return (
+        f"{len(report.cells)} cells: {told}. Of {len(rows)} vectors judged, {better} did better than the "
+        f"frozen model, {worse} worse, and {len(rows) - better - worse} showed no detectable difference. A "
+        f"verdict needs a Holm-adjusted p below {report.alpha} over all {report.family} comparisons of this "
+        f"study; it speaks of one vector. Placebos and secondary metrics stand outside.{provisional}"
+    )
+
+
+def tables(report: BenchReport, brief: bool = False) -> list[RenderedTable]:
+    """Every table of the report, those with nothing to show left out; ``brief``: as a terminal has room."""
+    made = [
+        *_pivot_tables(report),
+        _brief(_cells(report)) if brief else _cells(report),
+        _placebos(report),
+        _averages("By model", "model", report.by_model),
+        _averages("By task", "task", report.by_task),
+        _methods(report),
+        _seeds(report),
+        _negative_table(report),
+        _earlier(report),
+    ]
+    return [table for table in made if table.lines]
+
+
+def _points(value: float | None) -> str:
+    return "–" if value is None else formatting.points(value / 100, True)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{_points(low)} to {_points(high)}"
+
+
+def _pivot_tables(report: BenchReport) -> list[RenderedTable]:
+    found = []
+    for pivot in report.pivots:
+        lines = []
+        for line in pivot["lines"]:
+            texts = [line["model"]]
+            for value in line["values"]:
+                if value["points"] is None:
+                    texts.append(", ".join(value["states"]))
+                    continue
+                marks = "▲" * value["better"] + "▼" * value["worse"]
+                texts.append(f"{_points(value['points'])} {marks}".strip())
+            lines.append(texts)
+        sizes = [
+            next((line["values"][i]["n"] for line in pivot["lines"] if line["values"][i]["n"]), "–")
+            for i in range(len(pivot["tasks"]))
+        ]
+        columns = ["model", *(f"{task} (n = {n})" for task, n in zip(pivot["tasks"], sizes, strict=True))]
+        intro = (
+            "Mean difference from the frozen model over seeds, in points, on each task's primary metric; "
+            "▲ ▼ one seed's vector better or worse after Holm."
+        )
+        found.append(RenderedTable(f"Models × tasks: {pivot['method']}", columns, lines, intro))
+    return found
+
+
+_COLUMNS = [
+    *("model", "task", "method", "seed", "layer", "metric", "n", "baseline", "steered", "difference"),
+    *("95 % interval", "won / lost", "p", "p (Holm)", "detectable", "verdict"),
+]
+
+
+def _cells(report: BenchReport) -> RenderedTable:
+    lines, tones = [], []
+    for each in report.cells:
+        head = [each.model, each.task, each.method, str(each.seed)]
+        if each.row is None:
+            why = f": {each.why}" if each.why else ""
+            lines.append([*head, *["–"] * (len(_COLUMNS) - 5), f"{each.state}{why}"])
+            tones.append("none")
+            continue
+        texts = formatting.row_cells(each.row)
+        lines.append([*head, _layers(each), texts[1], *texts[3:12], _verdict(each, texts[12])])
+        tones.append(plots.tone(each.row))
+    return RenderedTable("Every cell", _COLUMNS, lines, tones=tones)
+
+
+def _brief(table: RenderedTable) -> RenderedTable:
+    wanted = ["layer", "n", "baseline", "difference", "95 % interval", "p (Holm)", "verdict"]
+    places = [_COLUMNS.index(name) for name in wanted]
+    lines = [["/".join(line[:4]), *(line[place] for place in places)] for line in table.lines]
+    return RenderedTable(table.title, ["model/task/method/seed", *wanted], lines)
+
+
+def _layers(each: CellRow) -> str:
+    layers = each.vector.get("layers") or []
+    return f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else ", ".join(map(str, layers))
+
+
+def _verdict(each: CellRow, text: str) -> str:
+    return f"{text}; {each.why}" if each.why and each.state == DONE else text
+
+
+def _placebos(report: BenchReport) -> RenderedTable:
+    lines = []
+    for each in report.cells:
+        for row in each.others:
+            if row.primary and row.kind == "placebo":
+                texts = formatting.row_cells(row)
+                lines.append([each.name, row.run.rpartition(" ")[2], *texts[3:10]])
+    return RenderedTable("Placebos", ["cell", "placebo", *_COLUMNS[6:13]], lines)
+
+
+def _averages(title: str, name: str, rows: list[dict[str, Any]]) -> RenderedTable:
+    columns = [name, "mean difference (points)", "cells", "better", "worse", "no detectable difference"]
+    keys = ("cells", "better", "worse", "neither")
+    lines = [[row["name"], _points(row["points"]), *(str(row[key]) for key in keys)] for row in rows]
+    return RenderedTable(title, columns, lines, "Controls are left out.")
+
+
+def _methods(report: BenchReport) -> RenderedTable:
+    lines = []
+    for row in [*report.methods, *report.contrasts]:
+        name = f"{row['method']} − {row['against']}" if "against" in row else row["method"]
+        interval = _interval(row["low"], row["high"])
+        if row["low"] is None:
+            interval = f"no claim: {row['why']}"
+        lines.append([name, str(row["pairs"]), str(row["seeds"]), _points(row["mean"]), interval])
+    columns = ["method", "models × tasks", "seeds", "mean difference (points)", "95 % interval"]
+    intro = (
+        "What may be said of a method: the mean over models and tasks, seed by seed, and its interval over "
+        "seeds and documents; models and tasks are these. Where seeds were pruned, failed or are to be done, "
+        "each model and task counts with those it has, and there is no interval."
+    )
+    return RenderedTable("Methods", columns, lines, intro)
+
+
+def _seeds(report: BenchReport) -> RenderedTable:
+    lines = []
+    for row in report.seeds:
+        mean = formatting.points(row["mean"], row["share"])
+        interval = formatting.interval(row["low"], row["high"], row["share"])
+        lines.append([row["run"], row["task"], str(row["seeds"]), mean, interval])
+    columns = ["model / method", "task", "seeds", "mean difference (points)", "95 % interval over seeds"]
+    return RenderedTable("Over seeds", columns, lines)
+
+
+def _negative_table(report: BenchReport) -> RenderedTable:
+    lines = []
+    for row in report.negative:
+        change = row["selection_change"]
+        left_out = f"{len(row['pruned'])} further seed(s) not run" if row["pruned"] else "–"
+        whole = "every method gave up on this model and task" if row["whole_pair"] else "this method only"
+        selection = "–" if change is None else f"{change:+.4f}"
+        lines.append([row["name"], row["why"], selection, _points(row["points"]), whole, left_out])
+    columns = ["cell", "why", "selection score (nats)", "difference (points)", "scope", "pruned"]
+    return RenderedTable("Negative results", columns, lines)
+
+
+def _earlier(report: BenchReport) -> RenderedTable:
+    lines = []
+    for row in report.earlier:
+        theirs = f"{_points(float(row['points']))} (n = {row['n'] or 'not told'})"
+        n = " or ".join(map(str, row["our_n"]))
+        ours = "–" if row["ours"] is None else f"{_points(row['ours'])} (n = {n}, {row['cells']} cells)"
+        best = _points(row["best"])
+        lines.append(
+            [
+                row["model"] or "any",
+                row["task"] or "any",
+                row["method"],
+                theirs,
+                ours,
+                best,
+                row["note"] or "–",
+            ]
+        )
+    columns = ["model", "task", "method", "earlier study", "here, mean", "here, best cell", "its note"]
+    intro = (
+        "The earlier study chose its vectors on documents it reported, so its figures are not results by the "
+        f"rules kept here; points against its own baselines. {report.earlier_note}"
+    )
+    return RenderedTable("The earlier study's figures", columns, lines, intro)
+
+
+# A study's report as Markdown, HTML, JSON and CSV. No number is computed here.
+
+
+def write_study_report(report: BenchReport, folder: Path) -> list[Path]:
+    """Write ``report.md``, ``.html``, ``.json`` and ``.csv``; each appears whole or not at all."""
+    texts = {
+        "md": to_markdown(report),
+        "html": to_html(report),
+        "json": to_json(report),
+        "csv": to_csv(report),
+    }
+    return write_formats(texts, folder, "report")
+
+
+def to_json(report: BenchReport) -> str:
+    """Everything, with full precision."""
+    return json_text(report.to_dict())
+
+
+_FACTS = ("sha256", "layers", "norm", "epoch", "selection_change", "retries", "pruned", "train")
+
+
+def to_csv(report: BenchReport) -> str:
+    """A line for each metric of each cell, with full precision; no times, so that equal studies are equal."""
+    stream = io.StringIO()
+    own = ["model", "task", "method", "seed", "control", "state", "why"]
+    names = [each.name for each in fields(VerdictRow) if each.name != "task"]
+    writer = csv.DictWriter(stream, [*own, *names, *_FACTS], lineterminator="\n")
+    writer.writeheader()
+    for each in report.cells:
+        told = {key: getattr(each, key) for key in own}
+        facts = {key: each.vector.get(key) for key in _FACTS}
+        for row in [each.row, *each.others] if each.row else [None]:
+            values = {key: value for key, value in asdict(row).items() if key != "task"} if row else {}
+            writer.writerow(told | values | facts)
+    return stream.getvalue()
+
+
+def to_markdown(report: BenchReport) -> str:
+    """Tables to paste into a paper's appendix."""
+    return str(_template("study.md.j2", False).render(**_context(report)))
+
+
+def to_html(report: BenchReport) -> str:
+    """One page that needs nothing else."""
+    style = (Path(plots.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    return str(_template("study.html.j2", True).render(**_context(report), style=style))
+
+
+def _context(report: BenchReport) -> dict[str, Any]:
+    return {"report": report, "summary": summary(report), "tables": tables(report)}
+
+
+@cache
+def _template(name: str, escaped: bool) -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("lm_eval_aft.studies"),
+        autoescape=escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name)

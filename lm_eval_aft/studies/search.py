@@ -1,0 +1,355 @@
+"""Hyper-parameter search for one vector, on the selection split alone: layer, learning rate, epochs, L2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import LOCK, canonical_json, exclusive_dir, replacing
+from lm_eval_aft.engine.precision import to_training_dtype
+from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.steering.vector_file import FILE_NAME
+from lm_eval_aft.training.checkpoint import TRAINING_LEDGER
+from lm_eval_aft.training.recipe import Protocol, TrainingPlan, parse_layers
+from lm_eval_aft.training.run import run_sweep
+from lm_eval_aft.training.setup import Prepared, prepare
+
+SEARCH_LEDGER = "search.jsonl"
+SEARCH_SETTINGS = "asked.json"
+WINNER, TRIALS = "winner", "trials"
+STRATEGIES = ("grid", "optuna")
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched. `grid` tries every combination; `optuna` draws within the same bounds.
+
+    Attributes:
+        layers: as ``train-vector --layers`` takes them, percentages of the depth for instance.
+        lr: learning rates; Optuna draws on a log scale from the least to the largest.
+        epochs: epochs after which training ends, its best epoch kept; Optuna draws between the ends.
+        l2: penalties; Optuna chooses one.
+    """
+
+    layers: str = "10%,20%,30%,40%,50%,60%,70%,80%,90%"
+    lr: tuple[float, ...] = (1e-4, 5e-4, 1e-3, 2e-3)
+    epochs: tuple[int, ...] = (5, 10, 15, 20)
+    l2: tuple[float, ...] = (0.0,)
+
+    def __post_init__(self) -> None:
+        if not (self.lr and self.epochs and self.l2) or min(self.epochs, default=0) < 1:
+            raise AFTError(
+                "The search space is empty.", "Give at least one layer, lr, L2 and number of epochs."
+            )
+
+    def protocol(self, seeds: int, batch_size: int) -> Protocol:
+        """The grid as a recipe: every setting to the end, so that each number of epochs is met on the way."""
+        return Protocol(
+            "search",
+            self.layers,
+            epochs=max(self.epochs),
+            patience=None,
+            seeds=seeds,
+            lr=tuple(dict.fromkeys(self.lr)),
+            l2=tuple(dict.fromkeys(self.l2)),
+            batch_size=batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is to be done; `run` goes on with what a former call left in ``output``.
+
+    Attributes:
+        trials: how many settings Optuna tries.
+        settings: of `TrainingPlan.of`, besides what is searched.
+    """
+
+    model: str
+    task: str
+    output: Path
+    space: Space = field(default_factory=Space)
+    strategy: str = "grid"
+    trials: int = 20
+    seeds: int = 1
+    batch_size: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def prepare(self) -> Prepared:
+        """The grid's plan with model and documents; Optuna's trials are parts of it.
+
+        Raises:
+            AFTError: bad input, or a folder that something else was searched in.
+        """
+        if self.strategy not in STRATEGIES:
+            raise AFTError(f"There is no strategy {self.strategy!r}.", f"Use {' or '.join(STRATEGIES)}.")
+        if self.strategy == "optuna":
+            _optuna()
+        plan = TrainingPlan.of(self.task, self.space.protocol(self.seeds, self.batch_size), **self.settings)
+        self._claim(plan)
+        lm = AFTLM(self.model, **dict(self.model_args))
+        if "dtype" not in self.model_args:
+            to_training_dtype(lm.model)
+        return prepare(lm, plan)
+
+    def run(
+        self, prepared: Prepared, say: Callable[[str], None] = print, progress: bool = True
+    ) -> list[Point]:
+        """Train what is missing; write ledger, table and winner; return the points, best first.
+
+        Raises:
+            AFTError: every setting diverged, or another process works in the folder.
+        """
+        with exclusive_dir(self.output):
+            return self._run(prepared, say, progress)
+
+    def _run(self, prepared: Prepared, say: Callable[[str], None], progress: bool) -> list[Point]:
+        (self.output / SEARCH_SETTINGS).write_text(self._asked(prepared.plan), encoding="utf-8")
+        work = _grid if self.strategy == "grid" else _draw
+        points = sorted(work(self, prepared, say, progress), key=Point.order)
+        if not any(point.best_epoch for point in points):
+            raise AFTError("Every setting diverged with one of its seeds.", "Search lower learning rates.")
+        note = {"strategy": self.strategy, "points": len(points), "space": asdict(self.space)}
+        vector = SteeringVector.load(self.output / WINNER)
+        if vector.metadata.get("search") != json.loads(canonical_json(note)):
+            vector.metadata["search"] = json.loads(canonical_json(note))
+            vector.save(self.output / WINNER)
+        return points
+
+    def _claim(self, plan: TrainingPlan) -> None:
+        """Refuse a folder that holds something else, or a search with other settings."""
+        if not self.output.exists() or not any(each.name != LOCK for each in self.output.iterdir()):
+            return
+        try:
+            there = (self.output / SEARCH_SETTINGS).read_text(encoding="utf-8")
+        except OSError:
+            raise AFTError(
+                f"{self.output} is not empty, and no search began it.", "Choose another."
+            ) from None
+        if there != self._asked(plan):
+            raise AFTError(
+                f"The search in {self.output} had other settings.",
+                "Go on with the same flags, or choose another folder.",
+            )
+
+    def _asked(self, plan: TrainingPlan) -> str:
+        # More trials than before are more of the same.
+        asked = {"model": self.model, "strategy": self.strategy, "plan": plan.to_dict()}
+        return canonical_json(asked | {"space": asdict(self.space), "model_args": dict(self.model_args)})
+
+
+def _grid(search: Search, prepared: Prepared, say: Callable[[str], None], progress: bool) -> list[Point]:
+    """One sweep over everything, sharing the frozen passes; its ledger has every setting and epoch."""
+    folder = search.output / WINNER
+    if not (folder / FILE_NAME).exists():
+        run_sweep(prepared, folder, resume=True, progress=progress)
+    depth = len(prepared.backbone.blocks)
+    points = read_points(folder, sorted(set(search.space.epochs)), depth)
+    write_ledger(points, search.output / SEARCH_LEDGER)
+    return points
+
+
+def _draw(search: Search, prepared: Prepared, say: Callable[[str], None], progress: bool) -> list[Point]:
+    """Optuna's trials one by one. What it proposes next follows from the ledger alone, so a run resumes."""
+    optuna, space = _optuna(), search.space
+    sites = parse_layers(space.layers, len(prepared.backbone.blocks))
+    points = read_ledger(search.output / SEARCH_LEDGER)
+    write_ledger(points, search.output / SEARCH_LEDGER)  # without what was cut short
+    ranges = optuna.distributions
+    wanted = {
+        "layer": ranges.IntDistribution(min(sites), max(sites)),
+        "lr": ranges.FloatDistribution(min(space.lr), max(space.lr), log=min(space.lr) < max(space.lr)),
+        "epochs": ranges.IntDistribution(min(space.epochs), max(space.epochs)),
+        "l2": ranges.CategoricalDistribution(list(dict.fromkeys(space.l2))),
+    }
+    study = optuna.create_study(direction="minimize")
+    for point in points:
+        params = {name: getattr(point, name) for name in wanted}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=wanted, value=point.score))
+    for number in range(len(points), search.trials):
+        study.sampler = optuna.samplers.TPESampler(seed=prepared.plan.first_seed + number)
+        trial = study.ask(wanted)
+        point = _trial(search, prepared, number, dict(trial.params), progress)
+        study.tell(trial, point.score)
+        with jsonlines.open(search.output / SEARCH_LEDGER, "a") as writer:
+            writer.write(asdict(point))
+        points.append(point)
+        say(
+            f"trial {number}: layer {point.layer}, lr {point.lr:.2g}, l2 {point.l2:g}, "
+            f"{point.epochs} epochs: {point.change:+.4f} nats"
+        )
+    best = min(points, key=Point.order)
+    begun = search.output / f".{WINNER}.begun"
+    for old in (begun, search.output / WINNER):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(_folder(search, best.trial or 0), begun)
+    begun.rename(search.output / WINNER)
+    return points
+
+
+def _trial(search: Search, prepared: Prepared, number: int, params: dict[str, Any], progress: bool) -> Point:
+    changes = {"lr": params["lr"], "l2": params["l2"], "epochs": params["epochs"]}
+    protocol = prepared.plan.protocol.changed({**changes, "layers": str(params["layer"])})
+    part = replace(prepared, plan=replace(prepared.plan, protocol=protocol), layers=[params["layer"]])
+    folder = _folder(search, number)
+    if not (folder / FILE_NAME).exists():
+        run_sweep(part, folder, resume=True, progress=progress)
+    depth = len(prepared.backbone.blocks)
+    found = read_points(folder, [params["epochs"]], depth, number)
+    site, inf = params["layer"], float("inf")
+    settings = (site, site / max(1, depth - 1), params["lr"], params["l2"], params["epochs"])
+    return found[0] if found else Point(*settings, inf, inf, 0.0, (), number)
+
+
+def _folder(search: Search, number: int) -> Path:
+    return search.output / TRIALS / f"{number:04d}"
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise AFTError(
+            "Optuna is not installed.", 'Install it with `pip install "lm-eval-aft[optuna]"`, or use a grid.'
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+# Settings tried in a search, and what they came to on the selection split.
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting and what it came to on the selection split.
+
+    Attributes:
+        depth: the layer as a share of the depth, 0 the first block and 1 the last.
+        score: mean over seeds of the best epoch's temperature-fitted cross-entropy, within ``epochs``.
+        change: difference from the baseline; negative is better.
+        best_epoch: of each seed; none where one diverged, and then the score is infinite.
+    """
+
+    layer: int
+    depth: float
+    lr: float
+    l2: float
+    epochs: int
+    score: float
+    change: float
+    accuracy: float
+    best_epoch: tuple[int, ...]
+    trial: int | None = None
+
+    def order(self) -> tuple[float, float, int]:
+        """Sorts better points first; at equal scores the one that trained less."""
+        return (self.score, -self.accuracy, self.epochs)
+
+
+def read_points(folder: Path, epochs: Sequence[int], depth: int, trial: int | None = None) -> list[Point]:
+    """The settings of a finished run, from its ledger, each at each number of epochs.
+
+    Settings in which a seed diverged are left out.
+    """
+    found: dict[tuple[int, float, float], dict[int, list[dict[str, Any]]]] = {}
+    with jsonlines.open(folder / TRAINING_LEDGER) as reader:
+        for line in reader.iter(type=dict, skip_invalid=True):
+            if line.get("event") == "epoch" and line["stage"] == "final":
+                setting = (line["layer"], line["lr"], line["l2"])
+                found.setdefault(setting, {}).setdefault(line["seed"], []).append(line)
+    seeds = max((len(by_seed) for by_seed in found.values()), default=0)
+    points = []
+    for (layer, lr, l2), by_seed in found.items():
+        for most in epochs:
+            best = [
+                min(lines[:most], key=lambda e: (e["score"], -e["accuracy"]))
+                for lines in by_seed.values()
+                if len(lines) >= most
+            ]
+            if len(best) < seeds:
+                continue
+            score = statistics.fmean(each["score"] for each in best)
+            baseline = best[0]["baseline"]
+            points.append(
+                Point(
+                    layer,
+                    layer / max(1, depth - 1),
+                    lr,
+                    l2,
+                    most,
+                    score,
+                    score - baseline,
+                    statistics.fmean(each["accuracy"] for each in best),
+                    tuple(each["epoch"] for each in best),
+                    trial,
+                )
+            )
+    return points
+
+
+def write_ledger(points: Iterable[Point], path: Path) -> None:
+    """One line per setting."""
+    with replacing(path) as temporary, jsonlines.open(temporary, "w") as writer:
+        writer.write_all(asdict(point) for point in points)
+
+
+def read_ledger(path: Path) -> list[Point]:
+    """Settings written one by one; a line cut short by sudden death is passed over."""
+    if not path.exists():
+        return []
+    with jsonlines.open(path) as reader:
+        lines = list(reader.iter(type=dict, skip_invalid=True))
+    return [Point(**{**line, "best_epoch": tuple(line["best_epoch"])}) for line in lines]
+
+
+POINT_COLUMNS = ("layer", "depth", "lr", "l2", "epochs", "cross-entropy", "change", "accuracy", "best epoch")
+
+
+def table(points: Sequence[Point]) -> list[list[str]]:
+    """Lines in the order of `POINT_COLUMNS`, best first."""
+    return [
+        [
+            str(point.layer),
+            f"{point.depth:.0%}",
+            f"{point.lr:.3g}",
+            f"{point.l2:g}",
+            str(point.epochs),
+            f"{point.score:.4f}",
+            f"{point.change:+.4f}",
+            f"{point.accuracy:.1%}",
+            "/".join(map(str, point.best_epoch)),
+        ]
+        for point in sorted(points, key=Point.order)
+    ]
+
+
+SEARCH_NOTE = (
+    "On the selection split, carved from the training split: these numbers chose the vector and are no "
+    "results. The best of {count} looks better than it is; score the winner on the evaluation split."
+)
+
+
+def write_table(points: Sequence[Point], folder: Path, title: str) -> Path:
+    """``search.md``: all points, best first."""
+    rows = [POINT_COLUMNS, ["---"] * len(POINT_COLUMNS), *table(points)]
+    lines = [
+        f"# {title}",
+        "",
+        SEARCH_NOTE.format(count=len(points)),
+        "",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    path = folder / "search.md"
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return path

@@ -1,0 +1,291 @@
+"""Models on the meta device, and how long a simulated device would take over their operations.
+
+Every operation takes as long as its arithmetic or its memory traffic, whichever is longer, and at least
+the time it takes to issue it (the roofline model: Williams, Waterman and Patterson, 2009,
+doi:10.1145/1498765.1498785).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lm_eval_aft._util.private_names import borrowed, require
+from lm_eval_aft.engine.batching import Batch, Document
+from lm_eval_aft.engine.compatibility import refused
+from lm_eval_aft.steering.backbone import Backbone, find_backbone
+from lm_eval_aft.training.cost import COUNTED_ATTENTION, CPU_ATTENTION, Spent
+from lm_eval_aft.training.objectives import Objective, Score
+from lm_eval_aft.training.trainer import Trajectory
+
+with borrowed("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.utils._pytree.tree_leaves"):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Device:
+    """What an accelerator (or this machine's CPU) reaches in practice.
+
+    Attributes:
+        kind: ``cuda`` or ``cpu``: whose attention kernels are used.
+        flops: operations a second in large matrix products, in the model's dtype.
+        bandwidth: bytes a second to and from its memory.
+        memory: bytes.
+        overhead: seconds to issue one operation.
+    """
+
+    name: str
+    kind: str
+    flops: float
+    bandwidth: float
+    memory: float
+    overhead: float
+
+
+def gpu(name: str, tflops: float, gigabytes_a_second: float, gigabytes: float) -> Device:
+    """A GPU from its data sheet (dense bfloat16, fp32 accumulation).
+
+    Six tenths of the arithmetic and eight tenths of the bandwidth are taken to be reached, and 10
+    microseconds an operation, as eager PyTorch commonly does: assumptions, not measurements.
+    """
+    return Device(name, "cuda", 0.6e12 * tflops, 0.8e9 * gigabytes_a_second, 1e9 * gigabytes, overhead=10e-6)
+
+
+DEVICES = {
+    "24gb": gpu("NVIDIA GeForce RTX 4090, 24 GB", 165.2, 1008, 24),
+    "80gb": gpu("NVIDIA A100 SXM, 80 GB", 312, 2039, 80),
+}
+
+
+def this_cpu(dtype: torch.dtype = torch.float32) -> Device:
+    """This machine's processor with as many threads as torch now uses, measured in about a second.
+
+    Its memory bandwidth is that of a copy out of cache.
+    """
+    a, b = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    big, small = torch.ones(2**24), torch.ones(4)
+    product = _best(lambda: torch.mm(a, b), 10)
+    copy = _best(lambda: big.clone(), 5)
+    issue = _best(lambda: [small.add(1) for _ in range(1000)], 5) / 1000
+    flops = 2 * a.shape[0] * a.shape[1] * b.shape[1] / product
+    return Device("this CPU", "cpu", flops, 2 * big.nbytes / copy, _installed(), issue)
+
+
+def _best(work: Callable[[], Any], rounds: int) -> float:
+    """Least process CPU time of several rounds: others' work on the same cores does not count."""
+    taken = []
+    for _ in range(rounds):
+        started = time.process_time()
+        work()
+        taken.append(time.process_time() - started)
+    return max(min(taken), 1e-9)
+
+
+def _installed() -> float:
+    import os
+
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+# They read of their first argument only what they return.
+_PICKING = ("embedding", "index", "index_select", "gather")
+
+
+class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up, inside a ``with`` block, what the operations would take on a device: ``spent``.
+
+    Tensors may be on the meta device: only shapes count. What runs on the CPU for a GPU is free.
+    """
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        require(COUNTED_ATTENTION)
+        self.device = device
+        self.spent: Spent = Spent()
+        self._flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        made = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+        if func.is_view or not any(each.is_meta for each in (*given, *made)):
+            return output
+        count = self._flops.get(func.overloadpacket)
+        flops = float(count(*args, **(kwargs or {}), out_val=output)) if count else 0.0
+        read = 0 if func.overloadpacket.__name__ in _PICKING else _size(given)
+        traffic = read + _size(made) if given else 0
+        seconds = max(flops / self.device.flops, traffic / self.device.bandwidth, self.device.overhead)
+        self.spent = self.spent + Spent(seconds, flops)
+        return output
+
+
+def _size(tensors: list[Tensor]) -> int:
+    """Bytes behind tensors; an expanded one has only those of what it repeats."""
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+
+
+@contextmanager
+def shapes_only(kind: str) -> Iterator[None]:
+    """Inside the block, attention on the meta device uses the kernels of a ``cuda`` or ``cpu`` device.
+
+    Left alone it would write out every pair of tokens, which those kernels do not. And where code asks
+    whether all of something holds (finite gradients, rows that are one sequence), the answer is yes.
+    """
+    with _Kernels(kind):
+        yield
+
+
+class _Kernels(TorchFunctionMode):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return _attention(self._kind, *args, **(kwargs or {}))
+
+
+def _attention(
+    kind: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As ``torch.nn.functional.scaled_dot_product_attention``, by a fused kernel."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    if kind == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )
+    else:
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        with borrowed("torch: torch.ops.aten._scaled_dot_product_efficient_attention"):
+            kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        found = kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)
+    result: Tensor = found[0]
+    return result
+
+
+# Models with shapes and without contents, and the engine on them: what a run does, not what it finds.
+
+
+def blank_model(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The causal LM that a transformers config describes, on the meta device: shapes without contents."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def shallower(config: Any, depth: int) -> Any:
+    """The same config with only so many blocks."""
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    return cut
+
+
+def blocks_alike(model: nn.Module) -> bool:
+    """Whether all blocks do the same work: the same parameters, and one type of layer."""
+    types = getattr(getattr(model, "config", None), "layer_types", None) or [""]
+    shapes = [[(n, p.shape) for n, p in block.named_parameters()] for block in find_backbone(model).blocks]
+    return len(set(types)) == 1 and all(each == shapes[0] for each in shapes)
+
+
+def may_pack_blank(model: nn.Module, documents: Sequence[Document]) -> bool:
+    """Whether a model's config and the documents allow packed rows; a loaded model is tried as well."""
+    if refused(model, max(document.tokens(True) for document in documents)):
+        return False
+    return any(document.rows(True) < document.rows(False) for document in documents)
+
+
+class BlankObjective:
+    """An objective that computes everything and knows nothing of the outcome."""
+
+    def __init__(self, inner: Objective) -> None:
+        self._inner = inner
+        self.name, self.metric = inner.name, inner.metric
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """As the objective's own."""
+        return self._inner.losses(logits, batch)
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> list[NDArray[np.float64]]:
+        """Zeros, after all the work."""
+        # The last thing an objective does is to copy the contents out, and there are none.
+        with suppress(NotImplementedError):
+            self._inner.outcomes(logits, batch)
+        return [np.zeros(1) for _ in batch.documents]
+
+    def summarise(self, outcomes: Sequence[NDArray[np.float64]]) -> Score:
+        """A score of nothing."""
+        return Score(0.0, 0.0, 0.0, 1.0, len(outcomes))
+
+
+class BlankEngine(Trajectory):
+    """The fast engine on a blank model, keeping the frozen output of every block."""
+
+    def __init__(
+        self, model: nn.Module, backbone: Backbone, objective: Objective, *, packed: bool, budget: int
+    ) -> None:
+        super().__init__(model, backbone, BlankObjective(objective), packed=packed, budget=budget)
+        self._frozen: dict[torch.Size, dict[int, Any]] = {}
+        self._laid_out: dict[tuple[Document, ...], list[Batch]] = {}
+        self._remembers = False
+
+    def lay_out(self, documents: Sequence[Document]) -> int:
+        """Make the batches of these documents, once and for all; the bytes of the largest."""
+        key = tuple(documents)
+        if key not in self._laid_out:
+            self._laid_out[key] = list(super().batches(documents))
+        return max(sum(t.nbytes for t in batch.inputs.values()) for batch in self._laid_out[key])
+
+    def batches(self, documents: Sequence[Document]) -> Iterator[Batch]:
+        """As the engine's, made beforehand: how long that takes tells nothing about the device."""
+        self.lay_out(documents)
+        return iter(self._laid_out[tuple(documents)])
+
+    def outputs(self, batch: Batch, layers: Collection[int]) -> dict[int, Any]:
+        """The frozen model's output at every block."""
+        shape = batch.inputs["input_ids"].shape
+        if not (self._remembers and shape in self._frozen):
+            self._frozen[shape] = super().outputs(batch, range(len(self.backbone.blocks)))
+        return self._frozen[shape]
+
+    def forget(self) -> None:
+        """Let go of the outputs of frozen passes."""
+        self._frozen = {}
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside the block, frozen passes over as many tokens as one before take nothing."""
+        self._remembers = True
+        yield
+        self._remembers = False

@@ -1,0 +1,337 @@
+"""Training every vector of a study into a library, resumably, and scoring each on each of its tasks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import canonical_json, replacing
+from lm_eval_aft.engine.precision import to_training_dtype
+from lm_eval_aft.evaluation import formatting
+from lm_eval_aft.evaluation.report import compare
+from lm_eval_aft.evaluation.run import evaluate_pair
+from lm_eval_aft.harness.identity import contents_digest
+from lm_eval_aft.library.store import Library
+from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.steering.vector_file import FILE_NAME
+from lm_eval_aft.studies.config import Study, StudyEntry
+from lm_eval_aft.training.run import run
+from lm_eval_aft.training.setup import prepare
+
+logger = logging.getLogger(__name__)
+# A hidden folder of the library: listings pass it over.
+FOLDER = ".train-set"
+TRAIN_SET_LEDGER = "ledger.jsonl"
+DONE, BEGUN, WAITING = "in the library", "begun", "to do"
+
+
+@dataclass(frozen=True)
+class EntryStatus:
+    """How far an entry of a study is: ``state`` is `DONE`, `BEGUN` or `WAITING`."""
+
+    entry: StudyEntry
+    state: str
+
+
+class TrainSet:
+    """A study, and the library that it fills.
+
+    Each vector is trained in a hidden folder of the library and moved to its place when it is finished,
+    so a run that was killed goes on where it stopped.
+    """
+
+    def __init__(
+        self, study: Study, library: Library, model: str, model_args: Mapping[str, Any] | None = None
+    ) -> None:
+        self.study = study
+        self.library = library
+        self.model = model
+        self.model_args = dict(model_args or {})
+        self.folder = library.root / FOLDER
+
+    def statuses(self) -> list[EntryStatus]:
+        """How far every entry is, in the study's order.
+
+        Raises:
+            AFTError: the library holds a vector of an entry's name that this study did not train.
+        """
+        ledger, found = self._ledger(), []
+        names = set(self.library.names())
+        for entry in self.study.entries:
+            state = WAITING
+            if entry.name in names:
+                self._require_own(entry, ledger.get(entry.name))
+                state = DONE
+            elif self._work(entry).exists():
+                state = BEGUN
+            found.append(EntryStatus(entry, state))
+        return found
+
+    def check_fresh(self) -> None:
+        """Raise `AFTError` if anything of the study is there already: then it wants to be resumed."""
+        begun = [each.entry.name for each in self.statuses() if each.state != WAITING]
+        if begun:
+            raise AFTError(
+                f"The library {self.library.root} already has, or began, {', '.join(begun)}.",
+                "Go on with --resume, or choose another library.",
+            )
+
+    def train(self, *, say: Callable[[str], None] = logger.info, progress: bool = True) -> dict[str, str]:
+        """Train what is not in the library yet; return why entries failed, by name.
+
+        An entry that cannot be trained (no such data, no training split) does not stop the others.
+        """
+        failed: dict[str, str] = {}
+        lm: AFTLM | None = None
+        for standing in self.statuses():
+            entry = standing.entry
+            if standing.state == DONE:
+                say(f"{entry.name}: already in the library.")
+                continue
+            if lm is None:
+                lm = AFTLM(self.model, **self.model_args)
+                if "dtype" not in self.model_args:
+                    to_training_dtype(lm.model)
+            say(f"{entry.name}: training on {entry.task} ...")
+            started = time.monotonic()
+            try:
+                self._train(entry, lm, say, progress)
+            except AFTError as error:
+                failed[entry.name] = f"{error.what} {error.hint or ''}".strip()
+                say(f"{entry.name}: not trained. {failed[entry.name]}")
+                continue
+            say(f"{entry.name}: trained in {time.monotonic() - started:.0f} s.")
+        return failed
+
+    def _train(self, entry: StudyEntry, lm: AFTLM, say: Callable[[str], None], progress: bool) -> None:
+        work = self._work(entry)
+        told = work.with_name(f"{work.name}.asked.json")
+        asked = canonical_json(self._asked(entry))
+        if work.exists() and not (told.is_file() and told.read_text(encoding="utf-8") == asked):
+            say(f"{entry.name}: was begun with other settings, and is begun anew.")
+            shutil.rmtree(work)
+        if not (work / FILE_NAME).exists():  # finished, if it is there
+            prepared = prepare(lm, entry.plan())
+            work.parent.mkdir(parents=True, exist_ok=True)
+            told.write_text(asked, encoding="utf-8")
+            run(prepared, work, resume=True, progress=progress)
+        vector = SteeringVector.load(work)
+        record = {"name": entry.name, "sha256": vector.digest(), "asked": self._asked(entry)}
+        # Before the vector moves: a line too many does no harm, a line too few would disown it.
+        self._append(record)
+        self.library.add(work, entry.name)
+        shutil.rmtree(work, ignore_errors=True)
+        told.unlink(missing_ok=True)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """A line of the ledger, below a last one that sudden death may have cut short."""
+        path = self.folder / TRAIN_SET_LEDGER
+        cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(("\n" if cut else "") + json.dumps(record) + "\n")
+
+    def _work(self, entry: StudyEntry) -> Path:
+        return self.folder / "work" / entry.name.replace("/", ",")
+
+    def _asked(self, entry: StudyEntry) -> dict[str, Any]:
+        """What the entry's vector depends on, as JSON would give it back."""
+        asked: dict[str, Any] = {"model": self.model, **entry.plan().to_dict()}
+        # Where it is loaded, and how it is batched, decides nothing.
+        loaded = {key: value for key, value in self.model_args.items() if key not in ("device", "batch_size")}
+        if loaded:
+            asked["model_args"] = loaded
+        return dict(json.loads(canonical_json(asked)))
+
+    def _require_own(self, entry: StudyEntry, record: dict[str, Any] | None) -> None:
+        there = SteeringVector.load(self.library.path(entry.name)).digest()
+        if record is None or record.get("sha256") != there:
+            raise AFTError(
+                f"The library {self.library.root} has a vector {entry.name!r} that this study did not train.",
+                "Remove it, rename the entry, or choose another library.",
+            )
+        asked = self._asked(entry)
+        differing = [
+            key for key in sorted({*asked, *record["asked"]}) if asked.get(key) != record["asked"].get(key)
+        ]
+        if differing:
+            raise AFTError(
+                f"{entry.name} in the library was trained with other settings ({', '.join(differing)}).",
+                f"Remove it with `aft vectors remove {entry.name}`, or choose another library.",
+            )
+
+    def _ledger(self) -> dict[str, dict[str, Any]]:
+        """The last record of every name; a line cut short by sudden death is passed over."""
+        found: dict[str, dict[str, Any]] = {}
+        path = self.folder / TRAIN_SET_LEDGER
+        if path.exists():
+            with jsonlines.open(path) as reader:
+                for record in reader.iter(type=dict, skip_invalid=True):
+                    found[str(record.get("name"))] = record
+        return found
+
+
+# Each vector of a study scored on each of its tasks, kept beside the vectors.
+
+TABLE = "cross-scores"
+_ASKED = "asked.json"
+
+
+def cross_score(
+    study: Study,
+    library: Library,
+    model: str,
+    *,
+    limit: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    flags: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Score the baseline and the study's vectors on every task that they were trained on.
+
+    Tasks that were scored before, with these vectors and settings, are not scored again. Writes
+    ``cross-scores.json`` and ``.md`` into the library.
+
+    Args:
+        limit: documents per task, whatever the study says.
+        flags: further flags of ``lm_eval run``.
+
+    Returns:
+        Rows ``{"vector", "task", "own", "metric", "filter", "n", "baseline", "steered",
+        "difference", "low", "high", "p", "verdict", "share"}``, on each task's primary metric; the
+        verdict's Holm family is the vectors on that task.
+
+    Raises:
+        AFTError: no vector of the study is in the library, or as `evaluate_pair`.
+    """
+    there = set(library.names())
+    entries = [entry for entry in study.entries if entry.name in there]
+    if not entries:
+        raise AFTError("No vector of the study is in the library.", "Train them first.")
+    names = [entry.name for entry in entries]
+    digests = {name: _digest(library, name) for name in names}
+    rows: list[dict[str, Any]] = []
+    for task, entry in study.scored_tasks().items():
+        wanted = limit or (entry.limit if entry else None) or study.limit
+        own = [*flags, *(["--limit", str(wanted)] if wanted else [])]
+        if entry:
+            own += entry.plan().prompts.flags()
+        if study.include_path:
+            own += ["--include_path", study.include_path[0]]
+        contents = contents_digest(model, model_args or {}, task, study.include_path)
+        asked = {"model": model, "contents": contents, "vectors": digests}
+        asked |= {"flags": own, "model_args": model_args or {}}
+        folder = library.root / FOLDER / "scores" / task
+        if not is_scored(folder, asked):
+            say(f"{task}: scoring {len(names)} vectors and the baseline ...")
+            score(folder, asked, model, names, task, library, model_args, own)
+        trained_on = {each.name: each.plan().tasks for each in entries}
+        report = compare(folder)
+        by_run = {each["name"]: each["vector"] for each in report.runs}
+        for row in report.rows:
+            if row.primary and by_run.get(row.run) in trained_on:
+                name = by_run[row.run]
+                found = {"vector": name, "task": row.task, "own": row.task in trained_on[name]}
+                for key in ("metric", "filter", "n", "baseline", "steered", "difference", "low", "high"):
+                    found[key] = getattr(row, key)
+                rows.append(found | {"p": row.p_adjusted, "verdict": row.verdict, "share": row.share})
+    _write(library.root, rows)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines of the table: a line for the baseline and each vector, a column for each task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    at = {(row["vector"], row["task"]): row for row in rows}
+    first = {row["task"]: row for row in reversed(rows)}
+    heads = [
+        f"{task} ({formatting.metric_name(row['metric'], row['filter'])}, n = {row['n']})"
+        for task, row in ((task, first[task]) for task in tasks)
+    ]
+    lines = [["baseline", *(formatting.score(first[t]["baseline"], first[t]["share"]) for t in tasks)]]
+    for name in dict.fromkeys(row["vector"] for row in rows):
+        line = [name]
+        for task in tasks:
+            row = at.get((name, task))
+            if row is None:
+                line.append("–")
+                continue
+            mark = {"better": " ▲", "worse": " ▼"}.get(row["verdict"], "")
+            value, change = (row[key] for key in ("steered", "difference"))
+            text = f"{formatting.score(value, row['share'])} ({formatting.points(change, row['share'])})"
+            line.append(f"{text}{mark}{' *' if row['own'] else ''}")
+        lines.append(line)
+    return ["vector", *heads], lines
+
+
+CROSS_SCORES_NOTE = (
+    "Score (difference from the baseline) on each task's evaluation split; * the task the vector was "
+    "trained on; ▲ ▼ better or worse by a Holm-adjusted exact test over the vectors on that task."
+)
+
+
+def score(
+    folder: Path,
+    asked: dict[str, Any],
+    model: str,
+    names: Sequence[str],
+    task: str,
+    library: Library,
+    model_args: dict[str, Any] | None,
+    flags: Sequence[str],
+    placebo: str = "none",
+) -> None:
+    """Score the baseline and vectors on a task, and note in the folder what was ``asked``.
+
+    Into a folder of another name first: what has its place is whole.
+    """
+    begun = folder.with_name(f".{folder.name}.begun")
+    for old in (begun, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    begun.mkdir(parents=True)
+    evaluate_pair(
+        model,
+        names,
+        [task],
+        begun,
+        placebo=placebo,
+        library=library.root,
+        model_args=model_args,
+        flags=flags,
+    )
+    (begun / _ASKED).write_text(canonical_json(asked), encoding="utf-8")
+    begun.rename(folder)
+
+
+def is_scored(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether the folder holds scores that were asked for in just this way."""
+    try:
+        found = json.loads((folder / _ASKED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(found == json.loads(canonical_json(asked)))
+
+
+def _digest(library: Library, name: str) -> str:
+    from lm_eval_aft.steering.vector import SteeringVector
+
+    return SteeringVector.load(library.path(name)).digest()
+
+
+def _write(root: Path, rows: Sequence[dict[str, Any]]) -> None:
+    columns, lines = table(rows)
+    text = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    text += [f"| {' | '.join(line)} |" for line in lines]
+    with replacing(root / f"{TABLE}.md") as temporary:
+        temporary.write_text("\n".join([*text, "", CROSS_SCORES_NOTE, ""]), encoding="utf-8")
+    with replacing(root / f"{TABLE}.json") as temporary:
+        temporary.write_text(json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,166 @@
+"""Does a vector trained on one task help on another? Every vector scored on every task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import exclusive_dir
+from lm_eval_aft.evaluation.compare import VerdictRow
+from lm_eval_aft.evaluation.matrix import Matrix, MatrixCell
+from lm_eval_aft.evaluation.report import compare
+from lm_eval_aft.evaluation.stats import holm, verdict
+from lm_eval_aft.harness.identity import contents_digest
+from lm_eval_aft.library.files import PART
+from lm_eval_aft.library.load import load_vector
+from lm_eval_aft.library.store import Library
+from lm_eval_aft.studies.config import Study, StudyEntry
+from lm_eval_aft.studies.train_set import TrainSet, is_scored, score
+
+_KEPT = (
+    *("metric", "filter", "n", "baseline", "steered", "difference", "low", "high", "wins", "losses"),
+    *("higher_is_better", "share"),
+)
+SHELF = "trained"  # the library's category of vectors trained here
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What is to be done; `run` goes on with what a former call left in ``output``.
+
+    Attributes:
+        tasks: every vector is scored on all of them.
+        train: whether vectors are trained for tasks that ``given`` has none for.
+        given: vectors by name, as `load_vector` takes them.
+        settings: of the training, as `TrainingPlan.of` takes them.
+        placebo: random directions like each vector, scored too.
+        flags: further flags of ``lm_eval run``.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    output: Path
+    given: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    placebo: str = "none"
+    flags: tuple[str, ...] = ()
+    train: bool = True
+
+    def run(self, say: Callable[[str], None] = print, progress: bool = True) -> Matrix:
+        """Train what is missing, score what is missing, compare.
+
+        Raises:
+            AFTError: bad input; other settings than those of what lies in the output; nothing to score.
+        """
+        self._check()
+        with exclusive_dir(self.output):
+            return self._run(say, progress)
+
+    def _run(self, say: Callable[[str], None], progress: bool) -> Matrix:
+        library = Library(self.output / "vectors")
+        study = self._study()
+        failed = {}
+        if study.entries:
+            failed = TrainSet(study, library, self.model, self.model_args).train(say=say, progress=progress)
+        specs = {
+            name: f"{SHELF}/{name}" for name in self._trained() if f"{SHELF}/{name}" not in failed
+        } | dict(self.given)
+        if not specs:
+            raise AFTError("No vector could be trained: the reasons stand above.", "Check --tasks.")
+        twice = [name for name, spec in specs.items() if list(specs.values()).count(spec) > 1]
+        if twice:
+            raise AFTError(f"{' and '.join(twice)} are one and the same vector.", "Name each vector once.")
+        loaded = {name: load_vector(spec, library) for name, spec in specs.items()}
+        trained_on = {name: str(v.metadata.get("task", "")).split(",") for name, v in loaded.items()}
+        digests = {name: vector.digest() for name, vector in loaded.items()}
+        found: list[tuple[str, bool, VerdictRow]] = []
+        for task in self.tasks:
+            asked = {
+                "model": self.model,
+                "contents": contents_digest(self.model, self.model_args, task, self._include_path()),
+                "vectors": {specs[name]: digest for name, digest in digests.items()},
+                "flags": list(self.flags),
+                "model_args": dict(self.model_args),
+                "placebo": self.placebo,
+            }
+            folder = self.output / "scores" / task
+            if is_scored(folder, asked):
+                say(f"{task}: already scored.")
+            else:
+                say(f"{task}: scoring {len(specs)} vectors and the baseline ...")
+                score(
+                    folder, asked, self.model, list(specs.values()), task, library,
+                    dict(self.model_args), self.flags, self.placebo,
+                )  # fmt: skip
+            found += _rows(folder, {spec: name for name, spec in specs.items()})
+        missing = {name.removeprefix(f"{SHELF}/"): why for name, why in failed.items()}
+        return _matrix(self.model, self.tasks, found, trained_on, missing)
+
+    def _trained(self) -> list[str]:
+        return [task for task in self.tasks if task not in self.given] if self.train else []
+
+    def _include_path(self) -> tuple[str, ...]:
+        return tuple(self.settings.get("include_path") or ())
+
+    def _study(self) -> Study:
+        entries = [StudyEntry(f"{SHELF}/{task}", task, self.settings) for task in self._trained()]
+        for entry in entries:
+            entry.plan()
+        return Study(tuple(entries), self.model)
+
+    def _check(self) -> None:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise AFTError("A task was named twice.", "Name each task once.")
+        for name in self.tasks:
+            if not re.fullmatch(PART, name):
+                raise AFTError(f"{name!r} is not the name of a task.", "Name tasks, not files.")
+
+
+def _rows(folder: Path, names: Mapping[str, str]) -> list[tuple[str, bool, VerdictRow]]:
+    """A scored folder's rows on primary metrics: the vector's name, whether a placebo, the row."""
+    report = compare(folder)
+    specs = {each["run"]: str(each["values"].get("vector")) for each in report.settings}
+    found = []
+    for row in report.rows:
+        if not row.primary:
+            continue
+        if row.kind == "placebo":
+            label = row.run.removeprefix("placebo/").removeprefix(f"{SHELF}-")
+            found.append((label.replace("-random-", ", random "), True, row))
+        elif specs.get(row.run) in names:
+            found.append((names[specs[row.run]], False, row))
+    return found
+
+
+def _matrix(
+    model: str,
+    tasks: Sequence[str],
+    rows: Sequence[tuple[str, bool, VerdictRow]],
+    trained_on: Mapping[str, Sequence[str]],
+    failed: dict[str, str],
+) -> Matrix:
+    """Verdicts over the whole matrix; each task's own report had its vectors alone in the family."""
+    counted = [row for _, placebo, row in rows if not placebo and row.p_adjusted is not None]
+    adjusted = dict(zip(map(id, counted), holm([row.p_value for row in counted]), strict=True))
+    cells = []
+    for name, placebo, row in rows:
+        p = adjusted.get(id(row))
+        judged = row.verdict if p is None else verdict(p, row.difference, row.higher_is_better)
+        cells.append(
+            MatrixCell(
+                vector=name,
+                task=row.task,
+                own=row.task in trained_on.get(name, ()),
+                placebo=placebo,
+                p=row.p_value,
+                p_adjusted=p,
+                verdict=judged,
+                **{key: getattr(row, key) for key in _KEPT},
+            )
+        )
+    return Matrix(model, tuple(tasks), tuple(cells), len(counted), failed)

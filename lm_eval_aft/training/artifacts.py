@@ -1,0 +1,466 @@
+"""What a finished run writes about itself: the vector's header, the model card and ``sweep.png``."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import replacing
+from lm_eval_aft._util.process import now
+from lm_eval_aft.library.entry import task_names
+from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.training.candidate import Candidate
+from lm_eval_aft.training.controls import random_like
+from lm_eval_aft.training.distributed import Workers
+from lm_eval_aft.training.objectives import Score, loss_of
+from lm_eval_aft.training.setup import Prepared
+from lm_eval_aft.training.sweep import Calibration, LayerResult, SweepResult
+
+
+def finished_vector(
+    candidate: Candidate,
+    metadata: dict[str, Any],
+    control: str | None,
+    calibration: Calibration | None = None,
+) -> SteeringVector:
+    """A finalist's best epoch as a vector; a random direction of its norm for that control.
+
+    Raises:
+        AFTError: it never had a finite score.
+    """
+    if candidate.best is None or candidate.best_score is None:
+        raise AFTError(f"{candidate.name} has no finite score.", "Lower the learning rate.")
+    own = {
+        "seed": candidate.seed,
+        "epoch": candidate.best_epoch,
+        "selection": {**metadata["selection"], "vector": candidate.best_score.to_dict()},
+    }
+    intervention = candidate.intervention
+    if calibration:
+        own["calibration"] = calibration.to_dict()
+    vector = SteeringVector.from_tensors(
+        candidate.best,
+        coefficient=calibration.coefficient if calibration else 1.0,
+        positions=intervention.positions,
+        method=intervention.method.name,
+        metadata={**metadata, **own},
+    )
+    return random_like(vector, candidate.seed) if control == "random" else vector
+
+
+def training_metadata(
+    prepared: Prepared,
+    sweep: SweepResult,
+    identity: dict[str, Any],
+    engine: str,
+    seconds: float,
+    drawn: int,
+    screen: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The header entries that all finalists of a run share.
+
+    Args:
+        identity: the base model's fingerprint.
+        drawn: training documents a seed draws.
+        screen: what the screen said, if it ran.
+    """
+    plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
+    template = getattr(lm.tokenizer, "chat_template", None) if plan.prompts.apply_chat_template else None
+    return {
+        "num_hidden_layers": len(prepared.backbone.blocks),
+        "base_model": {"name": _name(lm.pretrained), "revision": lm.revision},
+        "fingerprint": identity,
+        **_tasks(prepared),
+        "prompts": asdict(plan.prompts),
+        "chat_template": template and hashlib.sha256(str(template).encode()).hexdigest(),
+        "objective": prepared.objective.name,
+        "metric": prepared.objective.metric,
+        "loss": loss.to_dict() if (loss := loss_of(prepared.objective)) else None,
+        "control": plan.control,
+        "parameters": prepared.method.parameters(prepared.backbone.hidden_size, len(prepared.layers)),
+        "protocol": {
+            **plan.protocol.to_dict(),
+            "layers": prepared.layers,
+            "chosen": dict(zip(("layer", "lr", "l2"), sweep.finalist.setting, strict=True)),
+            "retries_used": sweep.retries,
+            "pruned": sweep.pruned,
+            **({"screen_result": screen} if screen else {}),
+        },
+        "engine": engine,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "processes": Workers().size,
+        "splits": {
+            **splits.counts,
+            "train": drawn,
+            "selection_sha256": splits.selection_digest,
+            "selection_documents": list(splits.selection_documents),
+        },
+        "selection": {
+            "baseline": sweep.baseline.to_dict(),
+            "layers": {str(result.layer): _layer(result, sweep) for result in sweep.layers},
+        },
+        "seconds": round(seconds, 1),
+        "created": now(),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lm-eval-aft", "torch", "transformers", "lm-eval", "datasets")
+    return {name: version(name) for name in packages} | {"python": platform.python_version()}
+
+
+def _tasks(prepared: Prepared) -> dict[str, Any]:
+    """What was trained on. Of several tasks ``num_fewshot`` is what they share; ``tasks`` tells each's own.
+
+    Their own selection scores stand in ``selection``, under ``tasks`` of the baseline's and the vector's.
+    """
+    parts, plan = prepared.parts, prepared.plan
+    shots = {part.num_fewshot for part in parts}
+    found: dict[str, Any] = {
+        "task": plan.task,
+        "task_version": ",".join(str(part.splits.extractor.task.VERSION) for part in parts),
+        "num_fewshot": shots.pop() if len(shots) == 1 else None,
+    }
+    if len(parts) > 1:
+        found["tasks"] = [
+            {
+                "task": part.name,
+                "task_version": str(part.splits.extractor.task.VERSION),
+                "num_fewshot": part.num_fewshot,
+                "metric": part.objective.metric,
+                "splits": {
+                    **part.splits.counts,
+                    "train": len(part.splits.train(plan.first_seed)),
+                    "selection_sha256": part.splits.selection_digest,
+                },
+            }
+            for part in parts
+        ]
+    return found
+
+
+def _layer(result: LayerResult, sweep: SweepResult) -> dict[str, Any]:
+    """A layer's outcome on the scale of the whole selection split.
+
+    Layers that left early were judged on fewer documents: the difference from the baseline there
+    is added to the baseline's score on all of them.
+    """
+    accuracy = sweep.baseline.accuracy + result.accuracy - result.baseline.accuracy
+    return {
+        "score": sweep.baseline.score + result.change,
+        "accuracy": min(1.0, max(0.0, accuracy)),
+        "stage": result.stage,
+        "n": result.baseline.n,
+    }
+
+
+def _name(pretrained: Any) -> str:
+    return str(pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", ""))
+
+
+# The model card (README.md) of a vector folder.
+
+_BODY = """\
+# {title}
+
+A steering vector for [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness):
+{numbers}, added to the residual stream of `{model}` at the output of block
+{layer} (of {depth}, counted from 0){tokens}. {origin}{control}
+
+    lm_eval --model aft --model_args pretrained={model},vector=FOLDER --tasks {task}
+{results}{section}"""
+
+_SELECTION = """
+## Selection split
+
+These scores chose the layer and the epoch, so they flatter the vector: **they are not results**.
+Score the evaluation split with the command above. Cross-entropy in nats after fitting one
+temperature; mean over {seeds} seed(s); {n} documents.
+
+| layer | cross-entropy | accuracy |
+|---|---|---|
+{rows}
+"""
+
+_ROUNDS = """
+## Rounds
+
+Rejection-sampling fine-tuning: each round trained on solutions that the model wrote itself (at
+temperature {temperature:g}, steered by the round before) and `{metric}` after the filter `{filter}`
+marked right. Shares of {problems} selection problems solved, greedily and with k samples: they chose the
+round ({best_round}; 0 is the baseline) and **are not results**.
+
+| round | kept | greedy | {sizes} |
+|---|---|---|{rules}
+{rows}
+"""
+
+_RECIPE = """
+## Recipe
+
+    {expression}
+
+| vector | weight | coefficient | layers | tasks | sha256 |
+|---|---|---|---|---|---|
+{rows}
+"""
+
+
+def write_card(folder: Path, vector: SteeringVector, results: Sequence[dict[str, Any]] = ()) -> None:
+    """Write ``README.md`` into a vector folder, from the vector's metadata and its results, if any.
+
+    Args:
+        results: rows of a comparison with the baseline on evaluation documents, as
+            `lm_eval_aft.evaluation.render.card_results` gives them.
+    """
+    meta = vector.metadata
+    tasks = task_names(meta)
+    data = ModelCardData(
+        library_name="lm-eval-aft",
+        base_model=_hub_name(meta),
+        tags=["activation-steering", "steering-vector", "lm-eval-aft", *(f"task:{task}" for task in tasks)],
+        datasets=list(dict.fromkeys(r["dataset"] for r in results if _is_hub_name(r["dataset"]))) or None,
+        model_name=_title(meta) if results else None,
+        eval_results=[_eval_result(result) for result in results] or None,
+    )
+    if data.base_model:
+        data["base_model_relation"] = "adapter"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_text(vector, results)}"
+    with replacing(folder / "README.md") as temporary:
+        ModelCard(text).save(temporary)
+
+
+def _eval_result(result: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=result["dataset"] or result["task"],
+        dataset_name=result["task"],
+        metric_type=result["metric"],
+        metric_name=f"{result['metric']} ({result['num_fewshot']}-shot)",
+        metric_value=result["value"],
+    )
+
+
+def _result_table(results: Sequence[dict[str, Any]]) -> str:
+    if not results:
+        return ""
+    lines = [
+        "\n## Results\n",
+        "Baseline and steered model on the same evaluation documents; differences in percentage points",
+        "with their paired 95 % interval; p is Holm-adjusted where there is a verdict.\n",
+        "| task | metric | n-shot | n | baseline | steered | difference | 95 % interval | p | verdict |",
+        f"|{'---|' * 10}",
+    ]
+    names = (
+        *("task", "metric", "num_fewshot", "n", "baseline", "steered"),
+        *("difference", "interval", "p", "verdict"),
+    )
+    for result in results:
+        lines.append("| " + " | ".join(str(result[name]).replace("|", "\\|") for name in names) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
+    meta: dict[str, Any] = vector.metadata
+    control = meta.get("control")
+    return _BODY.format(
+        title=_title(meta),
+        origin=_origin(meta),
+        results=_result_table(results),
+        numbers=_numbers(vector),
+        tokens="" if vector.positions == "all" else f", to tokens in the positions `{vector.positions}` only",
+        model=_model(meta) or "MODEL",
+        layer=", ".join(map(str, vector.layers)),
+        depth=meta.get("num_hidden_layers", "an unknown number"),
+        task=",".join(task_names(meta)) or "TASK",
+        control=f"\n\n**This is a placebo (`{control}`), not a vector to use.**" if control else "",
+        section=_selection_section(vector) + _rounds_section(meta) or _recipe_section(meta),
+    )
+
+
+def _numbers(vector: SteeringVector) -> str:
+    count = sum(tensor.numel() for tensor in vector.tensors.values())
+    if vector.method == "static":
+        return f"{count} numbers"
+    return f"{count:,} numbers (method `{vector.method}`: {METHODS[vector.method].formula})"
+
+
+def _origin(meta: dict[str, Any]) -> str:
+    if meta.get("recipe"):
+        return "Composed of other vectors, not trained: see its recipe."
+    if not (meta.get("splits") and meta.get("task")):
+        return "Nothing is recorded of how it was made."
+    tasks, shots = task_names(meta), meta.get("num_fewshot")
+    named = ", ".join(f"`{task}`" for task in tasks)
+    return (
+        f"Trained on the training split{'s' * (len(tasks) > 1)} of {named}\n"
+        f"({'each with its own number of examples' if shots is None else f'{shots}-shot'}, objective "
+        f"`{meta.get('objective')}`, {meta['splits'].get('train')} documents)."
+    )
+
+
+def _selection_section(vector: SteeringVector) -> str:
+    selection = vector.metadata.get("selection")
+    if not selection:
+        return ""
+    baseline = selection["baseline"]
+    rows = [f"| baseline | {baseline['score']:.4f} | {baseline['accuracy']:.4f} |"]
+    for layer, result in selection["layers"].items():
+        mark = " (chosen)" if int(layer) in vector.layers else ""
+        rows.append(f"| {layer}{mark} | {result['score']:.4f} | {result['accuracy']:.4f} |")
+    return _SELECTION.format(
+        seeds=(vector.metadata.get("protocol") or {}).get("seeds"), n=baseline["n"], rows="\n".join(rows)
+    )
+
+
+def _rounds_section(meta: dict[str, Any]) -> str:
+    rft = meta.get("rft")
+    if not rft:
+        return ""
+    table = rft["table"]
+    sizes = list(table[0]["pass_at"])
+    rows = []
+    for each in table:
+        kept = f"{each['kept']} of {each['tried']}" if "kept" in each else ""
+        shares = (each["greedy"], *(each["pass_at"][k] for k in sizes))
+        rows.append(f"| {each['round']} | {kept} | {' | '.join(f'{share:.1%}' for share in shares)} |")
+    return _ROUNDS.format(
+        **{key: rft[key] for key in ("temperature", "metric", "filter", "best_round")},
+        problems=table[0]["problems"],
+        sizes=" | ".join(f"pass@{k}" for k in sizes),
+        rules="---|" * len(sizes),
+        rows="\n".join(rows),
+    )
+
+
+def _recipe_section(meta: dict[str, Any]) -> str:
+    recipe = meta.get("recipe")
+    if not recipe:
+        return ""
+    rows = [
+        f"| {each['name']} | {each['weight']:g} | {each['coefficient']:g} | "
+        f"{', '.join(map(str, each['layers']))} | {', '.join(each['tasks'])} | `{each['sha256'][:12]}` |"
+        for each in recipe["operands"]
+    ]
+    return _RECIPE.format(expression=recipe["expression"], rows="\n".join(rows))
+
+
+def _title(meta: dict[str, Any]) -> str:
+    tasks = str(meta.get("task") or "Steering vector").replace(",", ", ")
+    return f"{tasks} for {Path(_model(meta) or 'an unnamed model').name}"
+
+
+def _model(meta: dict[str, Any]) -> str:
+    return str((meta.get("base_model") or {}).get("name") or "")
+
+
+def _hub_name(meta: dict[str, Any]) -> str | None:
+    """The base model's name if it is one the Hub could know; a local path is not."""
+    name = _model(meta)
+    return name if _is_hub_name(name) else None
+
+
+def _is_hub_name(name: str | None) -> bool:
+    return bool(name) and str(name).count("/") <= 1 and not str(name).startswith((".", "/"))
+
+
+# ``sweep.png``: what every layer came to, and how the finalists got there.
+
+_CHOSEN, _OTHER, _BASELINE = "#c2410c", "#1d4ed8", "#6b7280"
+_WIDTH_95 = 1.96  # standard errors on either side of a mean in a normal 95 % interval
+
+
+def draw_sweep(sweep: SweepResult, metric: str, path: Path) -> None:
+    """Write a picture of a sweep: selection score and accuracy by layer, and the finalists' curves.
+
+    Bars are 95 % intervals over selection documents (normal approximation), of the best epoch's
+    median seed; they do not include the luck of having been chosen.
+
+    Raises:
+        AFTError: the place cannot be written.
+    """
+    # Not pyplot: it would look for a display, and keep every figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    scores, accuracies, curves = figure.subplots(1, 3)
+    _by_layer(scores, sweep, "score")
+    scores.set(ylabel="cross-entropy (nats), lower is better", title="Selection score by layer")
+    _by_layer(accuracies, sweep, "accuracy")
+    accuracies.set(
+        ylabel="mean of acc and acc_norm" if metric == "both" else metric, title="Selection accuracy by layer"
+    )
+    _curves(curves, sweep)
+    figure.suptitle(
+        f"{sweep.baseline.n} selection documents of the training split: these chose the vector, "
+        "so they are not results",
+        fontsize=9,
+    )
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _by_layer(axes: Any, sweep: SweepResult, quantity: str) -> None:
+    baseline = getattr(sweep.baseline, quantity)
+    axes.axhline(baseline, color=_BASELINE, linestyle="--", linewidth=1, label="baseline")
+    for result in sweep.layers:
+        # Layers that left early were judged on fewer documents: drawn as differences from the baseline there.
+        value = baseline + getattr(result, quantity) - getattr(result.baseline, quantity)
+        chosen = result.layer == sweep.chosen.layer
+        axes.errorbar(
+            result.layer,
+            value,
+            yerr=_WIDTH_95 * _stderr(result, quantity),
+            fmt="o",
+            markersize=5,
+            capsize=2,
+            color=_CHOSEN if chosen else _OTHER,
+            markerfacecolor="white" if result.baseline.n < sweep.baseline.n else None,
+            label="chosen" if chosen else None,
+        )
+    axes.set_xlabel("layer (hollow: left the search early)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+
+
+def _curves(axes: Any, sweep: SweepResult) -> None:
+    axes.axhline(sweep.baseline.score, color=_BASELINE, linestyle="--", linewidth=1, label="baseline")
+    for result in sweep.layers:
+        for candidate in result.candidates:
+            if candidate.stage in ("search", "penalty"):
+                continue
+            chosen = candidate is sweep.finalist
+            axes.plot(
+                range(1, candidate.epoch + 1),
+                [score.score for score in candidate.scores],
+                marker=".",
+                color=_CHOSEN if chosen else _OTHER,
+                alpha=1.0 if chosen else 0.5,
+                label=f"layer {candidate.layer}, seed {candidate.seed}" if chosen else None,
+            )
+    axes.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="The finalists' epochs")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+
+
+def _stderr(result: LayerResult, quantity: str) -> float:
+    best = _best(result.candidates[len(result.candidates) // 2])
+    if quantity == "score":
+        return best.stderr
+    return float((best.accuracy * (1 - best.accuracy) / max(best.n, 1)) ** 0.5)
+
+
+def _best(candidate: Candidate) -> Score:
+    return min(candidate.scores, key=Score.order)

@@ -1,0 +1,248 @@
+"""One candidate being trained: its vector, its optimiser, and when it stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.engine.batching import Document, units
+from lm_eval_aft.steering.intervention import Intervention
+from lm_eval_aft.training.objectives import Score
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a training run.
+
+    Attributes:
+        lr: Adam's learning rate; one step moves each entry of the vector by about this much.
+        l2: lambda of the penalty lambda * ||v||^2 added to the loss.
+        epochs: the most epochs a candidate may run.
+        patience: epochs without a better selection score after which it stops; ``None``: never.
+        min_epochs: epochs before ``patience`` may stop it.
+        regression: stop as soon as the selection score falls behind the baseline's.
+        clip: gradient norm above which gradients are scaled down; ``None``: never.
+        batch_size: documents per optimiser step.
+    """
+
+    lr: float = 1e-3
+    l2: float = 0.0
+    epochs: int = 10
+    patience: int | None = 3
+    clip: float | None = 1.0
+    batch_size: int = 1
+    min_epochs: int = 1
+    regression: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {"lr": self.lr > 0, "l2": self.l2 >= 0, "epochs": self.epochs >= 1}
+        limits |= {"batch_size": self.batch_size >= 1, "clip": self.clip is None or self.clip > 0}
+        limits |= {"patience": self.patience is None or self.patience >= 1}
+        for name, fine in limits.items():
+            if not fine:
+                raise AFTError(f"{name}={getattr(self, name)} makes no sense.", "Give a positive number.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for ledgers and headers."""
+        return asdict(self)
+
+
+@dataclass
+class Candidate:
+    """One (layer, seed, learning rate, L2) in training.
+
+    Its tensors are float32 master copies (float64 for a float64 model); at the start they add
+    nothing, but for retries and methods without training.
+
+    Attributes:
+        layer: the layer it steers, or the lowest of them.
+        intervention: what it steers with; its tensors are trained in place.
+        best: its tensors after the best epoch so far.
+        stage: the part of the protocol it belongs to.
+        scores: the selection score after each epoch so far.
+        steps: optimiser steps done in an epoch that is not finished.
+    """
+
+    layer: int
+    seed: int
+    recipe: Recipe
+    intervention: Intervention
+    stage: str = "final"
+    scores: list[Score] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None
+    best_score: Score | None = None
+    best_epoch: int = 0
+    stale: int = 0
+    stopped: str = ""
+    steps: int = 0
+    _adam: torch.optim.Adam = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.trained:
+            for tensor in self._tensors:
+                tensor.requires_grad_(True)
+        self._adam = torch.optim.Adam(self._tensors, lr=self.recipe.lr)
+
+    @property
+    def name(self) -> str:
+        """Names the candidate in ledgers and state files."""
+        recipe = self.recipe
+        return f"{self.stage}/layer{self.layer}-seed{self.seed}-lr{recipe.lr:g}-l2{recipe.l2:g}"
+
+    @property
+    def trained(self) -> bool:
+        """Whether its method has anything to train."""
+        return self.intervention.method.trained
+
+    @property
+    def vector(self) -> Tensor:
+        """Its vector (hidden_size,) at its layer."""
+        return self.intervention.tensors[f"layers.{self.layer}"]
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return list(self.intervention.tensors.values())
+
+    def norm(self, best: bool = False) -> float:
+        """Euclidean norm of its vectors over all layers, as they are or were after the best epoch."""
+        tensors = self.best if best and self.best is not None else self.intervention.tensors
+        vectors = [tensor.detach() for name, tensor in tensors.items() if name.startswith("layers.")]
+        return float(torch.stack([vector.norm() for vector in vectors]).norm())
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done so far."""
+        return len(self.scores)
+
+    @property
+    def setting(self) -> tuple[int, float, float]:
+        """What its sisters of other seeds share with it: layer, learning rate and L2."""
+        return (self.layer, self.recipe.lr, self.recipe.l2)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` to what this step has gathered so far."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """One Adam step on the gathered gradient plus that of the L2 term.
+
+        A gradient that is not finite stops the candidate instead.
+        """
+        moved = [tensor for tensor in self._tensors if tensor.grad is not None]
+        if not moved:
+            return
+        finite = True
+        for tensor in moved:
+            assert tensor.grad is not None
+            if self.recipe.l2:
+                tensor.grad.add_(tensor.detach(), alpha=2 * self.recipe.l2)
+            finite &= bool(torch.isfinite(tensor.grad).all())
+        if not finite:
+            self.stopped = "gradient not finite"
+        else:
+            if self.recipe.clip is not None:
+                torch.nn.utils.clip_grad_norm_(moved, self.recipe.clip)
+            self._adam.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what this step has gathered so far."""
+        self._adam.zero_grad()
+
+    def record(self, score: Score, baseline: Score | None = None) -> None:
+        """Note an epoch's selection score; keep the best vector; stop when it is time."""
+        if not math.isfinite(score.score):
+            self.stopped = "selection score not finite"
+            return
+        self.scores.append(score)
+        if self.best_score is None or score.order() < self.best_score.order():
+            tensors = self.intervention.tensors
+            self.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            self.best_score = score
+            self.best_epoch, self.stale = self.epoch, 0
+        else:
+            self.stale += 1
+        recipe = self.recipe
+        if recipe.regression and baseline is not None and score.score > baseline.score:
+            self.stopped = "regression: worse than the baseline"
+        elif (
+            recipe.patience is not None and self.stale >= recipe.patience and self.epoch >= recipe.min_epochs
+        ):
+            self.stopped = f"no better for {self.stale} epochs"
+        elif self.epoch >= recipe.epochs:
+            self.stopped = "all epochs done"
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values from which `restore` continues exactly."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.intervention.tensors.items():
+            tensors[f"now:{name}"] = tensor.detach()
+            for key, value in self._adam.state.get(tensor, {}).items():
+                tensors[f"adam.{key}:{name}"] = value
+        tensors |= {f"best:{name}": tensor for name, tensor in (self.best or {}).items()}
+        values = {
+            "scores": [score.to_dict() for score in self.scores],
+            "stale": self.stale,
+            "stopped": self.stopped,
+            "steps": self.steps,
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score.to_dict() if self.best_score else None,
+        }
+        return tensors, values
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take up a state written by `state`."""
+        best: dict[str, Tensor] = {}
+        for name, tensor in self.intervention.tensors.items():
+            with torch.no_grad():
+                tensor.copy_(tensors[f"now:{name}"])
+            if f"best:{name}" in tensors:
+                best[name] = tensors[f"best:{name}"].to(tensor)
+            moments = {key: tensors.get(f"adam.{key}:{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            kept = {key: value.clone() for key, value in moments.items() if value is not None}
+            if kept:
+                self._adam.state[tensor] = {k: v if k == "step" else v.to(tensor) for k, v in kept.items()}
+        self.best = best or None
+        self.scores, self.stale = [Score(**score) for score in values["scores"]], values["stale"]
+        self.stopped, self.best_epoch = values["stopped"], values["best_epoch"]
+        self.steps = values["steps"]
+        self.best_score = Score(**values["best_score"]) if values["best_score"] else None
+
+
+class Tick(Protocol):
+    """Called with the number of candidate-documents just finished."""
+
+    def __call__(self, done: int, /) -> None: ...
+
+
+class Engine(Protocol):
+    """Trains and scores candidates; `Trajectory` is the fast one, `Reference` the plain one."""
+
+    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+        """Take one optimiser step per entry of ``steps`` for every candidate."""
+
+    def evaluate(
+        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+    ) -> list[Score]:
+        """Score the candidates' present vectors, in order."""
+
+    def baseline(self, documents: Sequence[Document], tick: Tick) -> Score:
+        """Score the frozen model."""
+
+
+def in_steps(documents: Sequence[Document], batch_size: int) -> Iterator[Sequence[Document]]:
+    """Cut documents into optimiser steps of so many, in order; those of a group share a step."""
+    step: list[Document] = []
+    for unit in units(documents):
+        step += (documents[i] for i in unit)
+        if len(step) >= batch_size:
+            yield step
+            step = []
+    if step:
+        yield step

@@ -1,0 +1,286 @@
+"""The main job: fit a vector on a harness task's training split."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import exclusive_dir
+from lm_eval_aft._util.process import now, postponed
+from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.precision import to_training_dtype
+from lm_eval_aft.harness.examples import encode
+from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.steering.fingerprint import fingerprint
+from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.training.artifacts import draw_sweep, finished_vector, training_metadata, write_card
+from lm_eval_aft.training.candidate import Candidate, Engine, Recipe
+from lm_eval_aft.training.checkpoint import (
+    PICTURE,
+    RunRecorder,
+    State,
+    TrainingLedger,
+    check_output,
+    digest,
+    drop_state,
+    open_run,
+    seed_file,
+)
+from lm_eval_aft.training.controls import apply_control
+from lm_eval_aft.training.cost import Estimate, estimate
+from lm_eval_aft.training.distributed import Workers
+from lm_eval_aft.training.recipe import Stage, TrainingPlan
+from lm_eval_aft.training.rft import Rounds
+from lm_eval_aft.training.setup import (
+    Prepared,
+    Starts,
+    first_gradients,
+    layer_order,
+    prepare,
+    rank_correlation,
+)
+from lm_eval_aft.training.sweep import Sweep, SweepResult, coefficients, score_again
+from lm_eval_aft.training.trainer import Trajectory, make_engine
+
+logger = logging.getLogger(__name__)
+SCREENED = 64  # documents the screen looks at
+
+
+@dataclass
+class TrainingResult:
+    """A finished run.
+
+    Attributes:
+        vector: the chosen vector (median seed of the chosen layer).
+        sweep: every layer's selection score; ``None`` for `rft`, whose rounds have one each.
+        folder: where it was written, or ``None``.
+        seconds: wall-clock time of the training itself.
+        engine: which engine ran: ``packed``, ``unpacked`` or ``reference``.
+    """
+
+    vector: SteeringVector
+    finalists: dict[int, SteeringVector]
+    sweep: SweepResult | None
+    folder: Path | None
+    seconds: float
+    engine: str
+    counts: dict[str, int] = field(default_factory=dict)
+    screen: dict[str, Any] | None = None
+
+
+def train_vector(
+    model: str | AFTLM,
+    task: str | Sequence[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    model_args: dict[str, Any] | None = None,
+    **settings: Any,
+) -> TrainingResult:
+    """Fit a vector on a task's training split, choosing layer and epoch on a selection split.
+
+    Args:
+        model: Hub name, local folder, ``demo``, or an `AFTLM` without a vector.
+        task: harness task with a training split, or several (a list, or comma-separated).
+        output: folder to write the vector, model card and ledger into; ``None`` writes nothing.
+        resume: go on with an interrupted run in ``output``.
+        overwrite: replace what is in ``output``.
+        model_args: arguments of lm-eval's ``hf`` model (``dtype``, ``revision``, ...); without a
+            ``dtype`` the fastest one is taken, see `lm_eval_aft.engine.precision`.
+        settings: ``protocol`` by name, changes to it (``lr=1e-2``), and fields of `TrainingPlan`.
+
+    Raises:
+        AFTError: see `prepare`; or the output folder is taken.
+    """
+    folder = None if output is None else Path(output)
+    with exclusive_dir(folder):
+        if folder is not None and int(os.environ.get("RANK", "0")) == 0:
+            check_output(folder, resume=resume, overwrite=overwrite)
+        arguments = model_args or {}
+        lm = model if isinstance(model, AFTLM) else AFTLM(model, **arguments)
+        if lm is not model and "dtype" not in arguments:
+            to_training_dtype(lm.model)
+        return run(prepare(lm, TrainingPlan.of(task, **settings)), folder, resume=resume, progress=progress)
+
+
+def run(
+    prepared: Prepared,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    picture: bool = True,
+) -> TrainingResult:
+    """Carry out a prepared plan, in a folder that the caller holds (`lm_eval_aft._util.files.exclusive_dir`).
+
+    ``picture``: draw ``sweep.png``, which takes a second or two.
+
+    Raises:
+        AFTError: the output folder cannot be used, nothing kept a finite score, or (`rft`) the model
+            never writes a right answer.
+    """
+    if prepared.plan.rft is None:
+        return run_sweep(prepared, folder, resume=resume, progress=progress, picture=picture)
+    started = time.monotonic()
+    train = partial(run_sweep, resume=True, progress=progress, picture=picture)
+    vector, finalists = Rounds(prepared, folder, train, resume=resume, progress=progress).run()
+    seconds, engine = time.monotonic() - started, str(vector.metadata["engine"])
+    return TrainingResult(vector, finalists, None, folder, seconds, engine, prepared.splits.counts)
+
+
+def run_sweep(
+    prepared: Prepared,
+    folder: Path | None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    picture: bool = True,
+) -> TrainingResult:
+    """Train a plan's candidates on its documents, once, and choose among them.
+
+    Under `accelerate launch` the processes share the candidates out; the first one writes.
+    """
+    started = time.monotonic()
+    plan, lm, splits, workers = prepared.plan, prepared.lm, prepared.splits, Workers()
+    selection, train = _encoded(prepared)
+    every = dict.fromkeys([*selection, *itertools.chain.from_iterable(train.values())])
+    engine, engine_name = make_engine(lm.model, prepared.backbone, prepared.objective, list(every))
+    identity = fingerprint(lm.model, lm.tokenizer)
+    settings = {**plan.to_dict(), "fingerprint": identity, "documents": digest([selection, *train.items()])}
+    log: TrainingLedger | None = None
+    saved: dict[str, State] = {}
+    if folder is not None and workers.is_main:
+        log, saved = open_run(folder, settings, resume)
+    saved = workers.broadcast(saved)
+    layers, screened = _screen(plan.screen, engine, prepared.sites, train[plan.first_seed])
+    bar = _progress_bar(prepared.stages(), workers, len(selection), progress)
+    with bar, postponed() as asked:
+        events = RunRecorder(bar, folder, settings, log, saved, asked)
+        starts = _starts(prepared, train, selection)
+        sweep = Sweep(
+            engine, plan.protocol, layers, plan.seeds(), train, selection, starts, events, workers, saved
+        )
+        baseline = sweep.baseline()
+        if log and log.lines == 1:
+            log.append(event="baseline", **baseline.to_dict())
+        found = sweep.run()
+        calibrations = (
+            coefficients(prepared, engine, found, selection, events.tick) if workers.is_main else {}
+        )
+        calibrations = workers.broadcast(calibrations)
+    if screened:
+        _judge_screen(screened, plan.screen, found)
+    seconds = time.monotonic() - started
+    drawn = len(train[plan.first_seed])
+    metadata = training_metadata(prepared, found, identity, engine_name, seconds, drawn, screened)
+    finalists = {
+        c.seed: finished_vector(c, metadata, plan.control, calibrations.get(c.seed))
+        for c in found.chosen.candidates
+    }
+    if calibrations or plan.control == "random":
+        score_again(finalists, found, engine, selection, workers)
+    vector = finalists[found.finalist.seed]
+    result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
+    if folder and log:
+        _write(folder, result, found, log, picture)
+    return result
+
+
+def _encoded(prepared: Prepared) -> tuple[list[Document], dict[int, list[Document]]]:
+    """The selection documents, and the training documents of each seed, as the model reads them."""
+    plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
+    train = {seed: encode(apply_control(splits.train(seed), plan.control, seed), lm) for seed in plan.seeds()}
+    if empty := [seed for seed, documents in train.items() if not documents]:
+        raise AFTError(
+            f"No training document of seed {empty[0]} has a usable gold answer.",
+            "Check the task's YAML, or give it more training documents.",
+        )
+    return encode(splits.selection, lm), train
+
+
+def _progress_bar(stages: Sequence[Stage], workers: Workers, judged: int, shown: bool) -> Any:
+    """Counts documents, each as often as a candidate reads it."""
+    return tqdm(
+        total=sum(stage.documents for stage in stages) // workers.size + judged,
+        desc=f"{stages[0].name}: {stages[0].candidates} candidates",
+        unit="doc",
+        smoothing=0.05,
+        disable=not (shown and workers.is_main),
+    )
+
+
+def cost(prepared: Prepared) -> Estimate:
+    """What carrying the plan out would cost, by running a few of its documents."""
+    lm, plan = prepared.lm, prepared.plan
+    selection = encode(prepared.splits.selection, lm)
+    train = encode(prepared.splits.train(plan.first_seed), lm)
+    engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, [*selection, *train])
+    starts = _starts(prepared, {plan.first_seed: train}, selection)
+    group = [Candidate(site, 0, Recipe(), starts(site, plan.first_seed)) for site in prepared.sites]
+    protocol = plan.protocol
+    return estimate(
+        engine, group, train, selection, prepared.stages(), protocol.batch_size, seeds=protocol.seeds
+    )
+
+
+def _starts(prepared: Prepared, train: dict[int, list[Document]], selection: Sequence[Document]) -> Starts:
+    lm, plan = prepared.lm, prepared.plan
+    return Starts(
+        lm.model,
+        prepared.backbone,
+        prepared.method,
+        plan.positions,
+        prepared.layers,
+        train,
+        selection[:8],
+        lm.max_length,
+    )
+
+
+def _screen(
+    screen: str, engine: Engine, layers: list[int], documents: Sequence[Document]
+) -> tuple[list[int], dict[str, Any] | None]:
+    """The layers to sweep, in order, and what the screen said of them."""
+    if screen == "off":
+        return layers, None
+    if not isinstance(engine, Trajectory):
+        logger.warning("The screen needs the fast engine, which this model does not allow: left out.")
+        return layers, None
+    gradients = first_gradients(engine, documents[:SCREENED])
+    order = layer_order(gradients, layers)
+    said = {"order": order, "gradient_norm": {str(k): float(v.norm()) for k, v in gradients.items()}}
+    return (order if screen == "order" else sorted(order[: int(screen)])), said
+
+
+def _judge_screen(said: dict[str, Any], screen: str, found: SweepResult) -> None:
+    """Add how well its order agrees with what the sweep found, where all of it was swept."""
+    if screen == "order":
+        changes = {result.layer: result.change for result in found.layers}
+        said["rank_correlation"] = rank_correlation(said["order"], changes)
+
+
+def _write(
+    folder: Path, result: TrainingResult, sweep: SweepResult, ledger: TrainingLedger, picture: bool
+) -> None:
+    for seed, vector in result.finalists.items():
+        vector.save(seed_file(folder, seed))
+    chosen = sweep.finalist
+    ledger.append(event="chosen", candidate=chosen.name, layer=chosen.layer, seed=chosen.seed, time=now())
+    write_card(folder, result.vector)
+    if picture:
+        draw_sweep(sweep, str(result.vector.metadata["metric"]), folder / PICTURE)
+    # The vector last: a folder that has one is finished.
+    result.vector.save(folder)
+    drop_state(folder)

@@ -1,0 +1,436 @@
+"""A plan made ready: its model, tasks and documents, candidates' initialization, and the layer screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.engine.batching import (
+    Batch,
+    Document,
+    capture,
+    continuation_logits,
+    make_batch,
+    token_budget_batches,
+)
+from lm_eval_aft.harness.examples import Extractor
+from lm_eval_aft.harness.grading import Marker
+from lm_eval_aft.harness.splits import MixedSplits, Splits, split_task, split_tasks
+from lm_eval_aft.harness.tasks import compiled_once, load_task
+from lm_eval_aft.lm import AFTLM
+from lm_eval_aft.steering.backbone import Backbone, find_backbone
+from lm_eval_aft.steering.hooks import hidden_states, with_hidden_states
+from lm_eval_aft.steering.intervention import GENERATED, Intervention
+from lm_eval_aft.steering.methods import DEFAULT_METHOD, Method, find_method
+from lm_eval_aft.training.controls import check_control
+from lm_eval_aft.training.objectives import Mixture, Objective, loss_of, make_objective
+from lm_eval_aft.training.recipe import Stage, TrainingPlan, parse_layers, schedule
+from lm_eval_aft.training.trainer import Trajectory, master_dtype, residual_norm
+
+
+@dataclass
+class TaskPart:
+    """One of the tasks trained on: its own objective and splits."""
+
+    name: str
+    objective: Objective
+    splits: Splits
+
+    @property
+    def num_fewshot(self) -> int:
+        """Examples in each of its prompts."""
+        return self.splits.extractor.num_fewshot
+
+
+@dataclass
+class Prepared:
+    """A plan with its model, tasks and documents in hand, before any training.
+
+    Attributes:
+        objective, splits: the task's own; of several tasks, a mixture of ``parts``.
+    """
+
+    plan: TrainingPlan
+    lm: AFTLM
+    backbone: Backbone
+    objective: Objective
+    splits: Splits | MixedSplits
+    layers: list[int]
+    parts: list[TaskPart]
+
+    @property
+    def method(self) -> Method:
+        """How the intervention is parametrised."""
+        return find_method(self.plan.method)
+
+    @property
+    def sites(self) -> list[int]:
+        """The layers that candidates are told apart by: one, where a method steers all at once."""
+        return self.layers[:1] if self.method.together else self.layers
+
+    def stages(self) -> list[Stage]:
+        """What will be trained, before any retry."""
+        drawn, judged = self.splits.drawn, len(self.splits.selection)
+        return schedule(self.plan.protocol, len(self.sites), drawn, judged)
+
+    def summary(self) -> dict[str, Any]:
+        """What a dry run prints, name by name."""
+        protocol = self.plan.protocol.to_dict()
+        return {
+            "model": str(self.lm.pretrained),
+            "dtype": str(self.lm.model.dtype).removeprefix("torch."),
+            "task": self.plan.task,
+            "num_fewshot": ", ".join(dict.fromkeys(str(part.num_fewshot) for part in self.parts)),
+            "objective": self.objective.name,
+            "metric": self.objective.metric,
+            **({"loss": str(loss)} if (loss := loss_of(self.objective)) else {}),
+            "control": self.plan.control or "none",
+            "method": f"{self.method.name}: h + {self.method.formula}",
+            "parameters": self.method.parameters(self.backbone.hidden_size, len(self.layers)),
+            "positions": self.plan.positions,
+            "calibrate": self.plan.calibrate,
+            "norm_cap": self.plan.norm_cap,
+            **{f"rft: {key}": value for key, value in _rounds(self).items()},
+            "screen": self.plan.screen,
+            "protocol": protocol.pop("name"),
+            **{
+                key: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v
+                for key, v in protocol.items()
+            },
+            "layers": _listed(self.layers),
+            "train_docs": self.splits.train_docs,
+            "selection_docs": len(self.splits.selection),
+            **{f"documents: {key}": value for key, value in self.splits.counts.items()},
+            **(self._by_task() if len(self.parts) > 1 else {}),
+        }
+
+    def _by_task(self) -> dict[str, str]:
+        return {
+            f"task {part.name}": f"{part.splits.drawn} train, {len(part.splits.selection)} selection, "
+            f"{part.num_fewshot}-shot, {part.objective.metric}"
+            for part in self.parts
+        }
+
+
+def _rounds(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    if plan.rft is None:
+        return {}
+    marker = Marker(prepared.parts[0].splits.extractor.task, plan.rft.filter, plan.metric)
+    return {**asdict(plan.rft), "filter": marker.filter, "marked by": marker.metric}
+
+
+def _listed(value: Any) -> Any:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else value
+
+
+Documents = tuple[list[Extractor], Splits | MixedSplits]
+
+
+def prepare(lm: AFTLM, plan: TrainingPlan, kept: dict[Any, Documents] | None = None) -> Prepared:
+    """Check a plan against its model and task, and build the documents it needs.
+
+    Args:
+        kept: documents of earlier plans for this model; plans that differ in their recipe only share them.
+
+    Raises:
+        AFTError: anything the plan asks for that cannot be.
+    """
+    backbone = find_backbone(lm.model)
+    layers = parse_layers(plan.protocol.layers, len(backbone.blocks))
+    _check_intervention(plan)
+    most = (plan.protocol.train_docs, plan.protocol.selection_docs)
+    wanted = (plan.train_docs, plan.selection_docs, plan.train_split, most, plan.protocol.share_fewshot)
+    asked = (plan.task, plan.prompts, plan.include_path, *wanted)
+    known = None if kept is None else kept.get(asked)
+    extractors = known[0] if known else _extractors(lm, plan)
+    name = _objective_name(plan, extractors)
+    check_control(plan.control, name)
+    objectives = [_objective(plan, name, extractor) for extractor in extractors]
+    with compiled_once():
+        splits = known[1] if known else _split(extractors, plan.tasks, wanted)
+    if kept is not None:
+        kept[asked] = (extractors, splits)
+    several = isinstance(splits, MixedSplits)
+    objective = Mixture(objectives, plan.tasks) if several else objectives[0]
+    own = splits.parts if isinstance(splits, MixedSplits) else [splits]
+    parts = [TaskPart(*each) for each in zip(plan.tasks, objectives, own, strict=True)]
+    return Prepared(plan, lm, backbone, objective, splits, layers, parts)
+
+
+def _extractors(lm: AFTLM, plan: TrainingPlan) -> list[Extractor]:
+    return [Extractor(load_task(name, plan.include_path), lm, plan.prompts) for name in plan.tasks]
+
+
+def _split(extractors: list[Extractor], tasks: list[str], wanted: Any) -> Splits | MixedSplits:
+    if len(extractors) == 1:
+        return split_task(extractors[0], *wanted)
+    return split_tasks(extractors, tasks, *wanted)
+
+
+def _check_intervention(plan: TrainingPlan) -> None:
+    method = find_method(plan.method)
+    if plan.norm_cap is not None and not (plan.norm_cap > 0 and method.constant):
+        raise AFTError(
+            f"A norm cap of {plan.norm_cap:g} does not fit the method {plan.method!r}.",
+            "It is a positive share of the residual norm, for methods that add the same everywhere.",
+        )
+    check_screen(plan.screen, plain=plan.method == DEFAULT_METHOD and plan.positions == "all")
+
+
+def _objective_name(plan: TrainingPlan, extractors: Sequence[Extractor]) -> str:
+    """The objective asked for, or that of all tasks' types; each task must allow it."""
+    own = {name: extractor.objective for name, extractor in zip(plan.tasks, extractors, strict=True)}
+    wanted = plan.objective or extractors[0].objective
+    if len(set(own.values())) > 1:
+        told = ", ".join(f"{name} {objective!r}" for name, objective in own.items())
+        raise AFTError(
+            f"These tasks have different objectives: {told}.",
+            "A vector is trained with one: choose tasks of one type.",
+        )
+    if wanted == "rft":
+        _check_rft(plan, extractors)
+    elif wanted != extractors[0].objective:
+        raise AFTError(f"The objective {wanted!r} does not fit {plan.task!r}.", f"Use {own[plan.tasks[0]]}.")
+    return wanted
+
+
+def _objective(plan: TrainingPlan, name: str, extractor: Extractor) -> Objective:
+    return make_objective(
+        name,
+        plan.metric,
+        list(extractor.task.aggregation()),
+        choice_loss=plan.choice_loss,
+        margin=plan.margin,
+        label_smoothing=plan.label_smoothing,
+    )
+
+
+def _check_rft(plan: TrainingPlan, extractors: Sequence[Extractor]) -> None:
+    if len(extractors) > 1:
+        raise AFTError("The objective rft takes one task at a time.", "Name one --task.")
+    extractor = extractors[0]
+    kind = extractor.task.OUTPUT_TYPE
+    if kind != "generate_until":
+        raise AFTError(
+            f"rft samples answers, but {plan.task!r} is of type {kind!r}: it has none to generate.",
+            f"Use {extractor.objective}, or a task of type generate_until.",
+        )
+    if plan.rft is None:
+        raise AFTError("The objective rft lacks its settings.", "Make the plan with TrainingPlan.of.")
+    Marker(extractor.task, plan.rft.filter, plan.metric)
+
+
+# What a candidate begins with.
+
+
+@dataclass
+class Starts:
+    """Makes candidates' first interventions.
+
+    Attributes:
+        layers: the layers of the run; methods that steer several at once steer all of these.
+        train: training documents by seed; methods without training are computed from them.
+        probe: documents on which hidden states are measured for small random starts.
+        window: most tokens the model reads.
+    """
+
+    model: nn.Module
+    backbone: Backbone
+    method: Method
+    positions: str
+    layers: Sequence[int]
+    train: Mapping[int, Sequence[Document]]
+    probe: Sequence[Document]
+    window: int
+    _differences: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, layer: int, seed: int, noise: int | None = None) -> Intervention:
+        """A candidate's start at a layer: nothing added yet, or for a retry something small and random.
+
+        Random parameters are drawn from ``seed``, a retry's vectors from ``noise``.
+        """
+        layers = tuple(self.layers) if self.method.together else (layer,)
+        generator = torch.Generator().manual_seed(seed)
+        tensors = self.method.start(self.backbone.hidden_size, layers, generator)
+        if not self.method.trained:
+            found = self._contrast(seed)
+            tensors |= {f"layers.{each}": found[each].clone() for each in layers}
+        elif noise is not None:
+            for place, each in enumerate(layers):
+                size = residual_norm(self.model, self.backbone, each, self.probe)
+                tensors[f"layers.{each}"] = small_random(self.backbone.hidden_size, size, noise + place)
+        parameter = next(self.model.parameters())
+        placed = {
+            name: tensor.to(parameter.device, master_dtype(parameter.dtype))
+            for name, tensor in tensors.items()
+        }
+        return Intervention(self.method, placed, positions=self.positions)
+
+    def _contrast(self, seed: int) -> dict[int, Tensor]:
+        if seed not in self._differences:
+            self._differences[seed] = mean_differences(
+                self.model, self.backbone, self.train[seed], self.window
+            )
+        return self._differences[seed]
+
+
+def small_random(width: int, residual_norm: float, seed: int) -> Tensor:
+    """A retry's first vector: N(0, 0.01 * residual_norm^2 / width), shape ``(width,)``.
+
+    Args:
+        residual_norm: median norm of the hidden states at its layer.
+    """
+    scale = 0.1 * residual_norm / width**0.5
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed)).mul_(scale)
+
+
+# Vectors without training: what sets right answers' hidden states apart from wrong ones'.
+
+TOKENS = 4096  # in one pass
+
+
+@torch.no_grad()
+def mean_differences(
+    model: nn.Module, backbone: Backbone, documents: Sequence[Document], window: int
+) -> dict[int, Tensor]:
+    """For every layer, shape ``(hidden_size,)``, fp32: right options' hidden states minus wrong ones'.
+
+    Contrastive activation addition (Rimsky et al. 2024, arXiv:2312.06681), for options of several
+    tokens: an option's activation is the mean of the block's output over the option's own tokens, read
+    behind its context; a document's difference is the mean of its right options' minus the mean of its
+    wrong ones'; the vector is the mean over documents. Where a document has one continuation only
+    (generation tasks), the next document's stands in for the wrong one.
+
+    Args:
+        window: most tokens in a row; longer contexts are cut on the left.
+    """
+    depth = len(backbone.blocks)
+    totals = {layer: torch.zeros(backbone.hidden_size, dtype=torch.float64) for layer in range(depth)}
+    contrasted = _with_wrong_options(documents)
+    rows = [_whole(document, window) for document in contrasted]
+    parameter = next(model.parameters())
+    for indices in token_budget_batches(rows, False, TOKENS):
+        chosen = [rows[i] for i in indices]
+        batch = make_batch(chosen, False, parameter.device, parameter.dtype)
+        with capture(backbone, range(depth)) as outputs:
+            continuation_logits(model, batch)
+        weights = _weights(chosen)
+        for layer, output in outputs.items():
+            hidden = hidden_states(output).float()
+            own = (batch.roles == GENERATED).to(hidden.device).unsqueeze(-1)
+            means = (hidden * own).sum(1) / own.sum(1)
+            totals[layer] += (means.double().cpu() * weights.unsqueeze(1)).sum(0)
+    return {layer: (total / len(rows)).float() for layer, total in totals.items()}
+
+
+def _with_wrong_options(documents: Sequence[Document]) -> list[Document]:
+    found = []
+    for i, document in enumerate(documents):
+        if len(document.pairs) == 1:
+            context, own = document.pairs[0]
+            _, other = documents[(i + 1) % len(documents)].pairs[0]
+            document = Document(((context, own), (context, other)), (0,), (1.0, 1.0))
+        found.append(document)
+    return found
+
+
+def _whole(document: Document, window: int) -> Document:
+    """The document with a token more behind each option, so that the options' last tokens are read too."""
+    pairs = []
+    for context, tail in document.pairs:
+        kept = tail[: window - 1]
+        pairs.append((context[-(window - len(kept)) :], (*kept, kept[-1])))
+    return Document(tuple(pairs), document.gold, document.lengths)
+
+
+def _weights(documents: Sequence[Document]) -> Tensor:
+    """What each option (row) counts for: right ones sum to 1 in a document, wrong ones to -1."""
+    weights: list[float] = []
+    for document in documents:
+        right = set(document.gold)
+        n = len(document.pairs)
+        wrong = max(1, n - len(right))
+        weights += [1 / len(right) if i in right else -1 / wrong for i in range(n)]
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+# The screen: what one backward pass at the zero vector says about every layer.
+#
+# The gradient with respect to a vector added at a block's output is the gradient with respect to that
+# output, summed over positions; one backward pass gives it for all blocks at once.
+
+
+def check_screen(screen: str, plain: bool = True) -> None:
+    """Raise `AFTError` unless ``screen`` is ``off``, ``order`` or a number of layers to keep.
+
+    Args:
+        plain: whether one vector is to be added at every position, which is what the screen looks at.
+    """
+    if screen != "off" and not plain:
+        raise AFTError("The screen knows static vectors at all positions only.", "Leave out --screen.")
+    if screen not in ("off", "order") and not (screen.isdigit() and int(screen) >= 1):
+        raise AFTError(f"There is no screen {screen!r}.", "Use off, order, or how many layers to keep.")
+
+
+def first_gradients(engine: Trajectory, documents: Sequence[Document]) -> dict[int, Tensor]:
+    """Gradient of the mean loss at v = 0 for a vector at each block, shape ``(hidden_size,)``, fp32."""
+    totals: dict[int, Tensor] = {}
+    for batch in engine.batches(documents):
+        for layer, gradient in _gradients(engine, batch).items():
+            totals[layer] = totals.get(layer, torch.zeros_like(gradient)) + gradient
+    return {layer: total / len(documents) for layer, total in totals.items()}
+
+
+def _gradients(engine: Trajectory, batch: Batch) -> dict[int, Tensor]:
+    streams: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            hidden = hidden_states(output)
+            if not hidden.requires_grad:  # the first block: nothing below it is trained
+                hidden = hidden.detach().requires_grad_(True)
+            hidden.retain_grad()
+            streams[layer] = hidden
+            return with_hidden_states(output, hidden)
+
+        return hook
+
+    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(engine.backbone.blocks)]
+    try:
+        losses = engine.objective.losses(continuation_logits(engine.model, batch), batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    return {
+        layer: hidden.grad.float().sum(dim=(0, 1))
+        for layer, hidden in streams.items()
+        if hidden.grad is not None
+    }
+
+
+def layer_order(gradients: dict[int, Tensor], layers: Sequence[int]) -> list[int]:
+    """Layers by the first-order gain of one Adam step, largest first.
+
+    Adam's first step moves every entry by the learning rate against its gradient's sign, so to
+    first order the loss falls by the learning rate times the gradient's 1-norm.
+    """
+    return sorted(layers, key=lambda layer: -float(gradients[layer].abs().sum()))
+
+
+def rank_correlation(order: Sequence[int], changes: dict[int, float]) -> float:
+    """Spearman's correlation between the screen's order and the sweep's (lower change is better).
+
+    NaN for fewer than three layers.
+    """
+    shared = [layer for layer in order if layer in changes]
+    if len(shared) < 3:
+        return float("nan")
+    return float(spearmanr(range(len(shared)), [changes[layer] for layer in shared]).statistic)

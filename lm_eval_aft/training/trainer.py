@@ -1,0 +1,335 @@
+"""The engines that train candidates: the fast one, which shares frozen passes, and the plain reference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.engine.batching import (
+    Batch,
+    Document,
+    capture,
+    continuation_logits,
+    make_batch,
+    option_logprobs,
+    resumed,
+    token_budget_batches,
+    units,
+)
+from lm_eval_aft.engine.compatibility import may_pack
+from lm_eval_aft.engine.precision import subnormals_flushed
+from lm_eval_aft.steering.backbone import Backbone, attention_kernel, input_device
+from lm_eval_aft.steering.hooks import add_all, hidden_states
+from lm_eval_aft.steering.intervention import Intervention, roles, row_roles
+from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Tick
+from lm_eval_aft.training.objectives import Objective, Score
+
+logger = logging.getLogger(__name__)
+# Tokens in one pass. A CPU is already busy with a few hundred; padding only costs it.
+TOKEN_BUDGET = {"cpu": 1024}
+DEFAULT_TOKEN_BUDGET = 16384
+
+
+class Trajectory:
+    """Engine that shares the frozen part of every pass among candidates.
+
+    Below a candidate's layer nothing depends on its vector, so one baseline pass per batch gives
+    the output of every block, and a candidate at layer L runs blocks L+1 and up only, forwards
+    and backwards. The options of a document share their context in one packed row where the
+    model allows it, and the head sees continuation positions only.
+
+    Args:
+        packed: whether to pack rows; see `lm_eval_aft.engine.compatibility.may_pack`.
+        budget: most tokens (rows x width) in one pass; by default what suits the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        objective: Objective,
+        *,
+        packed: bool,
+        budget: int | None = None,
+    ) -> None:
+        self.model = model.requires_grad_(False)
+        self.backbone = backbone
+        self.objective = objective
+        self.packed = packed
+        device = input_device(model).type
+        self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
+
+    @subnormals_flushed()
+    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+        for step in steps:
+            live = [candidate for candidate in candidates if not candidate.stopped]
+
+            def gather(batch: Batch, live: list[Candidate] = live, size: int = len(step)) -> None:
+                outputs = self.outputs(batch, {candidate.layer for candidate in live})
+                for candidate in live:
+                    with self._steered(candidate, outputs):
+                        logits = continuation_logits(self.model, batch)
+                    candidate.backward(self.objective.losses(logits, batch).sum() / size)
+
+            def forget(live: list[Candidate] = live) -> None:
+                for candidate in live:
+                    candidate.forget()
+
+            self._each_batch(step, gather, forget)
+            tick(len(live) * len(step))
+            for candidate in live:
+                candidate.step()
+
+    @subnormals_flushed()
+    @torch.no_grad()
+    def evaluate(
+        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+    ) -> list[Score]:
+        outcomes: list[list[NDArray[np.float64]]] = [[] for _ in candidates]
+
+        def score(batch: Batch) -> None:
+            outputs = self.outputs(batch, {candidate.layer for candidate in candidates})
+            for candidate, its_outcomes in zip(candidates, outcomes, strict=True):
+                with self._steered(candidate, outputs):
+                    logits = continuation_logits(self.model, batch)
+                its_outcomes += self.objective.outcomes(logits, batch)
+            tick(len(candidates) * len(batch.documents))
+
+        def forget() -> None:
+            for its_outcomes in outcomes:
+                its_outcomes.clear()
+
+        self._each_batch(_by_length(documents, self.packed), score, forget)
+        return [self.objective.summarise(its_outcomes) for its_outcomes in outcomes]
+
+    @torch.no_grad()
+    def baseline(self, documents: Sequence[Document], tick: Tick) -> Score:
+        outcomes: list[NDArray[np.float64]] = []
+
+        def score(batch: Batch) -> None:
+            outcomes.extend(self.objective.outcomes(continuation_logits(self.model, batch), batch))
+            tick(len(batch.documents))
+
+        self._each_batch(_by_length(documents, self.packed), score, outcomes.clear)
+        return self.objective.summarise(outcomes)
+
+    def batches(self, documents: Sequence[Document]) -> Iterator[Batch]:
+        """Cut documents, in the order given, into batches within the token budget."""
+        parameter = next(self.model.parameters())
+        for indices in token_budget_batches(documents, self.packed, self.budget):
+            chosen = [documents[i] for i in indices]
+            yield make_batch(chosen, self.packed, input_device(self.model), parameter.dtype)
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch, layers: Collection[int]) -> dict[int, Any]:
+        """The frozen model's output at each of these blocks."""
+        with capture(self.backbone, sorted(layers)) as outputs:
+            _run_blocks(self.model, batch)
+        return outputs
+
+    @contextmanager
+    def _steered(self, candidate: Candidate, outputs: dict[int, Any]) -> Iterator[None]:
+        layer = candidate.layer
+        with (
+            add_all(self.backbone, candidate.intervention.shifts()),
+            resumed(self.backbone, layer, outputs[layer]),
+        ):
+            yield
+
+    def _each_batch(
+        self, documents: Sequence[Document], work: Callable[[Batch], None], forget: Callable[[], None]
+    ) -> None:
+        """Do ``work`` batch by batch; out of memory, ``forget`` it all and start with smaller ones.
+
+        Raises:
+            AFTError: not even one document fits.
+        """
+        while True:
+            # What is known of a batch that does not even come into being.
+            batch: Batch | None = None
+            size, tokens = len(documents), self.budget
+            try:
+                for batch in self.batches(documents):
+                    size, tokens = len(batch.documents), batch.inputs["input_ids"].numel()
+                    work(batch)
+                    batch, size, tokens = None, len(documents), self.budget
+                return
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if size == 1 or self.budget == 1:
+                    raise AFTError(
+                        "Out of memory on a single document.",
+                        "Use a smaller --num-fewshot, --dtype bfloat16, or a device with more memory.",
+                    ) from error
+            # Outside the handler, so that the failed pass's tensors are free by now.
+            del batch
+            forget()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.budget = max(1, min(self.budget, tokens) // 2)
+            logger.warning("Out of memory: going on with at most %d tokens a pass.", self.budget)
+
+
+def make_engine(
+    model: nn.Module, backbone: Backbone, objective: Objective, documents: Sequence[Document]
+) -> tuple[Engine, str]:
+    """The fastest engine that agrees with the plain one on these documents, and its name.
+
+    Tries packed rows, then unpacked rows resumed from a layer, then the plain engine.
+
+    Raises:
+        AFTError: the model's attention has no gradients on its device.
+    """
+    if _no_gradients(model):
+        raise AFTError(
+            "flex attention has no gradients on a CPU.", "Load the model with attn_implementation=sdpa."
+        )
+    reason = may_pack(model, documents)
+    if reason:
+        logger.info("Rows are not packed: %s.", reason)
+    engine = Trajectory(model, backbone, objective, packed=not reason)
+    reference = Reference(model, backbone, objective)
+    reason = _resuming_differs(engine, reference, min(documents, key=lambda d: d.tokens(False)))
+    if reason:
+        logger.warning("The plain engine is used, which is slow: %s.", reason)
+        return reference, "reference"
+    return engine, "packed" if engine.packed else "unpacked"
+
+
+@torch.no_grad()
+def _resuming_differs(engine: Trajectory, reference: Reference, document: Document) -> str:
+    """Compare both engines on one document under a vector as long as a typical hidden state."""
+    layer = (len(engine.backbone.blocks) - 1) // 2
+    parameter, device = next(engine.model.parameters()), input_device(engine.model)
+    batch = make_batch([document], engine.packed, device, parameter.dtype)
+    outputs = engine.outputs(batch, [layer])
+    size = _median_norm(outputs[layer]) / engine.backbone.hidden_size**0.5
+    vector = torch.linspace(-1, 1, engine.backbone.hidden_size, device=device) * 0.1 * size
+    static = Intervention.static(layer, vector.to(master_dtype(parameter.dtype)))
+    probe = Candidate(layer, 0, Recipe(), static)
+    try:
+        with (
+            add_all(engine.backbone, static.shifts()),
+            resumed(engine.backbone, layer, outputs[layer]),
+        ):
+            fast = option_logprobs(continuation_logits(engine.model, batch), batch)
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        return f"this model cannot be resumed from a block ({error})"
+    logits, plain = reference._logits(document, probe)
+    slow = option_logprobs(logits, plain)
+    bar = 1e-4 if parameter.dtype in (torch.float32, torch.float64) else 0.1 * float(len(batch.targets))
+    worst = float((fast - slow).abs().max())
+    return (
+        ""
+        if worst <= max(bar, 1e-6 * float(slow.abs().max()))
+        else f"resumed passes differ by {worst:.2g} nats"
+    )
+
+
+@torch.no_grad()
+def residual_norm(model: nn.Module, backbone: Backbone, layer: int, documents: Sequence[Document]) -> float:
+    """Median norm of the hidden states at a layer's output, over the documents' tokens."""
+    parameter = next(model.parameters())
+    norms = []
+    for document in documents:
+        batch = make_batch([Document(document.pairs[:1])], False, input_device(model), parameter.dtype)
+        with capture(backbone, [layer]) as outputs:
+            _run_blocks(model, batch)
+        norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1))
+    return float(torch.cat(norms).median())
+
+
+def _no_gradients(model: nn.Module) -> bool:
+    return attention_kernel(model) == "flex_attention" and input_device(model).type == "cpu"
+
+
+def _run_blocks(model: nn.Module, batch: Batch) -> None:
+    """A pass made for what hooks on the blocks collect: the head sees one row only."""
+    continuation_logits(model, replace(batch, scored=batch.scored[:1]))
+
+
+def _median_norm(output: Any) -> float:
+    return float(hidden_states(output)[0].float().norm(dim=-1).median())
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # CUDA raises a class of its own; the CPU allocator only a message.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision that candidates of a model of this dtype are trained in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _by_length(documents: Sequence[Document], packed: bool) -> list[Document]:
+    """Longest first; documents of a group stay together."""
+    together = [[documents[i] for i in unit] for unit in units(documents)]
+    together.sort(key=lambda unit: -max(document.tokens(packed) for document in unit))
+    return [document for unit in together for document in unit]
+
+
+# The plain engine: one candidate, one option, one whole pass of the hooked model at a time.
+#
+# Slow and obviously right; the fast engine is tested against it, and falls back to it.
+
+
+class Reference:
+    """Engine without any shortcut."""
+
+    def __init__(self, model: nn.Module, backbone: Backbone, objective: Objective) -> None:
+        self.model = model.requires_grad_(False)
+        self.backbone = backbone
+        self.objective = objective
+
+    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+        for candidate in candidates:
+            for step in steps:
+                if candidate.stopped:
+                    break
+                for document in step:
+                    logits, batch = self._logits(document, candidate)
+                    candidate.backward(self.objective.losses(logits, batch).sum() / len(step))
+                    tick(1)
+                candidate.step()
+
+    @torch.no_grad()
+    def evaluate(
+        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+    ) -> list[Score]:
+        return [self._score(candidate, documents, tick) for candidate in candidates]
+
+    @torch.no_grad()
+    def baseline(self, documents: Sequence[Document], tick: Tick) -> Score:
+        return self._score(None, documents, tick)
+
+    def _score(self, candidate: Candidate | None, documents: Sequence[Document], tick: Tick) -> Score:
+        outcomes: list[NDArray[np.float64]] = []
+        for document in documents:
+            logits, batch = self._logits(document, candidate)
+            outcomes += self.objective.outcomes(logits, batch)
+            tick(1)
+        return self.objective.summarise(outcomes)
+
+    def _logits(self, document: Document, candidate: Candidate | None) -> tuple[Tensor, Batch]:
+        device = input_device(self.model)
+        rows = []
+        shifts = {} if candidate is None else candidate.intervention.shifts()
+        for context, continuation in document.pairs:
+            ids = torch.tensor([(*context, *continuation[:-1])], device=device)
+            kinds = torch.tensor([row_roles(len(context), len(continuation) - 1)], device=device)
+            with add_all(self.backbone, shifts), roles(kinds):
+                logits = self.model(input_ids=ids, use_cache=False).logits[0]
+            rows.append(logits[len(context) - 1 :])
+        # The batch only tells the objective which row belongs to which option.
+        return torch.cat(rows), make_batch([document], False, device, torch.float32)
