@@ -32,6 +32,9 @@ endif
 # Tests never touch the network.
 PYTEST = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=15 -n $(WORKERS) --dist loadfile
 
+# Tests of our own files, statistics, pages and rules: other libraries' releases change little there.
+OURS_ALONE = tests/unit/test_constraints.py
+
 DEMO_TRAINING = --protocol maximum --train-docs 300 --selection-docs 500 --epochs 4 --lr 1e-2 --l2 0.02 --batch-size 4
 DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math --include_path tasks \
 	--device cpu --batch_size 32 --log_samples
