@@ -94,6 +94,13 @@ def test_pins_name_no_index_and_nothing_of_torchs(file: Path) -> None:
     assert [name for name in pins("\n".join(lines), PYTHONS[0]) if OF_TORCH.match(name)] == []
 
 
+def test_what_the_canary_leaves_out_is_there() -> None:
+    (listed,) = re.findall(r"^OURS_ALONE = \\\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    files = re.findall(r"[\w/]+\.py", listed)
+    assert len(files) == len(set(files)) > 20
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
 def needed() -> set[str]:
     """Names of installed packages that this one and its development tools need, at any remove."""
     with (ROOT / "pyproject.toml").open("rb") as file:
