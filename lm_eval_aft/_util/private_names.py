@@ -289,9 +289,9 @@ def _compiled_module() -> bool:
 
 
 def _registry() -> bool:
-    from lm_eval.api.registry import model_registry
-
-    return {"target"} <= set(_parameters(model_registry.register)) and "hf" in model_registry
+    importlib.import_module("lm_eval.models")
+    table = importlib.import_module("lm_eval.api.registry").model_registry
+    return "target" in _parameters(table.register) and "hf" in table
 
 
 def _cache_hook() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import time
@@ -156,7 +155,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
         from lm_eval.__main__ import cli_evaluate
     table = "lm-eval: lm_eval.models and lm_eval.api.registry.model_registry"
     with borrowed(table):
-        importlib.import_module("lm_eval.models")  # which fills the table
+        from lm_eval import models  # noqa: F401 (importing it fills the table)
         from lm_eval.api.registry import model_registry
     if MODEL_NAME not in model_registry:
         raise gone(table, "the model was not taken into the table")

@@ -207,9 +207,10 @@ def test_tokens_equal_what_hf_scores(toy_tasks: Callable[..., str], lm: AFTLM) -
     original = lm._loglikelihood_tokens
     lm._loglikelihood_tokens = lambda reqs, **_: seen.extend(reqs) or [(0.0, False)] * len(reqs)
     from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
     flat = [pair for example in splits.selection for pair in example.requests]
-    lm.loglikelihood([Instance("loglikelihood", {}, pair, 0, ("toy", 0, 1)) for pair in flat])
+    HFLM.loglikelihood(lm, [Instance("loglikelihood", {}, pair, 0, ("toy", 0, 1)) for pair in flat])
     lm._loglikelihood_tokens = original
     ours = [pair for document in encode(splits.selection, lm) for pair in document.pairs]
     assert ours == [(tuple(context), tuple(tail)) for _, context, tail in seen]
