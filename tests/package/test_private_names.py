@@ -134,6 +134,7 @@ def inherited() -> dict[str, str]:
 OURS = {
     "_util": "a package of ours",
     "_buffers": "of RowCache, which is no module",
+    "_aft_passes": "kept on a model while its passes are watched",
     "_aft_saved": "kept on a module for one pass",
     "_proj": "the end of layers' names",
     "_version": "the end of a key in result files",
