@@ -157,11 +157,13 @@ class Prompt:
         roles: (rows, columns) role of each column of the prompt.
         ids: (rows, known) token ids of its last columns; None where the prompt is given as embeddings.
         read: columns that passes have read so far; None while no pass has been seen.
+        forward: whether every pass starts where the last one ended, as in all but assisted decoding.
     """
 
     roles: Tensor
     ids: Tensor | None
     read: int | None = None
+    forward: bool = False
 
     @property
     def columns(self) -> int:
@@ -367,9 +369,10 @@ class Passes:
         rows, width = given.shape[:2]
         behind = None if wide is None else wide - width
         if past is None:
-            if behind is None and unknown:
+            if behind is None and unknown and not (prompt.forward and prompt.read is not None):
                 return f"it is not known how many tokens {unknown} holds"
-            past = behind or 0
+            # What a state-space model keeps has no length, but cannot be taken back either.
+            past = (prompt.read or 0) if behind is None and unknown else behind or 0
         elif behind is not None and behind != past:
             return f"the cache holds {past} tokens, by the attention mask {behind} were read"
         reason = prompt.mismatch(given, past)
@@ -496,6 +499,7 @@ def _generation_prompt(module: nn.Module, given: dict[str, Any]) -> Prompt:
         mask = given["attention_mask"] = (ids != pad).long()
     prompt = Prompt.of(ids, mask, embeds)
     prompt.read = None if unknown else past or 0
+    prompt.forward = setting("assistant_model") is None and setting("prompt_lookup_num_tokens") is None
     return prompt
 
 

@@ -218,6 +218,23 @@ def test_a_generation_goes_on_from_a_filled_cache(positions: str) -> None:
             generate(model, attention_mask=None, **{cache_argument(model): cache})
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_state_space_models(positions: str) -> None:
+    """What they keep of the past has no length; padding would change it, so prompts go one by one."""
+    model, vector = tiny_model("mamba"), vector_for("static", positions)
+    for prompt in PROMPTS:
+        one = {
+            "input_ids": torch.tensor([prompt]),
+            "max_new_tokens": NEW,
+            "do_sample": False,
+            "pad_token_id": 1,
+        }
+        with oracle(model, vector, [0], len(prompt)):
+            wanted = model.generate(**one, use_cache=False)
+        with attach(model, vector):
+            assert torch.equal(model.generate(**one), wanted)
+
+
 @pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
 def test_quantised_caches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded keys change texts, so the roles are compared, pass by pass."""
