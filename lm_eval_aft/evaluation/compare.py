@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.evaluation.results import (
-    Sample,
     ScoredRun,
     TaskRun,
     listed_metrics,
@@ -20,9 +19,8 @@ from lm_eval_aft.evaluation.stats import (
     PairedComparison,
     compare_paired,
     holm,
-    mean_stderr,
+    mean_interval,
     verdict,
-    wilson_interval,
 )
 from lm_eval_aft.evaluation.vector_info import HASH_DIGITS, VectorInfo
 
@@ -36,22 +34,22 @@ class Comparison:
     """One run against the baseline on one task, filter and metric.
 
     Attributes:
-        primary: whether the verdict on the task hangs on this metric.
-        doc_ids: documents compared; ``wins`` and ``losses`` are the ids that flipped, wins being
-            *improvements* (a lower score where lower is better).
+        doc_ids: the documents compared.
+        wins, losses: the documents that got better and worse (lower scores are better for some metrics).
+        clusters: what to say about clusters of documents, if anything.
+        primary: whether this metric decides the verdict on the task.
     """
 
-    run: str
     task: str
     filter: str
     metric: str
-    primary: bool
     higher_is_better: bool
     paired: PairedComparison
     doc_ids: list[int]
     wins: list[int]
     losses: list[int]
     clusters: str
+    primary: bool = False
 
 
 def differences(baseline: ScoredRun, other: ScoredRun) -> list[str]:
@@ -89,22 +87,41 @@ def shared_tasks(baseline: ScoredRun, other: ScoredRun) -> list[str]:
 
 
 def compare_runs(baseline: ScoredRun, other: ScoredRun) -> list[Comparison]:
-    """Every per-document metric of every shared task, on the documents both runs have."""
+    """Compare every per-document metric of every shared task, on the documents both runs have."""
     found = []
     for task in shared_tasks(baseline, other):
         before, after = baseline.tasks[task], other.tasks[task]
-        chosen = primary_metric(before, after)
+        primary = primary_metric(before, after)
         for filter_name in (name for name in before.samples if name in after.samples):
             left, right = before.samples[filter_name], after.samples[filter_name]
             ids = sorted(left.keys() & right.keys())
-            for metric in _metrics(left, right, ids):
-                found.append(
-                    _compare(
-                        other.name, task, filter_name, metric, left, right, ids,
-                        (filter_name, metric) == chosen, _higher_is_better(before, metric),
-                    )
-                )  # fmt: skip
+            for metric in left[ids[0]].metrics if ids else ():
+                if all(metric in left[i].metrics and metric in right[i].metrics for i in ids):
+                    found.append(_compare(before, after, filter_name, metric, ids))
+                    found[-1].primary = (filter_name, metric) == primary
     return sorted(found, key=lambda c: (c.task, not c.primary))
+
+
+def _compare(before: TaskRun, after: TaskRun, filter_name: str, metric: str, ids: list[int]) -> Comparison:
+    left, right = before.samples[filter_name], after.samples[filter_name]
+    clusters = [left[i].cluster for i in ids]
+    paired = compare_paired(
+        [left[i].metrics[metric] for i in ids], [right[i].metrics[metric] for i in ids], clusters
+    )
+    gained = [i for i in ids if right[i].metrics[metric] > left[i].metrics[metric]]
+    lost = [i for i in ids if right[i].metrics[metric] < left[i].metrics[metric]]
+    up = _higher_is_better(before, metric)
+    return Comparison(
+        task=before.task,
+        filter=filter_name,
+        metric=metric,
+        higher_is_better=up,
+        paired=paired,
+        doc_ids=ids,
+        wins=gained if up else lost,
+        losses=lost if up else gained,
+        clusters=_cluster_note(clusters, paired),
+    )
 
 
 def primary_metric(*runs: TaskRun, whole: bool = True) -> tuple[str, str] | None:
@@ -137,30 +154,6 @@ def _higher_is_better(run: TaskRun, metric: str) -> bool:
     return said is not False
 
 
-def _compare(
-    run: str,
-    task: str,
-    filter_name: str,
-    metric: str,
-    left: dict[int, Sample],
-    right: dict[int, Sample],
-    ids: list[int],
-    primary: bool,
-    up: bool,
-) -> Comparison:
-    before = [left[i].metrics[metric] for i in ids]
-    after = [right[i].metrics[metric] for i in ids]
-    clusters = [left[i].cluster for i in ids]
-    paired = compare_paired(before, after, clusters)
-    gained = [i for i, a, b in zip(ids, before, after, strict=True) if b > a]
-    lost = [i for i, a, b in zip(ids, before, after, strict=True) if b < a]
-    wins, losses = (gained, lost) if up else (lost, gained)
-    return Comparison(
-        run, task, filter_name, metric, primary, up, paired, ids, wins, losses,
-        _cluster_note(clusters, paired),
-    )  # fmt: skip
-
-
 def _cluster_note(clusters: list[str | None], paired: PairedComparison) -> str:
     if paired.clusters is not None:
         return f"documents grouped by source_id: {paired.clusters} clusters are the units of the test"
@@ -168,12 +161,6 @@ def _cluster_note(clusters: list[str | None], paired: PairedComparison) -> str:
     if None in clusters:
         return ""
     return f"{count} source_id value(s): too few or too uneven to be units; documents count as independent"
-
-
-def _metrics(left: dict[int, Sample], right: dict[int, Sample], ids: list[int]) -> Iterator[str]:
-    for metric in left[ids[0]].metrics if ids else ():
-        if all(metric in left[i].metrics and metric in right[i].metrics for i in ids):
-            yield metric
 
 
 def _questions(task: str, before: TaskRun, after: TaskRun) -> Iterator[str]:
@@ -371,7 +358,7 @@ SELECTED = "not assessable: selected on these documents"
 DIFFERENT = "not assessable: the runs differ"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VerdictRow:
     """One comparison. Scores, differences and intervals are in the metric's own unit (shares: 0 to 1).
 
@@ -461,22 +448,25 @@ def _selected_on(info: VectorInfo, baseline: ScoredRun, each: Comparison) -> boo
 
 def make_row(baseline: ScoredRun, run: ScoredRun, each: Comparison, family: bool, blocked: str) -> VerdictRow:
     """A comparison as a row: not yet adjusted, its verdict ``blocked`` or empty."""
-    p = each.paired
-    columns = []
-    for side, mean in ((baseline, p.baseline), (run, p.steered)):
+    values: dict[str, Any] = asdict(each.paired)
+    share = True
+    for name, side in (("baseline", baseline), ("steered", run)):
         samples = side.tasks[each.task].samples[each.filter]
-        values = [samples[i].metrics[each.metric] for i in each.doc_ids]
-        share = all(0 <= value <= 1 for value in values)
-        bounds: tuple[float | None, float | None] = (None, None)
-        if all(value in (0, 1) for value in values):
-            bounds = wilson_interval(sum(values), p.n)
-        elif (error := mean_stderr(values)) is not None:
-            bounds = (mean - 1.96 * error, mean + 1.96 * error)
-        columns.append((share, *bounds))
-    (first, low_b, high_b), (second, low_s, high_s) = columns
+        scores = [samples[i].metrics[each.metric] for i in each.doc_ids]
+        share = share and all(0 <= score <= 1 for score in scores)
+        values[f"{name}_low"], values[f"{name}_high"] = mean_interval(scores)
+    values |= {"wins": len(each.wins), "losses": len(each.losses), "clusters": each.clusters}
     return VerdictRow(
-        run.name, run.kind, each.task, each.metric, each.filter, each.primary, family, each.higher_is_better,
-        first and second, p.n, p.baseline, p.baseline_stderr, low_b, high_b, p.steered, p.steered_stderr,
-        low_s, high_s, p.difference, p.low, p.high, len(each.wins), len(each.losses), p.p_value, None,
-        blocked, p.mde, p.test, p.interval, each.clusters,
-    )  # fmt: skip
+        run=run.name,
+        kind=run.kind,
+        task=each.task,
+        metric=each.metric,
+        filter=each.filter,
+        primary=each.primary,
+        family=family,
+        higher_is_better=each.higher_is_better,
+        share=share,
+        p_adjusted=None,
+        verdict=blocked,
+        **values,
+    )

@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,9 @@ def read_runs(folders: Sequence[Path]) -> list[ScoredRun]:
     """Runs of one folder that holds several, or of several folders, the baseline first."""
     if len(folders) == 1:
         return discover(folders[0])
-    names = _names(folders)
-    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-    runs[0].kind = "baseline"
-    for run in runs[1:]:
-        run.kind = "steered" if run.kind == "baseline" else run.kind
-    return runs
+    first, *others = [read_run(*each) for each in zip(folders, _names(folders), strict=True)]
+    steered = [replace(run, kind="steered") if run.kind == "baseline" else run for run in others]
+    return [replace(first, kind="baseline"), *steered]
 
 
 def build_report(

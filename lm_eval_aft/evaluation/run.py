@@ -17,6 +17,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, sha256
 from lm_eval_aft._util.private_names import borrowed, require
 from lm_eval_aft.engine.routing import Routing, whole_spec
+from lm_eval_aft.evaluation.results import unfinished
 from lm_eval_aft.harness.tasks import (
     check_names,
     environment_asked_once,
@@ -235,7 +236,7 @@ def score(
         model_args = {**model_args, "vector": run.spec}
     if lm.routing is not None:
         model_args = {**model_args, "library": str(lm.routing.library), "route": lm.routing.spec}
-    place = begun(folder)
+    place = unfinished(folder)
     tracker = EvaluationTracker(output_path=str(place))
     results = _evaluated(lm, _tasks(run, config, manager), config, manager, tracker)
     if results is None:  # not the main process
@@ -445,17 +446,6 @@ def _unique(name: str, runs: Sequence[PlannedRun]) -> str:
 
 # The note of what was asked.
 EVALUATION_SETTINGS = ".asked.json"
-
-
-def begun(folder: Path) -> Path:
-    """Where a run's results are written until they are whole; see `is_begun`."""
-    return folder.with_name(f".{folder.name}.scoring")
-
-
-def is_begun(name: str) -> bool:
-    """Whether a folder of that name holds results being written, or left by a process that died."""
-    # A leading dot alone says nothing: lm-eval calls ../models/m's folder ..__models__m.
-    return name.startswith(".") and name.endswith(".scoring")
 
 
 def lacking(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 from numpy.typing import NDArray
-from scipy.special import bdtr, gammaln, ndtr, ndtri, stdtrit
+from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 ALPHA = 0.05
 POWER = 0.8
@@ -38,11 +40,19 @@ def wilson_interval(successes: float, n: int, alpha: float = ALPHA) -> tuple[flo
     """
     if n < 1:
         raise ValueError("a proportion of nothing has no interval")
-    z = float(ndtri(1 - alpha / 2))
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    bounds = scipy.stats.binomtest(int(successes), n).proportion_ci(1 - alpha, method="wilson")
+    return float(bounds.low), float(bounds.high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95 % interval of a mean score: Wilson's if all are 0 or 1, else normal; ``None`` when n < 2."""
+    if all(value in (0, 1) for value in values):
+        return wilson_interval(sum(values), len(values))
+    error = mean_stderr(values)
+    if error is None:
+        return None, None
+    mean = float(np.mean(values))
+    return mean - 1.96 * error, mean + 1.96 * error
 
 
 def bonett_price_interval(wins: int, losses: int, n: int, alpha: float = ALPHA) -> tuple[float, float] | None:
@@ -119,8 +129,8 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """Percentile interval of the mean of paired differences; ``None`` when n < 2.
 
-    Documents are redrawn with replacement, both scores of a document staying together (Efron and
-    Tibshirani 1993, An Introduction to the Bootstrap, chapters 13 and 16).
+    Documents are resampled, both scores of a document staying together (Efron and Tibshirani 1993, An
+    Introduction to the Bootstrap, chapters 13 and 16).
 
     Args:
         draws: resamples; by default 9,999, fewer (at least 999) for more than 10,000 documents.
@@ -129,14 +139,16 @@ def bootstrap_interval(
     if d.size < 2:
         return None
     draws = draws or int(min(9999, max(999, 10**8 // d.size)))
-    rng = np.random.default_rng(seed)
-    step = max(1, 4_000_000 // d.size)
-    means = [
-        d[rng.integers(0, d.size, (min(step, draws - start), d.size))].mean(axis=1)
-        for start in range(0, draws, step)
-    ]
-    low, high = np.quantile(np.concatenate(means), [alpha / 2, 1 - alpha / 2])
-    return float(low), float(high)
+    bounds = scipy.stats.bootstrap(
+        (d,),
+        np.mean,
+        n_resamples=draws,
+        batch=max(1, 4_000_000 // d.size),  # bounds the memory
+        confidence_level=1 - alpha,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(bounds.low), float(bounds.high)
 
 
 def sign_flip_test(sums: Sequence[float] | Floats, seed: int = 0, draws: int = 99_999) -> float:
@@ -200,9 +212,7 @@ def usable_clusters(clusters: Sequence[Hashable | None]) -> bool:
     """Whether clusters are many (>= 50) and small (largest < 5 % of documents) enough to be units."""
     if not clusters or any(cluster is None for cluster in clusters):
         return False
-    counts: dict[Hashable, int] = {}
-    for cluster in clusters:
-        counts[cluster] = counts.get(cluster, 0) + 1
+    counts = Counter(clusters)
     return len(counts) >= MIN_CLUSTERS and max(counts.values()) < MAX_CLUSTER_SHARE * len(clusters)
 
 
@@ -235,32 +245,16 @@ def _rejections(n: int, discordance: float, alpha: float) -> tuple[Integers, Flo
     spread = 8 * math.sqrt(n * discordance * (1 - discordance)) + 1
     first = max(0, math.floor(n * discordance - spread))
     m = np.arange(first, min(n, math.ceil(n * discordance + spread)) + 1)
-    critical = _critical(m, alpha)
+    # The largest count whose tail is below alpha / 2; -1 where there is none.
+    critical = scipy.stats.binom.ppf(alpha / 2, m, 0.5).astype(np.int64) - 1
     m, critical = m[critical >= 0], critical[critical >= 0]
-    return m, _binomial(m, n, discordance), critical
+    return m, scipy.stats.binom.pmf(m, n, discordance), critical
 
 
 def _power(table: tuple[Integers, Floats, Integers], discordance: float, difference: float) -> float:
     m, chance, critical = table
     share = (discordance + abs(difference)) / (2 * discordance)
     return float(np.sum(chance * (bdtr(critical, m, 1 - share) + bdtr(critical, m, share))))
-
-
-def _critical(m: Integers, alpha: float) -> Integers:
-    """Largest count k of the rarer outcome, of m, at which exact McNemar rejects; -1 where none does."""
-    # The normal quantile lands within a step or two; the exact tail then settles it.
-    k = np.floor((m + float(ndtri(alpha / 2)) * np.sqrt(m)) / 2).astype(np.int64) + 2
-    k = np.minimum(k, m)
-    for _ in range(6):
-        k = np.where((k >= 0) & (2 * bdtr(np.maximum(k, 0), m, 0.5) >= alpha), k - 1, k)
-    return np.maximum(k, -1)
-
-
-def _binomial(k: Integers, n: int, share: float) -> Floats:
-    if share == 1:
-        return np.where(k == n, 1.0, 0.0)
-    log = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + k * math.log(share)
-    return np.asarray(np.exp(log + (n - k) * math.log1p(-share)))
 
 
 def _check_counts(wins: int, losses: int, n: int | None = None) -> None:
@@ -272,7 +266,7 @@ def _check_counts(wins: int, losses: int, n: int | None = None) -> None:
 # Two systems' scores of the same documents, compared by the methods that suit the scores.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairedComparison:
     """Two systems' scores on the same ``n`` documents; scores are means, in the metric's unit.
 
@@ -345,6 +339,19 @@ def compare_paired(
     mde = minimum_detectable_effect(n, (wins + losses) / n) if binary and units is None else None
     low, high = bounds or (None, None)
     return PairedComparison(
-        n, float(before.mean()), float(after.mean()), mean_stderr(before), mean_stderr(after),
-        float(after.mean() - before.mean()), low, high, p, wins, losses, mde, *names, units,
-    )  # fmt: skip
+        n=n,
+        baseline=float(before.mean()),
+        steered=float(after.mean()),
+        baseline_stderr=mean_stderr(before),
+        steered_stderr=mean_stderr(after),
+        difference=float(after.mean() - before.mean()),
+        low=low,
+        high=high,
+        p_value=p,
+        wins=wins,
+        losses=losses,
+        mde=mde,
+        test=names[0],
+        interval=names[1],
+        clusters=units,
+    )
