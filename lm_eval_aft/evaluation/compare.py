@@ -352,7 +352,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-# Rows with verdicts: what the statistics allow to be said of each comparison.
+# Rows with verdicts.
 
 SELECTED = "not assessable: selected on these documents"
 DIFFERENT = "not assessable: the runs differ"
@@ -409,23 +409,27 @@ def judge(
     vectors: dict[str, VectorInfo],
     mismatched: set[str] | frozenset[str] = frozenset(),
 ) -> list[VerdictRow]:
-    """Rows with verdicts: Holm over primary metrics × vectors, and what cannot be assessed.
+    """Rows with verdicts: Holm's correction over primary metrics × vectors.
 
-    A vector scored under two names with one outcome (the chosen seed among the finalists) is one
-    comparison.
+    A vector scored under two names with the same outcome (the chosen seed and the same finalist) counts as
+    one comparison.
+
+    Args:
+        vectors: run name -> its vector; one selected on these documents gets no verdict.
+        mismatched: names of runs that differ from the baseline in more than steering: no verdict either.
     """
     rows = []
     same: dict[tuple[Any, ...], list[VerdictRow]] = {}
     for run, each in comparisons:
-        family = each.primary and run.kind == "steered"
-        blocked = ""
-        if _selected_on(vectors[run.name], baseline, each):
-            blocked = SELECTED
-        elif run.name in mismatched:
-            blocked = DIFFERENT
-        row = make_row(baseline, run, each, family and not blocked, blocked if family else "")
+        row = make_row(baseline, run, each)
         rows.append(row)
-        if row.family:
+        if not each.primary or run.kind != "steered":
+            continue
+        if _selected_on(vectors[run.name], baseline, each):
+            row.verdict = SELECTED
+        elif run.name in mismatched:
+            row.verdict = DIFFERENT
+        else:
             outcome = (each.task, tuple(each.doc_ids), tuple(each.wins), tuple(each.losses), row.difference)
             same.setdefault(((run.vector or {}).get("sha256") or run.name, *outcome), []).append(row)
     adjusted = holm([twins[0].p_value for twins in same.values()])
@@ -446,8 +450,8 @@ def _selected_on(info: VectorInfo, baseline: ScoredRun, each: Comparison) -> boo
     return bool(known) and any(samples[i].doc_hash[:HASH_DIGITS] in known for i in each.doc_ids)
 
 
-def make_row(baseline: ScoredRun, run: ScoredRun, each: Comparison, family: bool, blocked: str) -> VerdictRow:
-    """A comparison as a row: not yet adjusted, its verdict ``blocked`` or empty."""
+def make_row(baseline: ScoredRun, run: ScoredRun, each: Comparison) -> VerdictRow:
+    """A comparison as a row outside Holm's family, without a verdict."""
     values: dict[str, Any] = asdict(each.paired)
     share = True
     for name, side in (("baseline", baseline), ("steered", run)):
@@ -463,10 +467,10 @@ def make_row(baseline: ScoredRun, run: ScoredRun, each: Comparison, family: bool
         metric=each.metric,
         filter=each.filter,
         primary=each.primary,
-        family=family,
+        family=False,
         higher_is_better=each.higher_is_better,
         share=share,
         p_adjusted=None,
-        verdict=blocked,
+        verdict="",
         **values,
     )
