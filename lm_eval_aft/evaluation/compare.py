@@ -1,4 +1,4 @@
-"""Joining two runs document by document, refusing those that were not asked the same, and verdicts."""
+"""Comparing two runs document by document, refusing those with different settings, and verdicts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lm_eval_aft.evaluation.stats import (
 )
 from lm_eval_aft.evaluation.vector_info import HASH_DIGITS, VectorInfo
 
-# Where a task reports several metrics, the verdict is on the first of these that it has.
+# If a task reports several metrics, the verdict is on the first of these that it has.
 PRIMARY_METRICS = ("acc_norm", "acc", "exact_match")
 PRIMARY_FILTERS = ("strict-match", "none")
 
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def differences(baseline: ScoredRun, other: ScoredRun) -> list[str]:
-    """Everything that keeps two runs from being compared, in words; empty when nothing does."""
+    """Every difference that keeps two runs from being compared, in words; empty if there is none."""
     tasks = shared_tasks(baseline, other)
     found = differing(baseline, other, tasks)
     for task in tasks:
@@ -72,10 +72,10 @@ def require_comparable(baseline: ScoredRun, other: ScoredRun) -> None:
 
 
 def shared_tasks(baseline: ScoredRun, other: ScoredRun) -> list[str]:
-    """Tasks both runs have.
+    """The tasks of the other run.
 
     Raises:
-        AFTError: the other run has a task that the baseline has not.
+        AFTError: the baseline lacks one of them.
     """
     missing = [task for task in other.tasks if task not in baseline.tasks]
     if missing:
@@ -127,7 +127,7 @@ def _compare(before: TaskRun, after: TaskRun, filter_name: str, metric: str, ids
 def primary_metric(*runs: TaskRun, whole: bool = True) -> tuple[str, str] | None:
     """(filter, metric) of a task's verdict: acc_norm, else acc, else exact match (strict first).
 
-    Of the metrics that all documents of all the runs have; with ``whole`` false, that any has.
+    Among the metrics that all documents of all the runs have; with ``whole`` false, that any has.
     """
     metrics: dict[tuple[str, str], None] = {}
     listed = list(mean_metrics(runs[0].config))
@@ -147,24 +147,24 @@ def primary_metric(*runs: TaskRun, whole: bool = True) -> tuple[str, str] | None
 
 
 def _higher_is_better(run: TaskRun, metric: str) -> bool:
-    """As the results' own table says, else the task's list of metrics, else yes."""
-    said = run.results.get("higher_is_better", {}).get(run.task, {}).get(metric)
-    if said is None:
-        said = listed_metrics(run.config).get(metric, {}).get("higher_is_better")
-    return said is not False
+    """As the results state, else the task's list of metrics, else true."""
+    stated = run.results.get("higher_is_better", {}).get(run.task, {}).get(metric)
+    if stated is None:
+        stated = listed_metrics(run.config).get(metric, {}).get("higher_is_better")
+    return stated is not False
 
 
 def _cluster_note(clusters: list[str | None], paired: PairedComparison) -> str:
     if paired.clusters is not None:
         return f"documents grouped by source_id: {paired.clusters} clusters are the units of the test"
-    count = len(set(clusters))
     if None in clusters:
         return ""
+    count = len(set(clusters))
     return f"{count} source_id value(s): too few or too uneven to be units; documents count as independent"
 
 
 def _questions(task: str, before: TaskRun, after: TaskRun) -> Iterator[str]:
-    """What was asked: documents, targets, prompts, options or generation settings."""
+    """Differences in documents, targets, prompts, options or generation settings."""
     if set(before.samples) != set(after.samples):
         yield f"filters of {task} ({', '.join(before.samples)} against {', '.join(after.samples)})"
     for filter_name in (name for name in before.samples if name in after.samples):
@@ -175,7 +175,7 @@ def _questions(task: str, before: TaskRun, after: TaskRun) -> Iterator[str]:
         counts: dict[str, list[int]] = {}
         for i in sorted(shared):
             a, b = left[i], right[i]
-            # A differing document has a differing prompt, of course: name the cause alone.
+            # A different document implies a different prompt: name only the cause.
             if a.doc_hash != b.doc_hash:
                 counts.setdefault("document contents", []).append(i)
                 continue
@@ -192,12 +192,12 @@ def _questions(task: str, before: TaskRun, after: TaskRun) -> Iterator[str]:
 
 # The settings of a run that decide what was asked and how answers were scored.
 
-# Whether the questions were taken away: prompts are logged as the task made them, so only this tells.
+# Whether the questions were removed: prompts are logged as the task made them, so only this shows it.
 ANSWER_ONLY = "answer_only"
 
 
 def run_settings(results: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal between runs whatever the task: field -> value, spellings made alike."""
+    """What must be equal between runs, whatever the task: field -> normalized value."""
     config, arguments = results.get("config", {}), model_args(results)
     info = config.get("aft") or {}
     softmax = info.get("softmax_dtype") or arguments.get("softmax_dtype")
@@ -226,7 +226,7 @@ def task_settings(run: TaskRun) -> dict[str, Any]:
     return {
         "task version": results.get("versions", {}).get(task),
         "n-shot": shots,
-        # Without examples in the prompt the seed that would have drawn them decides nothing.
+        # Without few-shot examples their seed has no effect.
         "few-shot seed": seeds.get("fewshot_seed") if shots != 0 else None,
         "sampling seed": seeds.get("torch_seed") if sampled else None,
         "generation_kwargs": generation,
@@ -237,8 +237,8 @@ def task_settings(run: TaskRun) -> dict[str, Any]:
 
 
 def differing(first: ScoredRun, second: ScoredRun, tasks: list[str]) -> list[str]:
-    """Every setting that differs, in words, with both values; prompts and documents not included."""
-    found: dict[str, list[str]] = {}
+    """Every setting that differs, with both values; prompts and documents not included."""
+    found: dict[str, None] = {}
     for task in tasks:
         before, after = first.tasks[task], second.tasks[task]
         for where, left, right in (
@@ -247,28 +247,25 @@ def differing(first: ScoredRun, second: ScoredRun, tasks: list[str]) -> list[str
         ):
             for key in left:
                 if _differs(left[key], right[key]):
-                    text = f"{key}{where} ({_short(left[key])} against {_short(right[key])})"
-                    found.setdefault(text, []).append(task)
+                    found[f"{key}{where} ({_short(left[key])} against {_short(right[key])})"] = None
     return list(found)
 
 
 def described(run: ScoredRun) -> dict[str, str]:
-    """The settings table's column of a run: field -> text."""
-    results = run.any
-    config, info = results.get("config", {}), results.get("config", {}).get("aft") or {}
-    vector = run.vector or {}
-    identity = info.get("fingerprint") or {}
+    """A run's column in the table of settings: field -> text."""
+    results, info, vector, routing = run.any, run.aft, run.vector or {}, run.routing or {}
+    config = results.get("config", {})
     rows: dict[str, Any] = {
         "model type": config.get("model"),
         "model": results.get("model_name") or model_args(results).get("pretrained"),
         "model revision": config.get("model_revision"),
         "model parameters": config.get("model_num_parameters"),
-        "base model fingerprint": fingerprint_text(identity),
+        "base model fingerprint": fingerprint_text(info.get("fingerprint") or {}),
         "vector": run.vector_path,
         "library": run.library,
-        "router": (run.routing or {}).get("router"),
-        "router sha256": (run.routing or {}).get("router_sha256"),
-        "routed vectors": list((run.routing or {}).get("vectors") or {}) or None,
+        "router": routing.get("router"),
+        "router sha256": routing.get("router_sha256"),
+        "routed vectors": list(routing.get("vectors") or {}) or None,
         "vector sha256": vector.get("sha256"),
         "vector layers": vector.get("layers"),
         "vector norm": _number(vector.get("norm"), 4),
@@ -285,24 +282,20 @@ def described(run: ScoredRun) -> dict[str, str]:
         "evaluation seconds": _number(results.get("total_evaluation_time_seconds"), 1),
     }
     rows["tokenizer"] = str(rows["tokenizer"]["vocabulary"] or "")[:16] or rows["tokenizer"]["eos_token"]
-    rows[ANSWER_ONLY] = rows[ANSWER_ONLY] or None  # told only of runs that were scored so
+    rows[ANSWER_ONLY] = rows[ANSWER_ONLY] or None  # shown only if true
     for task, each in run.tasks.items():
         own = task_settings(each)
         rows[f"{task}: version"] = own["task version"]
         rows[f"{task}: n-shot"] = own["n-shot"]
         rows[f"{task}: few-shot seed"] = own["few-shot seed"]
-        rows[f"{task}: documents, prompts and targets"] = results_hash(each)
+        # lm-eval's own digest.
+        digest = each.results.get("task_hashes", {}).get(task)
+        rows[f"{task}: documents, prompts and targets"] = str(digest)[:16] if digest else None
     return {key: _short(value) for key, value in rows.items() if value not in (None, "", {})}
 
 
-def results_hash(run: TaskRun) -> str | None:
-    """lm-eval's own digest of a task's documents, prompts and targets, shortened."""
-    value = run.results.get("task_hashes", {}).get(run.task)
-    return str(value)[:16] if value else None
-
-
 def fingerprint_text(identity: dict[str, Any]) -> str | None:
-    """A base model's fingerprint in 24 characters."""
+    """A base model's fingerprint, shortened to three times eight digits."""
     if not identity:
         return None
     return "-".join(str(identity.get(key, ""))[:8] for key in ("config", "parameters", "vocabulary"))
@@ -310,7 +303,7 @@ def fingerprint_text(identity: dict[str, Any]) -> str | None:
 
 def _differs(left: Any, right: Any) -> bool:
     if isinstance(left, dict) and isinstance(right, dict):
-        # A part that only one side logs (another model type) cannot be compared.
+        # A part that only one of them logs (another model type) cannot be compared.
         if set(left) == {"pad_token", "eos_token", "bos_token", "vocabulary"}:
             return any(left[k] != right[k] for k in left if left[k] is not None and right[k] is not None)
         return json.dumps(left, sort_keys=True) != json.dumps(right, sort_keys=True)
@@ -322,7 +315,7 @@ def _dtype(value: Any) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON as it would be read back, so that a tuple equals a list; text of a mapping decoded."""
+    """The value as JSON would give it back, so that a tuple equals a list; ``key=value`` text as a dict."""
     if isinstance(value, str) and "=" in value:
         from lm_eval.utils import simple_parse_args_string
 
@@ -331,12 +324,13 @@ def _plain(value: Any) -> Any:
 
 
 def _hardware(text: Any) -> str | None:
-    wanted = ("Model name:", "CPU(s):", "GPU models and configuration:")
+    """Processor and GPUs, from the environment that lm-eval logs."""
     found = []
     for line in str(text or "").splitlines():
-        key, _, value = line.partition(":")
-        if f"{key.strip()}:" in wanted and value.strip() and "Could not" not in value:
-            found.append(f"{value.strip()} CPUs" if key.strip() == "CPU(s)" else value.strip())
+        key, value = (part.strip() for part in line.partition(":")[::2])
+        wanted = key in ("Model name", "CPU(s)", "GPU models and configuration")
+        if wanted and value and "Could not" not in value:
+            found.append(f"{value} CPUs" if key == "CPU(s)" else value)
     return ", ".join(dict.fromkeys(found)) or None
 
 
@@ -366,9 +360,10 @@ class VerdictRow:
         kind: ``steered``, ``placebo`` or ``answer-only``.
         family: whether the row counts in Holm's correction; ``p_adjusted`` and ``verdict`` are empty
             for rows outside (secondary metrics, placebos, answer-only runs).
-        share: whether the metric is a share, shown in percent.
-        wins, losses: documents that got better and worse.
+        share: whether all scores are between 0 and 1, shown in percent.
+        wins, losses: how many documents got better and worse.
         mde: minimum detectable effect at 80 % power.
+        clusters: what to say about clusters of documents, if anything.
     """
 
     run: str
@@ -442,7 +437,7 @@ def judge(
 
 
 def _selected_on(info: VectorInfo, baseline: ScoredRun, each: Comparison) -> bool:
-    """Whether the vector was chosen on documents that this comparison reports."""
+    """Whether the vector was selected on documents of this comparison."""
     if info.biased:
         return True
     known = set(info.selection_documents)

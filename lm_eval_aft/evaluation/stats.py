@@ -1,4 +1,4 @@
-"""Statistics for two scores of the same documents: plain numbers in, plain numbers out."""
+"""Statistics for two scores of the same documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 ALPHA = 0.05
 POWER = 0.8
-# Section rule for clusters: enough of them, and none that dominates.
+# Clusters are used as units if there are enough of them and none dominates.
 MIN_CLUSTERS = 50
 MAX_CLUSTER_SHARE = 0.05
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no detectable difference"
@@ -27,6 +27,9 @@ def mean_stderr(values: Sequence[float] | Floats) -> float | None:
     """Standard error of a mean, sample standard deviation over sqrt(n); ``None`` when n < 2.
 
     The same figure as ``lm_eval.api.metrics.mean_stderr``.
+
+    >>> mean_stderr([0.0, 1.0, 1.0, 0.0])
+    0.28867513459481287
     """
     array = np.asarray(values, float)
     return float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else None
@@ -37,6 +40,9 @@ def wilson_interval(successes: float, n: int, alpha: float = ALPHA) -> tuple[flo
 
     Raises:
         ValueError: n < 1.
+
+    >>> [round(bound, 4) for bound in wilson_interval(8, 10)]
+    [0.4902, 0.9433]
     """
     if n < 1:
         raise ValueError("a proportion of nothing has no interval")
@@ -62,7 +68,7 @@ def bonett_price_interval(wins: int, losses: int, n: int, alpha: float = ALPHA) 
     (Bonett and Price 2012, Journal of Educational and Behavioral Statistics 37:479-488).
 
     Raises:
-        ValueError: counts that cannot be.
+        ValueError: impossible counts.
     """
     _check_counts(wins, losses, n)
     if n < 2:
@@ -81,20 +87,23 @@ def mcnemar_exact(wins: int, losses: int) -> float:
 
     Raises:
         ValueError: a negative count.
+
+    >>> mcnemar_exact(wins=5, losses=0)
+    0.0625
     """
     _check_counts(wins, losses)
     return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def mcnemar_power(n: int, discordance: float, difference: float, alpha: float = ALPHA) -> float:
-    """Chance that exact McNemar rejects, for a true difference among a true discordant share.
+    """Power of exact McNemar, given the true difference and the true share of discordant documents.
 
-    Sums, over the number m of discordant documents, P(m) times the chance that
+    Sums, over the number m of discordant documents, P(m) times the probability that
     Binomial(m, (discordance + difference) / (2 discordance)) falls where the test rejects
     (Duffy 1984, Biometrics 40:1005-1015). Shares are between 0 and 1.
 
     Raises:
-        ValueError: shares that cannot be.
+        ValueError: impossible shares.
     """
     if not (0 < discordance <= 1 and abs(difference) <= discordance and n >= 1):
         raise ValueError("power needs n >= 1 and |difference| <= discordance, both shares")
@@ -104,7 +113,7 @@ def mcnemar_power(n: int, discordance: float, difference: float, alpha: float = 
 def minimum_detectable_effect(
     n: int, discordance: float, alpha: float = ALPHA, power: float = POWER
 ) -> float | None:
-    """Smallest true difference that exact McNemar finds with ``power``, at this discordant share.
+    """Smallest true difference that exact McNemar detects with ``power``, at this discordant share.
 
     Solves `mcnemar_power` for the difference by bisection, to 1e-5. ``None`` when even the largest
     possible difference (every discordant document a win) would be missed more often.
@@ -155,10 +164,10 @@ def sign_flip_test(sums: Sequence[float] | Floats, seed: int = 0, draws: int = 9
     """Two-sided p-value that the sum of independent units' differences is 0.
 
     Under the null each unit's sign is arbitrary: p is the share of sign patterns whose absolute sum
-    reaches the observed one (Fisher 1935, The Design of Experiments, section 21). All patterns are
-    listed for up to 16 non-zero units; else patterns are drawn and the observed one is counted among
-    them (Phipson and Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9:39). Beyond 5,000 units the sum is
-    normal for all practical purposes.
+    reaches the observed one (Fisher 1935, The Design of Experiments, section 21). Up to 16 non-zero units
+    all patterns are enumerated; beyond that, patterns are drawn at random and the observed one is counted
+    among them (Phipson and Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9:39). Beyond 5,000 units the normal
+    approximation is used.
 
     Args:
         sums: one total per unit (a document or a cluster).
@@ -167,7 +176,7 @@ def sign_flip_test(sums: Sequence[float] | Floats, seed: int = 0, draws: int = 9
     d = d[d != 0]
     if d.size == 0:
         return 1.0
-    observed = abs(d.sum()) * (1 - 1e-12)  # ties must not hang on the order of summation
+    observed = abs(d.sum()) * (1 - 1e-12)  # so that ties do not depend on the order of summation
     if d.size > 5000:
         return float(2 * ndtr(-observed / math.sqrt(float(np.square(d).sum()))))
     if d.size <= 16:
@@ -187,9 +196,9 @@ def cluster_interval(
 ) -> tuple[float, float] | None:
     """Interval of a mean whose documents come in clusters; ``None`` with fewer than 2 clusters.
 
-    Standard error from the clusters' summed deviations (Liang and Zeger 1986, Biometrika 73:13-22;
-    for evaluations Miller 2024, arXiv:2411.00640) with the factor G/(G - 1), Student t with G - 1
-    degrees of freedom.
+    Standard error from the clusters' summed deviations (Liang and Zeger 1986, Biometrika 73:13-22; for
+    evaluations Miller 2024, arXiv:2411.00640) with the factor G/(G - 1); Student's t with G - 1 degrees of
+    freedom.
     """
     d = np.asarray(differences, float)
     deviations = cluster_sums(d - d.mean(), clusters)
@@ -221,6 +230,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Raises:
         ValueError: a value outside [0, 1].
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
     """
     if any(not 0 <= p <= 1 for p in p_values):
         raise ValueError("p-values lie between 0 and 1")
@@ -263,22 +275,22 @@ def _check_counts(wins: int, losses: int, n: int | None = None) -> None:
         raise ValueError(f"{wins} wins and {losses} losses{of} cannot be")
 
 
-# Two systems' scores of the same documents, compared by the methods that suit the scores.
+# Two models' scores of the same documents, compared by the methods that suit the scores.
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """Two systems' scores on the same ``n`` documents; scores are means, in the metric's unit.
+    """Two models' scores on the same ``n`` documents; scores are means, in the metric's unit.
 
     Attributes:
         n: documents.
         baseline, steered: mean scores.
         baseline_stderr, steered_stderr: standard errors of the means (``None`` when n < 2).
         difference: steered minus baseline.
-        low, high: 95 % interval of the difference (``None`` when it cannot be given).
+        low, high: 95 % interval of the difference (``None`` when n < 2).
         p_value: two-sided.
         wins, losses: documents on which steered scored higher (lower).
-        mde: smallest true difference found with 80 % power (``None`` where there is none).
+        mde: smallest true difference detected with 80 % power (``None`` where there is none).
         test, interval: names of the methods used.
         clusters: number of clusters the test and interval treat as units (``None``: documents).
     """
@@ -306,13 +318,17 @@ def compare_paired(
     clusters: Sequence[Hashable | None] | None = None,
     seed: int = 0,
 ) -> PairedComparison:
-    """Compare scores paired by position, choosing the methods by the kind of score.
+    """Compare scores paired by position, with methods that depend on the kind of score.
 
     Outcomes that are all 0 or 1: exact McNemar and Bonett-Price. Other scores: sign-flip test over
     documents and paired bootstrap. With usable clusters: sign-flip test and interval over clusters.
 
     Raises:
         ValueError: unequal lengths, nothing to compare, or a score that is not finite.
+
+    >>> found = compare_paired(baseline=[0, 0, 1, 0], steered=[1, 0, 1, 1])
+    >>> found.difference, found.wins, found.losses, found.p_value
+    (0.5, 2, 0, 0.5)
     """
     before, after = np.asarray(baseline, float), np.asarray(steered, float)
     if before.shape != after.shape:
