@@ -178,6 +178,7 @@ def print_report(found: Report) -> None:
     from rich.table import Table
 
     from lm_eval_aft.evaluation import formatting
+    from lm_eval_aft.evaluation.render import tables
 
     _print_banner(found)
     table = Table(title="Against the baseline, document by document", title_justify="left")
@@ -196,15 +197,10 @@ def print_report(found: Report) -> None:
             table.add_row(f"  {escape(row.run)}", *texts[5:-1], verdict)
     # Without a terminal rich assumes 80 columns and cuts cells; logs have room.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    if found.routes:
-        rows = [formatting.route_cells(row) for row in found.routes]
-        print_table("By route", formatting.ROUTE_COLUMNS, rows)
-    if found.answer_only:
-        rows = [formatting.answer_only_cells(pair) for pair in found.answer_only]
-        print_table("Without the question", formatting.ANSWER_ONLY_COLUMNS, rows)
-        for pair in found.answer_only:
-            click.echo(f"{pair.with_question.task}, {pair.with_question.run}: {pair.meaning}")
-        click.echo(found.answer_only_wording)
+    for each in tables(found):
+        print_table(each.title, each.columns, each.lines)
+        for line in filter(None, (*each.notes, each.intro)):
+            click.echo(line)
     for line in found.warnings:
         click.echo(f"Note: {line}")
     tests = ", ".join(dict.fromkeys(f"{row.test} p and {row.interval} interval" for row in found.rows))
@@ -216,28 +212,13 @@ def print_report(found: Report) -> None:
 
 def print_leaderboard(found: Report) -> None:
     """Print the leaderboard's three rows, their settings and the calibration."""
-    from lm_eval_aft.evaluation.formatting import points, score
+    from lm_eval_aft.evaluation.render import leaderboard_table
 
     _print_banner(found)
-    rows = []
-    for each in found.leaderboard:
-        same = "yes" if each["same_settings"] else f"no: {', '.join(each['deviations'])}"
-        published = "–" if each["published"] is None else f"{each['published']:.2f} %"
-        if each["calibration"] is not None:
-            published += f" ({points(each['calibration'] / 100, True)})"
-        setting = f"{each['num_fewshot']}-shot {each['metric']}"
-        for row in each["rows"] or [None]:
-            own = (
-                [row["run"], score(row["baseline"], True), score(row["steered"], True)] if row else ["–"] * 3
-            )
-            verdict = (row["verdict"] or row["kind"]) if row else "–"
-            rows.append((each["task"], setting, *own, verdict, same, published))
-    columns = (
-        *("task", "setting", "run", "baseline", "steered", "verdict", "same settings"),
-        "published (this baseline)",
-    )
-    print_table("Open LLM Leaderboard v1 settings", columns, rows)
-    click.echo(found.leaderboard_wording)
+    table = leaderboard_table(found)
+    print_table(table.title, table.columns, table.lines)
+    for note in table.notes:
+        click.echo(note)
 
 
 def _print_banner(found: Report) -> None:

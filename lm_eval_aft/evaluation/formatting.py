@@ -1,10 +1,14 @@
-"""How numbers are written, and reports as files: one place, so that every format shows the same."""
+"""How numbers and tables are written, for every report and file format of the package."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +92,7 @@ def row_cells(row: VerdictRow) -> tuple[str, ...]:
     )
 
 
-ROUTE_COLUMNS = ("task", "metric", "run", "vector", "n", "baseline", "steered", "difference")
-
-
-def route_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A routed run's cells for one vector, in the order of ``ROUTE_COLUMNS``."""
-    return (
-        row["task"],
-        metric_name(row["metric"], row["filter"]),
-        row["run"],
-        f"{row['route']} (trained on this task)" if row["own"] else row["route"],
-        f"{row['n']} ({100 * row['n'] / row['of']:.1f} %)",
-        score(row["baseline"], row["share"]),
-        score(row["steered"], row["share"]),
-        points(row["difference"], row["share"]),
-    )
-
-
+# Columns of a vector with the questions and without them.
 ANSWER_ONLY_COLUMNS = (
     *("task", "metric", "run", "n", "difference", "95 % interval", "p"),
     *("baseline without question", "difference without question", "95 % interval without", "p without"),
@@ -113,20 +101,9 @@ ANSWER_ONLY_COLUMNS = (
 
 def answer_only_cells(pair: AnswerOnlyRow) -> tuple[str, ...]:
     """A vector's cells with and without the questions, in the order of ``ANSWER_ONLY_COLUMNS``."""
-    row, bare = pair.with_question, pair.without_question
-    return (
-        row.task,
-        metric_name(row.metric, row.filter),
-        row.run,
-        str(bare.n),
-        *_tested(row),
-        with_error(bare.baseline, bare.baseline_stderr, bare.share),
-        *_tested(bare),
-    )
-
-
-def _tested(row: VerdictRow) -> tuple[str, str, str]:
-    return points(row.difference, row.share), interval(row.low, row.high, row.share), p_text(row.p_value)
+    row, bare = row_cells(pair.with_question), row_cells(pair.without_question)
+    tested = slice(6, 8)
+    return (*row[:3], bare[3], *row[tested], row[9], bare[4], *bare[tested], bare[9])
 
 
 def blocks(rows: Sequence[VerdictRow]) -> list[tuple[VerdictRow, list[tuple[VerdictRow, tuple[str, ...]]]]]:
@@ -143,22 +120,60 @@ def blocks(rows: Sequence[VerdictRow]) -> list[tuple[VerdictRow, list[tuple[Verd
     return [(block[0][0], block) for block in ordered]
 
 
-# One report in several formats: files that appear whole or not at all.
+# Tables and whole reports as text: the one place that writes Markdown, HTML, CSV and JSON.
 
 
-def write_formats(texts: Mapping[str, str], folder: Path, name: str) -> list[Path]:
-    """Write ``name.SUFFIX`` for each suffix and its text.
+@dataclass(frozen=True)
+class RenderedTable:
+    """A table of finished texts, the same for the terminal, Markdown and HTML.
+
+    Attributes:
+        title: its heading.
+        lines: one sequence of cells for each row, as long as ``columns``.
+        intro: a sentence or two above the table.
+        notes: remarks below the table.
+        tones: for each row, the class that colours it in HTML (see `plots.tone`); empty for none.
+    """
+
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    intro: str = ""
+    notes: Sequence[str] = ()
+    tones: Sequence[str] = ()
+
+
+def markdown_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    r"""A Markdown table without a final newline; pipes, backslashes and newlines in cells are escaped.
+
+    >>> print(markdown_table(["task", "score"], [["a|b", "25 %"]]))
+    | task | score |
+    |---|---|
+    | a\|b | 25 % |
+    """
+    rows = [[_markdown_cell(text) for text in line] for line in (columns, *lines)]
+    texts = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([texts[0], "|" + "---|" * len(columns), *texts[1:]])
+
+
+def _markdown_cell(text: Any) -> str:
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """CSV with a header line and numbers in full precision; ``None`` and missing values are empty.
+
+    >>> csv_text(["task", "p"], [{"task": "arc", "p": 0.1}, {"task": "gsm8k", "p": None}])
+    'task,p\\narc,0.1\\ngsm8k,\\n'
 
     Raises:
-        AFTError: the folder cannot be written.
+        ValueError: a row has a key that is no column.
     """
-    written = []
-    for suffix, text in texts.items():
-        written.append(folder / f"{name}.{suffix}")
-        with replacing(written[-1]) as temporary:
-            # Documents may hold half of a surrogate pair, which is no text.
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-    return written
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
 
 
 def json_text(value: Any) -> str:
@@ -172,3 +187,48 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def render_template(package: str, name: str, **context: Any) -> str:
+    """Fill in a Jinja template; one called ``*.html.j2`` escapes what is put into it.
+
+    Templates may use `markdown_table`, and include or extend those of this package: ``page.html.j2`` (a
+    whole page with its style sheet; blocks ``eyebrow`` and ``main``) and ``tables.html.j2`` (macro
+    ``table``, for a `RenderedTable`).
+
+    Args:
+        package: the dotted package whose folder ``templates`` holds the template.
+    """
+    text: str = _environment(package).get_template(name).render(**context)
+    return text
+
+
+@cache
+def _environment(package: str) -> Any:
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader(__package__)]),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals["markdown_table"] = markdown_table
+    return environment
+
+
+def write_formats(texts: Mapping[str, str], folder: Path, name: str) -> list[Path]:
+    """Write ``name.SUFFIX`` for each suffix and its text; each file appears whole or not at all.
+
+    Raises:
+        AFTError: the folder cannot be written.
+    """
+    written = []
+    for suffix, text in texts.items():
+        written.append(folder / f"{name}.{suffix}")
+        with replacing(written[-1]) as temporary:
+            # Documents may hold half of a surrogate pair, which is no text.
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+    return written

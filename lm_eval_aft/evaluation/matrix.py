@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from lm_eval_aft._util.files import replacing
 from lm_eval_aft.evaluation import formatting
-from lm_eval_aft.evaluation.formatting import json_text, write_formats
+from lm_eval_aft.evaluation.formatting import csv_text, json_text, markdown_table, write_formats
 
 MATRIX_NAME = "transfer"
 MARKS = {"better": " ▲", "worse": " ▼"}
@@ -125,21 +123,16 @@ def to_markdown(matrix: Matrix) -> str:
         f"![Heat map of the matrix]({MATRIX_NAME}.png)",
         "",
     ]
-    text += [*_markdown(columns, lines), "", MATRIX_NOTE.format(family=matrix.family), ""]
+    text += [markdown_table(columns, lines), "", MATRIX_NOTE.format(family=matrix.family), ""]
     text += [f"No vector was trained on {task}: {why}" for task, why in matrix.failed.items()]
     heads = ["vector", "task", "metric", "n", "baseline", "steered", "difference", "95 % interval"]
     heads += ["wins / losses", "p", "p (Holm)", "verdict"]
-    return "\n".join([*text, "", *_markdown(heads, [_numbers(cell) for cell in matrix.cells]), ""])
+    return "\n".join([*text, "", markdown_table(heads, map(_numbers, matrix.cells)), ""])
 
 
 def to_csv(matrix: Matrix) -> str:
     """One line per cell."""
-    stream = io.StringIO()
-    rows = matrix.to_dict()["cells"]
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    return csv_text([each.name for each in fields(MatrixCell)], map(asdict, matrix.cells))
 
 
 def _head(task: str, cell: MatrixCell | None) -> str:
@@ -171,11 +164,6 @@ def _numbers(cell: MatrixCell) -> list[str]:
         formatting.p_text(cell.p_adjusted),
         cell.verdict or "placebo",
     ]
-
-
-def _markdown(columns: list[str], lines: list[list[str]]) -> list[str]:
-    rows = [columns, ["---"] * len(columns), *lines]
-    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def by_task(matrix: Matrix) -> Mapping[str, MatrixCell]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import asdict, fields
-from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.evaluation import formatting, plots
 from lm_eval_aft.evaluation.compare import VerdictRow
-from lm_eval_aft.evaluation.formatting import json_text, write_formats
+from lm_eval_aft.evaluation.formatting import (
+    RenderedTable,
+    csv_text,
+    interval,
+    json_text,
+    metric_name,
+    points,
+    render_template,
+    score,
+    write_formats,
+)
 from lm_eval_aft.evaluation.report import Report
 
 
@@ -38,18 +46,14 @@ def to_json(report: Report) -> str:
 
 def to_csv(report: Report) -> str:
     """The rows with full precision, answer-only ones last; a forced comparison says so in every line."""
-    stream = io.StringIO()
-    names = [each.name for each in fields(VerdictRow)]
-    writer = csv.DictWriter(stream, [*names, "banner"], lineterminator="\n")
-    writer.writeheader()
-    for row in (*report.rows, *(pair.without_question for pair in report.answer_only)):
-        writer.writerow(asdict(row) | {"banner": " | ".join(report.banner)})
-    return stream.getvalue()
+    columns = [*(each.name for each in fields(VerdictRow)), "banner"]
+    rows = [*report.rows, *(pair.without_question for pair in report.answer_only)]
+    return csv_text(columns, (asdict(row) | {"banner": " | ".join(report.banner)} for row in rows))
 
 
 def to_markdown(report: Report) -> str:
     """Tables to paste into a pull request or a paper's appendix."""
-    return str(_environment(escaped=False).get_template("report.md.j2").render(**_context(report)))
+    return render_template("lm_eval_aft.evaluation", "report.md.j2", **_context(report))
 
 
 def to_html(report: Report) -> str:
@@ -69,39 +73,111 @@ def to_html(report: Report) -> str:
             if any(len(curve["points"]) > 1 for curve in v["curves"])
         },
     }
-    template = _environment(escaped=True).get_template("report.html.j2")
-    return str(template.render(**_context(report), charts=charts))
+    return render_template("lm_eval_aft.evaluation", "report.html.j2", **_context(report), charts=charts)
 
 
 def _context(report: Report) -> dict[str, Any]:
-    names: dict[str, None] = {}
-    for column in report.settings:
-        names |= dict.fromkeys(column["values"])
     return {
         "report": report,
         "columns": formatting.COLUMNS,
-        "table": [(row, formatting.row_cells(row)) for row in report.rows],
+        "lines": map(formatting.row_cells, report.rows),
         "blocks": formatting.blocks(report.rows),
         "verdicts": [row for row in report.rows if row.primary and row.kind == "steered"],
-        "answer_only": [(pair, formatting.answer_only_cells(pair)) for pair in report.answer_only],
-        "fields": list(names),
+        "tables": tables(report),
+        "leaderboard": leaderboard_table(report),
+        "settings": settings_table(report),
         "cells": formatting,
         "tone": plots.tone,
     }
 
 
-@cache
-def _environment(escaped: bool) -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def tables(report: Report) -> list[RenderedTable]:
+    """What a report shows below its verdicts, those with nothing to show left out."""
+    made = [_untested(report), _answer_only(report), _by_route(report), _over_seeds(report)]
+    return [table for table in made if table.lines]
 
-    return Environment(
-        loader=PackageLoader("lm_eval_aft.evaluation"),
-        autoescape=escaped,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+
+def _untested(report: Report) -> RenderedTable:
+    lines = [
+        (row["task"], row["metric"], row["run"], f"{row['baseline']:.4f}", f"{row['steered']:.4f}")
+        for row in (*report.corpus, *report.groups)
+    ]
+    return RenderedTable("Scores without a test", ("task", "metric", "run", "baseline", "steered"), lines)
+
+
+def _answer_only(report: Report) -> RenderedTable:
+    return RenderedTable(
+        "Without the question",
+        formatting.ANSWER_ONLY_COLUMNS,
+        [formatting.answer_only_cells(pair) for pair in report.answer_only],
+        report.answer_only_wording,
+        [
+            f"{pair.with_question.task}, {pair.with_question.run}: {pair.meaning}"
+            for pair in report.answer_only
+        ],
     )
+
+
+def _by_route(report: Report) -> RenderedTable:
+    columns = ("task", "metric", "run", "vector", "n", "baseline", "steered", "difference")
+    lines = [
+        (
+            row["task"],
+            metric_name(row["metric"], row["filter"]),
+            row["run"],
+            f"{row['route']} (trained on this task)" if row["own"] else row["route"],
+            f"{row['n']} ({100 * row['n'] / row['of']:.1f} %)",
+            score(row["baseline"], row["share"]),
+            score(row["steered"], row["share"]),
+            points(row["difference"], row["share"]),
+        )
+        for row in report.routes
+    ]
+    return RenderedTable("By route", columns, lines)
+
+
+def _over_seeds(report: Report) -> RenderedTable:
+    lines = []
+    for row in report.seeds:
+        bounds = interval(row["low"], row["high"], row["share"])
+        lines.append((row["run"], row["task"], str(row["seeds"]), points(row["mean"], row["share"]), bounds))
+    columns = ("vector", "task", "seeds", "mean difference", "95 % interval")
+    return RenderedTable("Over seeds", columns, lines)
+
+
+def leaderboard_table(report: Report) -> RenderedTable:
+    """The leaderboard's three rows, their settings and the calibration."""
+    lines = []
+    for each in report.leaderboard:
+        same = "yes" if each["same_settings"] else f"no: {', '.join(each['deviations'])}"
+        published = "–" if each["published"] is None else f"{each['published']:.2f} %"
+        if each["calibration"] is not None:
+            published += f" ({points(each['calibration'] / 100, True)})"
+        head = (each["task"], f"{each['num_fewshot']}-shot {each['metric']}")
+        own = [
+            (
+                row["run"],
+                score(row["baseline"], True),
+                score(row["steered"], True),
+                row["verdict"] or row["kind"],
+            )
+            for row in each["rows"]
+        ]
+        lines += [(*head, *cells, same, published) for cells in own or [("–",) * 4]]
+    columns = (
+        *("task", "setting", "run", "baseline", "steered", "verdict", "same settings"),
+        "published (this baseline)",
+    )
+    return RenderedTable(
+        "Open LLM Leaderboard v1 settings", columns, lines, notes=[report.leaderboard_wording]
+    )
+
+
+def settings_table(report: Report) -> RenderedTable:
+    """Every setting of every run, a column for each run."""
+    values = [column["values"] for column in report.settings]
+    lines = [(name, *(own.get(name, "–") for own in values)) for name in dict.fromkeys(chain(*values))]
+    return RenderedTable("Settings", ("", *(column["run"] for column in report.settings)), lines)
 
 
 # Results of a report, added to the model card of the vector they speak of.
