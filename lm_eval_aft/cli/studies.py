@@ -140,7 +140,7 @@ def _executor(name: str, plan: BenchStudy, store: Store, device: str | None, ray
         if given:
             flag = given[0].replace("_", "-")
             raise AFTError(f"--{flag} is for Ray.", "Add --executor ray.")
-        return Local(Session(store, device=device, batch_size=plan.batch_size, data=plan.data))
+        return Local(Session(store, device=device, batch_size=plan.evaluation.batch_size, data=plan.data))
     from lm_eval_aft.studies.ray import Ray, RayOptions, read_runtime_env
 
     options = RayOptions(
@@ -150,7 +150,9 @@ def _executor(name: str, plan: BenchStudy, store: Store, device: str | None, ray
         cpus=ray["cpus_per_worker"],
         runtime_env=read_runtime_env(ray["ray_runtime_env"]),
     )
-    return Ray(store, {"device": device, "batch_size": plan.batch_size, "data": plan.data}, options)
+    return Ray(
+        store, {"device": device, "batch_size": plan.evaluation.batch_size, "data": plan.data}, options
+    )
 
 
 def _print_report(report: BenchReport, output: Path) -> None:

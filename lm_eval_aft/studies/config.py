@@ -1,16 +1,32 @@
-"""Study files: which vectors a library is to hold, or which models, tasks, methods and seeds to cross."""
+"""Study files: which vectors a library is to hold, or which models, tasks, methods and seeds to cross.
+
+Both kinds are YAML and go through `_read_file`: a pydantic model each, every fault named with its place.
+"""
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
-from lm_eval_aft._util.config import HINT, Fields, check_field_types, read_yaml
+from lm_eval_aft._util.config import check_field_types, read_yaml
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.demo import NAME as DEMO
 from lm_eval_aft.harness.examples import PROMPTS, PromptSettings
@@ -19,150 +35,31 @@ from lm_eval_aft.library.routers import read_table
 from lm_eval_aft.studies.published import TABLES
 from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_rungs
 
-_SCORES = ("tasks", "limit")
-_KEYS = ("model", "include_path", "defaults", "vectors", "unavailable", "scores")
-_HINT = "See scripts/studies/library.yaml for an example."
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+=%,-]{0,95}")
+# Arguments of ``--model aft`` that steer: in a study each cell has its own vector.
+_STEERING = ("vector", "coefficient", "positions", "route", "library", "answer_only")
+# Settings of a plan that the study itself sets.
+_SET_BY_STUDY = ("task", "first_seed", "include_path", "prompts")
 
 
-@dataclass(frozen=True)
-class StudyEntry:
-    """One vector to train.
-
-    Attributes:
-        name: where it goes in the library.
-        settings: what `TrainingPlan.of` takes besides the task.
-        limit: documents of its task in the cross-scores; ``None``: as the study says.
-    """
-
-    name: str
-    task: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    limit: int | None = None
-
-    def plan(self) -> TrainingPlan:
-        """The training plan; raises `AFTError` on a setting that does not exist or cannot be."""
-        try:
-            return TrainingPlan.of(self.task, **self.settings)
-        except AFTError as error:
-            raise AFTError(f"{self.name}: {error.what}", error.hint) from error
-        except (TypeError, ValueError) as error:
-            raise AFTError(f"{self.name}: a setting makes no sense ({error}).", _HINT) from error
+# Types of fields. What their validators raise is reported with the place of the field.
 
 
-@dataclass(frozen=True)
-class Study:
-    """A whole study.
-
-    Attributes:
-        model: Hub name or folder of the base model, if the file names one.
-        unavailable: name -> what would be needed to train it.
-        tasks: tasks to score on besides those trained on.
-        limit: documents per task in the cross-scores; ``None``: all.
-        include_path: folders of task files.
-    """
-
-    entries: tuple[StudyEntry, ...]
-    model: str | None = None
-    unavailable: Mapping[str, str] = field(default_factory=dict)
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    include_path: tuple[str, ...] = ()
-
-    def scored_tasks(self) -> dict[str, StudyEntry | None]:
-        """Every task of the cross-scores, with the first entry trained on it."""
-        found: dict[str, StudyEntry | None] = {}
-        for entry in self.entries:
-            for task in entry.plan().tasks:
-                found.setdefault(task, entry)
-        return found | {task: None for task in self.tasks if task not in found}
-
-
-def read_mapping(path: Path, hint: str) -> dict[Any, Any]:
-    """What a study file says, whatever that is.
-
-    Raises:
-        AFTError: it cannot be read, is not YAML or not a mapping.
-    """
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Pydantic collects ValueErrors; any other error would end the reading at the first fault."""
     try:
-        table = read_yaml(read_table(path))
-    except yaml.YAMLError as error:
-        raise AFTError(f"The study {path} is not YAML: {str(error).partition(chr(10))[0]}", hint) from error
-    if not isinstance(table, dict):
-        raise AFTError(f"The study {path} must be a mapping.", hint)
-    return table
-
-
-def read_study(path: Path) -> Study:
-    """Read a study file.
-
-    Raises:
-        AFTError: it cannot be read, or says something that cannot be; the place is named.
-    """
-    table = read_mapping(path, _HINT)
-    unknown = [str(key) for key in table if key not in _KEYS]
-    if unknown:
-        raise AFTError(f"The study {path} has unknown keys: {', '.join(unknown)}.", _HINT)
-    parts = {key: table.get(key) or {} for key in ("defaults", "vectors", "unavailable", "scores")}
-    for key, part in parts.items():
-        if not isinstance(part, dict):
-            raise AFTError(f"`{key}` of the study {path} must be a mapping.", _HINT)
-    include = tuple(map(str, _folders(table.get("include_path"), path)))
-    entries = tuple(
-        _entry(name, value, parts["defaults"], include) for name, value in parts["vectors"].items()
-    )
-    if not entries:
-        raise AFTError(f"The study {path} names no vectors.", _HINT)
-    for entry in entries:
-        entry.plan()
-    scores = parts["scores"]
-    tasks = scores.get("tasks") or []
-    if not set(scores) <= set(_SCORES) or not (
-        isinstance(tasks, list) and all(isinstance(t, str) for t in tasks)
-    ):
-        raise AFTError(f"`scores` of the study {path} wants tasks: [NAME, ...] and limit: N.", _HINT)
-    return Study(
-        entries,
-        None if table.get("model") is None else str(table["model"]),
-        {check_name(str(name)): str(needs) for name, needs in parts["unavailable"].items()},
-        tuple(tasks),
-        _count(scores.get("limit"), "scores"),
-        include,
-    )
-
-
-def _folders(value: Any, source: Path) -> list[Path]:
-    given = [value] if isinstance(value, str) else value or []
-    if not (isinstance(given, list) and all(isinstance(each, str) for each in given)):
-        raise AFTError(f"`include_path` of the study {source} must be a folder, or a list of them.", _HINT)
-    found = [(source.parent / each).resolve() for each in given]
-    for each in found:
-        if not each.is_dir():
-            raise AFTError(f"`include_path` of the study {source}: there is no folder {each}.", _HINT)
-    return found
-
-
-def _entry(name: Any, value: Any, defaults: Mapping[str, Any], include: tuple[str, ...]) -> StudyEntry:
-    name = check_name(str(name))
-    own = {"task": value} if isinstance(value, str) else value
-    if not isinstance(own, dict) or not isinstance(own.get("task"), str):
-        raise AFTError(f"{name} of the study names no task.", "Write NAME: TASK, or NAME: {task: TASK, ...}.")
-    merged = {"protocol": DEFAULT_PROTOCOL, **defaults, **own}
-    task, limit = merged.pop("task"), _count(merged.pop("limit", None), name)
-    prompts = {key: merged.pop(key) for key in PROMPTS if key in merged}
-    settings = {
-        key: parse_rungs(each) if key == "rungs" else setting_value(key, each) for key, each in merged.items()
-    }
-    if prompts:
-        settings["prompts"] = PromptSettings(**prompts)
-        check_field_types(settings["prompts"])
-    if include:
-        settings["include_path"] = include
-    return StudyEntry(name, task, settings, limit)
+        yield
+    except AFTError as error:
+        raise ValueError(f"{error.what} {error.hint}".strip()) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"invalid setting ({error}).") from error
 
 
 def setting_value(key: str, value: Any) -> Any:
-    """A setting as the plan takes it: YAML reads 1e-3 as text, and a lone layer as a number."""
+    """A setting as the plan takes it: YAML reads 1e-3 as text, and a single layer as a number."""
     if key == "layers":
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if isinstance(value, str) and _NUMBER.fullmatch(value):
@@ -172,259 +69,472 @@ def setting_value(key: str, value: Any) -> Any:
     return value
 
 
-def _count(value: Any, where: str) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise AFTError(f"{where}: limit={value!r} is no number of documents.", _HINT)
-    return value
+def _training_settings(given: dict[str, Any]) -> dict[str, Any]:
+    with _as_value_error():
+        settings = {key: setting_value(key, value) for key, value in given.items()}
+        return settings | ({"rungs": parse_rungs(given["rungs"])} if "rungs" in given else {})
 
 
-# A study file: models × tasks × methods × seeds, and the recipe they share.
+def _without(keys: Sequence[str], why: str) -> AfterValidator:
+    def check(given: dict[str, Any]) -> dict[str, Any]:
+        if found := [key for key in keys if key in given]:
+            raise ValueError(f"remove {' and '.join(found)}: {why}.")
+        return given
 
-_TOP = (
-    *("study", "models", "tasks", "methods", "seeds", "recipe", "evaluation"),
-    *("prune", "include_path", "data", "earlier"),
-)
-_MODEL = ("name", "pretrained", "dtype", "revision", "model_args", *PROMPTS)
-# Arguments of ``--model aft`` that steer: in a study the cells do.
-_STEERING = ("vector", "coefficient", "positions", "route", "library", "answer_only")
-_EVALUATION = ("limit", "batch_size", "placebos")
-# Settings of a plan that the matrix itself sets.
-_OURS = ("task", "first_seed", "include_path", "prompts")
+    return AfterValidator(check)
 
 
-@dataclass(frozen=True)
-class ModelEntry:
+def _check_task(task: str) -> str:
+    if "," in task:
+        raise ValueError("names several tasks; a cell is trained and scored on one.")
+    if task.endswith((".yaml", ".yml")):
+        raise ValueError("must be the task's name; its folder goes into include_path.")
+    return task
+
+
+def _check_vector_name(name: Any) -> str:
+    with _as_value_error():
+        return check_name(str(name))
+
+
+def _distinct(entries: list[Any]) -> list[Any]:
+    names = [getattr(each, "name", each) for each in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{str(name)!r} occurs twice; give each its own name:.")
+    return entries
+
+
+def _folder(text: str, info: ValidationInfo) -> str:
+    """A folder, given relative to the study file."""
+    folder = Path((info.context or {})["base"], text).resolve()
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}.")
+    return str(folder)
+
+
+def _check_pretrained(text: str, info: ValidationInfo) -> str:
+    return _folder(text, info) if text.startswith(("/", "./", "../")) else text
+
+
+def _check_table(name: str) -> str:
+    if name not in TABLES:
+        raise ValueError(f"there is no table {name!r}; choose one of: {', '.join(TABLES)}.")
+    return name
+
+
+def _check_batch_size(value: Any) -> str:
+    if not (type(value) is int and value > 0) and not str(value).startswith("auto"):
+        raise ValueError(f"must be a positive number or auto, got {value!r}.")
+    return str(value)
+
+
+def _listed_seeds(value: Any) -> Any:
+    """The seeds from their number; a list stays."""
+    if type(value) is int and value < 1:
+        raise ValueError(f"must be a whole number of at least 1, or a list of seeds, got {value}.")
+    return list(range(value)) if type(value) is int else value
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+_T = TypeVar("_T")
+_Text = Annotated[str, Field(min_length=1)]
+_EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@+=%,-]{0,95}$")]
+_Count = Annotated[int, Field(ge=1)]
+_Settings = Annotated[dict[str, Any], AfterValidator(_training_settings)]
+_CellSettings = Annotated[_Settings, _without(_SET_BY_STUDY, "the study itself sets this")]
+_ModelArgs = Annotated[dict[str, Any], _without(_STEERING, "a study's cells steer by themselves")]
+_VectorName = Annotated[str, BeforeValidator(_check_vector_name)]
+_Several = Annotated[list[_T], Field(min_length=1), AfterValidator(_distinct)]
+_Folder = Annotated[_Text, AfterValidator(_folder)]
+_Folders = Annotated[tuple[_Folder, ...], BeforeValidator(_listed)]
+
+
+class _Strict(BaseModel):
+    """No conversion of types and no unknown fields; an empty field of a file has its default."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        optional = {name for name, each in cls.model_fields.items() if each.default is None}
+        return {key: value for key, value in given.items() if value is not None or key in optional}
+
+
+def _flat(model: type[BaseModel], head: str, named: bool = True) -> BeforeValidator:
+    """An entry as a file has it: text stands for ``{head: text}``, and ``settings`` are not nested.
+
+    With ``named``, ``head`` also names the entry where it has no ``name`` of its own.
+    """
+    fields = set(model.model_fields) - {"settings", *(() if named else ("name",))}
+
+    def nest(given: Any) -> Any:
+        given = {head: given} if isinstance(given, str) else given
+        if not isinstance(given, dict):
+            return given
+        own = {key: value for key, value in given.items() if key in fields}
+        rest = {key: value for key, value in given.items() if key not in fields}
+        if named and isinstance(given.get(head), str):
+            own.setdefault("name", given[head].rstrip("/").rpartition("/")[2])
+        return own | ({"settings": rest} if "settings" in model.model_fields else rest)
+
+    return BeforeValidator(nest)
+
+
+class ModelEntry(_Strict):
     """A model: ``pretrained`` as lm-eval takes it, its arguments, and prompt settings of its own."""
 
-    name: str
-    pretrained: str
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    name: _EntryName
+    pretrained: Annotated[_Text, AfterValidator(_check_pretrained)]
+    dtype: str | None = None
+    revision: str | None = None
+    given_args: _ModelArgs = Field(default={}, alias="model_args")
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+
+    @cached_property
+    def model_args(self) -> dict[str, Any]:
+        """Arguments of ``--model aft``."""
+        own = {"dtype": self.dtype, "revision": self.revision}
+        return self.given_args | {key: value for key, value in own.items() if value is not None}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The prompt settings that the file gives."""
+        return {key: getattr(self, key) for key in PROMPTS if key in self.model_fields_set}
 
 
-@dataclass(frozen=True)
-class TaskEntry:
+class TaskEntry(_Strict):
     """A task: its harness name, documents to evaluate on (``None``: all), settings of its own."""
 
-    name: str
-    task: str
-    limit: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    name: _EntryName
+    task: Annotated[_Text, AfterValidator(_check_task)]
+    limit: _Count | None = None
+    settings: _CellSettings = {}
 
 
-@dataclass(frozen=True)
-class MethodEntry:
+class MethodEntry(_Strict):
     """A method: a name for any settings of `aft train` (``method``, ``control``, ``lr``, ...)."""
 
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    name: _EntryName
+    settings: _CellSettings = {}
 
 
-@dataclass(frozen=True)
-class BenchStudy:
-    """A whole study.
+class Evaluation(_Strict):
+    """How cells are scored.
+
+    Attributes:
+        limit: documents of tasks that name no limit of their own; ``None``: all.
+        batch_size: as lm-eval takes it; it changes the speed, not the scores.
+        placebos: random directions scored beside each vector.
+    """
+
+    limit: _Count | None = None
+    batch_size: Annotated[str, BeforeValidator(_check_batch_size)] = "16"
+    placebos: Annotated[int, Field(ge=0)] = 0
+
+
+class BenchStudy(_Strict):
+    """Models × tasks × methods × seeds, and the recipe they share.
 
     Attributes:
         name: what it is called in its report.
         seeds: the seeds of each combination; a cell trains with one of them.
         recipe: settings of `aft train` that all cells share.
-        batch_size: of scoring, as lm-eval takes it; it decides how fast, not what comes out.
-        placebos: random directions scored beside each vector.
         prune: once a method's first seed was given up after its retries, leave out its other seeds.
         data: folder to work in, where data sets lie that are not on the Hub or not reachable there.
         earlier: which of the earlier study's tables to show beside ours, or ``""``.
     """
 
-    name: str
-    models: tuple[ModelEntry, ...]
-    tasks: tuple[TaskEntry, ...]
-    methods: tuple[MethodEntry, ...]
-    seeds: tuple[int, ...] = (0,)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    batch_size: str = "16"
-    placebos: int = 0
+    name: _Text = Field(alias="study")
+    models: _Several[Annotated[ModelEntry, _flat(ModelEntry, "pretrained")]]
+    tasks: _Several[Annotated[TaskEntry, _flat(TaskEntry, "task")]]
+    methods: _Several[Annotated[MethodEntry, _flat(MethodEntry, "method")]] = Field(
+        default=["static"], validate_default=True
+    )
+    seeds: Annotated[_Several[Annotated[int, Field(ge=0)]], BeforeValidator(_listed_seeds)] = [0]
+    recipe: _CellSettings = {}
+    evaluation: Evaluation = Evaluation()
     prune: bool = False
-    include_path: tuple[str, ...] = ()
-    data: str | None = None
-    earlier: str = ""
+    include_path: Annotated[_Folders, Field(max_length=1)] = ()
+    data: _Folder | None = None
+    earlier: Annotated[str, AfterValidator(_check_table)] = ""
 
     def plan(self, model: ModelEntry, task: TaskEntry, method: MethodEntry, seed: int) -> TrainingPlan:
         """What a cell trains: the recipe, changed by its model, its task and its method, in this order.
 
         A recipe may ask for several seeds in each cell (``seeds: 3``); cells never share one.
         """
-        settings = {
-            "protocol": DEFAULT_PROTOCOL,
-            **self.recipe,
-            **model.settings,
-            **task.settings,
-            **method.settings,
-        }
-        prompts = {key: settings.pop(key) for key in PROMPTS if key in settings}
-        each = settings.setdefault("seeds", 1)
-        asked = PromptSettings(**prompts)
-        check_field_types(asked)
+        settings = {"protocol": DEFAULT_PROTOCOL, **self.recipe}
+        for entry in (model, task, method):
+            settings |= entry.settings
+        prompts = _take_prompts(settings)
+        first = seed * int(settings.setdefault("seeds", 1))
         return TrainingPlan.of(
-            task.task,
-            prompts=asked,
-            include_path=self.include_path,
-            first_seed=seed * int(each),
-            **settings,
+            task.task, prompts=prompts, include_path=self.include_path, first_seed=first, **settings
         )
 
 
+def _take_prompts(settings: dict[str, Any]) -> PromptSettings:
+    """Remove the prompt settings and return them."""
+    prompts = PromptSettings(**{key: settings.pop(key) for key in PROMPTS if key in settings})
+    check_field_types(prompts)
+    return prompts
+
+
 def read_bench(path: Path) -> BenchStudy:
-    """Read a study file.
+    """Read a study of models × tasks × methods × seeds.
 
     Raises:
         AFTError: it cannot be read, or says something that cannot be; every such field is named.
     """
-    fields = Fields(path)
-    table = fields.expanded(fields.mapping(read_mapping(path, HINT), "", _TOP), "")
-    evaluation = fields.mapping(table.get("evaluation"), "evaluation", _EVALUATION)
-    limit = fields.count(evaluation.get("limit"), "evaluation.limit")
-    batch_size = evaluation.get("batch_size", 16)
-    if not (isinstance(batch_size, int) and batch_size > 0) and not str(batch_size).startswith("auto"):
-        fields.fault("evaluation.batch_size", f"wants a number or auto, got {batch_size!r}.")
-    study = BenchStudy(
-        name=fields.text(table.get("study"), "study", path.stem),
-        models=_models(fields, table.get("models"), path.parent),
-        tasks=_tasks(fields, table.get("tasks"), limit),
-        methods=_methods(fields, table.get("methods", ["static"])),
-        seeds=_seeds(fields, table.get("seeds", 1)),
-        recipe=_settings(fields, table.get("recipe"), "recipe"),
-        batch_size=str(batch_size),
-        placebos=fields.count(evaluation.get("placebos"), "evaluation.placebos", 0) or 0,
-        prune=fields.flag(table.get("prune"), "prune"),
-        include_path=_bench_folders(fields, table.get("include_path"), path.parent),
-        data=_data(fields, table.get("data"), path.parent),
-        earlier=_earlier(fields, table.get("earlier")),
-    )
-    _check_plans(fields, study)
-    fields.check()
+    study = _read_file(path, BenchStudy, "scripts/studies/local.yaml shows every field.", study=path.stem)
+    limit = study.evaluation.limit
+    tasks = [each.model_copy(update={"limit": each.limit or limit}) for each in study.tasks]
+    study = study.model_copy(update={"tasks": tasks})
+    faults = _Faults(path, "scripts/studies/local.yaml shows every field.")
+    task, static = TaskEntry(name="t", task="t"), MethodEntry(name="static")
+    model = ModelEntry(name="m", pretrained=DEMO)
+    plan = faults.check("recipe", lambda: study.plan(model, task, static, 0))
+    if plan and study.prune and not plan.protocol.retries:
+        faults.add("prune", "needs a recipe with retries; after those a model and task are given up.")
+    faults.refuse()
+    for i, each in enumerate(study.models):
+        faults.check(f"models[{i}] ({each.name})", lambda: study.plan(each, task, static, 0))  # noqa: B023
+    for i, one in enumerate(study.tasks):
+        faults.check(f"tasks[{i}] ({one.name})", lambda: study.plan(model, one, static, 0))  # noqa: B023
+    for i, method in enumerate(study.methods):
+        faults.check(f"methods[{i}] ({method.name})", lambda: study.plan(model, task, method, 0))  # noqa: B023
+    faults.refuse()
     return study
 
 
-def _models(fields: Fields, value: Any, base: Path) -> tuple[ModelEntry, ...]:
-    found = []
-    for i, each in enumerate(fields.items(value, "models")):
-        where = f"models[{i}]"
-        own = fields.mapping(each, where, _MODEL, head="pretrained")
-        pretrained = fields.text(own.get("pretrained"), f"{where}.pretrained")
-        if pretrained.startswith(("/", "./", "../")):
-            pretrained = str((base / pretrained).resolve())
-            if not Path(pretrained).is_dir():
-                fields.fault(f"{where}.pretrained", f"there is no folder {pretrained}.")
-        arguments = fields.mapping(own.get("model_args"), f"{where}.model_args")
-        for key in (key for key in _STEERING if key in arguments):
-            fields.fault(f"{where}.model_args.{key}", "a study's cells steer by themselves.")
-        arguments |= {key: own[key] for key in ("dtype", "revision") if own.get(key) is not None}
-        name = fields.name(own.get("name", pretrained.rstrip("/").rpartition("/")[2]), f"{where}.name")
-        prompts = {key: own[key] for key in PROMPTS if key in own}
-        found.append(ModelEntry(name, pretrained, arguments, prompts))
-    fields.distinct([entry.name for entry in found], "models")
-    return tuple(found)
+# A library's study: one vector an entry.
 
 
-def _tasks(fields: Fields, value: Any, limit: int | None) -> tuple[TaskEntry, ...]:
-    found = []
-    for i, each in enumerate(fields.items(value, "tasks")):
-        where = f"tasks[{i}]"
-        own = fields.mapping(each, where, head="task")
-        task = fields.text(own.pop("task", None), f"{where}.task")
-        if "," in task:
-            fields.fault(f"{where}.task", "names several tasks; a cell is trained and scored on one.")
-        if task.endswith((".yaml", ".yml")):
-            fields.fault(f"{where}.task", "wants the task's name; its folder goes into include_path.")
-        name = fields.name(own.pop("name", task), f"{where}.name")
-        most = fields.count(own.pop("limit", None), f"{where}.limit") or limit
-        found.append(TaskEntry(name, task, most, _settings(fields, own, where)))
-    fields.distinct([entry.name for entry in found], "tasks")
-    return tuple(found)
+class EntryDefaults(_Strict):
+    """What a vector's entry may say, and all entries may share.
+
+    Attributes:
+        limit: documents of its task in the cross-scores; ``None``: as ``scores`` says.
+        settings: what `TrainingPlan.of` takes besides the task, and prompt settings.
+    """
+
+    limit: _Count | None = None
+    settings: _Settings = {}
 
 
-def _methods(fields: Fields, value: Any) -> tuple[MethodEntry, ...]:
-    found = []
-    for i, each in enumerate(fields.items(value, "methods")):
-        where = f"methods[{i}]"
-        own = fields.mapping(each, where, head="method")
-        name = fields.name(own.pop("name", own.get("method")), f"{where}.name")
-        found.append(MethodEntry(name, _settings(fields, own, where)))
-    fields.distinct([entry.name for entry in found], "methods")
-    return tuple(found)
+class StudyEntry(EntryDefaults):
+    """One vector to train; ``name`` is where it goes in the library."""
+
+    name: str = ""
+    task: str
+
+    def plan(self) -> TrainingPlan:
+        """The training plan; raises `AFTError` on a setting that does not exist or cannot be."""
+        settings = dict(self.settings)
+        settings.setdefault("prompts", _take_prompts(settings))
+        try:
+            return TrainingPlan.of(self.task, **settings)
+        except AFTError as error:
+            raise AFTError(f"{self.name}: {error.what}", error.hint) from error
+        except (TypeError, ValueError) as error:
+            raise AFTError(f"{self.name}: invalid setting ({error}).", _LIBRARY_HINT) from error
 
 
-def _settings(fields: Fields, value: Any, where: str) -> dict[str, Any]:
-    """Settings of `aft train`, as `TrainingPlan.of` takes them."""
-    own = fields.mapping(value, where)
-    for key in (key for key in _OURS if key in own):
-        fields.fault(f"{where}.{key}", "the matrix sets this itself.")
-        del own[key]
-    for key, each in own.items():
-        with fields.at(f"{where}.{key}"):
-            own[key] = parse_rungs(each) if key == "rungs" else setting_value(key, each)
-    return own
+class CrossScores(_Strict):
+    """What vectors are scored on: ``tasks`` besides those trained on, ``limit`` documents of each."""
+
+    tasks: list[str] = []
+    limit: _Count | None = None
 
 
-def _seeds(fields: Fields, value: Any) -> tuple[int, ...]:
+class Study(_Strict):
+    """Every vector that a library is to hold.
+
+    Attributes:
+        model: Hub name or folder of the base model, if the file names one.
+        unavailable: name -> what would be needed to train it.
+        include_path: folders of task files.
+    """
+
+    vectors: Annotated[
+        dict[_VectorName, Annotated[StudyEntry, _flat(StudyEntry, "task", named=False)]], Field(min_length=1)
+    ]
+    defaults: Annotated[EntryDefaults, _flat(EntryDefaults, "", named=False)] = EntryDefaults()
+    model: Annotated[str, BeforeValidator(str)] | None = None
+    unavailable: dict[_VectorName, Annotated[str, BeforeValidator(str)]] = {}
+    scores: CrossScores = CrossScores()
+    include_path: _Folders = ()
+
+    @property
+    def entries(self) -> list[StudyEntry]:
+        """The vectors, in the file's order."""
+        return list(self.vectors.values())
+
+    def scored_tasks(self) -> dict[str, StudyEntry | None]:
+        """Every task of the cross-scores, with the first entry trained on it."""
+        found: dict[str, StudyEntry | None] = {}
+        for entry in self.entries:
+            for task in entry.plan().tasks:
+                found.setdefault(task, entry)
+        return found | {task: None for task in self.scores.tasks if task not in found}
+
+
+_LIBRARY_HINT = "See scripts/studies/library.yaml for an example."
+
+
+def read_study(path: Path) -> Study:
+    """Read a study of a library's vectors; what its entries share is put into each.
+
+    Raises:
+        AFTError: it cannot be read, or says something that cannot be; every such field is named.
+    """
+    study = _read_file(path, Study, _LIBRARY_HINT)
+    shared = {"protocol": DEFAULT_PROTOCOL, **study.defaults.settings}
+    shared.pop("task", None)  # each entry has its own
+    own = {"include_path": study.include_path} if study.include_path else {}
+    faults, entries = _Faults(path, _LIBRARY_HINT), {}
+    for name, entry in study.vectors.items():
+        limit = entry.limit or study.defaults.limit
+        changes = {"name": name, "limit": limit, "settings": {**shared, **entry.settings, **own}}
+        entries[name] = entry.model_copy(update=changes)
+        faults.check("vectors", entries[name].plan)
+    faults.refuse()
+    return study.model_copy(update={"vectors": entries})
+
+
+# Reading.
+
+
+class _Faults:
+    """Gathers what is wrong with a file, to be told at once."""
+
+    def __init__(self, source: Path, hint: str) -> None:
+        self.source, self.hint = source, hint
+        self.told: list[str] = []
+
+    def add(self, where: str, what: str) -> None:
+        self.told.append(f"{where}: {what}")
+
+    def check(self, where: str, make: Callable[[], _T]) -> _T | None:
+        """What ``make`` returns; its error is a fault of this place, and then the answer is ``None``."""
+        try:
+            with _as_value_error():
+                return make()
+        except ValueError as error:
+            self.add(where, str(error))
+            return None
+
+    def refuse(self) -> None:
+        """Raise `AFTError` if anything was wrong."""
+        if len(self.told) == 1:
+            raise AFTError(f"The study {self.source} cannot be used: {self.told[0]}", self.hint)
+        if self.told:
+            lines = "".join(f"\n  {each}" for each in self.told)
+            raise AFTError(f"The study {self.source} has {len(self.told)} faults:{lines}", self.hint)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _read_file(path: Path, model: type[_Model], hint: str, **defaults: Any) -> _Model:
+    """A study file as a pydantic model, with environment variables filled in.
+
+    Raises:
+        AFTError: it cannot be read, is not YAML or no such study; every fault is named with its place.
+    """
+    try:
+        table = read_yaml(read_table(path))
+    except yaml.YAMLError as error:
+        raise AFTError(f"The study {path} is not YAML: {str(error).partition(chr(10))[0]}", hint) from error
+    if not isinstance(table, dict):
+        raise AFTError(f"The study {path} must be a mapping.", hint)
+    faults = _Faults(path, hint)
+    filled = _fill_variables(table, "", faults)
+    filled |= {key: value for key, value in defaults.items() if filled.get(key) is None}
+    study: _Model | None = None
+    try:
+        study = model.model_validate(filled, context={"base": path.parent})
+    except ValidationError as error:
+        for each in error.errors():
+            faults.add(_place(each["loc"]), _fault(each, model))
+    faults.refuse()
+    assert study is not None
+    return study
+
+
+def _fill_variables(value: Any, where: str, faults: _Faults) -> Any:
+    """The value with every ``${VARIABLE}`` in its texts replaced from the environment."""
+    if isinstance(value, dict):
+        return {
+            key: _fill_variables(each, f"{where}.{key}".strip("."), faults) for key, each in value.items()
+        }
     if isinstance(value, list):
-        if not value or not all(type(each) is int and each >= 0 for each in value):
-            fields.fault("seeds", f"wants a number of seeds or a list of whole numbers, got {value!r}.")
-            return (0,)
-        fields.distinct([str(each) for each in value], "seeds")
-        return tuple(value)
-    return tuple(range(fields.count(value, "seeds") or 1))
+        return [_fill_variables(each, f"{where}[{i}]", faults) for i, each in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    for name in _VARIABLE.findall(value):
+        if name not in os.environ:
+            faults.add(where, f"the environment has no variable {name}.")
+    return _VARIABLE.sub(lambda match: os.environ.get(match[1], ""), value)
 
 
-def _bench_folders(fields: Fields, value: Any, base: Path) -> tuple[str, ...]:
-    given: Sequence[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    found = []
-    for i, each in enumerate(given):
-        folder = (base / fields.text(each, f"include_path[{i}]")).resolve()
-        if not folder.is_dir():
-            fields.fault(f"include_path[{i}]", f"there is no folder {folder}.")
-        found.append(str(folder))
-    if len(found) > 1:
-        fields.fault("include_path", "lm-eval takes one folder.")
-    return tuple(found)
+def _place(loc: tuple[int | str, ...]) -> str:
+    """``models[0].name`` of ("models", 0, "name"); settings are written flat, so that word is left out."""
+    parts = (f"[{each}]" if isinstance(each, int) else f".{each}" for each in loc if each != "settings")
+    return "".join(parts).lstrip(".")
 
 
-def _data(fields: Fields, value: Any, base: Path) -> str | None:
-    if value is None:
-        return None
-    folder = (base / fields.text(value, "data")).resolve()
-    if not folder.is_dir():
-        fields.fault("data", f"there is no folder {folder}.")
-    return str(folder)
+_WORDS = {
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "cannot be a name (letters, digits and _ - . only; give a name:)",
+    "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+}
 
 
-def _earlier(fields: Fields, value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str) or value not in TABLES:
-        fields.fault("earlier", f"there is no table {value!r}; choose one of: {', '.join(TABLES)}.")
-    return str(value)
+def _fault(error: Any, model: type[BaseModel]) -> str:
+    """One of pydantic's errors in words of this package."""
+    kind = error["type"]
+    if kind == "missing":
+        return "is missing."
+    if kind == "extra_forbidden":
+        known = _fields_at(model, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+        return f"there is no such field; {meant}"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind == "too_short":
+        return "must have at least one entry."
+    told = _WORDS.get(kind) or error["msg"].replace("Input should", "must")
+    return f"{told.replace('greater than or equal to', 'at least')}, got {repr(error['input'])[:80]}."
 
 
-def _check_plans(fields: Fields, study: BenchStudy) -> None:
-    """Every recipe must make a plan; a fault is told where it comes in."""
-    if fields.faults:
-        return
-    model, task, plain = ModelEntry("m", DEMO), TaskEntry("t", "t"), MethodEntry("static")
-    with fields.at("recipe"):
-        plan = study.plan(model, task, plain, 0)
-        if study.prune and not plan.protocol.retries:
-            fields.fault("prune", "wants a recipe with retries; after those a pair is given up.")
-    if fields.faults:
-        return
-    for i, each in enumerate(study.models):
-        with fields.at(f"models[{i}] ({each.name})"):
-            study.plan(each, task, plain, 0)
-    for i, one in enumerate(study.tasks):
-        with fields.at(f"tasks[{i}] ({one.name})"):
-            study.plan(model, one, plain, 0)
-    for i, method in enumerate(study.methods):
-        with fields.at(f"methods[{i}] ({method.name})"):
-            study.plan(model, task, method, 0)
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields that a file may have at a place."""
+    for part in loc:
+        named = {each.alias or name: each.annotation for name, each in model.model_fields.items()}
+        if part in named:
+            model = next(_models_in(named[str(part)]), model)
+    return [each.alias or name for name, each in model.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for each in get_args(annotation):
+        yield from _models_in(each)

@@ -97,8 +97,8 @@ def build_cells(study: BenchStudy) -> list[StudyCell]:
                     about = [CELL_FORMAT, models[model.name], tasks[task.name]]
                     vector_key = digest([*about, made])
                     baseline_key = digest([*about, task.limit, asdict(plan.prompts)])
-                    key = digest([vector_key, baseline_key, study.placebos])
-                    own = (model, task, method, seed, plan, study.placebos)
+                    key = digest([vector_key, baseline_key, study.evaluation.placebos])
+                    own = (model, task, method, seed, plan, study.evaluation.placebos)
                     cells.append(StudyCell(*own, vector_key, baseline_key, key))
     return cells
 

@@ -221,7 +221,7 @@ def cross_score(
     digests = {name: _digest(library, name) for name in names}
     rows: list[dict[str, Any]] = []
     for task, entry in study.scored_tasks().items():
-        wanted = limit or (entry.limit if entry else None) or study.limit
+        wanted = limit or (entry.limit if entry else None) or study.scores.limit
         own = [*flags, *(["--limit", str(wanted)] if wanted else [])]
         if entry:
             own += entry.plan().prompts.flags()

@@ -63,13 +63,12 @@ class Transfer:
 
     def _run(self, say: Callable[[str], None], progress: bool) -> Matrix:
         library = Library(self.output / "vectors")
-        study = self._study()
+        entries = self._entries()
         failed = {}
-        if study.entries:
+        if entries:
+            study = Study.model_construct(vectors=entries)
             failed = TrainSet(study, library, self.model, self.model_args).train(say=say, progress=progress)
-        specs = {
-            name: f"{SHELF}/{name}" for name in self._trained() if f"{SHELF}/{name}" not in failed
-        } | dict(self.given)
+        specs = {each.task: name for name, each in entries.items() if name not in failed} | dict(self.given)
         if not specs:
             raise AFTError("No vector could be trained: the reasons stand above.", "Check --tasks.")
         twice = [name for name, spec in specs.items() if list(specs.values()).count(spec) > 1]
@@ -101,17 +100,19 @@ class Transfer:
         missing = {name.removeprefix(f"{SHELF}/"): why for name, why in failed.items()}
         return _matrix(self.model, self.tasks, found, trained_on, missing)
 
-    def _trained(self) -> list[str]:
-        return [task for task in self.tasks if task not in self.given] if self.train else []
-
     def _include_path(self) -> tuple[str, ...]:
         return tuple(self.settings.get("include_path") or ())
 
-    def _study(self) -> Study:
-        entries = [StudyEntry(f"{SHELF}/{task}", task, self.settings) for task in self._trained()]
-        for entry in entries:
-            entry.plan()
-        return Study(tuple(entries), self.model)
+    def _entries(self) -> dict[str, StudyEntry]:
+        """The vectors to train, by name."""
+        found = {}
+        for task in self.tasks if self.train else ():
+            if task not in self.given:
+                # Its settings were read from flags already.
+                entry = StudyEntry.model_construct(name=f"{SHELF}/{task}", task=task, settings=self.settings)
+                entry.plan()
+                found[entry.name] = entry
+        return found
 
     def _check(self) -> None:
         if len(set(self.tasks)) < len(self.tasks):

@@ -241,7 +241,7 @@ def test_an_output_folder_is_not_mixed_up(write: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"models": []}, "models: wants a list of at least one"),
+        ({"models": []}, "models: must have at least one entry"),
         ({"models": ["/no/such/model"]}, r"models\[0\].pretrained: there is no folder /no/such/model"),
         ({"models": [{"name": "m"}]}, r"models\[0\].pretrained: is missing"),
         ({"models": ["demo", "demo"]}, "models: 'demo' occurs twice"),
@@ -251,7 +251,7 @@ def test_an_output_folder_is_not_mixed_up(write: Callable[..., Path], tmp_path: 
         ),
         ({"models": [{"pretrained": "demo", "color": 1}]}, r"models\[0\].color: there is no such field"),
         ({"tasks": ["a,b"]}, r"tasks\[0\].task: names several tasks"),
-        ({"tasks": [{"task": "t", "limit": 0}]}, r"tasks\[0\].limit: wants a whole number of at least 1"),
+        ({"tasks": [{"task": "t", "limit": 0}]}, r"tasks\[0\].limit: must be at least 1, got 0"),
         ({"tasks": [{"task": "t", "epochs": -1}]}, r"tasks\[0\] \(t\): epochs=-1 makes no sense"),
         ({"methods": [{"name": "x", "method": "magic"}]}, r"methods\[0\] \(x\): .*magic"),
         (
@@ -260,17 +260,20 @@ def test_an_output_folder_is_not_mixed_up(write: Callable[..., Path], tmp_path: 
         ),
         (
             {"methods": [{"name": "x", "first_seed": 3}]},
-            r"methods\[0\].first_seed: the matrix sets this itself",
+            r"methods\[0\]: the study itself sets first_seed",
         ),
-        ({"methods": [{"name": "x y"}]}, r"methods\[0\].name: 'x y' cannot be a name"),
+        (
+            {"methods": [{"name": "x y"}]},
+            r"methods\[0\].name: cannot be a name \(letters, digits and _ - . only; .*, got 'x y'",
+        ),
         ({"recipe": {"protocol": "swift"}}, "recipe: There is no protocol 'swift'"),
         ({"recipe": {"lr": "fast"}}, "recipe: "),
-        ({"seeds": 0}, "seeds: wants a whole number of at least 1"),
+        ({"seeds": 0}, "seeds: must be a whole number of at least 1"),
         ({"seeds": [1, 1]}, "seeds: '1' occurs twice"),
         ({"evaluation": {"limits": 3}}, "evaluation.limits: there is no such field; did you mean limit"),
-        ({"evaluation": {"batch_size": "big"}}, "evaluation.batch_size: wants a number or auto"),
-        ({"prune": True}, "prune: wants a recipe with retries"),
-        ({"prune": "yes please"}, "prune: wants true or false"),
+        ({"evaluation": {"batch_size": "big"}}, "evaluation.batch_size: must be a positive number or auto"),
+        ({"prune": True}, "prune: needs a recipe with retries"),
+        ({"prune": "yes please"}, "prune: must be true or false"),
         ({"earlier": "latest"}, "earlier: there is no table 'latest'"),
         ({"data": "no/such/folder"}, "data: there is no folder"),
         ({"modles": []}, "modles: there is no such field; did you mean models"),
@@ -302,12 +305,12 @@ def dies_at(owner, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(*args, **kwargs)
     setattr(owner, name, wrapper)
-from lm_eval_aft.training import checkpoint as events
+from lm_eval_aft.training import checkpoint
 from lm_eval_aft.evaluation import run as evaluation
-from lm_eval_aft.studies import jobs as store
-dies_at(*{"epoch": (events.Events, "save"), "score": (evaluation, "score"),
-          "settle": (store.Store, "settle"), "line": (store.Ledger, "append")}[kind])
-store.Store.settle = staticmethod(store.Store.settle)
+from lm_eval_aft.studies import jobs
+dies_at(*{"epoch": (checkpoint.RunRecorder, "save"), "score": (evaluation, "score"),
+          "settle": (jobs.Store, "settle"), "line": (jobs.StudyLedger, "append")}[kind])
+jobs.Store.settle = staticmethod(jobs.Store.settle)
 from lm_eval_aft.cli.main import aft
 aft(sys.argv[1:])
 """

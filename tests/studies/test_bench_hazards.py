@@ -350,7 +350,10 @@ def test_a_task_is_its_data_however_that_is_named(folder: Path, data: dict[str, 
     ("line", "said"),
     [
         ("models: [{pretrained: demo, model_args: {coefficient: 3}}]", "steer by themselves"),
-        ("models: [{pretrained: demo, apply_chat_template: 'false'}]", "apply_chat_template='false'"),
+        (
+            "models: [{pretrained: demo, apply_chat_template: 'false'}]",
+            "apply_chat_template: must be true or false, got 'false'",
+        ),
         ("models: [demo]\nseeds: 1\nseeds: 2", "'seeds' occurs twice"),
         ("models: [demo]\nrecipe: {control: shufled}", "no control 'shufled'"),
         ("models: [demo]\nrecipe: {objective: choise}", "no objective 'choise'"),
@@ -366,9 +369,9 @@ def test_what_a_study_would_pass_over_is_refused(tmp_path: Path, line: str, said
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("scores: {tasks: aft_demo_math}", "wants tasks"),
-        ("scores: {task: [aft_demo_math]}", "wants tasks"),
-        ("include_path: 5", "must be a folder"),
+        ("scores: {tasks: aft_demo_math}", "scores.tasks: must be a list"),
+        ("scores: {task: [aft_demo_math]}", "scores.task: there is no such field; did you mean tasks"),
+        ("include_path: 5", r"include_path\[0\]: must be text, got 5"),
         ("include_path: nowhere", "there is no folder"),
         ("defaults: {rungs: 'a:b'}", "ung"),
     ],

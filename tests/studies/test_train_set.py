@@ -54,13 +54,13 @@ def call(study: Path, library: Path, *more: str, code: int = 0) -> Result:
 # Dies without a word while the second vector is being trained.
 DYING = """
 import os, signal, sys
-from lm_eval_aft.training import checkpoint as events
-save = events.Events.save
+from lm_eval_aft.training import checkpoint
+save = checkpoint.RunRecorder.save
 def dying(self, candidates):
     save(self, candidates)
     if "math" in str(self._folder):
         os.kill(os.getpid(), signal.SIGKILL)
-events.Events.save = dying
+checkpoint.RunRecorder.save = dying
 from lm_eval_aft.cli.main import aft
 aft(sys.argv[1:])
 """
@@ -196,13 +196,13 @@ def test_what_cannot_be_trained_and_what_was_trained_otherwise_is_told(tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vectors": {}}, "names no vectors"),
+        ({"vectors": {}}, "vectors: must have at least one entry"),
         ({"vectors": {"facts": "t"}}, "cannot name a vector"),
-        ({"vectors": {"a/b": {"protocol": "rapid"}}}, "names no task"),
+        ({"vectors": {"a/b": {"protocol": "rapid"}}}, "vectors.a/b.task: is missing"),
         ({"vectors": {"a/b": {"task": "t", "colour": 3}}}, "a/b: A protocol has no setting 'colour'"),
-        ({"vectors": {"a/b": {"task": "t", "limit": "many"}}}, "no number of documents"),
+        ({"vectors": {"a/b": {"task": "t", "limit": "many"}}}, "vectors.a/b.limit: must be a whole number"),
         ({"vectors": {"a/b": {"task": "t", "protocol": "swift"}}}, "a/b: .*swift"),
-        ({"colours": 1}, "unknown keys: colours"),
+        ({"colours": 1}, "colours: there is no such field"),
         ({"scores": [1]}, "must be a mapping"),
     ],
 )

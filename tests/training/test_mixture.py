@@ -275,8 +275,8 @@ def test_equal_mixtures_give_equal_vectors_and_each_task_counts(lm: AFTLM, tasks
 
 
 def test_a_study_scores_a_mixture_on_each_of_its_tasks() -> None:
-    entry = StudyEntry("mix/both", "toy_choice,toy_other")
-    study = Study((entry, StudyEntry("one/other", "toy_other")))
+    entry = StudyEntry(name="mix/both", task="toy_choice,toy_other")
+    study = Study(vectors={"mix/both": entry, "one/other": StudyEntry(name="one/other", task="toy_other")})
     assert study.scored_tasks() == {"toy_choice": entry, "toy_other": entry}
 
 
