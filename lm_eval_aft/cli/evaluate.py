@@ -12,10 +12,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
-from lm_eval_aft.cli.options import ended, offline_option, parse_model_args, print_table
+from lm_eval_aft.cli.options import LateHelp, ended, offline_option, parse_model_args, print_table
 
 if TYPE_CHECKING:
     from lm_eval_aft.evaluation.report import Report
+
+
+def _route_help() -> str:
+    from lm_eval_aft.library.routers import ROUTERS
+
+    specs = ", ".join(router.usage for router in ROUTERS.values())
+    return f"Let a router pick each document's vector: {specs}; may repeat."
 
 
 @click.command(
@@ -32,8 +39,8 @@ if TYPE_CHECKING:
     "--route",
     "routes",
     multiple=True,
-    help="Let a router pick each document's vector: task, keyword, keyword:TABLE.yaml, constant:NAME; "
-    "may repeat.",
+    cls=LateHelp,
+    late_help=_route_help,
 )
 @click.option("--tasks", required=True, help="Harness tasks, comma-separated.")
 @click.option(

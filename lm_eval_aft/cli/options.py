@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +35,19 @@ def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
             raise AFTError(f"Cannot read model arguments {text!r}.", "Write key=value,key=value.")
         found = dict(simple_parse_args_string(text))
     return found | {key: value for key, value in overrides.items() if value is not None}
+
+
+class LateHelp(click.Option):
+    """An option that makes its help when asked for it, so that starting a command imports nothing for it."""
+
+    def __init__(self, *names: Any, late_help: Callable[[], str], **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self._late_help = late_help
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """See `click.Option.get_help_record`."""
+        self.help = self._late_help()
+        return super().get_help_record(ctx)
 
 
 def ended(end: BaseException, output: Path | None = None) -> NoReturn:

@@ -13,6 +13,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
 from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
 from lm_eval_aft.cli.options import PlainCommand, ended, offline_option, parse_model_args, print_table
+from lm_eval_aft.steering.methods import METHODS
 
 if TYPE_CHECKING:
     from lm_eval_aft.steering.vector import SteeringVector
@@ -88,7 +89,7 @@ if TYPE_CHECKING:
     "--method",
     default="static",
     show_default=True,
-    help="How the intervention is parametrised; `aft methods` lists them.",
+    help=f"What is added to the hidden states: {', '.join(METHODS)}; `aft methods` explains them.",
 )
 @click.option(
     "--positions",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json
 from lm_eval_aft.library.entry import ModelIdentity, misfits
-from lm_eval_aft.library.routers import (
-    ROUTERS,
-    ConstantRouter,
-    KeywordRouter,
-    Router,
-    TaskRouter,
-    make_router,
-    question_of,
-)
+from lm_eval_aft.library.routers import ROUTERS, Router, make_router, question_of
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 from lm_eval_aft.steering.vector_file import FILE_NAME, read_header
@@ -128,13 +120,13 @@ class Routing:
 
     def digest(self) -> str:
         """SHA-256 of what decides where a request goes, names resolved, comments left out."""
-        return hashlib.sha256(canonical_json(_described(self.router)).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.router.described()).encode()).hexdigest()
 
     def depends_on(self) -> dict[str, Any]:
         """What answers under this routing depend on, besides the model and the request's text."""
         vectors = {name: vector.digest() for name, vector in self.vectors.items()}
         found: dict[str, Any] = {"router": self.digest(), "vectors": vectors}
-        if not isinstance(self.router, ConstantRouter):
+        if self.router.by_request:
             # Two tasks may ask the same, and lm-eval's cache is not told the task; and of a document
             # answered in part it hands on the rest, whose first request may name another vector: no other
             # run's answers will do.
@@ -176,13 +168,3 @@ def whole_spec(spec: str) -> str:
         f"There is no router {spec!r}, and no keyword table at that path.",
         f"Use one of: {', '.join(ROUTERS)}, with a table as in keyword:TABLE.yaml, or constant:NAME.",
     )
-
-
-def _described(router: Router) -> Mapping[str, Any]:
-    if isinstance(router, KeywordRouter):
-        rules = [[rule.vector, list(rule.words)] for rule in router.rules]
-        return {"keyword": rules, "else": router.default}
-    if isinstance(router, TaskRouter):
-        return {"task": list(map(list, router.tasks.items())), "else": router.default}
-    assert isinstance(router, ConstantRouter)
-    return {"constant": router.name}

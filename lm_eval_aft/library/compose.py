@@ -77,11 +77,12 @@ def check_compatible(operands: Sequence[Operand]) -> None:
     """Raise `AFTError` unless the operands are static vectors for one and the same base model."""
     if not operands:
         raise AFTError("There is nothing to compose.", "Name at least one vector.")
+    summed = [name for name, method in METHODS.items() if method.constant]
     for operand in operands:
         if not METHODS[operand.vector.method].constant:
             raise AFTError(
                 f"{operand.name!r} uses the method {operand.vector.method!r}.",
-                "Only methods that add the same everywhere can be summed: static, all-layers, caa.",
+                f"Only methods that add the same everywhere can be summed: {', '.join(summed)}.",
             )
     for one, other in combinations(operands, 2):
         a, b = one.vector, other.vector

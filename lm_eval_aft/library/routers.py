@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -17,57 +18,113 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.library.entry import Entry
 from lm_eval_aft.library.files import PART, is_name, suggestion
 
-ROUTERS = ("constant", "task", "keyword")
 _MAX_TABLE = 2**18
 _HINT = "See the shipped table: `aft vectors routes` prints it."
 _NONE = ("", "none", "null", "~")
 
 
-class Router(Protocol):
-    """Anything that picks a vector for a request."""
+class Router(ABC):
+    """Picks a vector for each request.
 
+    To add a router, write a class here under ``@register_router``.
+
+    Attributes:
+        name: what a spec (``NAME`` or ``NAME:ARGUMENT``) calls it.
+        usage: its specs, as ``--help`` lists them.
+        by_request: whether requests with the same text may get different vectors.
+    """
+
+    name: ClassVar[str]
+    usage: ClassVar[str]
+    by_request: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def of(cls, argument: str, entries: Sequence[Entry]) -> Router:
+        """The router with this argument (``""``: none given) over these vectors.
+
+        Raises:
+            AFTError: an argument that cannot be used, or a vector that is not there.
+        """
+
+    @abstractmethod
     def route(self, text: str, task: str | None = None) -> str | None:
         """The library name of the vector for a request, or ``None`` for no steering.
 
         Args:
-            text: what the model is asked; best the document's own question, without the examples of a
-                few-shot prompt, whose words would count too.
+            text: what the model is asked; preferably the document's own question, without few-shot
+                examples, whose words would count too.
             task: name of the harness task.
         """
 
+    @abstractmethod
     def targets(self) -> list[str]:
         """The vectors that a request may get, each once."""
 
+    @abstractmethod
+    def described(self) -> dict[str, Any]:
+        """Everything that decides where a request goes, as plain JSON values."""
 
+
+ROUTERS: dict[str, type[Router]] = {}
+R = TypeVar("R", bound=type[Router])
+
+
+def register_router(cls: R) -> R:
+    """Class decorator: make a router available under its name."""
+    ROUTERS[cls.name] = cls
+    return cls
+
+
+@register_router
 @dataclass(frozen=True)
-class ConstantRouter:
+class ConstantRouter(Router):
     """Every request gets the same vector."""
 
-    name: str | None
+    name, usage, by_request = "constant", "constant:NAME", False
+    vector: str | None
+
+    @classmethod
+    def of(cls, argument: str, entries: Sequence[Entry]) -> ConstantRouter:
+        if not argument:
+            raise AFTError("The router 'constant' needs a vector.", "Write constant:CATEGORY/NAME.")
+        return cls(resolve(argument, _names(entries)))
 
     def route(self, text: str, task: str | None = None) -> str | None:
-        """See `Router.route`."""
-        return self.name
+        return self.vector
 
     def targets(self) -> list[str]:
-        """See `Router.targets`."""
-        return _each([self.name])
+        return _each([self.vector])
+
+    def described(self) -> dict[str, Any]:
+        return {"constant": self.vector}
 
 
+@register_router
 @dataclass(frozen=True)
-class TaskRouter:
-    """The vector goes by the harness task; tasks that no pattern fits get ``default``.
+class TaskRouter(Router):
+    """The vector depends on the harness task; a task that no pattern fits gets ``default``.
 
     Attributes:
         tasks: task name, or pattern with * and ?, -> library name; exact names come first, then
             patterns in order.
     """
 
+    name, usage = "task", "task, task:TABLE.yaml"
     tasks: Mapping[str, str | None]
     default: str | None = None
 
+    @classmethod
+    def of(cls, argument: str, entries: Sequence[Entry]) -> TaskRouter:
+        if not argument:
+            return cls(task_table(entries))
+        names = _names(entries)
+        tasks, default = parse_task_table(read_table(Path(argument)))
+        return cls(
+            {task: _resolve(vector, names) for task, vector in tasks.items()}, _resolve(default, names)
+        )
+
     def route(self, text: str, task: str | None = None) -> str | None:
-        """See `Router.route`."""
         if task is None:
             return self.default
         if task in self.tasks:
@@ -75,8 +132,10 @@ class TaskRouter:
         return next((name for p, name in self.tasks.items() if fnmatchcase(task, p)), self.default)
 
     def targets(self) -> list[str]:
-        """See `Router.targets`."""
         return _each([*self.tasks.values(), self.default])
+
+    def described(self) -> dict[str, Any]:
+        return {"task": list(map(list, self.tasks.items())), "else": self.default}
 
 
 @dataclass(frozen=True)
@@ -94,20 +153,42 @@ class Rule:
         object.__setattr__(self, "pattern", pattern)
 
 
+@register_router
 @dataclass(frozen=True)
-class KeywordRouter:
+class KeywordRouter(Router):
     """The first rule with a word that occurs in the request decides; otherwise ``default``."""
 
+    name, usage = "keyword", "keyword, keyword:TABLE.yaml"
     rules: tuple[Rule, ...]
     default: str | None = None
 
+    @classmethod
+    def of(cls, argument: str, entries: Sequence[Entry]) -> KeywordRouter:
+        names = _names(entries)
+        table = parse_keyword_table(read_table(Path(argument)) if argument else default_table())
+        if argument:
+            chosen = {target: resolve(target, names) for target in table.targets()}
+        else:  # categories of the shipped table that the library lacks leave the model unsteered
+            categories = {name.partition("/")[0] for name in names}
+            chosen = {t: resolve(t, names) for t in table.targets() if t in categories}
+            if not chosen:
+                raise AFTError(
+                    "The library has none of the categories of the shipped table: "
+                    f"{', '.join(table.targets())}.",
+                    "Write a table of your own and give it as keyword:TABLE.yaml.",
+                )
+        rules = tuple(Rule(chosen.get(rule.vector or ""), rule.words) for rule in table.rules)
+        return cls(rules, chosen.get(table.default or ""))
+
     def route(self, text: str, task: str | None = None) -> str | None:
-        """See `Router.route`."""
         return next((rule.vector for rule in self.rules if rule.pattern.search(text)), self.default)
 
     def targets(self) -> list[str]:
         """The vectors, or categories, that the table names, each once."""
         return _each([*(rule.vector for rule in self.rules), self.default])
+
+    def described(self) -> dict[str, Any]:
+        return {"keyword": [[rule.vector, list(rule.words)] for rule in self.rules], "else": self.default}
 
 
 def make_router(spec: str, entries: Sequence[Entry]) -> Router:
@@ -120,35 +201,19 @@ def make_router(spec: str, entries: Sequence[Entry]) -> Router:
 
     Raises:
         AFTError: unknown router, a table that cannot be read, or one naming a vector that is not there.
-            Categories of the shipped table that the library lacks leave the model unsteered.
+
+    >>> router = make_router("task", [Entry("math/sums", tasks=("gsm8k",))])
+    >>> router.route("What is 7 + 48?", task="gsm8k")
+    'math/sums'
     """
     kind, _, argument = spec.partition(":")
     if kind not in ROUTERS:
         raise AFTError(f"There is no router {kind!r}.", f"Use one of: {', '.join(ROUTERS)}.")
-    usable = [entry for entry in entries if not entry.error and not entry.control]
-    names = [entry.name for entry in usable]
-    if kind == "constant":
-        if not argument:
-            raise AFTError("The router 'constant' needs a vector.", "Write constant:CATEGORY/NAME.")
-        return ConstantRouter(resolve(argument, names))
-    if kind == "task":
-        if argument:
-            tasks, default = parse_task_table(read_table(Path(argument)))
-            return TaskRouter({t: _resolve(n, names) for t, n in tasks.items()}, _resolve(default, names))
-        return TaskRouter(task_table(usable))
-    table = parse_keyword_table(read_table(Path(argument)) if argument else default_table())
-    if argument:
-        chosen = {target: resolve(target, names) for target in table.targets()}
-    else:
-        categories = {name.partition("/")[0] for name in names}
-        chosen = {t: resolve(t, names) for t in table.targets() if t in categories}
-        if not chosen:
-            raise AFTError(
-                f"The library has none of the categories of the shipped table: {', '.join(table.targets())}.",
-                "Write a table of your own and give it as keyword:TABLE.yaml.",
-            )
-    rules = tuple(Rule(chosen.get(rule.vector or ""), rule.words) for rule in table.rules)
-    return KeywordRouter(rules, chosen.get(table.default or ""))
+    return ROUTERS[kind].of(argument, [each for each in entries if not each.error and not each.control])
+
+
+def _names(entries: Sequence[Entry]) -> list[str]:
+    return [entry.name for entry in entries]
 
 
 def resolve(target: str, names: Iterable[str]) -> str:

@@ -1,8 +1,11 @@
 """The methods: how what is added to the residual stream is parametrised.
 
-A method knows nothing of models. Its tensors go by the names they have in a vector file:
-``layers.{L}``, shape ``(hidden_size,)``, one for each layer it steers, and what else it needs under
-``method.``. Nothing here imports torch, so that a library can be listed without it.
+To add one, write a class here under ``@register_method``: training, scoring, files, controls, exports,
+``aft methods`` and ``--method`` all read the table `METHODS`.
+
+A method knows nothing of models. Its tensors have the names they have in a vector file: ``layers.{L}``,
+shape ``(hidden_size,)``, for each layer it steers, and anything else it needs under ``method.``. Importing
+this module does not import torch, so that a library can be listed without it.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ class Method(ABC):
     """One way to parametrise what is added to the residual stream.
 
     Attributes:
-        name: what it is called in files, flags and reports.
+        name: its name in files, flags and reports.
         formula: what it adds to the hidden state ``h``, for people.
-        count: the number of parameters as a formula in the hidden size ``d`` (and layers ``n``).
-        constant: whether it adds the same to every hidden state.
+        count: its number of parameters, a formula in the hidden size ``d`` and the number of layers ``n``.
+        constant: whether it adds the same to every hidden state, so that it can be summed and exported.
         trained: whether there is anything to train.
         together: whether it steers all its layers at once; other methods steer one.
     """
@@ -40,16 +43,16 @@ class Method(ABC):
     together: ClassVar[bool] = False
 
     def extra(self, hidden_size: int) -> Shapes:
-        """Shapes of the tensors beside ``layers.{L}``, by name."""
+        """Shapes of its tensors other than ``layers.{L}``, by name."""
         return {}
 
     def parameters(self, hidden_size: int, layers: int = 1) -> int:
-        """How many numbers it trains or computes, steering so many layers."""
+        """How many numbers it trains (or computes) when it steers this many layers."""
         own = sum(math.prod(shape) for shape in self.extra(hidden_size).values())
         return hidden_size * (layers if self.together else 1) + own
 
     def start(self, hidden_size: int, layers: tuple[int, ...], generator: Generator) -> dict[str, Tensor]:
-        """Tensors, fp32, with which nothing is added yet; what must be random comes from ``generator``."""
+        """Initial tensors, fp32, that add nothing yet; random ones are drawn from ``generator``."""
         import torch
 
         tensors = {f"layers.{layer}": torch.zeros(hidden_size) for layer in layers}
@@ -57,14 +60,65 @@ class Method(ABC):
 
     @abstractmethod
     def delta(self, tensors: Mapping[str, Tensor], layer: int, hidden: Tensor) -> Tensor:
-        """What is added at a layer to ``hidden`` (..., hidden_size); its shape, or ``(hidden_size,)``.
+        """What is added at a layer to ``hidden`` (..., hidden_size): that shape, or ``(hidden_size,)``.
 
-        Differentiable; computed in the tensors' dtype, in which ``hidden`` comes.
+        Differentiable; ``hidden`` has the tensors' dtype.
         """
 
+    def noise(self, hidden_size: int, residual_norm: float) -> float:
+        """Standard deviation of the entries of ``layers.{L}`` that a retry starts from.
+
+        Args:
+            residual_norm: median norm of the hidden states at the layer.
+        """
+        return float(0.1 * residual_norm / hidden_size**0.5)
+
     def directions(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        """The tensors whose vectors along the axis given span what is ever added."""
+        """The tensors whose vectors, along the given axis, span everything that is ever added."""
         return {name: 0 for name in tensors if name.startswith("layers.")}
+
+    def placebo(self, tensors: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+        """Tensors that add as much to every hidden state, in a random direction.
+
+        Everything that can be added is turned by one random rotation (Haar).
+        """
+        import torch
+
+        axes = self.directions(tensors)
+        moved = {name: tensors[name].movedim(axis, 0) for name, axis in axes.items()}
+        columns = [each.reshape(len(each), -1) for each in moved.values()]
+        basis, parts = torch.linalg.qr(torch.cat(columns, dim=1))
+        drawn, corner = torch.linalg.qr(torch.randn(basis.shape, generator=generator))
+        turned = (drawn * corner.diagonal().sign()) @ parts  # without the signs the draw is not uniform
+        pieces = turned.split([each.shape[1] for each in columns], dim=1)
+        return dict(tensors) | {
+            name: piece.reshape(old.shape).movedim(0, axes[name])
+            for (name, old), piece in zip(moved.items(), pieces, strict=True)
+        }
+
+
+METHODS: dict[str, Method] = {}
+DEFAULT_METHOD = "static"
+
+
+def register_method(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method available under its name."""
+    METHODS[cls.name] = cls()
+    return cls
+
+
+def find_method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        AFTError: there is none.
+
+    >>> find_method("static").parameters(hidden_size=1024)
+    1024
+    """
+    if name not in METHODS:
+        raise AFTError(f"There is no method {name!r}.", f"Choose one of: {', '.join(METHODS)}.")
+    return METHODS[name]
 
 
 class Constant(Method):
@@ -74,6 +128,13 @@ class Constant(Method):
 
     def delta(self, tensors: Mapping[str, Tensor], layer: int, hidden: Tensor) -> Tensor:
         return tensors[f"layers.{layer}"]
+
+    def placebo(self, tensors: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+        """A random direction at each layer, as long as the vector there."""
+        import torch
+
+        drawn = {name: torch.randn(values.shape, generator=generator) for name, values in tensors.items()}
+        return {name: drawn[name] * (values.norm() / drawn[name].norm()) for name, values in tensors.items()}
 
 
 def linear(rows: int, columns: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -88,6 +149,7 @@ def linear(rows: int, columns: int, generator: Generator) -> tuple[Tensor, Tenso
     return weight, torch.empty(rows).uniform_(-bound, bound, generator=generator)
 
 
+@register_method
 class Static(Constant):
     """Adds ``v``, the same at every position. ``d`` parameters: 1,024 at hidden size 1024."""
 
@@ -96,6 +158,7 @@ class Static(Constant):
     count = "d"
 
 
+@register_method
 class Drab(Method):
     """Adds ``sigmoid(w.h + b) v``. ``2 d + 1`` parameters: 2,049 at hidden size 1024.
 
@@ -122,6 +185,7 @@ class Drab(Method):
 BANK = 8
 
 
+@register_method
 class DrabStrong(Method):
     """Adds ``sum_i p_i v_i`` over a bank of 8, ``p = softmax(W2 relu(W1 h + b1) + b2)``.
 
@@ -163,6 +227,7 @@ class DrabStrong(Method):
         return super().directions(tensors) | {"method.bank": 1}
 
 
+@register_method
 class MLP(Method):
     """Adds ``W2 relu(W1 h + b1) + b2``.
 
@@ -197,6 +262,7 @@ class MLP(Method):
         return super().directions(tensors) | {"method.up.weight": 0}
 
 
+@register_method
 class AllLayers(Constant):
     """Adds ``v_L`` at each of ``n`` layers. ``n d`` parameters: 24,576 for 24 layers of size 1024."""
 
@@ -206,6 +272,7 @@ class AllLayers(Constant):
     together = True
 
 
+@register_method
 class CAA(Constant):
     """Contrastive activation addition (Rimsky et al. 2024, arXiv:2312.06681).
 
@@ -220,20 +287,30 @@ class CAA(Constant):
     trained = False
 
 
-# The interventions: how what is added to the residual stream is parametrised.
+@register_method
+class Scale(Method):
+    """Scales each dimension: ``h`` becomes ``(1 + s) * h``. ``d`` parameters: 1,024 at hidden size 1024.
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (Static(), Drab(), DrabStrong(), MLP(), AllLayers(), CAA())
-}
-DEFAULT_METHOD = "static"
-
-
-def find_method(name: str) -> Method:
-    """The method called ``name``.
-
-    Raises:
-        AFTError: there is none.
+    IA3's way (Liu et al. 2022, arXiv:2205.05638), at the residual stream. ``s``, the file's ``layers.{L}``,
+    starts at zero. Its entries are factors, without the units of the residual stream.
     """
-    if name not in METHODS:
-        raise AFTError(f"There is no method {name!r}.", f"Choose one of: {', '.join(METHODS)}.")
-    return METHODS[name]
+
+    name = "scale"
+    formula = "s * h, elementwise"
+    count = "d"
+
+    def delta(self, tensors: Mapping[str, Tensor], layer: int, hidden: Tensor) -> Tensor:
+        return hidden * tensors[f"layers.{layer}"]
+
+    def noise(self, hidden_size: int, residual_norm: float) -> float:
+        """As other methods': about a tenth of the hidden state is added."""
+        return 0.1
+
+    def placebo(self, tensors: Mapping[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+        """Random signs for the factors: only that keeps the norm of ``s * h`` for every ``h``."""
+        import torch
+
+        signs = {
+            name: torch.randint(2, values.shape, generator=generator) for name, values in tensors.items()
+        }
+        return {name: values * (2 * signs[name] - 1) for name, values in tensors.items()}

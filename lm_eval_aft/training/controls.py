@@ -6,7 +6,6 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -74,40 +73,17 @@ def _apply_to_group(examples: Sequence[Example], control: str, seed: int) -> lis
 
 
 def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
-    """A vector in a random direction with the same norm at each layer and the same coefficient.
+    """A vector that adds as much as this one in a random direction, with the same coefficient.
 
-    The direction is the vector's own: other vectors' placebos of this ``seed`` have others.
-
-    Of a dynamic method all that it can add is turned by one random rotation: what is added keeps its
-    norm at every token, and when it is added stays as it was learnt.
+    The direction depends on the vector: placebos of other vectors with this ``seed`` have others. What a
+    dynamic method adds keeps its norm at every token, and the tokens it acts on are those it learnt.
     """
     drawn = hashlib.sha256(f"{vector.digest()}|{seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(drawn[:7]))
-    method = METHODS[vector.method]
-    metadata = {**vector.metadata, "control": "random", "control_seed": seed}
-    if not method.constant:
-        return replace(vector, **_rotated(vector, generator), metadata=metadata)
-    layers = {}
-    for layer, values in vector.layers.items():
-        direction = torch.randn(values.shape, generator=generator)
-        layers[layer] = direction * (values.norm() / direction.norm())
-    return replace(vector, layers=layers, metadata=metadata)
-
-
-def _rotated(vector: SteeringVector, generator: torch.Generator) -> dict[str, Any]:
-    """Layers and extra tensors after one random rotation (Haar) of what they span."""
-    tensors = vector.tensors
-    axes = METHODS[vector.method].directions(tensors)
-    columns = [tensors[name].movedim(axis, 0).reshape(vector.hidden_size, -1) for name, axis in axes.items()]
-    basis, parts = torch.linalg.qr(torch.cat(columns, dim=1))
-    drawn, corner = torch.linalg.qr(torch.randn(basis.shape, generator=generator))
-    turned = (drawn * corner.diagonal().sign()) @ parts  # without the signs the draw is not uniform
-    for (name, axis), part in zip(
-        axes.items(), turned.split([each.shape[1] for each in columns], dim=1), strict=True
-    ):
-        old = tensors[name].movedim(axis, 0)
-        tensors[name] = part.reshape(old.shape).movedim(0, axis)
-    return {
-        "layers": {layer: tensors[f"layers.{layer}"] for layer in vector.layers},
-        "extra": {name: tensors[name] for name in vector.extra},
-    }
+    tensors = METHODS[vector.method].placebo(vector.tensors, generator)
+    return replace(
+        vector,
+        layers={layer: tensors[f"layers.{layer}"] for layer in vector.layers},
+        extra={name: tensors[name] for name in vector.extra},
+        metadata={**vector.metadata, "control": "random", "control_seed": seed},
+    )

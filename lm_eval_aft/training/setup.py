@@ -27,7 +27,7 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.steering.hooks import hidden_states, with_hidden_states
 from lm_eval_aft.steering.intervention import GENERATED, Intervention
-from lm_eval_aft.steering.methods import DEFAULT_METHOD, Method, find_method
+from lm_eval_aft.steering.methods import DEFAULT_METHOD, METHODS, Method, find_method
 from lm_eval_aft.training.controls import check_control
 from lm_eval_aft.training.objectives import Mixture, Objective, loss_of, make_objective
 from lm_eval_aft.training.recipe import Stage, TrainingPlan, parse_layers, schedule
@@ -265,7 +265,9 @@ class Starts:
         elif noise is not None:
             for place, each in enumerate(layers):
                 size = residual_norm(self.model, self.backbone, each, self.probe)
-                tensors[f"layers.{each}"] = small_random(self.backbone.hidden_size, size, noise + place)
+                tensors[f"layers.{each}"] = small_random(
+                    self.backbone.hidden_size, size, noise + place, self.method
+                )
         parameter = next(self.model.parameters())
         placed = {
             name: tensor.to(parameter.device, master_dtype(parameter.dtype))
@@ -281,14 +283,16 @@ class Starts:
         return self._differences[seed]
 
 
-def small_random(width: int, residual_norm: float, seed: int) -> Tensor:
-    """A retry's first vector: N(0, 0.01 * residual_norm^2 / width), shape ``(width,)``.
+def small_random(
+    width: int, residual_norm: float, seed: int, method: Method = METHODS[DEFAULT_METHOD]
+) -> Tensor:
+    """A retry's first vector, shape ``(width,)``: normal, with the method's own standard deviation.
 
     Args:
         residual_norm: median norm of the hidden states at its layer.
     """
-    scale = 0.1 * residual_norm / width**0.5
-    return torch.randn(width, generator=torch.Generator().manual_seed(seed)).mul_(scale)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(width, generator=generator).mul_(method.noise(width, residual_norm))
 
 
 # Vectors without training: what sets right answers' hidden states apart from wrong ones'.

@@ -131,7 +131,7 @@ MARKS = {  # two prompts of 5 and 3 tokens, padded on the left
 }
 
 
-@pytest.mark.parametrize("name", ["static", "drab-strong"])
+@pytest.mark.parametrize("name", ["static", "drab-strong", "scale"])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
 @torch.no_grad()
@@ -228,7 +228,7 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["static", "mlp", "all-layers"])
+@pytest.mark.parametrize("name", ["static", "mlp", "all-layers", "scale"])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("family", ["llama", pytest.param("falcon", marks=pytest.mark.slow)])
 def test_log_likelihoods_equal_a_naive_hooked_model(
@@ -261,7 +261,7 @@ def test_log_likelihoods_equal_a_naive_hooked_model(
             assert each[i][0] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["static", "drab"])
+@pytest.mark.parametrize("name", ["static", "drab", "scale"])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_generation_equals_a_naive_loop(positions: str, name: str, checkpoint: Callable[..., str]) -> None:
     from lm_eval.api.instance import Instance

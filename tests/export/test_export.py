@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,8 +234,10 @@ def refused(kind: str, folder: Path, vector: SteeringVector, model: str, match: 
 def test_dynamic_and_masked_vectors(kind: str, checkpoint: Callable[..., str], left: Path) -> None:
     dynamic, masked = some_vector(), some_vector()
     dynamic.method, masked.positions = "drab", "prompt"
+    scaling = replace(some_vector(), method="scale")
     model = checkpoint("llama")
     refused(kind, left, dynamic, model, "method 'drab' cannot be exported: what it adds depends on")
+    refused(kind, left, scaling, model, "method 'scale' cannot be exported: what it adds depends on")
     refused(kind, left, masked, model, "positions 'prompt' cannot be exported")
     refused(kind, left, some_vector(coefficient=0), model, "coefficient is 0")
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_eval_aft import AFTError
+from lm_eval_aft.cli.evaluate import evaluate
 from lm_eval_aft.library.entry import Entry
 from lm_eval_aft.library.routers import (
+    ROUTERS,
+    Router,
     default_table,
     make_router,
     parse_keyword_table,
     parse_task_table,
+    register_router,
     resolve,
 )
 
@@ -171,3 +178,36 @@ def test_any_table_is_read_or_refused_plainly(text: str, request_text: str) -> N
 
 def test_the_shipped_table_is_sound() -> None:
     assert parse_keyword_table(default_table()).targets() == ["math", "logic", "knowledge"]
+
+
+def test_a_router_is_added_by_one_decorated_class() -> None:
+    @register_router
+    class LengthRouter(Router):
+        name, usage = "length", "length:WORDS"
+
+        def __init__(self, most: int, vector: str) -> None:
+            self.most, self.vector = most, vector
+
+        @classmethod
+        def of(cls, argument: str, entries: Sequence[Entry]) -> LengthRouter:
+            return cls(int(argument), entries[0].name)
+
+        def route(self, text: str, task: str | None = None) -> str | None:
+            return self.vector if len(text.split()) <= self.most else None
+
+        def targets(self) -> list[str]:
+            return [self.vector]
+
+        def described(self) -> dict[str, Any]:
+            return {"length": self.most}
+
+    try:
+        router = make_router("length:3", LIBRARY)
+        assert router.route("How many apples?") == "knowledge/science"
+        assert router.route("How many apples are left?") is None
+        assert "length:WORDS" in CliRunner().invoke(evaluate, ["--help"]).output
+        with pytest.raises(AFTError, match="no router 'magic'") as caught:
+            make_router("magic", LIBRARY)
+        assert "length" in caught.value.hint
+    finally:
+        del ROUTERS["length"]

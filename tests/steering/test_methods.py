@@ -11,11 +11,12 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from lm_eval_aft import AFTError, SteeringVector
+from lm_eval_aft import AFTError, SteeringVector, attach
 from lm_eval_aft.cli.main import aft
-from lm_eval_aft.steering.methods import METHODS, find_method
+from lm_eval_aft.steering.methods import METHODS, find_method, register_method
 from lm_eval_aft.steering.vector_file import read_header
 from lm_eval_aft.training.controls import random_like
+from tests.conftest import tiny_model
 
 COUNTS = {
     "static": 1024,
@@ -24,6 +25,7 @@ COUNTS = {
     "mlp": 263_296,
     "caa": 1024,
     "all-layers": 24_576,
+    "scale": 1024,
 }
 
 
@@ -90,6 +92,55 @@ def test_what_dynamic_methods_add() -> None:
         }
     )
     assert torch.allclose(METHODS["mlp"].delta(t, 2, hidden), net(hidden), atol=1e-6)
+
+
+def test_scale_multiplies_by_one_plus_its_factors() -> None:
+    hidden, factors = torch.randn(2, 7, 32), torch.randn(32)
+    added = METHODS["scale"].delta({"layers.2": factors}, 2, hidden)
+    assert torch.allclose(hidden + added, hidden * (1 + factors), atol=1e-6)
+    model = tiny_model("llama")
+    vector = SteeringVector({1: factors}, method="scale", coefficient=0.5)
+    read: list[torch.Tensor] = []  # by the block after the steered one
+    model.model.layers[2].register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7, 8]]))
+        with attach(model, vector):
+            model(torch.tensor([[5, 6, 7, 8]]))
+    plain, steered = read
+    assert torch.allclose(steered, plain * (1 + 0.5 * factors), atol=1e-5)
+
+
+def test_the_placebo_of_scale_flips_signs() -> None:
+    vector = vector_of("scale")
+    (factors,), (drawn,) = vector.layers.values(), random_like(vector, 0).layers.values()
+    assert torch.equal(drawn.abs(), factors.abs())
+    assert 0 < int((drawn == factors).sum()) < 32
+
+
+def test_a_retry_starts_with_a_tenth_of_the_hidden_state() -> None:
+    hidden = 37.0 * torch.nn.functional.normalize(torch.randn(500, 32), dim=-1)
+    for name in ("static", "scale"):
+        method = METHODS[name]
+        noise = torch.stack([torch.randn(32) * method.noise(32, 37.0) for _ in range(500)])
+        added = torch.stack([method.delta({"layers.2": v}, 2, h) for v, h in zip(noise, hidden, strict=True)])
+        assert float((added.norm(dim=-1) / hidden.norm(dim=-1)).mean()) == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_method_is_added_by_one_decorated_class() -> None:
+    class Negative(type(METHODS["static"])):  # type: ignore[misc]
+        name, formula = "negative", "-v"
+
+        def delta(self, tensors: dict[str, torch.Tensor], layer: int, hidden: torch.Tensor) -> torch.Tensor:
+            return -tensors[f"layers.{layer}"]
+
+    register_method(Negative)
+    try:
+        assert "h + -v" in CliRunner().invoke(aft, ["methods"]).output
+        with pytest.raises(AFTError, match="scale, negative"):
+            find_method("lora")
+        assert SteeringVector({1: torch.ones(4)}, method="negative").method == "negative"
+    finally:
+        del METHODS["negative"]
 
 
 @pytest.mark.parametrize("name", METHODS)

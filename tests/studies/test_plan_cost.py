@@ -95,7 +95,7 @@ def test_operations_are_exact_and_memory_is_near() -> None:
     )  # bfloat16, but for rotary tables
 
 
-@pytest.mark.parametrize("method", ["drab", "drab-strong", "mlp", "all-layers", "caa"])
+@pytest.mark.parametrize("method", ["drab", "drab-strong", "mlp", "all-layers", "caa", "scale"])
 def test_every_method_can_be_planned(method: str) -> None:
     documents = documents_of([*LENGTHS, LENGTHS[-1]])
     plans = [
