@@ -17,6 +17,7 @@ from lm_eval_aft.engine.batching import (
     option_logprobs,
     units,
 )
+from lm_eval_aft.engine.rows import Answer
 from lm_eval_aft.steering.backbone import UNTOLD, attention_kernel, input_device
 
 # Families whose attention a 4-D mask cannot express, whatever a check on short rows would say.
@@ -89,6 +90,29 @@ def disagreement(fast: Tensor, slow: Tensor, tokens: Tensor, dtype: torch.dtype)
     else:
         bar = 0.1 * tokens.to(difference)
     return "" if bool((difference <= bar).all()) else f"differ by {float(difference.max()):.2g} nats"
+
+
+def answers_differ(
+    found: Sequence[Answer], wanted: Sequence[Answer], tokens: Sequence[int], dtype: torch.dtype
+) -> str:
+    """How answers to the same requests, of ``tokens`` each, differ; ``""`` when they agree."""
+    fast, slow = (torch.tensor([value for value, _ in each], dtype=torch.float64) for each in (found, wanted))
+    reason = disagreement(fast, slow, torch.tensor(tokens), dtype)
+    if reason:
+        return f"log-likelihoods {reason}"
+    exact = dtype in (torch.float32, torch.float64)
+    same = not exact or all(a[1] == b[1] for a, b in zip(found, wanted, strict=True))
+    return "" if same else "greedy decoding differs"
+
+
+def logits_differ(found: Tensor, wanted: Tensor, tokens: Sequence[int], dtype: torch.dtype) -> str:
+    """How logits (tokens, vocabulary) differ in what they say of the tokens written; ``""`` if they agree."""
+    written = torch.tensor(tokens)[:, None]
+    fast, slow = (each.float().cpu().log_softmax(-1).gather(-1, written)[:, 0] for each in (found, wanted))
+    if dtype in (torch.float32, torch.float64):
+        return disagreement(fast, slow, torch.ones(len(tokens)), dtype)
+    # One token's rounding says nothing in 16 bits: together they are within 0.1 nats a token.
+    return disagreement(fast.sum()[None], slow.sum()[None], torch.tensor([len(tokens)]), dtype)
 
 
 def may_pack(model: nn.Module, documents: Sequence[Document]) -> str:

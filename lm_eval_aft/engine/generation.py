@@ -11,17 +11,24 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft.engine.attention import over_columns
-from lm_eval_aft.engine.compatibility import disagreement, refused
+from lm_eval_aft.engine.compatibility import logits_differ, refused
 from lm_eval_aft.engine.kv_cache import RowCache
-from lm_eval_aft.engine.naive import Naive
-from lm_eval_aft.engine.requests import Option, Question, with_common_prefixes
-from lm_eval_aft.engine.scorer import Scorer, Step, context_steps
-from lm_eval_aft.steering.intervention import GENERATED, LAST, row_roles
+from lm_eval_aft.engine.rows import (
+    PackedRow,
+    Step,
+    additive_mask,
+    packed_row,
+    shortest_and_longest,
+    step_over,
+    with_common_prefixes,
+)
+from lm_eval_aft.engine.scorer import Scorer, context_steps
+from lm_eval_aft.engine.stock import StockLM
+from lm_eval_aft.steering.intervention import GENERATED, LAST
 
 logger = logging.getLogger(__name__)
 Watch = Callable[[int, Tensor], None]
@@ -43,26 +50,26 @@ def unusual(config: Any) -> str:
 
 @dataclass
 class DecodingRow:
-    """One prompt being continued: its question, its output, and what is known for guessing at more."""
+    """One prompt being continued: its row, its output, and what is known for guessing at more."""
 
-    question: Question
+    prompt: PackedRow
     words: Words
     tokens: list[int] = field(default_factory=list)
 
     @property
     def index(self) -> int:
         """The prompt's number."""
-        return self.question.options[0].index
+        return self.prompt.options[0].index
 
     @property
     def last(self) -> int:
         """The last token, not read yet."""
-        return self.tokens[-1] if self.tokens else self.question.tokens[0]
+        return self.tokens[-1] if self.tokens else self.prompt.tokens[-1]
 
     @property
     def length(self) -> int:
         """Tokens before the last one: how many columns are filled, and the last one's position."""
-        return len(self.question.context) + len(self.tokens)
+        return self.prompt.cached + len(self.tokens)
 
     def append(self, token: int) -> None:
         """The output's next token."""
@@ -70,9 +77,9 @@ class DecodingRow:
         self.words.append(token)
 
 
-def prompt(index: int, tokens: Sequence[int], state: int = 0) -> Question:
-    """A prompt as a question whose tree is its last token."""
-    return Question(tuple(tokens[:-1]), (tokens[-1],), (-1,), (Option(index, (0,), (0,)),), state)
+def prompt(index: int, tokens: Sequence[int], state: int = 0) -> PackedRow:
+    """A prompt's row; what its option says is not looked at."""
+    return packed_row(tokens, [((), [(index, [0])])], state=state)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Ending:
 
 
 def continuations(
-    scorer: Scorer, prompts: Sequence[Question], ending: Ending, watch: Watch | None = None
+    scorer: Scorer, prompts: Sequence[PackedRow], ending: Ending, watch: Watch | None = None
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy continuations as (prompt's index, tokens), in any order.
 
@@ -100,8 +107,8 @@ def continuations(
     width = Width(scorer.parameters(), scorer.dtype.itemsize, scorer.bytes_per_token())
     outputs = Followers(MOST_SPANS)
     for prefix, members in with_common_prefixes(prompts):
-        order = sorted(members, key=lambda question: -len(question.context))
-        heads = scorer.prefixes(order[0].context[:prefix], order[0].state) if prefix else []
+        order = sorted(members, key=lambda row: -row.cached)
+        heads = scorer.prefixes(order[0].tokens[:prefix], order[0].state) if prefix else []
         while order:
             group = scorer.take(order, ending.most)
             order = order[len(group) :]
@@ -113,7 +120,7 @@ def continuations(
 
 def _group(
     scorer: Scorer,
-    group: Sequence[Question],
+    group: Sequence[PackedRow],
     prefix: int,
     heads: Sequence[Any],
     ending: Ending,
@@ -122,16 +129,14 @@ def _group(
     watch: Watch | None,
 ) -> list[tuple[int, list[int]]]:
     # One column more than is needed: where guesses go that lie behind a row's last token.
-    slots = scorer.slots(len(group), len(group[0].context) + ending.most + 1)
+    slots = scorer.slots(len(group), group[0].cached + ending.most + 1)
     if heads:
         slots.load(heads[0])
     room = slots.capacity if scorer.reordered else 0
     for step in context_steps(group, prefix, scorer.budget.tokens, scorer.device, room):
         scorer.logits(step, slots)
-    slots.hide(0, [len(question.context) for question in group], slots.capacity)
-    rows = [
-        DecodingRow(question, Words((*question.context, *question.tokens), outputs)) for question in group
-    ]
+    slots.hide(0, [prompt.cached for prompt in group], slots.capacity)
+    rows = [DecodingRow(prompt, Words(prompt.tokens, outputs)) for prompt in group]
     found = []
     before = 1
     while rows:
@@ -192,24 +197,21 @@ def _read(
     """Logits (rows, wide, vocabulary) after each row's last token and after its guesses."""
     n, device = len(rows), scorer.device
     ids = [[row.last, *mine, *[0] * wide][:wide] for row, mine in zip(rows, guesses, strict=True)]
-    columns = [[min(row.length + k, len(row.question.context) + most) for k in range(wide)] for row in rows]
+    columns = [[min(row.length + k, row.prompt.cached + most) for k in range(wide)] for row in rows]
     roles = [[GENERATED if row.tokens else LAST, *[GENERATED] * (wide - 1)] for row in rows]
     at = torch.tensor(columns, device=device)
-    ahead = torch.arange(1 + max(map(max, columns)), device=device) > at[..., None]
-    mask = torch.zeros(ahead.shape, dtype=scorer.dtype, device=device)
-    mask.masked_fill_(ahead, torch.finfo(scorer.dtype).min)
-    inputs = {
-        "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": mask[:, None],
-        "position_ids": at,
-    }
+    seen = torch.arange(1 + max(map(max, columns)), device=device) <= at[..., None]
     step = Step(
-        inputs,
-        slice(0, n),
-        at,
+        {
+            "input_ids": torch.tensor(ids, device=device),
+            "attention_mask": additive_mask(seen, scorer.dtype)[:, None],
+            "position_ids": at,
+        },
+        torch.tensor(roles, device=device),
         list(range(n * wide)),
-        states=[row.question.state for row in rows],
-        roles=torch.tensor(roles, device=device),
+        states=[row.prompt.state for row in rows],
+        at=slice(0, n),
+        start=at,
     )
     with over_columns([1 + last for *_, last in columns], device):
         logits = scorer.logits(step, slots)
@@ -225,9 +227,6 @@ with borrowed(
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 
-StockGeneration = Callable[[list[Instance]], list[str]]
-
-
 @dataclass(frozen=True)
 class Settings:
     """What a request's gen_kwargs come to: stop strings (end of text included), most new tokens."""
@@ -240,24 +239,16 @@ class Texts:
     """Answers generation requests by greedy decoding in shared batches.
 
     On first use, and again for prompts longer than any before, the shortest and the longest prompt are
-    decoded by ``stock`` too, and their logits compared with a plain pass; if they differ, everything is
-    left to stock, and the log says so.
+    decoded by stock too, and their logits compared with a plain pass (where some positions only are steered,
+    with `lm_eval_aft.engine.naive` alone); if they differ, everything is left to stock, and the log says so.
     Texts are those of stock at batch size 1. In 16 bits stock's own texts depend on the batch
     size, so nothing is promised and stock answers.
-
-    Args:
-        naive: what the logits are compared with, rather than the texts with stock's, where some positions
-            only are steered.
     """
 
-    def __init__(self, lm: HFLM, scorer: Scorer, stock: StockGeneration, naive: Naive | None = None) -> None:
+    def __init__(self, lm: StockLM, scorer: Scorer) -> None:
         self.lm = lm
         self.scorer = scorer
-        self.stock = stock
-        self.naive = naive
         self.taken: Counter[str] = Counter()
-        self._holds: bool | None = None
-        self._longest = 0
 
     def answers(self, requests: Sequence[Instance], states: Sequence[int] = ()) -> Iterator[tuple[int, str]]:
         """(Index, text) of the requests that the fast way can answer, in any order.
@@ -265,25 +256,21 @@ class Texts:
         Only for models without a `refusal`. ``states`` says, request by request, which of the
         scorer's ``rows`` steers it.
         """
-        groups: dict[Settings, list[Question]] = {}
+        groups: dict[Settings, list[PackedRow]] = {}
         for index, request in enumerate(requests):
             context, kwargs = request.args
             settings = self._settings(kwargs)
             if settings is None:
                 continue
-            question = self._prompt(index, context, settings, states[index] if states else 0)
-            if question is not None:
-                groups.setdefault(settings, []).append(question)
+            row = self._prompt(index, context, settings, states[index] if states else 0)
+            if row is not None:
+                groups.setdefault(settings, []).append(row)
         shared = 0
         with self.scorer.prepared():
-            for settings, questions in groups.items():
-                longest = max(question.length for question in questions) + settings.most
-                if self._holds is None or (self._holds and longest > self._longest):
-                    self._holds = self._check(questions, settings, requests)
-                    self._longest = longest
-                if self._holds:
-                    shared += len(questions)
-                    yield from self._decode(questions, settings)
+            for settings, prompts in groups.items():
+                if self._holds(prompts, settings, requests):
+                    shared += len(prompts)
+                    yield from self._decode(prompts, settings)
         self.taken += Counter({"generated in shared batches": shared, "stock": len(requests) - shared})
 
     def refusal(self) -> str:
@@ -305,61 +292,48 @@ class Texts:
             return None
         return Settings(tuple(until), most)
 
-    def _prompt(self, index: int, context: str, settings: Settings, state: int) -> Question | None:
+    def _prompt(self, index: int, context: str, settings: Settings, state: int) -> PackedRow | None:
         ids, _ = self.lm.tok_batch_encode([context], left_truncate_len=self.lm.max_length - settings.most)
         tokens = ids[0].tolist()
         if not tokens or refused(self.lm.model, len(tokens) + settings.most):
             return None
         return prompt(index, tokens, state)
 
-    def _check(self, questions: list[Question], settings: Settings, requests: Sequence[Instance]) -> bool:
-        ordered = sorted(questions, key=lambda question: question.length)
-        probe = ordered[:1] + ordered[1:][-1:]
-        reason = self.scorer.unless_reordered(partial(self._differs, probe, settings, requests))
-        if reason:
-            logger.warning("Generation is left to stock: %s.", reason)
-        return not reason
+    def _holds(self, prompts: list[PackedRow], settings: Settings, requests: Sequence[Instance]) -> bool:
+        probe = shortest_and_longest(prompts, lambda row: row.width)
 
-    def _differs(self, probe: Sequence[Question], settings: Settings, requests: Sequence[Instance]) -> str:
-        """Why texts are not to be made the fast way; ``""`` where it gives stock's."""
-        seen: dict[int, list[Tensor]] = {}
-        try:
-            fast = dict(
+        def decode() -> tuple[dict[int, str], str]:
+            seen: dict[int, list[Tensor]] = {}
+            texts = dict(
                 self._decode(probe, settings, lambda i, logits: seen.setdefault(i, []).append(logits))
             )
-            reasons = [self._logits_differ(question, seen[question.options[0].index]) for question in probe]
-        except Exception as error:  # whatever a model's own code makes of such passes
-            return f"the model refuses ({type(error).__name__}: {str(error)[:200]})"
-        if any(reasons) or self.naive is not None:
-            return "; ".join(filter(None, reasons))
-        indices = sorted(fast)
-        same = self.stock([requests[i] for i in indices]) == [fast[i] for i in indices]
-        return "" if same else "its texts differ"
+            reasons = (self._logits_differ(row, torch.stack(seen[row.options[0].index])) for row in probe)
+            return texts, "; ".join(filter(None, reasons))
 
-    def _logits_differ(self, question: Question, seen: list[Tensor]) -> str:
+        def differs(found: tuple[dict[int, str], str]) -> str:
+            texts, reason = found
+            if reason or self.lm.naive is not None:
+                return reason
+            stock = self.lm.some_stock_texts([requests[i] for i in sorted(texts)])
+            return "" if stock == [texts[i] for i in sorted(texts)] else "its texts differ"
+
+        longest = max(row.width for row in prompts) + settings.most
+        return self.scorer.holds("generation", longest, decode, differs, "Generation is left to stock")
+
+    def _logits_differ(self, prompt: PackedRow, fast: Tensor) -> str:
         """Compare the logits behind each token with one plain pass; texts alone would show little."""
-        fast = torch.stack(seen)
-        tokens = fast.argmax(-1)
-        if self.naive is not None:
-            prompt = [*question.context, *question.tokens]
-            return self.naive.logits_differ(prompt, tokens.tolist(), fast, question.state)
-        ids = torch.tensor(
-            [[*question.context, *question.tokens, *tokens.tolist()[:-1]]], device=tokens.device
-        )
-        places = list(range(len(question.context), ids.shape[1]))
-        roles = torch.tensor([row_roles(len(question.context) + 1, len(tokens) - 1)], device=ids.device)
-        step = Step({"input_ids": ids}, scored=places, states=[question.state], roles=roles)
-        with self.scorer.prepared(fast=False):
-            slow = self.scorer.logits(step, None)
+        tokens = fast.argmax(-1).tolist()
+        if self.lm.naive is not None:
+            slow: Tensor | None = self.lm.naive.logits_behind(prompt.tokens, tokens, prompt.state)
+        else:
+            row = packed_row(prompt.tokens, [((), [(0, tokens)])], state=prompt.state)
+            with self.scorer.prepared(fast=False):
+                slow = self.scorer.logits(step_over([row], self.scorer.device), None)
         assert slow is not None
-        values = [
-            logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0]
-            for logits in (fast, slow)
-        ]
-        return disagreement(values[0], values[1], torch.ones_like(tokens), self.scorer.dtype)
+        return logits_differ(fast, slow, tokens, self.scorer.dtype)
 
     def _decode(
-        self, questions: Sequence[Question], settings: Settings, watch: Watch | None = None
+        self, prompts: Sequence[PackedRow], settings: Settings, watch: Watch | None = None
     ) -> Iterator[tuple[int, str]]:
         tokenizer = self.lm.tokenizer
         # As far back as stock looks, for a stop string in other tokens than its own.
@@ -376,7 +350,7 @@ class Texts:
         eos = self.lm.model.generation_config.eos_token_id
         ends = frozenset(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
         ending = Ending(settings.most, ends, stops)
-        for index, tokens in continuations(self.scorer, questions, ending, watch):
+        for index, tokens in continuations(self.scorer, prompts, ending, watch):
             text = postprocess_generated_text(
                 generation=self.lm.tok_decode(tokens), stop=list(settings.until), think_end_token=None
             )

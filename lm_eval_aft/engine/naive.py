@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft.engine.compatibility import disagreement
-from lm_eval_aft.engine.requests import Answer, Request
+from lm_eval_aft.engine.compatibility import answers_differ, logits_differ
+from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.steering.backbone import Backbone
 from lm_eval_aft.steering.hooks import RowSteering, hidden_states, with_hidden_states
 from lm_eval_aft.steering.intervention import unsteered
@@ -90,32 +90,18 @@ class Naive:
         greedy = bool((values.argmax(-1) == targets).all())
         return float(values.gather(-1, targets[:, None]).sum()), greedy
 
+    def fits(self, context: Sequence[int], continuation: Sequence[int]) -> bool:
+        """Whether a request fits the window."""
+        return len(context) + len(continuation) <= self.window + 1
+
     def differs(self, requests: Sequence[Request], answers: Sequence[Answer], states: Sequence[int]) -> str:
         """How ``answers`` to requests are wrong; ``""`` where they are not."""
         naive = [self.answer(request, state) for request, state in zip(requests, states, strict=True)]
-        reason = disagreement(
-            torch.tensor([value for value, _ in answers], dtype=torch.float64),
-            torch.tensor([value for value, _ in naive], dtype=torch.float64),
-            torch.tensor([len(request[2]) for request in requests]),
-            self.dtype,
-        )
-        if reason:
-            return f"log-likelihoods {reason}"
-        exact = self.dtype in (torch.float32, torch.float64)
-        same = not exact or all(a[1] == b[1] for a, b in zip(answers, naive, strict=True))
-        return "" if same else "greedy decoding differs"
+        return answers_differ(answers, naive, [len(tail) for _, _, tail in requests], self.dtype)
 
-    def logits_differ(self, prompt: Sequence[int], tokens: Sequence[int], logits: Tensor, state: int) -> str:
-        """How the ``logits`` (tokens, vocabulary) that wrote ``tokens`` are wrong; ``""`` if they are not."""
-        slow = self.logits([*prompt, *tokens][:-1], len(prompt), state)[len(prompt) - 1 :]
-        written = torch.tensor(tokens)[:, None]
-        fast, naive = (
-            each.float().cpu().log_softmax(-1).gather(-1, written)[:, 0] for each in (logits, slow)
-        )
-        if self.dtype in (torch.float32, torch.float64):
-            return disagreement(fast, naive, torch.ones(len(tokens)), self.dtype)
-        # One token's rounding says nothing in 16 bits: together they are within 0.1 nats a token.
-        return disagreement(fast.sum()[None], naive.sum()[None], torch.tensor([len(tokens)]), self.dtype)
+    def logits_behind(self, prompt: Sequence[int], tokens: Sequence[int], state: int) -> Tensor:
+        """The logits (tokens, vocabulary) that should have written ``tokens`` after the prompt."""
+        return self.logits([*prompt, *tokens][:-1], len(prompt), state)[len(prompt) - 1 :]
 
     def generation_differs(self, prompts: Sequence[Sequence[int]], state: int, pad: int) -> str:
         """How ``generate``, on these prompts as one padded batch, differs from passes without a cache."""
@@ -149,7 +135,9 @@ class Naive:
             tokens = found.sequences[row, width:].tolist()
             written = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
             logits = torch.stack([step[row] for step in found.logits[:written]])
-            reason = self.logits_differ(prompt, tokens[:written], logits, state)
+            tokens = tokens[:written]
+            wanted = self.logits_behind(prompt, tokens, state)
+            reason = logits_differ(logits, wanted, tokens, self.dtype)
             if reason:
                 return f"its tokens' log-probabilities {reason}"
         return ""
