@@ -1,18 +1,18 @@
-"""``--model aft``: lm-eval's `hf` model with a steering vector, and what results files say of it."""
+"""``--model aft``: lm-eval's `hf` model with a steering vector, and its entry in results files."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
-from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from lm_eval_aft._util.errors import AFTError, model_not_loaded, print_errors_plainly
@@ -35,9 +35,8 @@ from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 _ANSWERS = "lm-eval: HFLM._loglikelihood_tokens"
-# Without these a vector would not be where it should, and nothing would say so.
+# Without these a vector could be applied in the wrong place without an error.
 _RELIED_ON = (
     _ANSWERS,
     "lm-eval: HFLM._detect_batch_size, batch_schedule, batch_sizes",
@@ -127,7 +126,7 @@ class AFTLM(StockLM):
         positions: str | None = None,
         allow_mismatch: bool = False,
     ) -> None:
-        """Replace the vector in force; ``None`` makes this the baseline again."""
+        """Replace the active vector; ``None`` makes this the baseline again."""
         if self.routing is not None:
             self._shared = None
         for part in self._shared or ():
@@ -144,14 +143,14 @@ class AFTLM(StockLM):
         return self.active.open_routing(spec, library, str(self.pretrained), allow_mismatch)
 
     def follow(self, routing: Routing) -> None:
-        """Let a router pick the vector for each document, instead of the vector in force."""
+        """Let a router pick the vector for each document, in place of the active vector."""
         self.active.follow(routing)
         self._shared = None  # rows that are steered differently are to be checked against stock anew
         self.forget_checks()
 
     @property
     def vector(self) -> SteeringVector | None:
-        """The vector in force, with the coefficient and positions it is applied with."""
+        """The active vector, with the coefficient and positions it is applied with."""
         return self.active.vector
 
     @property
@@ -162,30 +161,26 @@ class AFTLM(StockLM):
     def score_along(self, vectors: Sequence[SteeringVector]) -> None:
         """While this is the baseline, find the answers of ``vectors`` to the same requests as well.
 
-        They are kept until `steer` puts such a vector in force, which then answers from them.
+        They are kept until `steer` makes such a vector active, which then answers from them.
         Log-likelihoods only, and only with ``fast``; the vectors must have passed `steer` before.
         """
         self._companions = Companions(vectors) if self.fast else None
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """As `HFLM`; what was found while the baseline was scored is not computed again."""
-        vector, companions = self.active.vector, self._companions
+        """As `HFLM`; answers found while the baseline was scored are not computed again."""
         self._states = [] if self.routing is None else self.routing.states(requests)
         requests = without_contexts(requests) if self.answer_only else requests
-        ask = self._through_us(partial(HFLM.loglikelihood, self, disable_tqdm=disable_tqdm))
-        if vector is None or companions is None:
-            return list(ask(requests))
-        found = companions.answers(vector, [request.args for request in requests])
-        if self.kept_answers_differ(requests, found):
-            self._companions = None
-            return list(ask(requests))
-        missing = []
+        found: list[Answer | None] = [None] * len(requests)
+        if self.vector is not None and self._companions is not None:
+            found = self._companions.answers(self.vector, [request.args for request in requests])
+            if self.kept_answers_differ(requests, found):
+                self._companions, found = None, [None] * len(requests)
         for request, answer in zip(requests, found, strict=True):
-            if answer is None:
-                missing.append(request)
-            else:
+            if answer is not None:
                 self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        rest = iter(ask(missing) if missing else ())
+        missing = [request for request, answer in zip(requests, found, strict=True) if answer is None]
+        with self._called_back(missing):
+            rest = iter(super().loglikelihood(missing, disable_tqdm) if missing or not requests else ())
         return [next(rest) if answer is None else answer for answer in found]
 
     def _loglikelihood_tokens(
@@ -202,7 +197,7 @@ class AFTLM(StockLM):
             return self.stock_answers(requests, disable_tqdm)
         paths, _ = self._fast()
         before = paths.taken.copy()
-        companions = None if self.vector or routed else self._companions
+        companions = self._companions if self.vector is None and not routed else None
         found: Answers = {}
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
@@ -219,17 +214,13 @@ class AFTLM(StockLM):
             companions.paths += paths.taken - before
         return [found[i] for i in range(len(requests))]
 
-    def _through_us(self, ask: Callable[[list[Instance]], list[T]]) -> Callable[[list[Instance]], list[T]]:
-        """``ask``, which must call `_loglikelihood_tokens`: tokens' roles and routers are applied there."""
-
-        def asked(requests: list[Instance]) -> list[T]:
-            before = self._asked
-            found = list(ask(requests))
-            if requests and self._asked == before:
-                raise gone(_ANSWERS, "it answered without calling it")
-            return found
-
-        return asked
+    @contextmanager
+    def _called_back(self, requests: Sequence[Instance]) -> Iterator[None]:
+        """Inside the block `HFLM` must call `_loglikelihood_tokens`, where roles and routers are applied."""
+        before = self._asked
+        yield
+        if requests and self._asked == before:
+            raise gone(_ANSWERS, "it answered without calling it")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As `HFLM`; under a router vector by vector.
@@ -239,11 +230,12 @@ class AFTLM(StockLM):
         """
         if self.routing is not None and self.world_size > 1:
             raise AFTError("A router cannot serve rolling log-likelihoods in several processes.", "Use one.")
-        ask = self._through_us(partial(HFLM.loglikelihood_rolling, self, disable_tqdm=disable_tqdm))
-        return self.by_vector(requests, ask)
+        with self._called_back(requests):
+            ask = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
+            return self.by_vector(requests, ask)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As `HFLM`; plain greedy decoding in fp32 goes the fast way, the rest to stock."""
+        """As `HFLM`; plain greedy decoding in fp32 is done in shared batches, the rest by stock."""
         refuse_generation(requests if self.answer_only else ())
         if not self.fast or not requests:
             return self.stock_texts(requests, disable_tqdm)
@@ -265,7 +257,7 @@ class AFTLM(StockLM):
         return [texts[i] for i in range(len(requests))]
 
     def _fast(self) -> tuple[Paths, Texts]:
-        """What scores and generates the fast way; made on first use."""
+        """The optimised scoring and generation; made on first use."""
         if self._shared is None:
             scorer = Scorer(
                 self.model,
@@ -284,7 +276,7 @@ class AFTLM(StockLM):
         key_cache(self, cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
-        """HFLM's model information and an ``aft`` entry that says what steered it."""
+        """`HFLM`'s model information and an ``aft`` entry: what steered the model, and how it was scored."""
         return {**super().get_model_info(), "aft": describe(self)}
 
     def paths_taken(self) -> Counter[str]:
@@ -293,7 +285,7 @@ class AFTLM(StockLM):
         return taken + self._companions.paths if self._companions and self.vector else taken
 
 
-# What results files and lm-eval's answer cache must know of a steered model.
+# What results files and lm-eval's answer cache record of a steered model.
 
 
 def describe(lm: AFTLM) -> dict[str, Any]:
@@ -323,7 +315,7 @@ def key_cache(lm: AFTLM, cache_hook: CacheHook) -> None:
         database = cache_hook.dbdict
     if database is None:
         return
-    # A name that only seems to take effect would serve a steered run the baseline's answers.
+    # If renaming the table had no effect, a steered run would get the baseline's answers.
     require(handed)
     require("sqlitedict: SqliteDict.tablename, conn")
     table = f"aft_{hashlib.sha256(canonical_json(_answers_depend_on(lm)).encode()).hexdigest()[:24]}"
@@ -333,12 +325,12 @@ def key_cache(lm: AFTLM, cache_hook: CacheHook) -> None:
 
 
 def _name(source: Any) -> str | None:
-    """A path or a name on the Hub; of a model that was handed over, its class."""
+    """A path or a name on the Hub; for a model object, its class."""
     return source if source is None or isinstance(source, str) else type(source).__name__
 
 
 def _path_taken(taken: Counter[str]) -> str:
-    """Which way documents were scored: the most frequent path and its share, then the others."""
+    """How documents were scored: the most frequent path and its share, then the others."""
     total = sum(taken.values())
     return ", ".join(f"{path} ({n / total:.1%} of {total})" for path, n in taken.most_common()) or "stock"
 

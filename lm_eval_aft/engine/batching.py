@@ -1,4 +1,4 @@
-"""Rows of one context and many continuations, scored in one pass, and passes that start at block L.
+"""Batches of documents for training, log-likelihoods from one pass, and passes that start at block L.
 
 A *packed* row holds a context once, followed by every continuation; a tree mask lets each
 continuation see the context and itself only, and its position ids start again after the context.
@@ -99,7 +99,7 @@ def lay_out(documents: Sequence[Document], packed: bool) -> list[PackedRow]:
 
 
 def units(documents: Sequence[Document]) -> list[list[int]]:
-    """Indices of documents that belong together: those of one group, and each other one by itself."""
+    """Indices of documents by group; a document without a group is a unit of its own."""
     found: dict[tuple[int, int | None, int], list[int]] = {}
     for index, document in enumerate(documents):
         alone = -1 if document.group is not None else index
@@ -126,7 +126,7 @@ def token_budget_batches(
 
 
 def _pieces(documents: Sequence[Document], packed: bool, budget: int) -> Iterator[list[int]]:
-    """Documents whose rows cannot be told apart without losing what they share."""
+    """Documents that share a row, as many as it may hold."""
     limit = min(SHARED_BUDGETS * budget, SHARED_TOKENS)
     for unit in units(documents) if packed else [[i] for i in range(len(documents))]:
         piece: list[int] = []
@@ -171,7 +171,7 @@ class Batch:
 def make_batch(
     documents: Sequence[Document], packed: bool, device: torch.device, dtype: torch.dtype
 ) -> Batch:
-    """Lay documents out in rows, padded on the right. ``dtype`` is the mask's, the model's own."""
+    """Documents as rows, padded on the right. ``dtype``: of the mask, as the model's."""
     rows = lay_out(documents, packed)
     step = step_over(rows, device, dtype if packed else None)
     owners = [d for d, document in enumerate(documents) for _ in document.pairs]
@@ -193,7 +193,7 @@ def make_batch(
 
 
 def _parts(row: PackedRow) -> Parts:
-    """The prefix, and what follows it context by context."""
+    """How attention may divide a row: the prefix, and what follows it context by context."""
     starts = [run.start for run in row.runs[1:] if run.role == CONTEXT] or [row.prefix]
     return Parts(row.prefix, tuple(zip(starts, [*starts[1:], row.width], strict=True)))
 
@@ -242,13 +242,13 @@ def token_logprobs(logits: Tensor, batch: Batch) -> Tensor:
     return found
 
 
-_NOTHING = 1e-12  # a share of the largest gradient, far below what float32 can add to it
+_NOTHING = 1e-12  # relative to the largest gradient: far below what float32 can resolve
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """``log_softmax(logits)[source, targets]`` whose gradient is made in the one buffer that is kept.
+    """``log_softmax(logits)[source, targets]`` whose gradient reuses the one saved buffer.
 
-    Autograd's own would fill and read two more tables of S x vocabulary numbers, which for small
+    Autograd would fill and read two more tensors of S x vocabulary numbers, which for small
     models takes longer than their blocks.
     """
 
@@ -264,8 +264,8 @@ class _TokenLogprobs(torch.autograd.Function):
         table, source, targets = ctx.saved_tensors
         (gradient,) = gradients
         rows = torch.zeros(len(table), dtype=table.dtype, device=table.device)
-        # Options that a softmax has all but ruled out weigh 1e-30 and less. Kept, their share of the table
-        # would be subnormal numbers, with which products take ten times as long, and no sum would feel it.
+        # Options that a softmax has all but ruled out weigh 1e-30 and less. Their gradients would be
+        # subnormal numbers, which make products ten times as slow and change no sum.
         gradient = gradient.masked_fill(gradient.abs() < _NOTHING * gradient.abs().max(), 0.0)
         rows.index_add_(0, source, gradient)
         table.exp_().mul_(-rows.unsqueeze(1))
@@ -294,10 +294,10 @@ def capture(backbone: Backbone, layers: Sequence[int]) -> Iterator[dict[int, Any
 
 @contextmanager
 def resumed(backbone: Backbone, layer: int, output: Any) -> Iterator[None]:
-    """Make passes start at block ``layer``: blocks below do nothing, it answers with ``output``.
+    """Make passes start at block ``layer``: blocks below do nothing, and it returns ``output``.
 
     Everything around the blocks (masks, rotary tables, final norm, head, logit scaling) runs as
-    the model defines it, so no family needs code of its own. Hooks on block ``layer`` still fire.
+    the model defines it, so no family needs code of its own. Hooks on block ``layer`` still run.
     """
     saved = [block.__dict__.get("forward") for block in backbone.blocks[: layer + 1]]
 

@@ -33,10 +33,10 @@ FALLBACK = {"prefixed": "packed", "packed": "trimmed", "trimmed": "stock"}
 class Paths:
     """Scores requests by the fastest path each may take, and counts the paths taken.
 
-    On first use, and again on rows longer than any before, a path is compared with stock (where some
-    positions only are steered, with `lm_eval_aft.engine.naive`) on the shortest and the longest row at
-    hand. If it differs, or fails, it is tried without reordered weights, then the next one is, and the log
-    says why. Requests longer than the window are cut by stock, and left to it.
+    On first use, and again on rows longer than any before, a path is compared with stock (or, where only some
+    positions are steered, with `lm_eval_aft.engine.naive`) on the shortest and the longest row. If it differs
+    or fails, it is tried without reordered weights, then the next path is tried, and the log says why.
+    Requests longer than the window are left to stock, which truncates them.
     """
 
     def __init__(self, lm: StockLM, scorer: Scorer) -> None:
@@ -63,7 +63,7 @@ class Paths:
         fitting: list[PackedRow] = []
         left: list[PackedRow] = []
         for row in every:
-            # An option without tokens stock refuses in its own words.
+            # Stock has its own error for an option without tokens.
             fits = row.longest <= window + 1 and all(option.targets for option in row.options)
             (fitting if fits else left).append(row)
         too_long = sum(row.longest > window + 1 for row in left)
@@ -105,13 +105,13 @@ class Paths:
 
     def _parts(self, path: str, rows: Sequence[PackedRow], prefix: int) -> Iterator[list[Answers]]:
         if path == "trimmed":
-            return self.scorer.plain(self._items(rows), self._states)
+            return self.scorer.plain(rows)
         return self.scorer.packed(rows, prefix)
 
     def _probed(
         self, path: str, probe: Sequence[PackedRow], prefix: int, vectors: Sequence[Shifts] = ()
     ) -> list[Answer]:
-        """Answers to the probe's requests, in order, of the last of ``vectors`` or of the model as it is."""
+        """Answers to the probe's requests, in order: of the last of ``vectors``, or of the model as it is."""
         with self.scorer.along(vectors):
             found = {i: a for part in self._parts(path, probe, prefix) for i, a in part[-1].items()}
         return [found[i] for i in sorted(found)]
@@ -136,7 +136,7 @@ class Paths:
         return answers_differ(fast, slow, [len(tail) for _, _, tail in asked], self.scorer.dtype)
 
     def _may_resume(self, path: str, rows: Sequence[PackedRow], prefix: int) -> bool:
-        """Whether resuming from a vector's layer equals passes under it."""
+        """Whether passes resumed from a vector's layer equal whole passes under that vector."""
         shifts = next((shifts for shifts in self.scorer.vectors if shifts), None)
         if shifts is None:
             return True
@@ -170,8 +170,8 @@ class Paths:
 class Companions:
     """Vectors to score along with the baseline, and their answers by request.
 
-    A request is known by a 16-byte digest of its strings, so a thousand documents of four options
-    take about half a megabyte a vector.
+    Requests are identified by a 16-byte digest of their strings, so a thousand documents of four options
+    take about half a megabyte per vector.
     """
 
     def __init__(self, vectors: Sequence[SteeringVector]) -> None:
@@ -187,7 +187,7 @@ class Companions:
             self._answers[name][key] = answer
 
     def answers(self, vector: SteeringVector, requests: Sequence[Sequence[str]]) -> list[Answer | None]:
-        """The vector's answers to the requests; None where it was not found."""
+        """The vector's answers to the requests; None for a request that was not scored."""
         mine = self._answers.get(vector.digest(), {})
         return [mine.get(_key(strings)) for strings in requests]
 

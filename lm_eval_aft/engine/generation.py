@@ -1,4 +1,4 @@
-"""Greedy generation, several tokens a pass: drafted, checked, and cut into the texts lm-eval expects."""
+"""Greedy generation with drafted tokens, several a pass, and the texts that lm-eval expects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lm_eval_aft.steering.intervention import GENERATED, LAST
 
 logger = logging.getLogger(__name__)
 Watch = Callable[[int, Tensor], None]
-# Settings of a generation config that say nothing about which token greedy decoding takes next.
+# Settings of a generation config that do not change which token greedy decoding picks.
 HARMLESS = {
     "_from_model_config", "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length",
     "output_attentions", "output_hidden_states", "pad_token_id", "return_dict_in_generate", "temperature",
@@ -50,7 +50,7 @@ def unusual(config: Any) -> str:
 
 @dataclass
 class DecodingRow:
-    """One prompt being continued: its row, its output, and what is known for guessing at more."""
+    """One prompt being continued: its row, its output, and the statistics that drafts come from."""
 
     prompt: PackedRow
     words: Words
@@ -68,7 +68,7 @@ class DecodingRow:
 
     @property
     def length(self) -> int:
-        """Tokens before the last one: how many columns are filled, and the last one's position."""
+        """Tokens before the last one: the number of filled columns, and the last one's position."""
         return self.prompt.cached + len(self.tokens)
 
     def append(self, token: int) -> None:
@@ -78,7 +78,7 @@ class DecodingRow:
 
 
 def prompt(index: int, tokens: Sequence[int], state: int = 0) -> PackedRow:
-    """A prompt's row; what its option says is not looked at."""
+    """A prompt as a row; its option only carries the index."""
     return packed_row(tokens, [((), [(index, [0])])], state=state)
 
 
@@ -128,7 +128,7 @@ def _group(
     outputs: Followers,
     watch: Watch | None,
 ) -> list[tuple[int, list[int]]]:
-    # One column more than is needed: where guesses go that lie behind a row's last token.
+    # One extra column, for guesses beyond a row's last possible token.
     slots = scorer.slots(len(group), group[0].cached + ending.most + 1)
     if heads:
         slots.load(heads[0])
@@ -144,12 +144,12 @@ def _group(
         most = max(ending.most - len(row.tokens) for row in rows)
         wide = width.choose(len(rows), sum(lengths) // len(rows), most)
         if wide < before:
-            slots.hide(0, lengths, slots.capacity)  # guesses that this pass would not overwrite
+            slots.hide(0, lengths, slots.capacity)  # wrong guesses that this pass will not overwrite
         before = wide
         guesses = [row.words.guess(max(1, wide - 1)) for row in rows]
         logits = _read(scorer, slots, rows, guesses, wide, ending.most)
         if wide > 1 and bool(logits[:, 0].isnan().any()):
-            # It may come of a guess: a mask hides no NaN.
+            # A guess may have caused it: a mask does not hide NaN.
             slots.hide(0, lengths, slots.capacity)
             logits = _read(scorer, slots, rows, guesses, 1, ending.most)
         written = logits.argmax(-1).tolist()
@@ -174,7 +174,7 @@ def _append(
     logits: Tensor,
     watch: Watch | None,
 ) -> bool:
-    """Continue the row as far as what it was ``written`` for was guessed right; whether that ends it."""
+    """Append the tokens ``written`` up to the first wrong guess; return whether the row has ended."""
     for k, token in enumerate(written):
         if watch is not None:
             watch(row.index, logits[k])
@@ -219,7 +219,7 @@ def _read(
     return logits.float().view(n, wide, -1)
 
 
-# Generation requests: which may be decoded the fast way, and what text their tokens make.
+# Generation requests: which may be decoded in shared batches, and the text their tokens make.
 
 with borrowed(
     "lm-eval: lm_eval.models.utils (handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text)"
@@ -229,7 +229,7 @@ with borrowed(
 
 @dataclass(frozen=True)
 class Settings:
-    """What a request's gen_kwargs come to: stop strings (end of text included), most new tokens."""
+    """A request's gen_kwargs: stop strings (end of text included) and maximum number of new tokens."""
 
     until: tuple[str, ...]
     most: int
@@ -251,7 +251,7 @@ class Texts:
         self.taken: Counter[str] = Counter()
 
     def answers(self, requests: Sequence[Instance], states: Sequence[int] = ()) -> Iterator[tuple[int, str]]:
-        """(Index, text) of the requests that the fast way can answer, in any order.
+        """(Index, text) of the requests that shared batches can answer, in any order.
 
         Only for models without a `refusal`. ``states`` says, request by request, which of the
         scorer's ``rows`` steers it.
@@ -274,7 +274,7 @@ class Texts:
         self.taken += Counter({"generated in shared batches": shared, "stock": len(requests) - shared})
 
     def refusal(self) -> str:
-        """Why this model's texts are all left to stock; an empty string when they are not."""
+        """Why stock must write all of this model's texts; an empty string when it need not."""
         lm = self.lm
         if self.scorer.dtype not in (torch.float32, torch.float64):
             return "16 bits"
@@ -321,7 +321,7 @@ class Texts:
         return self.scorer.holds("generation", longest, decode, differs, "Generation is left to stock")
 
     def _logits_differ(self, prompt: PackedRow, fast: Tensor) -> str:
-        """Compare the logits behind each token with one plain pass; texts alone would show little."""
+        """Compare the logits of each token with those of one plain pass; texts alone would show little."""
         tokens = fast.argmax(-1).tolist()
         if self.lm.naive is not None:
             slow: Tensor | None = self.lm.naive.logits_behind(prompt.tokens, tokens, prompt.state)
@@ -336,10 +336,10 @@ class Texts:
         self, prompts: Sequence[PackedRow], settings: Settings, watch: Watch | None = None
     ) -> Iterator[tuple[int, str]]:
         tokenizer = self.lm.tokenizer
-        # As far back as stock looks, for a stop string in other tokens than its own.
+        # As far back as stock looks: a stop string may be written in other tokens than its own.
         back = 2 + max(len(tokenizer.encode(stop, add_special_tokens=False)) for stop in settings.until)
 
-        @lru_cache(maxsize=1 << 16)  # small models repeat themselves, and decoding takes longer than looking
+        @lru_cache(maxsize=1 << 16)  # small models repeat themselves, and decoding is slower than a look-up
         def holds_stop(tokens: tuple[int, ...]) -> bool:
             text = tokenizer.decode(tokens)
             return any(stop in text for stop in settings.until)
@@ -357,28 +357,28 @@ class Texts:
             yield index, text
 
 
-# Guesses at a row's next tokens, from what the prompts and the outputs have said before.
+# Drafts: guesses at a row's next tokens, from the prompts and the outputs so far.
 #
-# A pass that reads a guess behind a row's last token tells whether greedy decoding would have written it,
+# A pass that reads a guess after a row's last token shows whether greedy decoding would have written it,
 # and every right guess saves a pass. This is prompt-lookup decoding (Saxena 2023; Yang et al. 2023,
-# arXiv:2304.04487) for batches: what followed most often counts, rows learn from each other's outputs, and
-# the guesses are as long as pays.
+# arXiv:2304.04487) for batches: the most frequent continuation is guessed, rows learn from each other's
+# outputs, and drafts are as long as pays off.
 
-# Most tokens looked up together, and most tokens read in one pass of a row: its last one and its guesses.
+# Longest span that is looked up, and most tokens a row reads in one pass: its last one and its guesses.
 SPAN = 3
 WIDEST = 8
-# How often a token of the row's prompt, of another row's output and of its own output count.
+# Weights of a token in the row's prompt, in another row's output and in its own output.
 PROMPT, OTHERS, OWN = 1, 3, 6
-# Spans that are remembered of outputs (about 400 bytes each); then all are forgotten.
+# Spans of outputs that are kept (about 400 bytes each) before all are dropped.
 MOST_SPANS = 100_000
-# Floating-point operations that take as long as reading a byte (CPUs measured: 8; an H200 in fp32: 14).
+# Floating-point operations in the time of reading a byte (measured on CPUs: 8; on an H200 in fp32: 14).
 OPERATIONS_PER_BYTE = 10
-# How much longer attention takes for each token more that a row has in a pass (measured: 0.06 to 0.3).
+# Relative extra time of attention for each further token of a row in a pass (measured: 0.06 to 0.3).
 ATTENTION_PER_GUESS = 0.1
 
 
 class Followers:
-    """How often each token came after each span of up to ``SPAN`` tokens."""
+    """How often each token followed each span of up to ``SPAN`` tokens."""
 
     def __init__(self, most: float = float("inf")) -> None:
         self._counts: dict[tuple[int, ...], dict[int, int]] = {}
@@ -389,7 +389,7 @@ class Followers:
         return len(self._counts)
 
     def count(self, span: tuple[int, ...], token: int, weight: int) -> None:
-        """``token`` came after ``span`` and after what the span ends with."""
+        """Count ``token`` as following ``span`` and every suffix of it."""
         if len(self) >= self._most:
             self._counts.clear()
         for start in range(len(span)):
@@ -397,16 +397,16 @@ class Followers:
             counts[token] = counts.pop(token, 0) + weight  # the last one counted is the last one listed
 
     def after(self, span: tuple[int, ...]) -> dict[int, int]:
-        """The tokens that came after exactly this span, and how often."""
+        """The tokens that followed exactly this span, and how often."""
         return self._counts.get(span, {})
 
 
 class Words:
-    """The tokens of one row so far, and what comes next most often.
+    """The last tokens of one row, and guesses at the next ones.
 
     Args:
         tokens: the prompt.
-        others: what the outputs of all rows said; added to as this one is continued.
+        others: counts from the outputs of all rows; this row's output is added.
     """
 
     def __init__(self, tokens: Iterable[int], others: Followers) -> None:
@@ -424,7 +424,7 @@ class Words:
         self._last = (*self._last, token)[-SPAN:]
 
     def guess(self, count: int) -> list[int]:
-        """Up to ``count`` tokens that may come next, each the one most often seen after those before it."""
+        """Up to ``count`` likely next tokens, each the most frequent one after those before it."""
         last = self._last
         found: list[int] = []
         while len(found) < count and (token := self._next(last)) is not None:
@@ -433,7 +433,7 @@ class Words:
         return found
 
     def _next(self, last: tuple[int, ...]) -> int | None:
-        """What followed most often, the last time later of equals, after the longest span seen before."""
+        """The most frequent follower of the longest known span; of equals, the one seen last."""
         for start in range(len(last)):
             own, others = self._own.after(last[start:]), self._others.after(last[start:])
             if own or others:
@@ -444,16 +444,15 @@ class Words:
 
 
 class Width:
-    """How many tokens a row should have in the next pass, from how often first guesses were right.
+    """How many tokens a row should read in the next pass, from how often first guesses were right.
 
-    Reading more tokens saves passes, and with them reading keys and values (and weights, where rows are
-    few), but costs products. It is decided by arithmetic, not by a clock: the same rows always make the
-    same passes.
+    Reading more tokens saves passes, and with them reads of keys and values (and of weights, where rows are
+    few), but costs products. The decision is computed, not timed: the same rows always make the same passes.
 
     Args:
-        parameters: of the blocks and the head, each used once for a token.
-        itemsize: bytes of one.
-        kept: bytes of keys and values of one token.
+        parameters: of the blocks and the head, each used once per token.
+        itemsize: bytes per parameter.
+        kept: bytes of keys and values per token.
     """
 
     def __init__(self, parameters: int, itemsize: int, kept: int) -> None:
@@ -464,12 +463,12 @@ class Width:
         self._made = 2
 
     def observe(self, guesses: Sequence[int], token: int) -> None:
-        """``token`` came where ``guesses`` had been made."""
+        """Count whether the first of ``guesses`` was right: ``token`` was written."""
         self._made += 1
         self._right += guesses[:1] == [token]
 
     def choose(self, rows: int, columns: int, most: int) -> int:
-        """Tokens a row, 1 to ``most``, for ``rows`` rows that see ``columns`` columns."""
+        """Tokens per row, 1 to ``most``, for ``rows`` rows that see ``columns`` columns."""
         right = self._right / self._made
 
         def tokens_per_cost(width: int) -> float:

@@ -1,4 +1,4 @@
-"""Which vector of a library each request of an evaluation gets, and a record of it."""
+"""What steers a model: one vector, or a router that picks one of a library's for each request."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 from lm_eval_aft.steering.vector_file import FILE_NAME, read_header
 
 logger = logging.getLogger(__name__)
-# What the record calls requests that no vector steers.
+# In the record: requests that no vector steers.
 NONE = "none"
 
 
@@ -47,7 +47,7 @@ class Routing:
         library: folder of the library.
         vectors: library name -> vector; their places, counted from 1, are the row states of
             `lm_eval_aft.steering.hooks.RowSteering`, and 0 is no steering.
-        left_out: vectors of the library that are damaged or do not fit the model, with the reason.
+        left_out: vectors of the library that are damaged or do not fit the model, with the reasons.
     """
 
     spec: str
@@ -112,8 +112,8 @@ class Routing:
     def states(self, requests: Sequence[Instance]) -> list[int]:
         """Each request's row state: the place of its vector among ``vectors``, or 0.
 
-        A document's first request decides for all of them: options that stand in the prompt itself,
-        or are scored without it, are compared under one vector.
+        A document's first request decides for all of its requests, so that its options are compared under
+        one vector, even where they are part of the prompt or are scored without it.
         """
         places = {None: 0} | {name: place for place, name in enumerate(self.vectors, 1)}
         decided: dict[tuple[Any, ...], int] = {}
@@ -140,9 +140,9 @@ class Routing:
         vectors = {name: vector.digest() for name, vector in self.vectors.items()}
         found: dict[str, Any] = {"router": self.digest(), "vectors": vectors}
         if not isinstance(self.router, ConstantRouter):
-            # Two tasks may ask the same, and lm-eval's cache is not told the task; and of a document
-            # answered in part it hands on the rest, whose first request may name another vector: no other
-            # run's answers will do.
+            # Two tasks may ask the same, and lm-eval's cache does not know the task; and of a document
+            # answered in part it hands on the rest, whose first request may get another vector: another
+            # run's answers cannot be used.
             found["run"] = uuid.uuid4().hex
         return found
 
@@ -193,16 +193,13 @@ def _described(router: Router) -> Mapping[str, Any]:
     return {"constant": router.name}
 
 
-# What steers a model at the moment: a vector, a router over several, or nothing.
-
-
 class ActiveSteering:
-    """One model and what is in force on it; at first nothing.
+    """What steers a model now: one vector, a router over several, or (at first) nothing.
 
     Attributes:
-        vector: the vector in force, with the coefficient and positions it is applied with.
+        vector: the active vector, with the coefficient and positions it is applied with.
         routing: what picks the vectors, if a router does.
-        rows: the router's vectors, on the model.
+        rows: the router's vectors, attached to the model.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, blocks: str | None) -> None:
@@ -221,12 +218,12 @@ class ActiveSteering:
 
     @property
     def masked(self) -> bool:
-        """Whether anything in force steers some of the tokens only."""
+        """Whether any active vector steers only some of the tokens."""
         return any(vector.positions != "all" and vector.coefficient for vector in self._vectors())
 
     @property
     def kinds(self) -> frozenset[tuple[str, str]]:
-        """Method and positions of everything in force."""
+        """Method and positions of every active vector."""
         return frozenset((vector.method, vector.positions) for vector in self._vectors())
 
     @property
@@ -235,7 +232,7 @@ class ActiveSteering:
         return 0 if self.rows is None else self.rows.state
 
     def vector_in(self, state: int) -> SteeringVector | None:
-        """The vector that steers rows in a state: without a router the vector in force."""
+        """The vector that steers rows in a state; without a router, the active vector."""
         if self.routing is None:
             return self.vector
         return list(self.routing.vectors.values())[state - 1] if state else None
@@ -255,7 +252,7 @@ class ActiveSteering:
     def use(
         self, vector: SteeringVector, coefficient: float | None, positions: str | None, allow_mismatch: bool
     ) -> None:
-        """Put one vector in force, with the coefficient and positions given or its own."""
+        """Attach one vector, with the coefficient and positions given or its own."""
         self.clear()
         vector = vector.adjusted(coefficient, positions)
         self._handle = attach(
@@ -264,7 +261,7 @@ class ActiveSteering:
         self.vector = vector
 
     def follow(self, routing: Routing) -> None:
-        """Put a router's vectors in force, each on the rows of the documents it picks them for."""
+        """Attach a router's vectors, each for the rows of the documents it is picked for."""
         self.clear()
         backbone = self.backbone
         for vector in routing.vectors.values():

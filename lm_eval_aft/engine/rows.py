@@ -176,6 +176,20 @@ def gather(requests: Iterable[tuple[int, Request]], states: Sequence[int] = ()) 
     return rows
 
 
+def unpacked(rows: Iterable[PackedRow]) -> list[PackedRow]:
+    """Rows without branches, one for each distinct sequence; several options may end it differently."""
+    # The context's length counts: it says which tokens are steered as a prompt's.
+    wanted: dict[tuple[int, Tokens, Tokens], list[tuple[int, Tokens]]] = {}
+    for row in rows:
+        for option in row.options:
+            key = (row.state, row.tokens[: row.prefix], option.targets[:-1])
+            wanted.setdefault(key, []).append((option.index, option.targets))
+    return [
+        packed_row(context, [((), tails)], merge=True, state=state)
+        for (state, context, _), tails in wanted.items()
+    ]
+
+
 def with_common_prefixes(rows: Sequence[PackedRow]) -> list[tuple[int, list[PackedRow]]]:
     """Split rows into sets whose contexts begin alike: (tokens in common, the rows).
 

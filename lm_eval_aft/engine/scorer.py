@@ -1,4 +1,4 @@
-"""Scores rows: every context is read once, for the model as it stands and for further vectors."""
+"""Scores packed rows: every context is read once, for the model as it is and for further vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lm_eval_aft.engine.batching import capture, logits_at, resumed
 from lm_eval_aft.engine.kv_cache import Budget, RowCache, StopForward
 from lm_eval_aft.engine.precision import ReorderedWeights, round_up
-from lm_eval_aft.engine.rows import Answer, PackedRow, Request, Step, packed_row, step_over, within_budget
+from lm_eval_aft.engine.rows import Answer, PackedRow, Step, packed_row, step_over, unpacked, within_budget
 from lm_eval_aft.steering.backbone import Backbone, cache_argument
 from lm_eval_aft.steering.hooks import RowSteering, add_all
 from lm_eval_aft.steering.intervention import Shift, roles
@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 Shifts = Mapping[int, Shift]
 Answers = dict[int, Answer]
 T = TypeVar("T")
+ROWS_REPORTED = 256  # rows of whole sequences after which their answers are handed on
 
 
 class Scorer:
     """Log-likelihoods of a model, and of the same model under each of ``vectors``.
 
-    Below a vector's lowest layer nothing depends on it, so its passes start there, from what the
-    first pass left (`lm_eval_aft.engine.batching.resumed`); tokens, masks and batches are shared too.
+    Nothing below a vector's lowest layer depends on it, so its passes start there, from the first pass's
+    hidden states (`lm_eval_aft.engine.batching.resumed`); tokens, masks and batches are shared too.
 
     Args:
         model: a causal LM, possibly with a vector attached; that state is the first one scored.
-        dtype: what masks are made in: the activations' dtype.
         softmax_dtype: as in `HFLM`.
         autocast: dtype of mixed precision, or None.
         vectors: further states to score, as shifts by layer; the model must then be the baseline.
-        rows: where rows of one pass are steered differently: what does it.
+        rows: a router's vectors, each on the rows of the documents it was picked for.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Scorer:
         self._slots: list[RowCache | None] = [None] * 2
         self._reorders = autocast is None
         self._weights: ReorderedWeights | None = None
-        # By way of computing: whether it holds, and up to which length.
+        # By path: whether it gives the right answers, and on rows of up to how many tokens.
         self._tried: dict[str, tuple[bool, int]] = {}
 
     @contextmanager
     def prepared(self, fast: bool = True) -> Iterator[None]:
-        """Inside the block passes multiply with reordered weights, where the model has such; or do not."""
+        """Inside the block passes use reordered weights where possible; with ``fast`` false they do not."""
         before = self._weights, self.budget
         self._weights = ReorderedWeights(self.model) if fast and self._reorders else None
         if self._weights:
@@ -88,12 +88,12 @@ class Scorer:
 
     @property
     def reordered(self) -> bool:
-        """Whether passes multiply with reordered weights now."""
+        """Whether passes use reordered weights now."""
         return bool(self._weights)
 
     @contextmanager
     def along(self, vectors: Sequence[Shifts]) -> Iterator[None]:
-        """Inside the block these are the further states that are scored."""
+        """Inside the block these vectors are scored too."""
         before, self.vectors = self.vectors, list(vectors)
         try:
             yield
@@ -101,17 +101,17 @@ class Scorer:
             self.vectors = before
 
     def holds(
-        self, way: str, longest: int, run: Callable[[], T], differs: Callable[[T], str], otherwise: str
+        self, path: str, longest: int, run: Callable[[], T], differs: Callable[[T], str], otherwise: str
     ) -> bool:
-        """Whether a way of computing gives the right answers: tried on first use, and on longer rows again.
+        """Whether a path gives the right answers: tried on first use, and again on longer rows.
 
-        Where only reordered weights make them differ, these are given up.
+        Where answers differ with reordered weights only, these are no longer used.
 
         Args:
             longest: tokens of the longest row at hand.
-            run: computes some answers that way.
-            differs: how they differ from the right ones; ``""`` where they do not.
-            otherwise: what the log says happens, before it says why.
+            run: computes some answers on that path.
+            differs: says how they differ from the right ones; ``""`` where they agree.
+            otherwise: begins the log's warning; the reason follows.
         """
 
         def reason() -> str:
@@ -121,7 +121,7 @@ class Scorer:
                 return f"the model refuses it ({type(error).__name__}: {str(error)[:200]})"
             return differs(found)
 
-        held, before = self._tried.get(way, (True, -1))
+        held, before = self._tried.get(path, (True, -1))
         if held and longest > before:
             why = reason()
             if why and self._weights:
@@ -132,8 +132,8 @@ class Scorer:
                     self._reorders, self._weights, why = False, None, ""
             if why:
                 logger.warning("%s: %s.", otherwise, why)
-            self._tried[way] = not why, longest
-        return self._tried[way][0]
+            self._tried[path] = not why, longest
+        return self._tried[path][0]
 
     def packed(self, rows: Sequence[PackedRow], prefix: int = 0) -> Iterator[list[Answers]]:
         """Answers of every state, group by group of rows, each context in one pass of its own.
@@ -148,28 +148,23 @@ class Scorer:
             yield self.retrying(partial(self._group, group, prefix, heads))
         self.release()
 
-    def plain(
-        self, requests: Sequence[tuple[int, Request]], states: Sequence[int] = ()
-    ) -> Iterator[list[Answers]]:
-        """Answers of every state, pass by pass over whole sequences: only the head is saved.
+    def plain(self, rows: Sequence[PackedRow]) -> Iterator[list[Answers]]:
+        """Answers of every state from whole sequences, as stock `hf` reads them: only the head is saved."""
+        order = sorted(unpacked(rows), key=lambda row: -row.width)
+        for first in range(0, len(order), ROWS_REPORTED):
+            yield self.retrying(partial(self._plain, order[first : first + ROWS_REPORTED]))
 
-        ``states`` gives each request's row state by its index; default all 0.
-        """
-        order = sorted(requests, key=lambda item: -len(item[1][1]) - len(item[1][2]))
-        many = 256
-        for first in range(0, len(order), many):
-            yield self.retrying(partial(self._plain, order[first : first + many], states))
-
-    def _plain(self, requests: Sequence[tuple[int, Request]], states: Sequence[int]) -> list[Answers]:
+    def _plain(self, rows: Sequence[PackedRow]) -> list[Answers]:
         found: list[Answers] = [{} for _ in range(1 + len(self.vectors))]
-        for step in plain_steps(requests, self.budget.tokens, self.device, states):
+        for chosen in within_budget(rows, lambda row: (1, row.width), self.budget.tokens):
+            step = step_over(chosen, self.device)
             parts = self._run([step], [None, None], range(len(self.vectors)))
             for mine, more in zip(found, parts, strict=True):
                 mine.update(more)
         return found
 
     def take(self, order: Sequence[PackedRow], more: int = 0) -> list[PackedRow]:
-        """The first of ``order`` that go together: keys and values must fit, with ``more`` columns."""
+        """The first of ``order`` that fit into the cache together, with ``more`` columns each."""
         columns = order[0].cached
         limit = self.budget.cache // self.bytes_per_token()
         widest = scored = 0
@@ -182,7 +177,7 @@ class Scorer:
         return list(order)
 
     def parameters(self) -> int:
-        """Numbers that a token is multiplied with: all but a table of embeddings of their own."""
+        """Parameters used in products: all but input embeddings that are not tied to the head."""
         model: Any = self.model
         looked_up, head = (
             getattr(table, "weight", None)
@@ -209,13 +204,13 @@ class Scorer:
         found = [base.prefix(len(tokens))]
         for i in range(len(self.vectors)):
             mine = RowCache(1, len(tokens))
-            # The baseline's pass is made once more for each vector: prefixes are few.
+            # This repeats the baseline's pass for each vector: prefixes are few.
             self._run([step], [base, mine], chosen=[i])
             found.append(mine.prefix(len(tokens)))
         return found
 
     def slots(self, rows: int, columns: int, which: int = 0) -> RowCache:
-        """Keys and values of so many rows and columns, in the memory of those before where it is enough."""
+        """A cache of so many rows and columns, reusing the last one's memory where that is large enough."""
         have = self._slots[which]
         if have is None or not have.lay_out(rows, columns):
             have = self._slots[which] = RowCache(rows, columns)
@@ -245,7 +240,7 @@ class Scorer:
         chosen: Sequence[int],
         heads: Sequence[Any] = (),
     ) -> list[Answers]:
-        """Make the passes for the model as it is, then resumed for each of the ``chosen`` vectors."""
+        """Run the passes for the model as it is, then resumed for each of the ``chosen`` vectors."""
         base, other = slots
         if heads and base is not None:
             base.load(heads[0])
@@ -278,10 +273,10 @@ class Scorer:
         return answers(step, logits, self.softmax_dtype) if logits is not None and step.scored else {}
 
     def logits(self, step: Step, slots: RowCache | None) -> Tensor | None:
-        """One pass: logits (R, vocabulary) at its scored positions; None where it could end early."""
+        """One pass: logits (R, vocabulary) at its scored positions; None where it ended early."""
         inputs: dict[str, Any] = {**step.inputs, "use_cache": False}
         if slots is not None and step.at is not None:
-            # A context's logits are not wanted, nor what its last block makes of its keys and values.
+            # A context's logits are not needed, nor anything after its last block's keys and values.
             stop = len(self.backbone.blocks) - 1 if self._may_stop and not step.scored else None
             if step.contexts and isinstance(step.at, slice) and isinstance(step.start, int):
                 slots.hide(step.at.start, step.contexts, step.start)
@@ -316,9 +311,9 @@ class Scorer:
             logger.warning("Out of memory: scoring goes on with %d tokens a pass.", self.budget.tokens)
 
 
-# Passes of scoring, and which answers their logits give.
+# The passes of scoring, and the answers their logits give.
 
-# Rows of logits whose log-softmax is taken at once: on a CPU few enough to stay in its cache.
+# Rows of logits per log-softmax: on a CPU few enough to stay in its cache.
 SOFTMAX_ROWS = {"cpu": 64}
 DEFAULT_SOFTMAX_ROWS = 1024
 
@@ -328,8 +323,8 @@ def context_steps(
 ) -> Iterator[Step]:
     """Passes over the contexts after their first ``prefix`` tokens: causal, padded on the right.
 
-    With ``columns``, how many there are to fill, a row by itself is padded as far as reordered weights
-    would have it padded at every product.
+    With ``columns`` (how many the cache has), a single row is padded once to the length that reordered
+    weights would otherwise pad it to at every product.
     """
     order = sorted(range(len(rows)), key=lambda i: -rows[i].cached)
     order = [i for i in order if rows[i].cached > prefix]
@@ -357,26 +352,6 @@ def tree_steps(
         yield step
 
 
-def plain_steps(
-    requests: Sequence[tuple[int, Request]], budget: int, device: torch.device, states: Sequence[int] = ()
-) -> Iterator[Step]:
-    """Passes over whole sequences, as stock `hf` makes them, a row for each distinct sequence.
-
-    ``states`` gives each request's state by its index; default all 0.
-    """
-    # The context's length counts: it says which tokens are steered as a prompt's.
-    wanted: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[tuple[int, list[int]]]] = {}
-    for index, (_, head, tail) in requests:
-        key = (states[index] if states else 0, tuple(head), tuple(tail[:-1]))
-        wanted.setdefault(key, []).append((index, tail))
-    rows = [
-        packed_row(head, [((), tails)], merge=True, state=state) for (state, head, _), tails in wanted.items()
-    ]
-    rows.sort(key=lambda row: -row.width)
-    for chosen in within_budget(rows, lambda row: (1, row.width), budget):
-        yield step_over(chosen, device)
-
-
 def answers(step: Step, logits: Tensor, softmax_dtype: Any) -> dict[int, Answer]:
     """Answers by request index, from logits (R, vocabulary) at the step's scored positions.
 
@@ -400,7 +375,7 @@ def answers(step: Step, logits: Tensor, softmax_dtype: Any) -> dict[int, Answer]
         rows = place[a:b] - start
         chosen = logprobs[rows, target[a:b]]
         best = chosen == logprobs.amax(-1)[rows]
-        # Where values tie, stock takes the index that argmax names; argmax is slow, and seldom needed.
+        # In a tie stock takes the index that argmax gives; argmax is slow, and rarely needed.
         tied = best.nonzero()[:, 0]
         best[tied] = logprobs[rows[tied]].argmax(-1) == target[a:b][tied]
         values.append(chosen)

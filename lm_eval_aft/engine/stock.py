@@ -1,4 +1,4 @@
-"""Asking stock `hf` for answers: how many rows at once, and whether its own code steers the right tokens."""
+"""Stock `hf` scoring and generation of a steered model: batch sizes, and which tokens are steered."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ STOCK_BATCH_BYTES = 2 << 30
 
 
 class StockLM(HFLM):
-    """lm-eval's `hf` model under whatever steers it, which can be asked for some of an evaluation's requests.
+    """lm-eval's `hf` model, steered, whose own code can also be given part of an evaluation's requests.
 
     Attributes:
         active: what steers the model.
-        fast: whether there is another way, so that stock answers only what is left over.
-        naive: where some positions only are steered: what answers are held against.
+        fast: whether optimised paths are on, so that stock code gets only what these leave over.
+        naive: where only some positions are steered: the reference that answers are checked against.
     """
 
     batch_schedule: float  # these two are `HFLM`'s
@@ -36,14 +36,14 @@ class StockLM(HFLM):
     active: ActiveSteering
     fast: bool = True
     naive: Naive | None = None
-    _reckons: bool = False
+    _computes_batch_size: bool = False
     _kinds: frozenset[tuple[str, str]] = frozenset()  # of vectors, for which `_faults` were looked for
     _faults: dict[tuple[str, int], str]
 
     def forget_checks(self) -> bool:
-        """After steering has changed: whether answers are to be checked anew.
+        """Call after steering has changed; True if answers must be checked again.
 
-        They are where other kinds of vectors steer some positions only.
+        They must where vectors of another method or other positions now steer only some of the tokens.
         """
         kinds = self.active.kinds if self.active.masked else frozenset()
         if kinds == self._kinds:
@@ -65,9 +65,10 @@ class StockLM(HFLM):
     def stock_answers(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Answer]:
-        """Stock's answers to requests, all of which one vector steers at most.
+        """Stock's answers to requests that one vector steers, or none.
 
-        Where it must be known which tokens are the context's, one by one: stock pads and cuts on its own.
+        Where only some positions are steered, one request at a time: stock pads and truncates batches itself,
+        so which tokens are context would not be known.
         """
         ask = super()._loglikelihood_tokens
         if not self.active.masked:
@@ -93,7 +94,7 @@ class StockLM(HFLM):
         return found
 
     def some_stock_answers(self, requests: Sequence[Request], states: Sequence[int] = ()) -> list[Answer]:
-        """Stock's answers to some of the requests; ``states`` says which vectors of a router steer them."""
+        """Stock's answers to part of the requests; ``states``: which of a router's vectors steers each."""
         rows = self.active.rows
         ask = self._asked_for_some()(self.stock_answers)
         return ask(requests) if rows is None else rows.apart(states, requests, ask)
@@ -114,19 +115,19 @@ class StockLM(HFLM):
         return self.by_vector(requests, ask)
 
     def some_stock_texts(self, requests: list[Instance]) -> list[str]:
-        """Stock's texts for some of the requests."""
+        """Stock's texts for part of the requests."""
         with self._asked_for_some():
             return self.stock_texts(requests)
 
     def by_vector(self, requests: list[Instance], ask: Callable[[list[Instance]], list[T]]) -> list[T]:
-        """What stock code answers; under a router vector by vector, for its rows cannot be told apart."""
+        """What stock code answers; under a router one vector at a time, since stock makes its own batches."""
         routing, rows = self.active.routing, self.active.rows
         if routing is None or rows is None:
             return ask(requests)
         return rows.apart(routing.states(requests), requests, self._asked_for_some()(ask))
 
     def kept_answers_differ(self, requests: Sequence[Instance], found: Sequence[Answer | None]) -> bool:
-        """Whether answers found along with the baseline's are not those of the vector in force."""
+        """Whether answers found while the baseline was scored are wrong for the vector in force."""
         naive = self.naive
         if naive is None:
             return False
@@ -155,19 +156,19 @@ class StockLM(HFLM):
     def _asked_for_some(self) -> Iterator[None]:
         """Inside the block `HFLM` does not search for a batch size.
 
-        All processes must take part in that, and it divides the requests into as many parts as
-        ``auto:N`` says, of which there may be fewer.
+        The search needs all processes, and it splits the requests into the N parts of ``auto:N``, more
+        than there may be requests.
         """
-        before = self._reckons, self.batch_schedule, self.batch_sizes
-        self._reckons, self.batch_schedule, self.batch_sizes = True, 1, {}
+        before = self._computes_batch_size, self.batch_schedule, self.batch_sizes
+        self._computes_batch_size, self.batch_schedule, self.batch_sizes = True, 1, {}
         try:
             yield
         finally:
-            self._reckons, self.batch_schedule, self.batch_sizes = before
+            self._computes_batch_size, self.batch_schedule, self.batch_sizes = before
 
     def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
-        """On a CPU nothing runs out of memory until the machine does: reckon, where `HFLM` tries."""
-        if not self._reckons and not (self.fast and self.device.type == "cpu"):
+        """Computed, where `HFLM` tries sizes until memory runs out: on a CPU the whole machine would."""
+        if not self._computes_batch_size and not (self.fast and self.device.type == "cpu"):
             return int(super()._detect_batch_size(requests, pos))
         length = self.max_length
         if requests:
