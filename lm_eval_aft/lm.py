@@ -1,46 +1,42 @@
-"""``--model aft``: lm-eval's `hf` model with a steering vector, and what results files say of it."""
+"""``--model aft``: lm-eval's `hf` model with a steering vector, and its entry in results files."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
-from lm_eval.models.huggingface import HFLM
-from torch import nn
 from tqdm import tqdm
 
 from lm_eval_aft._util.errors import AFTError, model_not_loaded, print_errors_plainly
 from lm_eval_aft._util.files import canonical_json
 from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
-from lm_eval_aft.engine.fallback import Paths, StockLM, one_by_one
+from lm_eval_aft.engine.fallback import Companions, Paths
 from lm_eval_aft.engine.generation import Texts
-from lm_eval_aft.engine.naive import Naive, wrong
-from lm_eval_aft.engine.requests import Answer, Companions, Request
-from lm_eval_aft.engine.routing import Routing, whole_spec
+from lm_eval_aft.engine.routing import ActiveSteering, Routing, whole_spec
+from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
+from lm_eval_aft.engine.stock import StockLM
 from lm_eval_aft.harness.tasks import refuse_generation, without_contexts
-from lm_eval_aft.library.entry import ModelIdentity
 from lm_eval_aft.library.files import as_spec
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
-from lm_eval_aft.steering.backbone import check_causal, find_backbone, input_device
+from lm_eval_aft.steering.backbone import check_causal, input_device
 from lm_eval_aft.steering.fingerprint import fingerprint, stored_weights
-from lm_eval_aft.steering.hooks import RowSteering, SteeringHandle, attach, check_fits, layer_shifts
-from lm_eval_aft.steering.intervention import POSITIONS, Passes
+from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 _ANSWERS = "lm-eval: HFLM._loglikelihood_tokens"
-# Without these a vector would not be where it should, and nothing would say so.
+# Without these a vector could be applied in the wrong place without an error.
 _RELIED_ON = (
     _ANSWERS,
     "lm-eval: HFLM._detect_batch_size, batch_schedule, batch_sizes",
@@ -111,14 +107,10 @@ class AFTLM(StockLM):
             if self.device.type == "meta":
                 raise gone("accelerate: _hf_hook.execution_device of offloaded modules")
         check_causal(self.model)
-        self._blocks = blocks
         self.fast, self.answer_only = bool(fast), bool(answer_only)
         self._shared: tuple[Paths, Texts] | None = None
         self._companions: Companions | None = None
-        self._naive: Naive | None = None  # where some positions are steered: what answers are held against
-        self._kinds: frozenset[tuple[str, str]] = frozenset()
-        self._stock_faults: dict[tuple[str, int], str] = {}
-        self._force = ActiveSteering(self.model, self.tokenizer, blocks)
+        self.active = ActiveSteering(self.model, self.tokenizer, blocks)
         self._asked = 0
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
@@ -134,64 +126,61 @@ class AFTLM(StockLM):
         positions: str | None = None,
         allow_mismatch: bool = False,
     ) -> None:
-        """Replace the vector in force; ``None`` makes this the baseline again."""
+        """Replace the active vector; ``None`` makes this the baseline again."""
         if self.routing is not None:
             self._shared = None
         for part in self._shared or ():
             part.taken.clear()
         if vector is None:
-            self._force.clear()
+            self.active.clear()
         else:
-            self._force.use(vector, coefficient, positions, allow_mismatch)
-        self._forget_checks()
+            self.active.use(vector, coefficient, positions, allow_mismatch)
+        if self.forget_checks():
+            self._shared = None
 
     def routing_of(self, spec: str, library: Library, *, allow_mismatch: bool = False) -> Routing:
         """A router over those vectors of the library that fit this model; see `Routing.open`."""
-        return self._force.open_routing(spec, library, str(self.pretrained), allow_mismatch)
+        return self.active.open_routing(spec, library, str(self.pretrained), allow_mismatch)
 
     def follow(self, routing: Routing) -> None:
-        """Let a router pick the vector for each document, instead of the vector in force."""
-        self._force.follow(routing)
+        """Let a router pick the vector for each document, in place of the active vector."""
+        self.active.follow(routing)
         self._shared = None  # rows that are steered differently are to be checked against stock anew
-        self._forget_checks()
+        self.forget_checks()
 
     @property
     def vector(self) -> SteeringVector | None:
-        """The vector in force, with the coefficient and positions it is applied with."""
-        return self._force.vector
+        """The active vector, with the coefficient and positions it is applied with."""
+        return self.active.vector
 
     @property
     def routing(self) -> Routing | None:
         """What picks the vectors, if a router does."""
-        return self._force.routing
+        return self.active.routing
 
     def score_along(self, vectors: Sequence[SteeringVector]) -> None:
         """While this is the baseline, find the answers of ``vectors`` to the same requests as well.
 
-        They are kept until `steer` puts such a vector in force, which then answers from them.
+        They are kept until `steer` makes such a vector active, which then answers from them.
         Log-likelihoods only, and only with ``fast``; the vectors must have passed `steer` before.
         """
         self._companions = Companions(vectors) if self.fast else None
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """As `HFLM`; what was found while the baseline was scored is not computed again."""
-        vector, companions = self._force.vector, self._companions
+        """As `HFLM`; answers found while the baseline was scored are not computed again."""
         self._states = [] if self.routing is None else self.routing.states(requests)
         requests = without_contexts(requests) if self.answer_only else requests
-        ask = self._through_us(partial(HFLM.loglikelihood, self, disable_tqdm=disable_tqdm))
-        if vector is None or companions is None:
-            return list(ask(requests))
-        found = companions.answers(vector, [request.args for request in requests])
-        if self._naive and self._companions_differ(requests, found):
-            self._companions = None
-            return list(ask(requests))
-        missing = []
+        found: list[Answer | None] = [None] * len(requests)
+        if self.vector is not None and self._companions is not None:
+            found = self._companions.answers(self.vector, [request.args for request in requests])
+            if self.kept_answers_differ(requests, found):
+                self._companions, found = None, [None] * len(requests)
         for request, answer in zip(requests, found, strict=True):
-            if answer is None:
-                missing.append(request)
-            else:
+            if answer is not None:
                 self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        rest = iter(ask(missing) if missing else ())
+        missing = [request for request, answer in zip(requests, found, strict=True) if answer is None]
+        with self._called_back(missing):
+            rest = iter(super().loglikelihood(missing, disable_tqdm) if missing or not requests else ())
         return [next(rest) if answer is None else answer for answer in found]
 
     def _loglikelihood_tokens(
@@ -200,46 +189,38 @@ class AFTLM(StockLM):
         self._asked += len(requests)
         # Rolling windows bring a batch size of their own: long rows without anything to share.
         if override_bs is not None or not requests:
-            return self._stock_answers(requests, disable_tqdm, override_bs)
-        rows = self._force.rows
+            return self.stock_answers(requests, disable_tqdm, override_bs)
+        routed = self.active.rows is not None
         if not self.fast:
-            if rows is None:
-                return self._stock_answers(requests, disable_tqdm)
-            return rows.apart(self._states, requests, self._alone(self._stock_answers))
+            if routed:
+                return self.some_stock_answers(requests, self._states)
+            return self.stock_answers(requests, disable_tqdm)
+        paths, _ = self._fast()
+        before = paths.taken.copy()
+        companions = self._companions if self.vector is None and not routed else None
         found: Answers = {}
-        companions = self._companions if self.vector is None and rows is None else None
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
-
-            def report(states: list[Answers]) -> None:
-                for index, answer in states[0].items():
+            for part in paths.score(requests, companions.shifts if companions else [], self._states):
+                for index, answer in part[0].items():
                     strings = requests[index][0]
                     if strings is not None:
                         self.cache_hook.add_partial("loglikelihood", strings, answer)
-                        if companions is not None and len(states) > 1:
-                            companions.keep(strings, [state[index] for state in states[1:]])
-                found.update(states[0])
-                bar.update(len(states[0]))
-
-            paths, _ = self._fast()
-            before = paths.taken.copy()
-            shifts = companions.shifts if companions is not None else []
-            paths.score(requests, report, shifts, self._states)
-        if companions is not None:
+                        if companions and len(part) > 1:
+                            companions.keep(strings, [state[index] for state in part[1:]])
+                found.update(part[0])
+                bar.update(len(part[0]))
+        if companions:
             companions.paths += paths.taken - before
         return [found[i] for i in range(len(requests))]
 
-    def _through_us(self, ask: Callable[[list[Instance]], list[T]]) -> Callable[[list[Instance]], list[T]]:
-        """``ask``, which must call `_loglikelihood_tokens`: tokens' roles and routers are applied there."""
-
-        def asked(requests: list[Instance]) -> list[T]:
-            before = self._asked
-            found = list(ask(requests))
-            if requests and self._asked == before:
-                raise gone(_ANSWERS, "it answered without calling it")
-            return found
-
-        return asked
+    @contextmanager
+    def _called_back(self, requests: Sequence[Instance]) -> Iterator[None]:
+        """Inside the block `HFLM` must call `_loglikelihood_tokens`, where roles and routers are applied."""
+        before = self._asked
+        yield
+        if requests and self._asked == before:
+            raise gone(_ANSWERS, "it answered without calling it")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As `HFLM`; under a router vector by vector.
@@ -249,18 +230,19 @@ class AFTLM(StockLM):
         """
         if self.routing is not None and self.world_size > 1:
             raise AFTError("A router cannot serve rolling log-likelihoods in several processes.", "Use one.")
-        ask = self._through_us(partial(HFLM.loglikelihood_rolling, self, disable_tqdm=disable_tqdm))
-        return self._by_vector(requests, ask)
+        with self._called_back(requests):
+            ask = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
+            return self.by_vector(requests, ask)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As `HFLM`; plain greedy decoding in fp32 goes the fast way, the rest to stock."""
+        """As `HFLM`; plain greedy decoding in fp32 is done in shared batches, the rest by stock."""
         refuse_generation(requests if self.answer_only else ())
         if not self.fast or not requests:
-            return self._stock_texts(requests, disable_tqdm)
+            return self.stock_texts(requests, disable_tqdm)
         _, generator = self._fast()
         if generator.refusal():
             generator.taken["stock"] += len(requests)
-            return self._stock_texts(requests, disable_tqdm)
+            return self.stock_texts(requests, disable_tqdm)
         texts: dict[int, str] = {}
         states = [] if self.routing is None else self.routing.states(requests)
         quiet = disable_tqdm or self.rank != 0
@@ -271,114 +253,22 @@ class AFTLM(StockLM):
                 bar.update(1)
         left = [i for i in range(len(requests)) if i not in texts]
         if left:
-            stock = self._alone(self._stock_texts)([requests[i] for i in left])
-            texts |= dict(zip(left, stock, strict=True))
+            texts |= zip(left, self.some_stock_texts([requests[i] for i in left]), strict=True)
         return [texts[i] for i in range(len(requests))]
 
     def _fast(self) -> tuple[Paths, Texts]:
-        """What scores and generates the fast way; made on first use."""
+        """The optimised scoring and generation; made on first use."""
         if self._shared is None:
             scorer = Scorer(
                 self.model,
-                find_backbone(self.model, self._blocks),
+                self.active.backbone,
                 device=self.device,
                 softmax_dtype=self.softmax_dtype,
                 autocast=self.mixed_precision_dtype,
-                rows=self._force.rows,
+                rows=self.active.rows,
             )
-            paths = Paths(scorer, self._alone(self._stock_answers), self.max_length, self._naive)
-            self._shared = paths, Texts(self, scorer, self._alone(self._stock_texts), self._naive)
+            self._shared = Paths(self, scorer), Texts(self, scorer)
         return self._shared
-
-    def _by_vector(self, requests: list[Instance], ask: Callable[[list[Instance]], list[T]]) -> list[T]:
-        """What stock code answers; under a router vector by vector, for its rows cannot be told apart."""
-        routing, rows = self._force.routing, self._force.rows
-        if routing is None or rows is None:
-            return ask(requests)
-        return rows.apart(routing.states(requests), requests, self._alone(ask))
-
-    def _stock_texts(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        def ask(mine: list[Instance]) -> list[str]:
-            self._check_stock_texts(mine)
-            return list(HFLM.generate_until(self, mine, disable_tqdm=disable_tqdm))
-
-        return self._by_vector(requests, ask)
-
-    def _stock_answers(
-        self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> list[Answer]:
-        ask = super()._loglikelihood_tokens
-        if self._force.masked:
-            found = one_by_one(requests, self.max_length, lambda request: ask([request], True, 1))
-            self._check_stock_answers(requests, found)
-            return found
-        return list(ask(list(requests), disable_tqdm, override_bs))
-
-    def _forget_checks(self) -> None:
-        """Where other kinds of vectors steer some positions only, answers are checked anew."""
-        kinds = self._force.kinds if self._force.masked else frozenset()
-        if kinds == self._kinds and (self._naive is None) == (not kinds):
-            return
-        self._kinds, self._shared, self._stock_faults, self._naive = kinds, None, {}, None
-        if kinds:
-            self._naive = Naive(
-                self.model,
-                find_backbone(self.model, self._blocks),
-                self._force.vector_in,
-                device=self.device,
-                window=self.max_length,
-                softmax_dtype=self.softmax_dtype,
-                autocast=self.mixed_precision_dtype,
-                rows=self._force.rows,
-            )
-
-    def _check_stock(self, what: str, differs: Callable[[Naive, int], str]) -> None:
-        """Raise `AFTError` where `hf`'s own code does not steer the positions asked for; checked once."""
-        state = self._force.state
-        vector = self._force.vector_in(state)
-        if self._naive is None or vector is None or vector.positions == "all":
-            return
-        if (what, state) not in self._stock_faults:
-            self._stock_faults[what, state] = differs(self._naive, state)
-        reason = self._stock_faults[what, state]
-        if reason:
-            raise wrong(f"Stock {what}", vector.positions, reason)
-
-    def _check_stock_answers(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
-        def differs(naive: Naive, state: int) -> str:
-            probe = _ends(
-                [i for i, (_, context, tail) in enumerate(requests) if context and tail],
-                lambda i: len(requests[i][1]) + len(requests[i][2]),
-                self.max_length + 1,
-            )
-            return naive.differs([requests[i] for i in probe], [answers[i] for i in probe], [state] * 2)
-
-        self._check_stock("scoring", differs)
-
-    def _check_stock_texts(self, requests: Sequence[Instance]) -> None:
-        def differs(naive: Naive, state: int) -> str:
-            contexts = sorted({request.args[0] for request in requests}, key=len)
-            prompts = [self.tok_batch_encode([text])[0][0].tolist() for text in (contexts[0], contexts[-1])]
-            return naive.generation_differs(prompts, state, int(self.tokenizer.pad_token_id or 0))
-
-        if requests:
-            self._check_stock("generation", differs)
-
-    def _companions_differ(self, requests: Sequence[Instance], found: Sequence[Answer | None]) -> bool:
-        """Whether answers found along with the baseline's are not those of the vector in force."""
-        naive = self._naive
-        assert naive is not None
-        at = _ends(
-            [i for i, answer in enumerate(found) if answer is not None and all(requests[i].args)],
-            lambda i: len("".join(requests[i].args)),
-        )
-        probe = [(None, *self._encode_pair(*requests[i].args)) for i in at]
-        fits = [k for k, (_, context, tail) in enumerate(probe) if len(context + tail) <= self.max_length + 1]
-        answers = [found[at[k]] or (0.0, False) for k in fits]
-        reason = naive.differs([probe[k] for k in fits], answers, [0] * len(fits)) if fits else ""
-        if reason:
-            logger.warning("The vector is scored by itself: along with the baseline its %s.", reason)
-        return bool(reason)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """As `HFLM`; answers are kept apart by what steers the model."""
@@ -386,7 +276,7 @@ class AFTLM(StockLM):
         key_cache(self, cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
-        """HFLM's model information and an ``aft`` entry that says what steered it."""
+        """`HFLM`'s model information and an ``aft`` entry: what steered the model, and how it was scored."""
         return {**super().get_model_info(), "aft": describe(self)}
 
     def paths_taken(self) -> Counter[str]:
@@ -395,100 +285,7 @@ class AFTLM(StockLM):
         return taken + self._companions.paths if self._companions and self.vector else taken
 
 
-def _ends(items: Sequence[int], length: Callable[[int], int], most: int | None = None) -> list[int]:
-    """The shortest and the longest of the items, or of those no longer than ``most``."""
-    order = sorted((i for i in items if most is None or length(i) <= most), key=length)
-    return [*order[:1], *order[1:][-1:]]
-
-
-# What steers a model at the moment: a vector, a router over several, or nothing.
-
-
-class ActiveSteering:
-    """One model and what is in force on it; at first nothing.
-
-    Attributes:
-        vector: the vector in force, with the coefficient and positions it is applied with.
-        routing: what picks the vectors, if a router does.
-        rows: the router's vectors, on the model.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: Any, blocks: str | None) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.blocks = blocks
-        self.vector: SteeringVector | None = None
-        self.routing: Routing | None = None
-        self.rows: RowSteering | None = None
-        self._handle = SteeringHandle([])
-
-    @property
-    def masked(self) -> bool:
-        """Whether anything in force steers some of the tokens only."""
-        return any(vector.positions != "all" and vector.coefficient for vector in self._vectors())
-
-    @property
-    def kinds(self) -> frozenset[tuple[str, str]]:
-        """Method and positions of everything in force."""
-        return frozenset((vector.method, vector.positions) for vector in self._vectors())
-
-    @property
-    def state(self) -> int:
-        """Which of a router's vectors steers the rows at hand, counted from 1; 0 without a router."""
-        return 0 if self.rows is None else self.rows.state
-
-    def vector_in(self, state: int) -> SteeringVector | None:
-        """The vector that steers rows in a state: without a router the vector in force."""
-        if self.routing is None:
-            return self.vector
-        return list(self.routing.vectors.values())[state - 1] if state else None
-
-    def _vectors(self) -> Sequence[SteeringVector]:
-        if self.routing is not None:
-            return list(self.routing.vectors.values())
-        return [] if self.vector is None else [self.vector]
-
-    def clear(self) -> None:
-        """Make this the baseline."""
-        self._handle.remove()
-        if self.rows is not None:
-            self.rows.remove()
-        self.vector = self.routing = self.rows = None
-
-    def use(
-        self, vector: SteeringVector, coefficient: float | None, positions: str | None, allow_mismatch: bool
-    ) -> None:
-        """Put one vector in force, with the coefficient and positions given or its own."""
-        self.clear()
-        vector = vector.adjusted(coefficient, positions)
-        self._handle = attach(
-            self.model, vector, tokenizer=self.tokenizer, allow_mismatch=allow_mismatch, blocks=self.blocks
-        )
-        self.vector = vector
-
-    def follow(self, routing: Routing) -> None:
-        """Put a router's vectors in force, each on the rows of the documents it picks them for."""
-        self.clear()
-        backbone = find_backbone(self.model, self.blocks)
-        for vector in routing.vectors.values():
-            check_fits(vector, backbone)
-        routing.forget()
-        vectors = routing.vectors.values()
-        some = any(vector.positions != "all" for vector in vectors)
-        passes = Passes.of(self.model, backbone.name) if some else None
-        self.rows = RowSteering(backbone, [layer_shifts(vector, passes=passes) for vector in vectors])
-        self._handle = SteeringHandle([] if passes is None else [passes])
-        self.routing = routing
-
-    def open_routing(self, spec: str, library: Library, name: str, allow_mismatch: bool) -> Routing:
-        """A router over those vectors of a library that fit the model, which messages call ``name``."""
-        backbone = find_backbone(self.model, self.blocks)
-        sketch = fingerprint(self.model, self.tokenizer)
-        identity = ModelIdentity(name, backbone.hidden_size, len(backbone.blocks), sketch, weights=True)
-        return Routing.open(spec, library, identity, allow_mismatch=allow_mismatch)
-
-
-# What results files and lm-eval's answer cache must know of a steered model.
+# What results files and lm-eval's answer cache record of a steered model.
 
 
 def describe(lm: AFTLM) -> dict[str, Any]:
@@ -518,7 +315,7 @@ def key_cache(lm: AFTLM, cache_hook: CacheHook) -> None:
         database = cache_hook.dbdict
     if database is None:
         return
-    # A name that only seems to take effect would serve a steered run the baseline's answers.
+    # If renaming the table had no effect, a steered run would get the baseline's answers.
     require(handed)
     require("sqlitedict: SqliteDict.tablename, conn")
     table = f"aft_{hashlib.sha256(canonical_json(_answers_depend_on(lm)).encode()).hexdigest()[:24]}"
@@ -528,12 +325,12 @@ def key_cache(lm: AFTLM, cache_hook: CacheHook) -> None:
 
 
 def _name(source: Any) -> str | None:
-    """A path or a name on the Hub; of a model that was handed over, its class."""
+    """A path or a name on the Hub; for a model object, its class."""
     return source if source is None or isinstance(source, str) else type(source).__name__
 
 
 def _path_taken(taken: Counter[str]) -> str:
-    """Which way documents were scored: the most frequent path and its share, then the others."""
+    """How documents were scored: the most frequent path and its share, then the others."""
     total = sum(taken.values())
     return ", ".join(f"{path} ({n / total:.1%} of {total})" for path, n in taken.most_common()) or "stock"
 

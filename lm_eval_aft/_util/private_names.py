@@ -598,7 +598,7 @@ _LIST = (
     PrivateName(
         "lm-eval",
         "HFLM._detect_batch_size, batch_schedule, batch_sizes",
-        ("engine/fallback.py",),
+        ("engine/stock.py",),
         "asking stock code for some of an evaluation's requests",
         _STUCK,
         _sets(_HF, "HFLM", "_detect_batch_size", "batch_schedule", "batch_sizes"),

@@ -1,8 +1,8 @@
-"""Attention without the work a mask would only throw away, in packed rows and in decoding.
+"""Attention that skips pairs of tokens which the mask rules out, in packed rows and in decoding.
 
-Kernels given a mask compute every pair of tokens. A packed row's prefix attends causally and to nothing
-later, so its part runs as causal attention, which skips half the pairs; and the branches that follow do not
-see each other, so each runs by itself against the prefix and its own tokens.
+Kernels given a mask compute every pair of tokens. A packed row's prefix attends causally, so it runs as
+causal attention, which skips half the pairs; and the branches that follow do not see each other, so each
+runs by itself against the prefix and its own tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-WORTHWHILE = 128  # causal tokens below which cutting in two costs more than it saves
+WORTHWHILE = 128  # with fewer causal tokens, splitting costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def in_parts(rows: Sequence[Parts], width: int) -> Iterator[None]:
 
 @contextmanager
 def instead(attention: Callable[[dict[str, Any]], Tensor]) -> Iterator[None]:
-    """``attention``, given its arguments by name, takes the place of PyTorch's inside the block."""
+    """Inside the block ``attention`` replaces PyTorch's and gets its arguments by name."""
     with _Instead(attention):
         yield
 
@@ -75,7 +75,7 @@ class _Instead(TorchFunctionMode):
         return self._attention({**dict(zip(_ORDER, args, strict=False)), **options})
 
 
-# Pieces of masks, which all blocks share, by the mask they are of and their place in it.
+# Parts of masks, shared by all blocks, by the mask and the place in it.
 Masks = dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor]
 
 
@@ -108,7 +108,7 @@ Piece = Callable[[tuple[int, ...], Callable[[Tensor], Tensor]], Tensor]
 def _in_two(
     query: Tensor, key: Tensor, value: Tensor, tokens: int, piece: Piece, rest: dict[str, Any]
 ) -> Tensor:
-    """All rows at once: so many first tokens causally, what follows under the mask."""
+    """All rows at once: the first ``tokens`` tokens causally, the rest under the mask."""
     first = F.scaled_dot_product_attention(
         query[..., :tokens, :], key[..., :tokens, :], value[..., :tokens, :], is_causal=True, **rest
     )
@@ -123,7 +123,7 @@ def _by_branch(
     """Row ``r``: the prefix causally, every branch against the prefix and itself."""
     ends = [row.prefix, *(end for _, end in row.branches)]
     sizes = [end - start for start, end in zip([0, *ends], [*ends, query.shape[-2]], strict=True)]
-    # Split once: the gradient of a slice is a whole table of zeros around it.
+    # Split once: the gradient of each slice would be a whole tensor padded with zeros.
     (q, *queries), (k, *keys), (v, *values) = (each.split(sizes, dim=-2) for each in (query, key, value))  # type: ignore[no-untyped-call]
     found = [F.scaled_dot_product_attention(q, k, v, is_causal=True, **rest)]
     for (start, end), own_query, own_key, own_value in zip(row.branches, queries, keys, values, strict=False):
@@ -141,27 +141,27 @@ def _by_branch(
     return torch.cat(found, dim=-2)
 
 
-# Attention of rows that are decoded together: a few queries each, against all that the row has seen.
+# Decoding: a few queries per row, against all that the row has read.
 
-ROWS_TOGETHER = 4  # rows in one call: fewer take longer to call than to compute
+ROWS_TOGETHER = 4  # rows per call: with fewer the call takes longer than the computation
 
 
 @contextmanager
 def over_columns(seen: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Read only the keys and values that rows may see, during the passes made inside the block.
+    """Inside the block, attention reads only the keys and values that rows may see.
 
-    Kernels given a mask read as many for every row as the longest has tokens.
+    Kernels given a mask read as many for every row as for the longest.
 
     Args:
-        seen: how many of the first columns each row sees at most; the mask hides the others from it.
-        device: where the passes run. An accelerator would rather have all rows at once, and does.
+        seen: how many of the first columns each row sees at most; the mask hides the others.
+        device: where the passes run. On an accelerator all rows at once are faster, and nothing changes.
     """
     with instead(lambda named: _by_columns(named, seen)) if device.type == "cpu" else nullcontext():
         yield
 
 
 def _by_columns(named: dict[str, Any], seen: Sequence[int]) -> Tensor:
-    """A few rows at a time, as many columns as these see."""
+    """A few rows at a time, with the columns that these see."""
     query, key, value, mask = named["query"], named["key"], named["value"], named.get("attn_mask")
     if mask is None or mask.dim() != 4 or mask.shape[-1] != key.shape[-2] or len(query) != len(seen):
         return F.scaled_dot_product_attention(**named)
@@ -187,11 +187,11 @@ def _plain_fp32(tensor: Tensor) -> bool:
 
 @cache
 def numpy_is_faster() -> bool:
-    """Whether numpy multiplies a few rows with many faster than PyTorch does.
+    """Whether numpy computes products of a few rows faster than PyTorch does.
 
-    PyTorch's products are MKL's, and attention by them reads keys and values at a third of the memory's
-    speed on AMD's processors (measured, 1 to 4 queries); with numpy's, which are OpenBLAS's, at more than
-    half. With one thread only: OpenBLAS would share out each of many small products.
+    PyTorch uses MKL, whose products read keys and values at a third of the memory bandwidth on AMD
+    processors (measured, 1 to 4 queries); numpy uses OpenBLAS, which reads them at more than half. With one
+    thread only: OpenBLAS would parallelise each of many small products.
     """
     cpu = Path("/proc/cpuinfo")
     amd = cpu.is_file() and "AuthenticAMD" in cpu.read_text()
@@ -203,7 +203,7 @@ def _by_numpy(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
     """Attention (rows, heads, queries, width) under an additive mask."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.from_numpy(np.matmul(key.numpy(), query.numpy().swapaxes(-1, -2)))
-    # Queries by columns again, one after the other in memory, for the softmax and for the product.
+    # Queries x columns, contiguous, for the softmax and the second product.
     weights = torch.empty(query.shape[:-1] + key.shape[-2:-1])
     torch.add(mask, scores.transpose(-1, -2), alpha=scale, out=weights)
     return torch.from_numpy(np.matmul(weights.softmax(-1).numpy(), value.numpy()))

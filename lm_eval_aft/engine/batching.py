@@ -1,4 +1,4 @@
-"""Rows of one context and many continuations, scored in one pass, and passes that start at block L.
+"""Batches of documents for training, log-likelihoods from one pass, and passes that start at block L.
 
 A *packed* row holds a context once, followed by every continuation; a tree mask lets each
 continuation see the context and itself only, and its position ids start again after the context.
@@ -17,13 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_aft.engine.attention import Parts, in_parts
+from lm_eval_aft.engine.rows import (
+    SHORTEST_PREFIX,
+    PackedRow,
+    Tokens,
+    common_prefix,
+    packed_row,
+    step_over,
+    within_budget,
+)
 from lm_eval_aft.steering.backbone import Backbone
 from lm_eval_aft.steering.hooks import hidden_states, with_hidden_states
-from lm_eval_aft.steering.intervention import CONTEXT, GENERATED, LAST, PADDING, roles
+from lm_eval_aft.steering.intervention import CONTEXT, roles
 
-Tokens = tuple[int, ...]
-# A prefix shorter than this is not worth a row that several documents share.
-WORTH_SHARING = 32
 # A shared row may hold this many token budgets, since its documents would take many more by themselves,
 # and this many tokens, since its mask grows with their square.
 SHARED_BUDGETS, SHARED_TOKENS = 4, 4096
@@ -60,35 +66,6 @@ class Document:
         return len(self.groups()) if packed else len(self.pairs)
 
 
-@dataclass(frozen=True)
-class Branch:
-    """What follows a row's prefix for one document: the rest of its context, and continuations.
-
-    ``tails`` are (option, numbered through the batch; its tokens). Each sees the prefix, ``rest`` and itself.
-    """
-
-    rest: Tokens
-    tails: tuple[tuple[int, Tokens], ...]
-
-    @property
-    def width(self) -> int:
-        """Tokens it takes; the last one of a continuation is only predicted."""
-        return len(self.rest) + sum(len(tail) - 1 for _, tail in self.tails)
-
-
-@dataclass(frozen=True)
-class PackedRow:
-    """A prefix that every branch sees, and branches that do not see each other."""
-
-    prefix: Tokens
-    branches: tuple[Branch, ...]
-
-    @property
-    def width(self) -> int:
-        """Tokens it takes."""
-        return len(self.prefix) + sum(branch.width for branch in self.branches)
-
-
 def lay_out(documents: Sequence[Document], packed: bool) -> list[PackedRow]:
     """The rows that documents need, in order of their first document.
 
@@ -101,47 +78,33 @@ def lay_out(documents: Sequence[Document], packed: bool) -> list[PackedRow]:
         first += len(document.pairs)
     if not packed:
         return [
-            PackedRow(context, (Branch((), ((start + i, tail),)),))
+            packed_row(context, [((), [(start + i, tail)])])
             for start, document in zip(starts, documents, strict=True)
             for i, (context, tail) in enumerate(document.pairs)
         ]
     rows = []
     for unit in units(documents):
-        contexts: list[tuple[Tokens, tuple[tuple[int, Tokens], ...]]] = []
-        for place in unit:
-            document, start = documents[place], starts[place]
-            for context, options in document.groups().items():
-                tails = tuple((start + i, document.pairs[i][1]) for i in options)
-                contexts.append((context, tails))
-        shared = _common([context for context, _ in contexts]) if len(unit) > 1 else 0
-        if shared >= WORTH_SHARING:
-            prefix = contexts[0][0][:shared]
-            rows.append(
-                PackedRow(prefix, tuple(Branch(context[shared:], tails) for context, tails in contexts))
-            )
+        contexts = [
+            (context, [(starts[place] + i, documents[place].pairs[i][1]) for i in options])
+            for place in unit
+            for context, options in documents[place].groups().items()
+        ]
+        shared = common_prefix([context for context, _ in contexts]) if len(unit) > 1 else 0
+        if shared >= SHORTEST_PREFIX:
+            branches = [(context[shared:], tails) for context, tails in contexts]
+            rows.append(packed_row(contexts[0][0][:shared], branches))
         else:
-            rows += [PackedRow(context, (Branch((), tails),)) for context, tails in contexts]
+            rows += [packed_row(context, [((), tails)]) for context, tails in contexts]
     return rows
 
 
 def units(documents: Sequence[Document]) -> list[list[int]]:
-    """Indices of documents that belong together: those of one group, and each other one by itself."""
+    """Indices of documents by group; a document without a group is a unit of its own."""
     found: dict[tuple[int, int | None, int], list[int]] = {}
     for index, document in enumerate(documents):
         alone = -1 if document.group is not None else index
         found.setdefault((document.task, document.group, alone), []).append(index)
     return list(found.values())
-
-
-def _common(contexts: Sequence[Tokens]) -> int:
-    """How many first tokens all contexts share, each keeping at least one of its own."""
-    first = contexts[0]
-    limit = min(len(context) for context in contexts) - 1
-    for at in range(limit):
-        token = first[at]
-        if any(context[at] != token for context in contexts):
-            return at
-    return limit
 
 
 def token_budget_batches(
@@ -153,22 +116,17 @@ def token_budget_batches(
     alone exceeds the budget gets a batch of its own, and a group whose row would be longer than
     `SHARED_BUDGETS` and `SHARED_TOKENS` allow is cut in pieces.
     """
-    batch: list[int] = []
-    rows = width = 0
-    for piece in _pieces(documents, packed, budget):
-        needed = lay_out([documents[i] for i in piece], packed)
-        widest = max(row.width for row in needed)
-        if batch and (rows + len(needed)) * max(width, widest) > budget:
-            yield tuple(batch)
-            batch, rows, width = [], 0, 0
-        batch += piece
-        rows, width = rows + len(needed), max(width, widest)
-    if batch:
-        yield tuple(batch)
+
+    def size(piece: list[int]) -> tuple[int, int]:
+        rows = lay_out([documents[i] for i in piece], packed)
+        return len(rows), max(row.width for row in rows)
+
+    for pieces in within_budget(_pieces(documents, packed, budget), size, budget):
+        yield tuple(i for piece in pieces for i in piece)
 
 
 def _pieces(documents: Sequence[Document], packed: bool, budget: int) -> Iterator[list[int]]:
-    """Documents whose rows cannot be told apart without losing what they share."""
+    """Documents that share a row, as many as it may hold."""
     limit = min(SHARED_BUDGETS * budget, SHARED_TOKENS)
     for unit in units(documents) if packed else [[i] for i in range(len(documents))]:
         piece: list[int] = []
@@ -213,95 +171,31 @@ class Batch:
 def make_batch(
     documents: Sequence[Document], packed: bool, device: torch.device, dtype: torch.dtype
 ) -> Batch:
-    """Lay documents out in rows, padded on the right. ``dtype`` is the mask's, the model's own."""
+    """Documents as rows, padded on the right. ``dtype``: of the mask, as the model's."""
     rows = lay_out(documents, packed)
-    table = _Table(len(rows), max(row.width for row in rows), packed)
-    for row in rows:
-        table.add(row)
+    step = step_over(rows, device, dtype if packed else None)
     owners = [d for d, document in enumerate(documents) for _ in document.pairs]
 
     def indices(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
     return Batch(
-        table.inputs(device, dtype),
-        indices(table.scored),
-        indices(table.targets),
-        indices(table.source),
-        indices(table.option),
+        step.inputs,
+        indices(step.scored),
+        indices([target for option, _ in step.options for target in option.targets]),
+        indices([place for _, places in step.options for place in places]),
+        indices([option.index for option, _ in step.options for _ in option.targets]),
         indices(owners),
         tuple(documents),
-        tuple(table.parts) if packed else (),
-        table.kinds.to(device),
+        tuple(map(_parts, rows)) if packed else (),
+        step.roles,
     )
 
 
-class _Table:
-    """Rows being laid out: token by token what it is, where it stands and what it sees."""
-
-    def __init__(self, rows: int, width: int, packed: bool) -> None:
-        self.width = width
-        self.ids = torch.zeros(rows, width, dtype=torch.long)
-        self.positions = torch.zeros(rows, width, dtype=torch.long)
-        self.kinds = torch.full((rows, width), PADDING)
-        # Padding sees itself, so that no row of the softmax is empty.
-        self.visible = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1) if packed else None
-        self.parts: list[Parts] = []
-        self.scored: list[int] = []
-        self.targets: list[int] = []
-        self.source: list[int] = []
-        self.option: list[int] = []
-
-    def add(self, row: PackedRow) -> None:
-        """The next row."""
-        at = self._put(0, row.prefix, 0, ())
-        whole = ((0, at),)
-        self.kinds[len(self.parts), :at] = CONTEXT
-        branches = []
-        for branch in row.branches:
-            start = at
-            at = self._put(at, branch.rest, len(row.prefix), whole)
-            seen = (*whole, (start, at)) if at > start else whole
-            self.kinds[len(self.parts), start:at] = CONTEXT
-            last = at - 1
-            self.kinds[len(self.parts), last] = LAST
-            # A context's last token predicts the first token of every continuation.
-            first = self._score(last)
-            for option, tail in branch.tails:
-                begin = at
-                at = self._put(at, tail[:-1], len(row.prefix) + len(branch.rest), seen)
-                self.kinds[len(self.parts), begin:at] = GENERATED
-                self.source += [first, *(self._score(place) for place in range(begin, at))]
-                self.targets += tail
-                self.option += [option] * len(tail)
-            branches.append((start, at))
-        self.parts.append(Parts(len(row.prefix), tuple(branches)))
-
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Keyword arguments of the model."""
-        inputs = {"input_ids": self.ids.to(device)}
-        if self.visible is not None:
-            mask = torch.zeros(self.visible.shape, dtype=dtype)
-            mask.masked_fill_(~self.visible, torch.finfo(dtype).min)
-            places = self.positions.to(device)
-            inputs |= {"attention_mask": mask.unsqueeze(1).to(device), "position_ids": places}
-        return inputs
-
-    def _put(self, at: int, tokens: Tokens, position: int, seen: Sequence[tuple[int, int]]) -> int:
-        """Write tokens that see each other causally, and all of ``seen``; where the next ones go."""
-        r, end = len(self.parts), at + len(tokens)
-        self.ids[r, at:end] = torch.tensor(tokens, dtype=torch.long)
-        self.positions[r, at:end] = torch.arange(position, position + len(tokens))
-        if self.visible is not None:
-            for start, stop in seen:
-                self.visible[r, at:end, start:stop] = True
-            causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-            self.visible[r, at:end, at:end] = causal
-        return end
-
-    def _score(self, place: int) -> int:
-        self.scored.append(len(self.parts) * self.width + place)
-        return len(self.scored) - 1
+def _parts(row: PackedRow) -> Parts:
+    """How attention may divide a row: the prefix, and what follows it context by context."""
+    starts = [run.start for run in row.runs[1:] if run.role == CONTEXT] or [row.prefix]
+    return Parts(row.prefix, tuple(zip(starts, [*starts[1:], row.width], strict=True)))
 
 
 def continuation_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -348,13 +242,13 @@ def token_logprobs(logits: Tensor, batch: Batch) -> Tensor:
     return found
 
 
-_NOTHING = 1e-12  # a share of the largest gradient, far below what float32 can add to it
+_NOTHING = 1e-12  # relative to the largest gradient: far below what float32 can resolve
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """``log_softmax(logits)[source, targets]`` whose gradient is made in the one buffer that is kept.
+    """``log_softmax(logits)[source, targets]`` whose gradient reuses the one saved buffer.
 
-    Autograd's own would fill and read two more tables of S x vocabulary numbers, which for small
+    Autograd would fill and read two more tensors of S x vocabulary numbers, which for small
     models takes longer than their blocks.
     """
 
@@ -370,8 +264,8 @@ class _TokenLogprobs(torch.autograd.Function):
         table, source, targets = ctx.saved_tensors
         (gradient,) = gradients
         rows = torch.zeros(len(table), dtype=table.dtype, device=table.device)
-        # Options that a softmax has all but ruled out weigh 1e-30 and less. Kept, their share of the table
-        # would be subnormal numbers, with which products take ten times as long, and no sum would feel it.
+        # Options that a softmax has all but ruled out weigh 1e-30 and less. Their gradients would be
+        # subnormal numbers, which make products ten times as slow and change no sum.
         gradient = gradient.masked_fill(gradient.abs() < _NOTHING * gradient.abs().max(), 0.0)
         rows.index_add_(0, source, gradient)
         table.exp_().mul_(-rows.unsqueeze(1))
@@ -400,10 +294,10 @@ def capture(backbone: Backbone, layers: Sequence[int]) -> Iterator[dict[int, Any
 
 @contextmanager
 def resumed(backbone: Backbone, layer: int, output: Any) -> Iterator[None]:
-    """Make passes start at block ``layer``: blocks below do nothing, it answers with ``output``.
+    """Make passes start at block ``layer``: blocks below do nothing, and it returns ``output``.
 
     Everything around the blocks (masks, rotary tables, final norm, head, logit scaling) runs as
-    the model defines it, so no family needs code of its own. Hooks on block ``layer`` still fire.
+    the model defines it, so no family needs code of its own. Hooks on block ``layer`` still run.
     """
     saved = [block.__dict__.get("forward") for block in backbone.blocks[: layer + 1]]
 

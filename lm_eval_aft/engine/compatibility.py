@@ -1,4 +1,4 @@
-"""Whether a model's attention can be told which tokens see which, by a table and by trial."""
+"""Whether a model supports packed rows (4-D attention masks), from its config and by trying."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from lm_eval_aft.engine.batching import (
     option_logprobs,
     units,
 )
+from lm_eval_aft.engine.rows import Answer
 from lm_eval_aft.steering.backbone import UNTOLD, attention_kernel, input_device
 
-# Families whose attention a 4-D mask cannot express, whatever a check on short rows would say.
+# Families whose attention a 4-D mask cannot express, even if a check on short rows passes.
 UNPACKABLE = {
     "bloom": "ALiBi positions follow the row, not the position ids",
     "falcon": "its ALiBi variants refuse 4-D masks",
@@ -34,7 +35,7 @@ _BY_LENGTH = ("dynamic", "longrope")
 
 
 def refused(model: nn.Module, longest: int) -> str:
-    """Why this model's config rules packing prompts of ``longest`` tokens out; ``""`` when it does not."""
+    """Why this model's config rules out packing prompts of ``longest`` tokens; ``""`` when it does not."""
     config: Any = model.config
     text = config.get_text_config()
     family = str(getattr(text, "model_type", ""))
@@ -63,7 +64,7 @@ def refused(model: nn.Module, longest: int) -> str:
 
 
 def row_decides(model: nn.Module, longest: int) -> bool:
-    """Whether rows of up to ``longest`` tokens get positions by the length of what they stand beside."""
+    """Whether rotary positions of rows of up to ``longest`` tokens depend on the rest of their batch."""
     config: Any = model.config
     text = config.get_text_config()
     rope = _rope(text)
@@ -80,8 +81,8 @@ def _rope(text: Any) -> dict[str, Any]:
 def disagreement(fast: Tensor, slow: Tensor, tokens: Tensor, dtype: torch.dtype) -> str:
     """Compare log-likelihoods (options,) of two paths; ``""`` when they agree.
 
-    In 16 bits only gross errors can be told from rounding (0.1 nats a token; ``tokens`` counts
-    them), in fp32 the bar is the larger of 1e-4 and 1e-6 of the value.
+    In 16 bits only gross errors can be told from rounding: the tolerance is 0.1 nats a token (``tokens``
+    counts them). In fp32 it is the larger of 1e-4 and 1e-6 of the value.
     """
     difference = (fast - slow).abs()
     if dtype in (torch.float32, torch.float64):
@@ -89,6 +90,29 @@ def disagreement(fast: Tensor, slow: Tensor, tokens: Tensor, dtype: torch.dtype)
     else:
         bar = 0.1 * tokens.to(difference)
     return "" if bool((difference <= bar).all()) else f"differ by {float(difference.max()):.2g} nats"
+
+
+def answers_differ(
+    found: Sequence[Answer], wanted: Sequence[Answer], tokens: Sequence[int], dtype: torch.dtype
+) -> str:
+    """How two paths' answers to requests of so many ``tokens`` each differ; ``""`` when they agree."""
+    fast, slow = (torch.tensor([value for value, _ in each], dtype=torch.float64) for each in (found, wanted))
+    reason = disagreement(fast, slow, torch.tensor(tokens), dtype)
+    if reason:
+        return f"log-likelihoods {reason}"
+    exact = dtype in (torch.float32, torch.float64)
+    same = not exact or all(a[1] == b[1] for a, b in zip(found, wanted, strict=True))
+    return "" if same else "greedy decoding differs"
+
+
+def logits_differ(found: Tensor, wanted: Tensor, tokens: Sequence[int], dtype: torch.dtype) -> str:
+    """How logits (tokens, vocabulary) differ in the log-probabilities of ``tokens``; ``""`` if they agree."""
+    written = torch.tensor(tokens)[:, None]
+    fast, slow = (each.float().cpu().log_softmax(-1).gather(-1, written)[:, 0] for each in (found, wanted))
+    if dtype in (torch.float32, torch.float64):
+        return disagreement(fast, slow, torch.ones(len(tokens)), dtype)
+    # One token's rounding says nothing in 16 bits: together they are within 0.1 nats a token.
+    return disagreement(fast.sum()[None], slow.sum()[None], torch.tensor([len(tokens)]), dtype)
 
 
 def may_pack(model: nn.Module, documents: Sequence[Document]) -> str:

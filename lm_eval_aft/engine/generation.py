@@ -1,4 +1,4 @@
-"""Greedy generation, several tokens a pass: drafted, checked, and cut into the texts lm-eval expects."""
+"""Greedy generation with drafted tokens, several a pass, and the texts that lm-eval expects."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft.engine.attention import over_columns
-from lm_eval_aft.engine.compatibility import disagreement, refused
+from lm_eval_aft.engine.compatibility import logits_differ, refused
 from lm_eval_aft.engine.kv_cache import RowCache
-from lm_eval_aft.engine.naive import Naive
-from lm_eval_aft.engine.requests import Option, Question, with_common_prefixes
-from lm_eval_aft.engine.scorer import Scorer, Step, context_steps
-from lm_eval_aft.steering.intervention import GENERATED, LAST, row_roles
+from lm_eval_aft.engine.rows import (
+    PackedRow,
+    Step,
+    additive_mask,
+    packed_row,
+    shortest_and_longest,
+    step_over,
+    with_common_prefixes,
+)
+from lm_eval_aft.engine.scorer import Scorer, context_steps
+from lm_eval_aft.engine.stock import StockLM
+from lm_eval_aft.steering.intervention import GENERATED, LAST
 
 logger = logging.getLogger(__name__)
 Watch = Callable[[int, Tensor], None]
-# Settings of a generation config that say nothing about which token greedy decoding takes next.
+# Settings of a generation config that do not change which token greedy decoding picks.
 HARMLESS = {
     "_from_model_config", "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length",
     "output_attentions", "output_hidden_states", "pad_token_id", "return_dict_in_generate", "temperature",
@@ -43,26 +50,26 @@ def unusual(config: Any) -> str:
 
 @dataclass
 class DecodingRow:
-    """One prompt being continued: its question, its output, and what is known for guessing at more."""
+    """One prompt being continued: its row, its output, and the statistics that drafts come from."""
 
-    question: Question
+    prompt: PackedRow
     words: Words
     tokens: list[int] = field(default_factory=list)
 
     @property
     def index(self) -> int:
         """The prompt's number."""
-        return self.question.options[0].index
+        return self.prompt.options[0].index
 
     @property
     def last(self) -> int:
         """The last token, not read yet."""
-        return self.tokens[-1] if self.tokens else self.question.tokens[0]
+        return self.tokens[-1] if self.tokens else self.prompt.tokens[-1]
 
     @property
     def length(self) -> int:
-        """Tokens before the last one: how many columns are filled, and the last one's position."""
-        return len(self.question.context) + len(self.tokens)
+        """Tokens before the last one: the number of filled columns, and the last one's position."""
+        return self.prompt.cached + len(self.tokens)
 
     def append(self, token: int) -> None:
         """The output's next token."""
@@ -70,9 +77,9 @@ class DecodingRow:
         self.words.append(token)
 
 
-def prompt(index: int, tokens: Sequence[int], state: int = 0) -> Question:
-    """A prompt as a question whose tree is its last token."""
-    return Question(tuple(tokens[:-1]), (tokens[-1],), (-1,), (Option(index, (0,), (0,)),), state)
+def prompt(index: int, tokens: Sequence[int], state: int = 0) -> PackedRow:
+    """A prompt as a row; its option only carries the index."""
+    return packed_row(tokens, [((), [(index, [0])])], state=state)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Ending:
 
 
 def continuations(
-    scorer: Scorer, prompts: Sequence[Question], ending: Ending, watch: Watch | None = None
+    scorer: Scorer, prompts: Sequence[PackedRow], ending: Ending, watch: Watch | None = None
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy continuations as (prompt's index, tokens), in any order.
 
@@ -100,8 +107,8 @@ def continuations(
     width = Width(scorer.parameters(), scorer.dtype.itemsize, scorer.bytes_per_token())
     outputs = Followers(MOST_SPANS)
     for prefix, members in with_common_prefixes(prompts):
-        order = sorted(members, key=lambda question: -len(question.context))
-        heads = scorer.prefixes(order[0].context[:prefix], order[0].state) if prefix else []
+        order = sorted(members, key=lambda row: -row.cached)
+        heads = scorer.prefixes(order[0].tokens[:prefix], order[0].state) if prefix else []
         while order:
             group = scorer.take(order, ending.most)
             order = order[len(group) :]
@@ -113,7 +120,7 @@ def continuations(
 
 def _group(
     scorer: Scorer,
-    group: Sequence[Question],
+    group: Sequence[PackedRow],
     prefix: int,
     heads: Sequence[Any],
     ending: Ending,
@@ -121,17 +128,15 @@ def _group(
     outputs: Followers,
     watch: Watch | None,
 ) -> list[tuple[int, list[int]]]:
-    # One column more than is needed: where guesses go that lie behind a row's last token.
-    slots = scorer.slots(len(group), len(group[0].context) + ending.most + 1)
+    # One extra column, for guesses beyond a row's last possible token.
+    slots = scorer.slots(len(group), group[0].cached + ending.most + 1)
     if heads:
         slots.load(heads[0])
     room = slots.capacity if scorer.reordered else 0
     for step in context_steps(group, prefix, scorer.budget.tokens, scorer.device, room):
         scorer.logits(step, slots)
-    slots.hide(0, [len(question.context) for question in group], slots.capacity)
-    rows = [
-        DecodingRow(question, Words((*question.context, *question.tokens), outputs)) for question in group
-    ]
+    slots.hide(0, [prompt.cached for prompt in group], slots.capacity)
+    rows = [DecodingRow(prompt, Words(prompt.tokens, outputs)) for prompt in group]
     found = []
     before = 1
     while rows:
@@ -139,12 +144,12 @@ def _group(
         most = max(ending.most - len(row.tokens) for row in rows)
         wide = width.choose(len(rows), sum(lengths) // len(rows), most)
         if wide < before:
-            slots.hide(0, lengths, slots.capacity)  # guesses that this pass would not overwrite
+            slots.hide(0, lengths, slots.capacity)  # wrong guesses that this pass will not overwrite
         before = wide
         guesses = [row.words.guess(max(1, wide - 1)) for row in rows]
         logits = _read(scorer, slots, rows, guesses, wide, ending.most)
         if wide > 1 and bool(logits[:, 0].isnan().any()):
-            # It may come of a guess: a mask hides no NaN.
+            # A guess may have caused it: a mask does not hide NaN.
             slots.hide(0, lengths, slots.capacity)
             logits = _read(scorer, slots, rows, guesses, 1, ending.most)
         written = logits.argmax(-1).tolist()
@@ -169,7 +174,7 @@ def _append(
     logits: Tensor,
     watch: Watch | None,
 ) -> bool:
-    """Continue the row as far as what it was ``written`` for was guessed right; whether that ends it."""
+    """Append the tokens ``written`` up to the first wrong guess; return whether the row has ended."""
     for k, token in enumerate(written):
         if watch is not None:
             watch(row.index, logits[k])
@@ -192,24 +197,21 @@ def _read(
     """Logits (rows, wide, vocabulary) after each row's last token and after its guesses."""
     n, device = len(rows), scorer.device
     ids = [[row.last, *mine, *[0] * wide][:wide] for row, mine in zip(rows, guesses, strict=True)]
-    columns = [[min(row.length + k, len(row.question.context) + most) for k in range(wide)] for row in rows]
+    columns = [[min(row.length + k, row.prompt.cached + most) for k in range(wide)] for row in rows]
     roles = [[GENERATED if row.tokens else LAST, *[GENERATED] * (wide - 1)] for row in rows]
     at = torch.tensor(columns, device=device)
-    ahead = torch.arange(1 + max(map(max, columns)), device=device) > at[..., None]
-    mask = torch.zeros(ahead.shape, dtype=scorer.dtype, device=device)
-    mask.masked_fill_(ahead, torch.finfo(scorer.dtype).min)
-    inputs = {
-        "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": mask[:, None],
-        "position_ids": at,
-    }
+    seen = torch.arange(1 + max(map(max, columns)), device=device) <= at[..., None]
     step = Step(
-        inputs,
-        slice(0, n),
-        at,
+        {
+            "input_ids": torch.tensor(ids, device=device),
+            "attention_mask": additive_mask(seen, scorer.dtype)[:, None],
+            "position_ids": at,
+        },
+        torch.tensor(roles, device=device),
         list(range(n * wide)),
-        states=[row.question.state for row in rows],
-        roles=torch.tensor(roles, device=device),
+        states=[row.prompt.state for row in rows],
+        at=slice(0, n),
+        start=at,
     )
     with over_columns([1 + last for *_, last in columns], device):
         logits = scorer.logits(step, slots)
@@ -217,7 +219,7 @@ def _read(
     return logits.float().view(n, wide, -1)
 
 
-# Generation requests: which may be decoded the fast way, and what text their tokens make.
+# Generation requests: which may be decoded in shared batches, and the text their tokens make.
 
 with borrowed(
     "lm-eval: lm_eval.models.utils (handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text)"
@@ -225,12 +227,9 @@ with borrowed(
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 
-StockGeneration = Callable[[list[Instance]], list[str]]
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What a request's gen_kwargs come to: stop strings (end of text included), most new tokens."""
+    """A request's gen_kwargs: stop strings (end of text included) and maximum number of new tokens."""
 
     until: tuple[str, ...]
     most: int
@@ -240,54 +239,42 @@ class Texts:
     """Answers generation requests by greedy decoding in shared batches.
 
     On first use, and again for prompts longer than any before, the shortest and the longest prompt are
-    decoded by ``stock`` too, and their logits compared with a plain pass; if they differ, everything is
-    left to stock, and the log says so.
+    decoded by stock too, and their logits compared with a plain pass (where some positions only are steered,
+    with `lm_eval_aft.engine.naive` alone); if they differ, everything is left to stock, and the log says so.
     Texts are those of stock at batch size 1. In 16 bits stock's own texts depend on the batch
     size, so nothing is promised and stock answers.
-
-    Args:
-        naive: what the logits are compared with, rather than the texts with stock's, where some positions
-            only are steered.
     """
 
-    def __init__(self, lm: HFLM, scorer: Scorer, stock: StockGeneration, naive: Naive | None = None) -> None:
+    def __init__(self, lm: StockLM, scorer: Scorer) -> None:
         self.lm = lm
         self.scorer = scorer
-        self.stock = stock
-        self.naive = naive
         self.taken: Counter[str] = Counter()
-        self._holds: bool | None = None
-        self._longest = 0
 
     def answers(self, requests: Sequence[Instance], states: Sequence[int] = ()) -> Iterator[tuple[int, str]]:
-        """(Index, text) of the requests that the fast way can answer, in any order.
+        """(Index, text) of the requests that shared batches can answer, in any order.
 
         Only for models without a `refusal`. ``states`` says, request by request, which of the
         scorer's ``rows`` steers it.
         """
-        groups: dict[Settings, list[Question]] = {}
+        groups: dict[Settings, list[PackedRow]] = {}
         for index, request in enumerate(requests):
             context, kwargs = request.args
             settings = self._settings(kwargs)
             if settings is None:
                 continue
-            question = self._prompt(index, context, settings, states[index] if states else 0)
-            if question is not None:
-                groups.setdefault(settings, []).append(question)
+            row = self._prompt(index, context, settings, states[index] if states else 0)
+            if row is not None:
+                groups.setdefault(settings, []).append(row)
         shared = 0
         with self.scorer.prepared():
-            for settings, questions in groups.items():
-                longest = max(question.length for question in questions) + settings.most
-                if self._holds is None or (self._holds and longest > self._longest):
-                    self._holds = self._check(questions, settings, requests)
-                    self._longest = longest
-                if self._holds:
-                    shared += len(questions)
-                    yield from self._decode(questions, settings)
+            for settings, prompts in groups.items():
+                if self._holds(prompts, settings, requests):
+                    shared += len(prompts)
+                    yield from self._decode(prompts, settings)
         self.taken += Counter({"generated in shared batches": shared, "stock": len(requests) - shared})
 
     def refusal(self) -> str:
-        """Why this model's texts are all left to stock; an empty string when they are not."""
+        """Why stock must write all of this model's texts; an empty string when it need not."""
         lm = self.lm
         if self.scorer.dtype not in (torch.float32, torch.float64):
             return "16 bits"
@@ -305,67 +292,54 @@ class Texts:
             return None
         return Settings(tuple(until), most)
 
-    def _prompt(self, index: int, context: str, settings: Settings, state: int) -> Question | None:
+    def _prompt(self, index: int, context: str, settings: Settings, state: int) -> PackedRow | None:
         ids, _ = self.lm.tok_batch_encode([context], left_truncate_len=self.lm.max_length - settings.most)
         tokens = ids[0].tolist()
         if not tokens or refused(self.lm.model, len(tokens) + settings.most):
             return None
         return prompt(index, tokens, state)
 
-    def _check(self, questions: list[Question], settings: Settings, requests: Sequence[Instance]) -> bool:
-        ordered = sorted(questions, key=lambda question: question.length)
-        probe = ordered[:1] + ordered[1:][-1:]
-        reason = self.scorer.unless_reordered(partial(self._differs, probe, settings, requests))
-        if reason:
-            logger.warning("Generation is left to stock: %s.", reason)
-        return not reason
+    def _holds(self, prompts: list[PackedRow], settings: Settings, requests: Sequence[Instance]) -> bool:
+        probe = shortest_and_longest(prompts, lambda row: row.width)
 
-    def _differs(self, probe: Sequence[Question], settings: Settings, requests: Sequence[Instance]) -> str:
-        """Why texts are not to be made the fast way; ``""`` where it gives stock's."""
-        seen: dict[int, list[Tensor]] = {}
-        try:
-            fast = dict(
+        def decode() -> tuple[dict[int, str], str]:
+            seen: dict[int, list[Tensor]] = {}
+            texts = dict(
                 self._decode(probe, settings, lambda i, logits: seen.setdefault(i, []).append(logits))
             )
-            reasons = [self._logits_differ(question, seen[question.options[0].index]) for question in probe]
-        except Exception as error:  # whatever a model's own code makes of such passes
-            return f"the model refuses ({type(error).__name__}: {str(error)[:200]})"
-        if any(reasons) or self.naive is not None:
-            return "; ".join(filter(None, reasons))
-        indices = sorted(fast)
-        same = self.stock([requests[i] for i in indices]) == [fast[i] for i in indices]
-        return "" if same else "its texts differ"
+            reasons = (self._logits_differ(row, torch.stack(seen[row.options[0].index])) for row in probe)
+            return texts, "; ".join(filter(None, reasons))
 
-    def _logits_differ(self, question: Question, seen: list[Tensor]) -> str:
-        """Compare the logits behind each token with one plain pass; texts alone would show little."""
-        fast = torch.stack(seen)
-        tokens = fast.argmax(-1)
-        if self.naive is not None:
-            prompt = [*question.context, *question.tokens]
-            return self.naive.logits_differ(prompt, tokens.tolist(), fast, question.state)
-        ids = torch.tensor(
-            [[*question.context, *question.tokens, *tokens.tolist()[:-1]]], device=tokens.device
-        )
-        places = list(range(len(question.context), ids.shape[1]))
-        roles = torch.tensor([row_roles(len(question.context) + 1, len(tokens) - 1)], device=ids.device)
-        step = Step({"input_ids": ids}, scored=places, states=[question.state], roles=roles)
-        with self.scorer.prepared(fast=False):
-            slow = self.scorer.logits(step, None)
+        def differs(found: tuple[dict[int, str], str]) -> str:
+            texts, reason = found
+            if reason or self.lm.naive is not None:
+                return reason
+            stock = self.lm.some_stock_texts([requests[i] for i in sorted(texts)])
+            return "" if stock == [texts[i] for i in sorted(texts)] else "its texts differ"
+
+        longest = max(row.width for row in prompts) + settings.most
+        return self.scorer.holds("generation", longest, decode, differs, "Generation is left to stock")
+
+    def _logits_differ(self, prompt: PackedRow, fast: Tensor) -> str:
+        """Compare the logits of each token with those of one plain pass; texts alone would show little."""
+        tokens = fast.argmax(-1).tolist()
+        if self.lm.naive is not None:
+            slow: Tensor | None = self.lm.naive.logits_behind(prompt.tokens, tokens, prompt.state)
+        else:
+            row = packed_row(prompt.tokens, [((), [(0, tokens)])], state=prompt.state)
+            with self.scorer.prepared(fast=False):
+                slow = self.scorer.logits(step_over([row], self.scorer.device), None)
         assert slow is not None
-        values = [
-            logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0]
-            for logits in (fast, slow)
-        ]
-        return disagreement(values[0], values[1], torch.ones_like(tokens), self.scorer.dtype)
+        return logits_differ(fast, slow, tokens, self.scorer.dtype)
 
     def _decode(
-        self, questions: Sequence[Question], settings: Settings, watch: Watch | None = None
+        self, prompts: Sequence[PackedRow], settings: Settings, watch: Watch | None = None
     ) -> Iterator[tuple[int, str]]:
         tokenizer = self.lm.tokenizer
-        # As far back as stock looks, for a stop string in other tokens than its own.
+        # As far back as stock looks: a stop string may be written in other tokens than its own.
         back = 2 + max(len(tokenizer.encode(stop, add_special_tokens=False)) for stop in settings.until)
 
-        @lru_cache(maxsize=1 << 16)  # small models repeat themselves, and decoding takes longer than looking
+        @lru_cache(maxsize=1 << 16)  # small models repeat themselves, and decoding is slower than a look-up
         def holds_stop(tokens: tuple[int, ...]) -> bool:
             text = tokenizer.decode(tokens)
             return any(stop in text for stop in settings.until)
@@ -376,35 +350,35 @@ class Texts:
         eos = self.lm.model.generation_config.eos_token_id
         ends = frozenset(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
         ending = Ending(settings.most, ends, stops)
-        for index, tokens in continuations(self.scorer, questions, ending, watch):
+        for index, tokens in continuations(self.scorer, prompts, ending, watch):
             text = postprocess_generated_text(
                 generation=self.lm.tok_decode(tokens), stop=list(settings.until), think_end_token=None
             )
             yield index, text
 
 
-# Guesses at a row's next tokens, from what the prompts and the outputs have said before.
+# Drafts: guesses at a row's next tokens, from the prompts and the outputs so far.
 #
-# A pass that reads a guess behind a row's last token tells whether greedy decoding would have written it,
+# A pass that reads a guess after a row's last token shows whether greedy decoding would have written it,
 # and every right guess saves a pass. This is prompt-lookup decoding (Saxena 2023; Yang et al. 2023,
-# arXiv:2304.04487) for batches: what followed most often counts, rows learn from each other's outputs, and
-# the guesses are as long as pays.
+# arXiv:2304.04487) for batches: the most frequent continuation is guessed, rows learn from each other's
+# outputs, and drafts are as long as pays off.
 
-# Most tokens looked up together, and most tokens read in one pass of a row: its last one and its guesses.
+# Longest span that is looked up, and most tokens a row reads in one pass: its last one and its guesses.
 SPAN = 3
 WIDEST = 8
-# How often a token of the row's prompt, of another row's output and of its own output count.
+# Weights of a token in the row's prompt, in another row's output and in its own output.
 PROMPT, OTHERS, OWN = 1, 3, 6
-# Spans that are remembered of outputs (about 400 bytes each); then all are forgotten.
+# Spans of outputs that are kept (about 400 bytes each) before all are dropped.
 MOST_SPANS = 100_000
-# Floating-point operations that take as long as reading a byte (CPUs measured: 8; an H200 in fp32: 14).
+# Floating-point operations in the time of reading a byte (measured on CPUs: 8; on an H200 in fp32: 14).
 OPERATIONS_PER_BYTE = 10
-# How much longer attention takes for each token more that a row has in a pass (measured: 0.06 to 0.3).
+# Relative extra time of attention for each further token of a row in a pass (measured: 0.06 to 0.3).
 ATTENTION_PER_GUESS = 0.1
 
 
 class Followers:
-    """How often each token came after each span of up to ``SPAN`` tokens."""
+    """How often each token followed each span of up to ``SPAN`` tokens."""
 
     def __init__(self, most: float = float("inf")) -> None:
         self._counts: dict[tuple[int, ...], dict[int, int]] = {}
@@ -415,7 +389,7 @@ class Followers:
         return len(self._counts)
 
     def count(self, span: tuple[int, ...], token: int, weight: int) -> None:
-        """``token`` came after ``span`` and after what the span ends with."""
+        """Count ``token`` as following ``span`` and every suffix of it."""
         if len(self) >= self._most:
             self._counts.clear()
         for start in range(len(span)):
@@ -423,16 +397,16 @@ class Followers:
             counts[token] = counts.pop(token, 0) + weight  # the last one counted is the last one listed
 
     def after(self, span: tuple[int, ...]) -> dict[int, int]:
-        """The tokens that came after exactly this span, and how often."""
+        """The tokens that followed exactly this span, and how often."""
         return self._counts.get(span, {})
 
 
 class Words:
-    """The tokens of one row so far, and what comes next most often.
+    """The last tokens of one row, and guesses at the next ones.
 
     Args:
         tokens: the prompt.
-        others: what the outputs of all rows said; added to as this one is continued.
+        others: counts from the outputs of all rows; this row's output is added.
     """
 
     def __init__(self, tokens: Iterable[int], others: Followers) -> None:
@@ -450,7 +424,7 @@ class Words:
         self._last = (*self._last, token)[-SPAN:]
 
     def guess(self, count: int) -> list[int]:
-        """Up to ``count`` tokens that may come next, each the one most often seen after those before it."""
+        """Up to ``count`` likely next tokens, each the most frequent one after those before it."""
         last = self._last
         found: list[int] = []
         while len(found) < count and (token := self._next(last)) is not None:
@@ -459,7 +433,7 @@ class Words:
         return found
 
     def _next(self, last: tuple[int, ...]) -> int | None:
-        """What followed most often, the last time later of equals, after the longest span seen before."""
+        """The most frequent follower of the longest known span; of equals, the one seen last."""
         for start in range(len(last)):
             own, others = self._own.after(last[start:]), self._others.after(last[start:])
             if own or others:
@@ -470,16 +444,15 @@ class Words:
 
 
 class Width:
-    """How many tokens a row should have in the next pass, from how often first guesses were right.
+    """How many tokens a row should read in the next pass, from how often first guesses were right.
 
-    Reading more tokens saves passes, and with them reading keys and values (and weights, where rows are
-    few), but costs products. It is decided by arithmetic, not by a clock: the same rows always make the
-    same passes.
+    Reading more tokens saves passes, and with them reads of keys and values (and of weights, where rows are
+    few), but costs products. The decision is computed, not timed: the same rows always make the same passes.
 
     Args:
-        parameters: of the blocks and the head, each used once for a token.
-        itemsize: bytes of one.
-        kept: bytes of keys and values of one token.
+        parameters: of the blocks and the head, each used once per token.
+        itemsize: bytes per parameter.
+        kept: bytes of keys and values per token.
     """
 
     def __init__(self, parameters: int, itemsize: int, kept: int) -> None:
@@ -490,12 +463,12 @@ class Width:
         self._made = 2
 
     def observe(self, guesses: Sequence[int], token: int) -> None:
-        """``token`` came where ``guesses`` had been made."""
+        """Count whether the first of ``guesses`` was right: ``token`` was written."""
         self._made += 1
         self._right += guesses[:1] == [token]
 
     def choose(self, rows: int, columns: int, most: int) -> int:
-        """Tokens a row, 1 to ``most``, for ``rows`` rows that see ``columns`` columns."""
+        """Tokens per row, 1 to ``most``, for ``rows`` rows that see ``columns`` columns."""
         right = self._right / self._made
 
         def tokens_per_cost(width: int) -> float:

@@ -1,4 +1,4 @@
-"""Keys and values of many rows in fixed buffers, filled and read by position, and how much fits in a pass."""
+"""A key-value cache of fixed buffers, written and read by row and column, and how much fits in a pass."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class StopForward(Exception):
 class RowCache(DynamicCache):
     """A key-value cache of ``rows`` rows and ``capacity`` columns per block.
 
-    Unlike transformers' own caches it is told before each pass which rows and columns the pass
-    fills (`open`); the pass then sees columns 0 up to those. Columns it must not see are for the
-    attention mask to hide, once `hide` has made sure that they hold no NaN.
+    Unlike with transformers' own caches, `open` says before each pass which rows and columns the pass
+    fills; the pass then sees columns 0 up to those. Columns it must not see are hidden by the
+    attention mask, once `hide` has made sure that they hold no NaN.
     """
 
     def __init__(self, rows: int, capacity: int) -> None:
@@ -48,9 +48,9 @@ class RowCache(DynamicCache):
         self._at, self._stop_after = at, stop_after
 
     def lay_out(self, rows: int, capacity: int) -> bool:
-        """Use the same memory for that many rows and columns, whose contents are whatever was there.
+        """Reuse the memory for so many rows and columns, whose contents are undefined.
 
-        False where there is too little of it; then nothing has changed.
+        Returns False, and changes nothing, where the memory is too small.
         """
         if rows * capacity > self._room:
             return False
@@ -61,9 +61,9 @@ class RowCache(DynamicCache):
         return True
 
     def hide(self, first: int, lengths: Sequence[int], end: int) -> None:
-        """Zero what lies behind the contexts of rows ``first`` on, up to column ``end``.
+        """Zero the columns after the contexts of rows ``first`` on, up to column ``end``.
 
-        A mask hides those columns, but not NaN: of a row that overflowed there before, or of padding.
+        A mask hides those columns, but not NaN there (from an earlier row that overflowed, or from padding).
         """
         for keys, values in self._buffers.values():
             for row, length in enumerate(lengths, first):
@@ -101,11 +101,11 @@ class RowCache(DynamicCache):
         return self._buffers[block]
 
     def _view(self, flat: Tensor, like: Tensor) -> Tensor:
-        """Shape (rows, heads, capacity, width), heads and width as of ``like``."""
+        """Shape (rows, heads, capacity, width), with the heads and width of ``like``."""
         shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
         return flat[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
 
-    # What the model's own code calls:
+    # Called by the model:
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
@@ -145,9 +145,9 @@ class Budget:
 
     @classmethod
     def of(cls, device: torch.device, reordered: bool = False) -> Budget:
-        """What keeps the device busy: a CPU is with a few hundred tokens, and padding only costs it.
+        """What keeps the device busy: a few hundred tokens on a CPU, where padding only costs time.
 
-        With reordered weights it is with fewer, whose logits then stay in its cache.
+        With reordered weights fewer, so that their logits stay in the CPU's cache.
         """
         if device.type != "cpu":
             return cls(16384, 4096, 4 << 30)

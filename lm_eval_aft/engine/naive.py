@@ -1,14 +1,14 @@
-"""The plainest computation of a steered model's answers, which the ways that share work are held against.
+"""A plain reference for a steered model's answers, used to check the optimised paths.
 
-One row at a time, without a cache; the steered tokens are told by counting, not by watching the model. It is
-used where a vector steers some positions only: which tokens those are is what another release of a library
-could make wrong without an error.
+One row at a time, without a cache; which tokens are steered is decided by counting, not by watching the
+model. Answers are checked against it where a vector steers only some positions: another release of a library
+could change which tokens those are without raising an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft.engine.compatibility import disagreement
-from lm_eval_aft.engine.requests import Answer, Request
+from lm_eval_aft.engine.compatibility import answers_differ, logits_differ
+from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.steering.backbone import Backbone
 from lm_eval_aft.steering.hooks import RowSteering, hidden_states, with_hidden_states
 from lm_eval_aft.steering.intervention import unsteered
@@ -29,15 +29,15 @@ PROBE_TOKENS = 8
 
 
 class Naive:
-    """Logits of a steered model, computed in the plainest way.
+    """Reference logits of a steered model.
 
     Args:
-        model: a causal LM with its vectors attached; they are set aside during a pass.
-        vector_of: what steers a row in each state; see `lm_eval_aft.steering.hooks.RowSteering`.
-        window: most tokens a row may have.
+        model: a causal LM; vectors attached to it that steer some positions only are disabled during a pass.
+        vector_of: the vector that steers a row in each state; see `lm_eval_aft.steering.hooks.RowSteering`.
+        window: maximum number of tokens in a row.
         softmax_dtype: as in `HFLM`.
         autocast: dtype of mixed precision, or None.
-        rows: what steers rows of one pass differently, if anything does.
+        rows: the router's vectors on the model, if there are any; disabled during a pass.
     """
 
     def __init__(
@@ -63,15 +63,10 @@ class Naive:
         self.dtype = autocast or next(model.parameters()).dtype
 
     def logits(self, tokens: Sequence[int], context: int, state: int = 0) -> Tensor:
-        """Logits (tokens, vocabulary) behind each token; the first ``context`` of them are the context."""
+        """Logits (tokens, vocabulary) after each token; the first ``context`` of them are the context."""
         vector = self.vector_of(state)
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
+        with self._settings(0) as stack:
             stack.enter_context(unsteered())
-            if self.rows is not None:
-                stack.enter_context(self.rows.chosen(0))
-            if self.autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
             if vector is not None and vector.coefficient:
                 steered = torch.tensor(_steered(vector.positions, context, len(tokens)))
                 for layer in vector.layers:
@@ -81,8 +76,19 @@ class Naive:
             found: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         return found
 
+    @contextmanager
+    def _settings(self, state: int) -> Iterator[ExitStack]:
+        """No gradients, mixed precision as configured, rows in a state."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.rows is not None:
+                stack.enter_context(self.rows.chosen(state))
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
+            yield stack
+
     def answer(self, request: Request, state: int = 0) -> Answer:
-        """Log-likelihood in nats of a request that fits the window, and whether it is greedy decoding's."""
+        """Log-likelihood in nats of a request that fits the window, and whether greedy decoding writes it."""
         _, context, continuation = request
         logits = self.logits([*context, *continuation][:-1], len(context), state)[len(context) - 1 :]
         targets = torch.tensor(continuation, device=logits.device)
@@ -90,47 +96,28 @@ class Naive:
         greedy = bool((values.argmax(-1) == targets).all())
         return float(values.gather(-1, targets[:, None]).sum()), greedy
 
-    def differs(self, requests: Sequence[Request], answers: Sequence[Answer], states: Sequence[int]) -> str:
-        """How ``answers`` to requests are wrong; ``""`` where they are not."""
-        naive = [self.answer(request, state) for request, state in zip(requests, states, strict=True)]
-        reason = disagreement(
-            torch.tensor([value for value, _ in answers], dtype=torch.float64),
-            torch.tensor([value for value, _ in naive], dtype=torch.float64),
-            torch.tensor([len(request[2]) for request in requests]),
-            self.dtype,
-        )
-        if reason:
-            return f"log-likelihoods {reason}"
-        exact = self.dtype in (torch.float32, torch.float64)
-        same = not exact or all(a[1] == b[1] for a, b in zip(answers, naive, strict=True))
-        return "" if same else "greedy decoding differs"
+    def fits(self, context: Sequence[int], continuation: Sequence[int]) -> bool:
+        """Whether a request fits the window."""
+        return len(context) + len(continuation) <= self.window + 1
 
-    def logits_differ(self, prompt: Sequence[int], tokens: Sequence[int], logits: Tensor, state: int) -> str:
-        """How the ``logits`` (tokens, vocabulary) that wrote ``tokens`` are wrong; ``""`` if they are not."""
-        slow = self.logits([*prompt, *tokens][:-1], len(prompt), state)[len(prompt) - 1 :]
-        written = torch.tensor(tokens)[:, None]
-        fast, naive = (
-            each.float().cpu().log_softmax(-1).gather(-1, written)[:, 0] for each in (logits, slow)
-        )
-        if self.dtype in (torch.float32, torch.float64):
-            return disagreement(fast, naive, torch.ones(len(tokens)), self.dtype)
-        # One token's rounding says nothing in 16 bits: together they are within 0.1 nats a token.
-        return disagreement(fast.sum()[None], naive.sum()[None], torch.tensor([len(tokens)]), self.dtype)
+    def differs(self, requests: Sequence[Request], answers: Sequence[Answer], states: Sequence[int]) -> str:
+        """How ``answers`` differ from the reference; ``""`` where they agree."""
+        naive = [self.answer(request, state) for request, state in zip(requests, states, strict=True)]
+        return answers_differ(answers, naive, [len(tail) for _, _, tail in requests], self.dtype)
+
+    def logits_behind(self, prompt: Sequence[int], tokens: Sequence[int], state: int) -> Tensor:
+        """The logits (tokens, vocabulary) that should have written ``tokens`` after the prompt."""
+        return self.logits([*prompt, *tokens][:-1], len(prompt), state)[len(prompt) - 1 :]
 
     def generation_differs(self, prompts: Sequence[Sequence[int]], state: int, pad: int) -> str:
-        """How ``generate``, on these prompts as one padded batch, differs from passes without a cache."""
+        """How ``generate``, on these prompts as one padded batch, differs from the reference."""
         prompts = [prompt for prompt in prompts if 0 < len(prompt) <= self.window - PROBE_TOKENS]
         if not prompts:
             return ""
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if self.rows is not None:
-                stack.enter_context(self.rows.chosen(state))
-            if self.autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
+        with self._settings(state):
             try:
                 found = self.model.generate(
                     input_ids=ids.to(self.device),
@@ -149,14 +136,16 @@ class Naive:
             tokens = found.sequences[row, width:].tolist()
             written = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
             logits = torch.stack([step[row] for step in found.logits[:written]])
-            reason = self.logits_differ(prompt, tokens[:written], logits, state)
+            tokens = tokens[:written]
+            wanted = self.logits_behind(prompt, tokens, state)
+            reason = logits_differ(logits, wanted, tokens, self.dtype)
             if reason:
                 return f"its tokens' log-probabilities {reason}"
         return ""
 
 
 def wrong(what: str, positions: str, reason: str) -> AFTError:
-    """The error where no way of computing something steers the right tokens."""
+    """The error to raise when nothing that computes ``what`` steers the right tokens."""
     releases = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "lm_eval"))
     return AFTError(
         f"{what} would not steer the tokens that positions={positions!r} names, on this model with "
@@ -166,7 +155,7 @@ def wrong(what: str, positions: str, reason: str) -> AFTError:
 
 
 def _steered(positions: str, context: int, tokens: int) -> list[bool]:
-    """Which of a row's tokens are steered; the first ``context`` are the context's."""
+    """Which of a row's tokens are steered, given that the first ``context`` of them are the context."""
     kinds = {
         "all": range(tokens),
         "prompt": range(context),

@@ -1,4 +1,4 @@
-"""The floating-point type vectors are trained in, and weights in the order that fast CPU kernels want."""
+"""The dtype that vectors are trained in, and weights reordered for fast CPU kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lm_eval_aft._util.private_names import NAMES, borrowed
 from lm_eval_aft.steering.backbone import Conv1D
 
 logger = logging.getLogger(__name__)
-WORTHWHILE = 5_000_000  # parameters below which a CPU spends its time elsewhere than in products
+WORTHWHILE = 5_000_000  # with fewer parameters a CPU spends most of its time outside matrix products
 
 
 def hardware_has_bf16(device: torch.device) -> bool:
@@ -75,10 +75,10 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def subnormals_flushed() -> Iterator[None]:
-    """Take numbers below the smallest normal one (1e-38 in float32) for zero inside the block.
+    """Treat subnormal numbers (below 1e-38 in float32) as zero inside the block.
 
-    CPUs compute with such numbers many times more slowly, gradients of options all but ruled out are full
-    of them, and no sum feels them. The calling thread goes back to what it did before.
+    CPUs compute with them many times more slowly, gradients of nearly impossible options are full of them,
+    and they change no sum. Afterwards the calling thread's setting is restored.
     """
     probe = torch.full((1,), torch.finfo(torch.float32).tiny)
     before = bool((probe / 2 == 0).item())
@@ -89,19 +89,17 @@ def subnormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-# A frozen model's weights in the order of oneDNN's kernels, which multiply a fifth to several times as fast.
-#
-# PyTorch reads weights as they lie in the checkpoint, for any BLAS; oneDNN reads blocks of them. Reordering
-# costs a copy, and pays within a few passes. Sums are then taken in another order: results differ by
-# rounding.
+# A frozen model's weights in the memory layout of oneDNN's kernels, which makes products 1.2 to several times
+# as fast. Reordering costs a copy and pays within a few passes. Sums are taken in another order, so results
+# differ by rounding.
 
 with borrowed("torch: torch.utils.flop_counter (flop_registry, register_flop_formula, sdpa_flop_count)"):
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-# A model whose weights take more bytes than this keeps them as they are: the copies take as many again.
+# Weights of more bytes than this are not reordered: the copies take as many again.
 MOST_BYTES = 2 << 30
 _KERNELS = "torch: torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight"
-# Rows that the order is chosen for; any number is served.
+# Rows that the layout is optimised for; any number works.
 _ROWS = 256
 
 Forward = Callable[[Tensor], Tensor]
@@ -186,7 +184,7 @@ def _product(weight: Tensor, bias: Any) -> Forward:
 
 
 def round_up(rows: int) -> int:
-    """The next of few numbers of rows, 1/16 more at most, or 7: oneDNN compiles, and keeps, code for each."""
+    """``rows`` rounded up, by 1/16 or 7 at most: oneDNN compiles and keeps code for each number of rows."""
     step = max(8, 1 << max(0, rows.bit_length() - 5))
     return -(-rows // step) * step
 
@@ -196,6 +194,6 @@ if _COUNTED is not None and _COUNTED not in flop_registry:
 
     @register_flop_formula(_COUNTED)
     def _operations(inputs: Any, weight: Any, *_args: Any, **_kwargs: Any) -> int:
-        """Operations of one product, for PyTorch's counter, which does not know this one."""
+        """FLOPs of one product, for PyTorch's counter, which does not know this operator."""
         found: int = 2 * math.prod(inputs[:-1]) * math.prod(weight)
         return found

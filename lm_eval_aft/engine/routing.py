@@ -1,4 +1,4 @@
-"""Which vector of a library each request of an evaluation gets, and a record of it."""
+"""What steers a model: one vector, or a router that picks one of a library's for each request."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
+from torch import nn
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json
 from lm_eval_aft.library.entry import ModelIdentity, misfits
 from lm_eval_aft.library.routers import ROUTERS, Router, make_router, question_of
 from lm_eval_aft.library.store import Library
+from lm_eval_aft.steering.backbone import Backbone, find_backbone
+from lm_eval_aft.steering.fingerprint import fingerprint
+from lm_eval_aft.steering.hooks import RowSteering, SteeringHandle, attach, check_fits, layer_shifts
+from lm_eval_aft.steering.intervention import Passes
 from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 from lm_eval_aft.steering.vector_file import FILE_NAME, read_header
 
 logger = logging.getLogger(__name__)
-# What the record calls requests that no vector steers.
+# In the record: requests that no vector steers.
 NONE = "none"
 
 
@@ -34,7 +39,7 @@ class Routing:
         library: folder of the library.
         vectors: library name -> vector; their places, counted from 1, are the row states of
             `lm_eval_aft.steering.hooks.RowSteering`, and 0 is no steering.
-        left_out: vectors of the library that are damaged or do not fit the model, with the reason.
+        left_out: vectors of the library that are damaged or do not fit the model, with the reasons.
     """
 
     spec: str
@@ -99,8 +104,8 @@ class Routing:
     def states(self, requests: Sequence[Instance]) -> list[int]:
         """Each request's row state: the place of its vector among ``vectors``, or 0.
 
-        A document's first request decides for all of them: options that stand in the prompt itself,
-        or are scored without it, are compared under one vector.
+        A document's first request decides for all of its requests, so that its options are compared under
+        one vector, even where they are part of the prompt or are scored without it.
         """
         places = {None: 0} | {name: place for place, name in enumerate(self.vectors, 1)}
         decided: dict[tuple[Any, ...], int] = {}
@@ -127,9 +132,9 @@ class Routing:
         vectors = {name: vector.digest() for name, vector in self.vectors.items()}
         found: dict[str, Any] = {"router": self.digest(), "vectors": vectors}
         if self.router.by_request:
-            # Two tasks may ask the same, and lm-eval's cache is not told the task; and of a document
-            # answered in part it hands on the rest, whose first request may name another vector: no other
-            # run's answers will do.
+            # Two tasks may ask the same, and lm-eval's cache does not know the task; and of a document
+            # answered in part it hands on the rest, whose first request may get another vector: another
+            # run's answers cannot be used.
             found["run"] = uuid.uuid4().hex
         return found
 
@@ -168,3 +173,92 @@ def whole_spec(spec: str) -> str:
         f"There is no router {spec!r}, and no keyword table at that path.",
         f"Use one of: {', '.join(ROUTERS)}, with a table as in keyword:TABLE.yaml, or constant:NAME.",
     )
+
+
+class ActiveSteering:
+    """What steers a model now: one vector, a router over several, or (at first) nothing.
+
+    Attributes:
+        vector: the active vector, with the coefficient and positions it is applied with.
+        routing: what picks the vectors, if a router does.
+        rows: the router's vectors, attached to the model.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, blocks: str | None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.blocks = blocks
+        self.vector: SteeringVector | None = None
+        self.routing: Routing | None = None
+        self.rows: RowSteering | None = None
+        self._handle = SteeringHandle([])
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model's decoder blocks."""
+        return find_backbone(self.model, self.blocks)
+
+    @property
+    def masked(self) -> bool:
+        """Whether any active vector steers only some of the tokens."""
+        return any(vector.positions != "all" and vector.coefficient for vector in self._vectors())
+
+    @property
+    def kinds(self) -> frozenset[tuple[str, str]]:
+        """Method and positions of every active vector."""
+        return frozenset((vector.method, vector.positions) for vector in self._vectors())
+
+    @property
+    def state(self) -> int:
+        """Which of a router's vectors steers the rows at hand, counted from 1; 0 without a router."""
+        return 0 if self.rows is None else self.rows.state
+
+    def vector_in(self, state: int) -> SteeringVector | None:
+        """The vector that steers rows in a state; without a router, the active vector."""
+        if self.routing is None:
+            return self.vector
+        return list(self.routing.vectors.values())[state - 1] if state else None
+
+    def _vectors(self) -> Sequence[SteeringVector]:
+        if self.routing is not None:
+            return list(self.routing.vectors.values())
+        return [] if self.vector is None else [self.vector]
+
+    def clear(self) -> None:
+        """Make this the baseline."""
+        self._handle.remove()
+        if self.rows is not None:
+            self.rows.remove()
+        self.vector = self.routing = self.rows = None
+
+    def use(
+        self, vector: SteeringVector, coefficient: float | None, positions: str | None, allow_mismatch: bool
+    ) -> None:
+        """Attach one vector, with the coefficient and positions given or its own."""
+        self.clear()
+        vector = vector.adjusted(coefficient, positions)
+        self._handle = attach(
+            self.model, vector, tokenizer=self.tokenizer, allow_mismatch=allow_mismatch, blocks=self.blocks
+        )
+        self.vector = vector
+
+    def follow(self, routing: Routing) -> None:
+        """Attach a router's vectors, each for the rows of the documents it is picked for."""
+        self.clear()
+        backbone = self.backbone
+        for vector in routing.vectors.values():
+            check_fits(vector, backbone)
+        routing.forget()
+        vectors = routing.vectors.values()
+        some = any(vector.positions != "all" for vector in vectors)
+        passes = Passes.of(self.model, backbone.name) if some else None
+        self.rows = RowSteering(backbone, [layer_shifts(vector, passes=passes) for vector in vectors])
+        self._handle = SteeringHandle([] if passes is None else [passes])
+        self.routing = routing
+
+    def open_routing(self, spec: str, library: Library, name: str, allow_mismatch: bool) -> Routing:
+        """A router over those vectors of a library that fit the model, which messages call ``name``."""
+        backbone = self.backbone
+        sketch = fingerprint(self.model, self.tokenizer)
+        identity = ModelIdentity(name, backbone.hidden_size, len(backbone.blocks), sketch, weights=True)
+        return Routing.open(spec, library, identity, allow_mismatch=allow_mismatch)

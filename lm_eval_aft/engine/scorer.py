@@ -1,11 +1,10 @@
-"""Scores questions: every context is read once, for the model as it stands and for further vectors."""
+"""Scores packed rows: every context is read once, for the model as it is and for further vectors."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,33 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from lm_eval_aft.engine.batching import capture, logits_at, resumed
-from lm_eval_aft.engine.kv_cache import Budget, RowCache, Rows, StopForward
+from lm_eval_aft.engine.kv_cache import Budget, RowCache, StopForward
 from lm_eval_aft.engine.precision import ReorderedWeights, round_up
-from lm_eval_aft.engine.requests import Answer, Option, Question, Request
+from lm_eval_aft.engine.rows import Answer, PackedRow, Step, packed_row, step_over, unpacked, within_budget
 from lm_eval_aft.steering.backbone import Backbone, cache_argument
 from lm_eval_aft.steering.hooks import RowSteering, add_all
-from lm_eval_aft.steering.intervention import CONTEXT, PADDING, Shift, roles, row_roles
+from lm_eval_aft.steering.intervention import Shift, roles
 
 logger = logging.getLogger(__name__)
 # What a vector adds, by layer; see `lm_eval_aft.steering.hooks.layer_shifts`.
 Shifts = Mapping[int, Shift]
 Answers = dict[int, Answer]
 T = TypeVar("T")
+ROWS_REPORTED = 256  # rows of whole sequences after which their answers are handed on
 
 
 class Scorer:
     """Log-likelihoods of a model, and of the same model under each of ``vectors``.
 
-    Below a vector's lowest layer nothing depends on it, so its passes start there, from what the
-    first pass left (`lm_eval_aft.engine.batching.resumed`); tokens, masks and batches are shared too.
+    Nothing below a vector's lowest layer depends on it, so its passes start there, from the first pass's
+    hidden states (`lm_eval_aft.engine.batching.resumed`); tokens, masks and batches are shared too.
 
     Args:
         model: a causal LM, possibly with a vector attached; that state is the first one scored.
-        dtype: what masks are made in: the activations' dtype.
         softmax_dtype: as in `HFLM`.
         autocast: dtype of mixed precision, or None.
         vectors: further states to score, as shifts by layer; the model must then be the baseline.
-        rows: where rows of one pass are steered differently: what does it.
+        rows: a router's vectors, each on the rows of the documents it was picked for.
     """
 
     def __init__(
@@ -70,10 +69,12 @@ class Scorer:
         self._slots: list[RowCache | None] = [None] * 2
         self._reorders = autocast is None
         self._weights: ReorderedWeights | None = None
+        # By path: whether it gives the right answers, and on rows of up to how many tokens.
+        self._tried: dict[str, tuple[bool, int]] = {}
 
     @contextmanager
     def prepared(self, fast: bool = True) -> Iterator[None]:
-        """Inside the block passes multiply with reordered weights, where the model has such; or do not."""
+        """Inside the block passes use reordered weights where possible; with ``fast`` false they do not."""
         before = self._weights, self.budget
         self._weights = ReorderedWeights(self.model) if fast and self._reorders else None
         if self._weights:
@@ -87,71 +88,96 @@ class Scorer:
 
     @property
     def reordered(self) -> bool:
-        """Whether passes multiply with reordered weights now."""
+        """Whether passes use reordered weights now."""
         return bool(self._weights)
 
-    def unless_reordered(self, differs: Callable[[], str]) -> str:
-        """Why passes differ from stock: ``""`` where only reordered weights do, which are then given up."""
-        reason = differs()
-        if reason and self._weights:
-            with self.prepared(fast=False):
-                differs_without_reordering = bool(differs())
-            if not differs_without_reordering:
-                logger.warning("Weights are used in the order of the checkpoint: %s.", reason)
-                self._reorders, self._weights, reason = False, None, ""
-        return reason
+    @contextmanager
+    def along(self, vectors: Sequence[Shifts]) -> Iterator[None]:
+        """Inside the block these vectors are scored too."""
+        before, self.vectors = self.vectors, list(vectors)
+        try:
+            yield
+        finally:
+            self.vectors = before
 
-    def packed(self, questions: Sequence[Question], prefix: int = 0) -> Iterator[list[Answers]]:
-        """Answers of every state, group by group of questions, each context in one pass of its own.
+    def holds(
+        self, path: str, longest: int, run: Callable[[], T], differs: Callable[[T], str], otherwise: str
+    ) -> bool:
+        """Whether a path gives the right answers: tried on first use, and again on longer rows.
+
+        Where answers differ with reordered weights only, these are no longer used.
+
+        Args:
+            longest: tokens of the longest row at hand.
+            run: computes some answers on that path.
+            differs: says how they differ from the right ones; ``""`` where they agree.
+            otherwise: begins the log's warning; the reason follows.
+        """
+
+        def reason() -> str:
+            try:
+                found = run()
+            except Exception as error:  # whatever a model's own code makes of such a pass
+                return f"the model refuses it ({type(error).__name__}: {str(error)[:200]})"
+            return differs(found)
+
+        held, before = self._tried.get(path, (True, -1))
+        if held and longest > before:
+            why = reason()
+            if why and self._weights:
+                with self.prepared(fast=False):
+                    differs_without_reordering = bool(reason())
+                if not differs_without_reordering:
+                    logger.warning("Weights are used in the order of the checkpoint: %s.", why)
+                    self._reorders, self._weights, why = False, None, ""
+            if why:
+                logger.warning("%s: %s.", otherwise, why)
+            self._tried[path] = not why, longest
+        return self._tried[path][0]
+
+    def packed(self, rows: Sequence[PackedRow], prefix: int = 0) -> Iterator[list[Answers]]:
+        """Answers of every state, group by group of rows, each context in one pass of its own.
 
         ``prefix`` says how many tokens all contexts begin with in common; they are read once.
         """
-        order = sorted(questions, key=lambda question: (-len(question.context), -len(question.tokens)))
-        heads = self.prefixes(order[0].context[:prefix], order[0].state) if prefix else []
+        order = sorted(rows, key=lambda row: (-row.cached, -row.read_last))
+        heads = self.prefixes(order[0].tokens[:prefix], order[0].state) if prefix else []
         while order:
             group = self.take(order)
             order = order[len(group) :]
             yield self.retrying(partial(self._group, group, prefix, heads))
         self.release()
 
-    def plain(
-        self, requests: Sequence[tuple[int, Request]], states: Sequence[int] = ()
-    ) -> Iterator[list[Answers]]:
-        """Answers of every state, pass by pass over whole sequences: only the head is saved.
+    def plain(self, rows: Sequence[PackedRow]) -> Iterator[list[Answers]]:
+        """Answers of every state from whole sequences, as stock `hf` reads them: only the head is saved."""
+        order = sorted(unpacked(rows), key=lambda row: -row.width)
+        for first in range(0, len(order), ROWS_REPORTED):
+            yield self.retrying(partial(self._plain, order[first : first + ROWS_REPORTED]))
 
-        ``states`` gives each request's row state by its index; default all 0.
-        """
-        order = sorted(requests, key=lambda item: -len(item[1][1]) - len(item[1][2]))
-        many = 256
-        for first in range(0, len(order), many):
-            yield self.retrying(partial(self._plain, order[first : first + many], states))
-
-    def _plain(self, requests: Sequence[tuple[int, Request]], states: Sequence[int]) -> list[Answers]:
+    def _plain(self, rows: Sequence[PackedRow]) -> list[Answers]:
         found: list[Answers] = [{} for _ in range(1 + len(self.vectors))]
-        for step in plain_steps(requests, self.budget.tokens, self.device, states):
+        for chosen in within_budget(rows, lambda row: (1, row.width), self.budget.tokens):
+            step = step_over(chosen, self.device)
             parts = self._run([step], [None, None], range(len(self.vectors)))
             for mine, more in zip(found, parts, strict=True):
                 mine.update(more)
         return found
 
-    def take(self, order: Sequence[Question], more: int = 0) -> list[Question]:
-        """The first of ``order`` that go together: keys and values must fit, with ``more`` columns."""
-        columns = len(order[0].context)
+    def take(self, order: Sequence[PackedRow], more: int = 0) -> list[PackedRow]:
+        """The first of ``order`` that fit into the cache together, with ``more`` columns each."""
+        columns = order[0].cached
         limit = self.budget.cache // self.bytes_per_token()
-        group: list[Question] = []
         widest = scored = 0
-        for question in order:
-            widest = max(widest, len(question.tokens))
-            scored += len(question.tokens)
-            if group and (
-                (len(group) + 1) * (columns + widest + more) > limit or scored > 8 * self.budget.scored
-            ):
-                break
-            group.append(question)
-        return group
+        for taken, row in enumerate(order):
+            widest = max(widest, row.read_last)
+            scored += row.read_last
+            cells = (taken + 1) * (columns + widest + more)
+            if taken and (cells > limit or scored > 8 * self.budget.scored):
+                return list(order[:taken])
+        return list(order)
 
     def parameters(self) -> int:
-        """Numbers that a token is multiplied with: all but a table of embeddings of their own."""
+        """Parameters used in products: all but input embeddings that are not tied to the head."""
         model: Any = self.model
         looked_up, head = (
             getattr(table, "weight", None)
@@ -171,20 +197,20 @@ class Scorer:
 
     def prefixes(self, tokens: Sequence[int], state: int = 0) -> list[Any]:
         """Keys and values of a common prefix, for the model with rows in ``state`` and each vector."""
-        inputs = {"input_ids": torch.tensor([tokens], device=self.device)}
-        step = Step(inputs, slice(0, 1), states=[state], roles=torch.full((1, len(tokens)), CONTEXT))
+        step = step_over([packed_row(tokens, state=state)], self.device)
+        step.at = slice(0, 1)
         base = RowCache(1, len(tokens))
         self._run([step], [base, None], chosen=[])
         found = [base.prefix(len(tokens))]
         for i in range(len(self.vectors)):
             mine = RowCache(1, len(tokens))
-            # The baseline's pass is made once more for each vector: prefixes are few.
+            # This repeats the baseline's pass for each vector: prefixes are few.
             self._run([step], [base, mine], chosen=[i])
             found.append(mine.prefix(len(tokens)))
         return found
 
     def slots(self, rows: int, columns: int, which: int = 0) -> RowCache:
-        """Keys and values of so many rows and columns, in the memory of those before where it is enough."""
+        """A cache of so many rows and columns, reusing the last one's memory where that is large enough."""
         have = self._slots[which]
         if have is None or not have.lay_out(rows, columns):
             have = self._slots[which] = RowCache(rows, columns)
@@ -194,11 +220,11 @@ class Scorer:
         """Free the memory of keys and values."""
         self._slots = [None] * 2
 
-    def _group(self, group: Sequence[Question], prefix: int, heads: Sequence[Any]) -> list[Answers]:
-        columns = max(len(question.context) for question in group)
-        widest = max(len(question.tokens) for question in group)
+    def _group(self, group: Sequence[PackedRow], prefix: int, heads: Sequence[Any]) -> list[Answers]:
+        columns = max(row.cached for row in group)
+        widest = max(row.read_last for row in group)
         # Wide trees first, so that rows of one pass are about as wide as each other.
-        rows = sorted(group, key=lambda question: -len(question.tokens))
+        rows = sorted(group, key=lambda row: -row.read_last)
         steps = [
             *context_steps(rows, prefix, self.budget.tokens, self.device),
             *tree_steps(rows, columns, self.budget.scored, self.device, self.dtype),
@@ -214,7 +240,7 @@ class Scorer:
         chosen: Sequence[int],
         heads: Sequence[Any] = (),
     ) -> list[Answers]:
-        """Make the passes for the model as it is, then resumed for each of the ``chosen`` vectors."""
+        """Run the passes for the model as it is, then resumed for each of the ``chosen`` vectors."""
         base, other = slots
         if heads and base is not None:
             base.load(heads[0])
@@ -247,10 +273,10 @@ class Scorer:
         return answers(step, logits, self.softmax_dtype) if logits is not None and step.scored else {}
 
     def logits(self, step: Step, slots: RowCache | None) -> Tensor | None:
-        """One pass: logits (R, vocabulary) at its scored positions; None where it could end early."""
+        """One pass: logits (R, vocabulary) at its scored positions; None where it ended early."""
         inputs: dict[str, Any] = {**step.inputs, "use_cache": False}
         if slots is not None and step.at is not None:
-            # A context's logits are not wanted, nor what its last block makes of its keys and values.
+            # A context's logits are not needed, nor anything after its last block's keys and values.
             stop = len(self.backbone.blocks) - 1 if self._may_stop and not step.scored else None
             if step.contexts and isinstance(step.at, slice) and isinstance(step.start, int):
                 slots.hide(step.at.start, step.contexts, step.start)
@@ -285,159 +311,45 @@ class Scorer:
             logger.warning("Out of memory: scoring goes on with %d tokens a pass.", self.budget.tokens)
 
 
-# What one pass through the model reads, and which answers its logits give.
+# The passes of scoring, and the answers their logits give.
 
-# Rows of logits whose log-softmax is taken at once: on a CPU few enough to stay in its cache.
+# Rows of logits per log-softmax: on a CPU few enough to stay in its cache.
 SOFTMAX_ROWS = {"cpu": 64}
 DEFAULT_SOFTMAX_ROWS = 1024
 
 
-@dataclass
-class Step:
-    """One pass.
-
-    Attributes:
-        inputs: keyword arguments of the model, ``input_ids`` (rows, tokens) among them.
-        at: the slots' rows that it fills; None without slots.
-        start: the slots' first column that it fills, or (rows, tokens) each row's columns.
-        scored: (R,) flat positions in rows x tokens whose logits are needed; none for contexts.
-        options: (option, its places in ``scored``) that the logits answer.
-        states: which vector steers each row; see `lm_eval_aft.steering.hooks.RowSteering`.
-        roles: (rows, tokens) what each token is; see `lm_eval_aft.steering.intervention`.
-        contexts: of a pass over options, how many of the slots' columns each row's context fills.
-    """
-
-    inputs: dict[str, Tensor]
-    at: Rows | None = None
-    start: int | Tensor = 0
-    scored: list[int] = field(default_factory=list)
-    options: list[tuple[Option, list[int]]] = field(default_factory=list)
-    states: list[int] = field(default_factory=list)
-    roles: Tensor | None = None
-    contexts: list[int] = field(default_factory=list)
-
-
 def context_steps(
-    questions: Sequence[Question], prefix: int, budget: int, device: torch.device, columns: int = 0
+    rows: Sequence[PackedRow], prefix: int, budget: int, device: torch.device, columns: int = 0
 ) -> Iterator[Step]:
     """Passes over the contexts after their first ``prefix`` tokens: causal, padded on the right.
 
-    With ``columns``, how many there are to fill, a row by itself is padded as far as reordered weights
-    would have it padded at every product.
+    With ``columns`` (how many the cache has), a single row is padded once to the length that reordered
+    weights would otherwise pad it to at every product.
     """
-    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].context))
-    order = [i for i in order if len(questions[i].context) > prefix]
-    while order:
-        width = len(questions[order[0]].context) - prefix
-        rows, order = order[: max(1, budget // width)], order[max(1, budget // width) :]
-        if columns and len(rows) == 1:
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].cached)
+    order = [i for i in order if rows[i].cached > prefix]
+    for chosen in within_budget(order, lambda i: (1, rows[i].cached - prefix), budget):
+        width = rows[chosen[0]].cached - prefix
+        if columns and len(chosen) == 1:
             width = max(width, min(round_up(width), columns - prefix))
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        kinds = np.full((len(rows), width), PADDING)
-        for r, i in enumerate(rows):
-            own = questions[i].context[prefix:]
-            ids[r, : len(own)] = own
-            kinds[r, : len(own)] = CONTEXT
-        follow = rows == list(range(rows[0], rows[0] + len(rows)))
-        at = slice(rows[0], rows[0] + len(rows)) if follow else torch.tensor(rows, device=device)
-        states = [questions[i].state for i in rows]
-        inputs = {"input_ids": torch.from_numpy(ids).to(device)}
-        yield Step(inputs, at, prefix, states=states, roles=torch.from_numpy(kinds).to(device))
+        parts = [packed_row(rows[i].tokens[prefix : rows[i].cached], state=rows[i].state) for i in chosen]
+        step = step_over(parts, device, width=width)
+        follow = chosen == list(range(chosen[0], chosen[0] + len(chosen)))
+        step.at = slice(chosen[0], chosen[-1] + 1) if follow else torch.tensor(chosen, device=device)
+        step.start = prefix
+        yield step
 
 
 def tree_steps(
-    questions: Sequence[Question], columns: int, budget: int, device: torch.device, dtype: torch.dtype
+    rows: Sequence[PackedRow], columns: int, budget: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Step]:
     """Passes over the options, under a tree mask, behind ``columns`` columns of contexts."""
     first = 0
-    while first < len(questions):
-        last = first + 1
-        width = len(questions[first].tokens)
-        while last < len(questions):
-            wider = max(width, len(questions[last].tokens))
-            if (last + 1 - first) * wider > budget:
-                break
-            width, last = wider, last + 1
-        yield _tree_step(questions[first:last], first, columns, width, device, dtype)
-        first = last
-
-
-def _tree_step(
-    questions: Sequence[Question],
-    first: int,
-    columns: int,
-    width: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Step:
-    rows = len(questions)
-    ids = np.zeros((rows, width), dtype=np.int64)
-    positions = np.zeros((rows, width), dtype=np.int64)
-    kinds = np.full((rows, width), PADDING)
-    visible = np.zeros((rows, width, columns + width), dtype=bool)
-    # Padding sees itself, so that no row of the softmax is empty.
-    visible[:, np.arange(width), columns + np.arange(width)] = True
-    scored: list[int] = []
-    options = []
-    for r, question in enumerate(questions):
-        n = len(question.tokens)
-        ids[r, :n] = question.tokens
-        positions[r, :n] = np.asarray(question.depths()) + len(question.context)
-        kinds[r, :n] = row_roles(1, n - 1)
-        tree = visible[r, :, columns:]
-        for node in range(1, n):
-            tree[node] |= tree[question.parents[node]]
-        visible[r, :n, : len(question.context)] = True
-        places = {
-            node: len(scored) + k
-            for k, node in enumerate(sorted({node for option in question.options for node in option.nodes}))
-        }
-        scored += [r * width + node for node in places]
-        options += [(option, [places[node] for node in option.nodes]) for option in question.options]
-    mask = torch.zeros(visible.shape, dtype=dtype)
-    mask.masked_fill_(torch.from_numpy(~visible), torch.finfo(dtype).min)
-    inputs = {
-        "input_ids": torch.from_numpy(ids).to(device),
-        "attention_mask": mask.unsqueeze(1).to(device),
-        "position_ids": torch.from_numpy(positions).to(device),
-    }
-    states = [question.state for question in questions]
-    known = torch.from_numpy(kinds).to(device)
-    contexts = [len(question.context) for question in questions]
-    return Step(inputs, slice(first, first + rows), columns, scored, options, states, known, contexts)
-
-
-def plain_steps(
-    requests: Sequence[tuple[int, Request]], budget: int, device: torch.device, states: Sequence[int] = ()
-) -> Iterator[Step]:
-    """Passes over whole sequences, as stock `hf` makes them, a row for each distinct sequence.
-
-    ``states`` gives each request's state by its index; default all 0.
-    """
-    # The context's length counts: it says which tokens are steered as a prompt's.
-    wanted: dict[tuple[int, int, tuple[int, ...]], list[Option]] = {}
-    for index, (_, head, tail) in requests:
-        option = Option(index, tuple(range(len(tail))), tuple(tail))
-        key = (states[index] if states else 0, len(head), (*head, *tail[:-1]))
-        wanted.setdefault(key, []).append(option)
-    rows = sorted(wanted, key=lambda row: -len(row[2]))
-    while rows:
-        width = len(rows[0][2])
-        chunk, rows = rows[: max(1, budget // width)], rows[max(1, budget // width) :]
-        ids = np.zeros((len(chunk), width), dtype=np.int64)
-        kinds = np.full((len(chunk), width), PADDING)
-        scored: list[int] = []
-        options = []
-        for r, (state, context, row) in enumerate(chunk):
-            ids[r, : len(row)] = row
-            kinds[r] = row_roles(context, len(row) - context, width)
-            options += [
-                (option, [len(scored) + k for k in option.nodes]) for option in wanted[state, context, row]
-            ]
-            scored += range(r * width + context - 1, r * width + len(row))
-        inputs = {"input_ids": torch.from_numpy(ids).to(device)}
-        of_rows = [state for state, _, _ in chunk]
-        yield Step(inputs, None, 0, scored, options, of_rows, torch.from_numpy(kinds).to(device))
+    for chosen in within_budget(rows, lambda row: (1, row.read_last), budget):
+        step = step_over(chosen, device, dtype, columns=columns)
+        step.at = slice(first, first + len(chosen))
+        first += len(chosen)
+        yield step
 
 
 def answers(step: Step, logits: Tensor, softmax_dtype: Any) -> dict[int, Answer]:
@@ -463,7 +375,7 @@ def answers(step: Step, logits: Tensor, softmax_dtype: Any) -> dict[int, Answer]
         rows = place[a:b] - start
         chosen = logprobs[rows, target[a:b]]
         best = chosen == logprobs.amax(-1)[rows]
-        # Where values tie, stock takes the index that argmax names; argmax is slow, and seldom needed.
+        # In a tie stock takes the index that argmax gives; argmax is slow, and rarely needed.
         tied = best.nonzero()[:, 0]
         best[tied] = logprobs[rows[tied]].argmax(-1) == target[a:b][tied]
         values.append(chosen)

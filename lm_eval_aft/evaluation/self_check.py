@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.engine.batching import capture
 from lm_eval_aft.engine.compatibility import refused
+from lm_eval_aft.engine.naive import Naive
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.hooks import attach, hidden_states
@@ -129,6 +130,14 @@ class _Subject:
         self.lm = AFTLM(model, tokenizer=self.tokenizer, device=device, batch_size=1)
         self.backbone = find_backbone(model)
         self.vector = self._long_vector()
+        self._naively: SteeringVector | None = None
+        self.naive = Naive(
+            model,
+            self.backbone,
+            lambda _: self._naively,
+            device=torch.device(device),
+            window=SIZES["max_position_embeddings"],
+        )
         self._expected: dict[str, list[float]] = {}
 
     def _long_vector(self) -> Tensor:
@@ -170,21 +179,15 @@ class _Subject:
 
     def _wanted(self, pairs: Sequence[tuple[str, str]], positions: str) -> list[float]:
         if positions not in self._expected:
-            self.lm.steer(None)
+            self._steer_naively(positions)
             self._expected[positions] = [
-                log_likelihood(
-                    self.model,
-                    self.backbone.blocks[LAYER],
-                    self._ids(context),
-                    self._ids(tail),
-                    *self._how(positions),
-                )
-                for context, tail in pairs
+                self.naive.answer((None, self._ids(context), self._ids(tail)))[0] for context, tail in pairs
             ]
         return self._expected[positions]
 
-    def _how(self, positions: str) -> tuple[Tensor | None, str]:
-        return (self.vector, positions) if positions else (None, "all")
+    def _steer_naively(self, positions: str) -> None:
+        self.lm.steer(None)
+        self._naively = self._steering(positions) if positions else None
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -247,9 +250,20 @@ class _Subject:
     # Texts
 
     def _plain(self, prompt: str, positions: str) -> tuple[list[int], list[float]]:
-        self.lm.steer(None)
-        block = self.backbone.blocks[LAYER]
-        return greedy(self.model, block, self._ids(prompt), TOKENS, *self._how(positions))
+        """The greedy continuation, up to `TOKENS` tokens or the end of the text, and each token's lead.
+
+        The lead is how far the token's logit lies above the next one's.
+        """
+        self._steer_naively(positions)
+        prompt_ids = self._ids(prompt)
+        tokens: list[int] = []
+        leads: list[float] = []
+        while len(tokens) < TOKENS and tokens[-1:] != [self.model.config.eos_token_id]:
+            last = self.naive.logits([*prompt_ids, *tokens], len(prompt_ids))[-1]
+            first, second = last.topk(2).values.tolist()
+            tokens.append(int(last.argmax()))
+            leads.append(first - second)
+        return tokens, leads
 
     def _written(self, prompts: Sequence[str]) -> list[str]:
         settings = {"until": ["<never>"], "max_gen_toks": TOKENS, "do_sample": False}
@@ -413,73 +427,3 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token="<eos>", bos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
-
-
-# The plain way, slow and obviously right: whole passes without a cache, a row at a time.
-#
-# Shares nothing with what it judges but the model and the place of its blocks.
-
-# Which tokens are steered, by the place of a token and the number of the prompt's tokens.
-STEERED: dict[str, Callable[[int, int], bool]] = {
-    "all": lambda place, prompt: True,
-    "prompt": lambda place, prompt: place < prompt,
-    "last": lambda place, prompt: place == prompt - 1,
-    "generated": lambda place, prompt: place >= prompt,
-}
-
-
-@contextmanager
-def _added(block: Any, vector: Tensor | None, places: Sequence[bool]) -> Iterator[None]:
-    """Add ``vector`` to what ``block`` returns at the places that are true, in passes over one row."""
-    if vector is None:
-        yield
-        return
-    delta = torch.tensor(places, dtype=vector.dtype)[:, None] * vector
-
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple | list):
-            return type(output)([output[0] + delta.to(output[0]), *output[1:]])
-        return output + delta.to(output)
-
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def logits(
-    model: Any, block: Any, ids: Sequence[int], prompt: int, vector: Tensor | None, positions: str
-) -> Tensor:
-    """Logits (tokens, vocabulary) of one row whose first ``prompt`` tokens are the prompt."""
-    places = [STEERED[positions](place, prompt) for place in range(len(ids))]
-    with _added(block, vector, places):
-        row: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
-    return row.float().cpu()
-
-
-def log_likelihood(
-    model: Any, block: Any, context: Sequence[int], tail: Sequence[int], vector: Tensor | None, positions: str
-) -> float:
-    """Log-likelihood (nats) of ``tail`` after ``context``."""
-    row = logits(model, block, [*context, *tail[:-1]], len(context), vector, positions)
-    chosen = row.log_softmax(-1)[len(context) - 1 :]
-    return float(chosen[torch.arange(len(tail)), torch.tensor(tail)].sum())
-
-
-def greedy(
-    model: Any, block: Any, prompt: Sequence[int], most: int, vector: Tensor | None, positions: str
-) -> tuple[list[int], list[float]]:
-    """The greedy continuation, up to ``most`` tokens or the end of the text, and each token's lead.
-
-    The lead is how far the token's logit lies above the next one's.
-    """
-    tokens: list[int] = []
-    leads: list[float] = []
-    while len(tokens) < most and not (tokens and tokens[-1] == model.config.eos_token_id):
-        last = logits(model, block, [*prompt, *tokens], len(prompt), vector, positions)[-1]
-        first, second = last.topk(2).values.tolist()
-        tokens.append(int(last.argmax()))
-        leads.append(first - second)
-    return tokens, leads

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lm_eval_aft.engine.generation import prompt
-from lm_eval_aft.engine.scorer import Step, context_steps
+from lm_eval_aft.engine.rows import Step
+from lm_eval_aft.engine.scorer import context_steps
 from lm_eval_aft.steering.intervention import PADDING
 
 CPU = torch.device("cpu")

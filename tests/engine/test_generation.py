@@ -16,7 +16,8 @@ from lm_eval_aft import SteeringVector
 from lm_eval_aft.engine import generation
 from lm_eval_aft.engine.generation import DecodingRow, Followers, Width, Words
 from lm_eval_aft.engine.kv_cache import Budget, RowCache
-from lm_eval_aft.engine.scorer import Scorer, Step
+from lm_eval_aft.engine.rows import Step
+from lm_eval_aft.engine.scorer import Scorer
 from lm_eval_aft.lm import AFTLM
 from tests.conftest import FAMILIES, WORDS, tiny_model, tiny_tokenizer
 
@@ -76,7 +77,7 @@ def test_every_family_writes_stock_texts(family: str) -> None:
 
 def ending(lm: AFTLM, contexts: list[str]) -> list[str]:
     """Words that the model writes early for some prompts, so that rows end at different times."""
-    texts = lm._stock_texts(instances(contexts, GREEDY | {"until": []}))
+    texts = lm.stock_texts(instances(contexts, GREEDY | {"until": []}))
     return [text.split()[k] for text, k in zip(texts, (0, 1, 2, 3), strict=False) if len(text.split()) > k]
 
 
@@ -89,7 +90,7 @@ def test_rows_end_by_themselves(most: int, monkeypatch: pytest.MonkeyPatch) -> N
     fast, slow = both(lm, contexts, kwargs)
     assert fast == slow
     assert len({len(text) for text in slow}) > 1
-    written = lm.tok_encode(lm._stock_texts(instances(contexts[:1], GREEDY))[0])
+    written = lm.tok_encode(lm.stock_texts(instances(contexts[:1], GREEDY))[0])
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [0, written[-1]])
     fast, slow = both(lm, contexts)
     assert fast == slow

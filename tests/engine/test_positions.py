@@ -437,22 +437,20 @@ def test_a_fast_way_that_steers_other_tokens_is_not_used(
 def test_scoring_that_steers_other_tokens_is_not_used(
     fast: bool, checkpoint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm_eval_aft.engine import fallback, scorer
+    from lm_eval_aft.engine import rows, stock
 
     vector = vector_for("static", "last")
     right = AFTLM(checkpoint("llama"), vector=vector, fast=fast).loglikelihood(
         scoring_requests(), disable_tqdm=True
     )
-    monkeypatch.setattr(fallback, "row_roles", lambda context, tail, *_: [1] * context + [2] * tail)
+    monkeypatch.setattr(stock, "row_roles", lambda context, tail, *_: [1] * context + [2] * tail)
     if fast:
         lm = AFTLM(checkpoint("llama"), vector=vector)
         found = lm.loglikelihood(scoring_requests(), disable_tqdm=True)
         assert [a for a, _ in found] == pytest.approx([a for a, _ in right], abs=1e-4)
-        monkeypatch.setattr(scorer, "row_roles", fallback.row_roles)
-        monkeypatch.setattr(scorer, "CONTEXT", 0)
-        return
+        monkeypatch.setattr(rows, "LAST", rows.CONTEXT)  # now no way is right
     with pytest.raises(AFTError, match="Stock scoring would not steer"):
-        AFTLM(checkpoint("llama"), vector=vector, fast=False).loglikelihood(
+        AFTLM(checkpoint("llama"), vector=vector, fast=fast).loglikelihood(
             scoring_requests(), disable_tqdm=True
         )
 

@@ -14,10 +14,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-import lm_eval_aft.engine.fallback as stock_module
+import lm_eval_aft.engine.stock as stock_module
 import lm_eval_aft.lm as lm_module
 from lm_eval_aft import SteeringVector, evaluate_pair
-from lm_eval_aft.engine.requests import gather, with_common_prefixes
+from lm_eval_aft.engine.rows import gather, with_common_prefixes
 from lm_eval_aft.lm import AFTLM
 from tests.conftest import FAMILIES, WORDS, tiny_model, tiny_tokenizer
 
@@ -202,7 +202,7 @@ def test_greedy_is_what_stock_says() -> None:
         asked += [
             (None, head, tail) for tail in (written, [*written[:2], (written[2] + 1) % 64], written[:1])
         ]
-    slow = lm._stock_answers(asked)
+    slow = lm.stock_answers(asked)
     assert {greedy for _, greedy in slow} == {True, False}
     assert_same(lm._loglikelihood_tokens(asked, disable_tqdm=True), slow)
     assert path(lm).startswith("packed")
@@ -350,8 +350,9 @@ def test_requests_are_gathered_by_context() -> None:
     found = gather(enumerate(asked))
     assert [[option.index for option in question.options] for question in found] == [[0, 1], [2], [3]]
     # Both options begin with 3, which is read once; 4 and 5 are only predicted.
-    assert (found[0].context, found[0].tokens, found[0].parents) == ((1,), (2, 3), (-1, 0))
-    assert (found[0].rows, found[0].longest, found[2].rows) == (1, 4, 1)
+    assert (found[0].cached, found[0].tokens) == (1, (1, 2, 3))
+    assert [(run.start, run.after) for run in found[0].runs] == [(0, -1), (2, 1)]
+    assert (found[0].unshared, found[0].longest, found[2].unshared) == (1, 4, 1)
 
 
 def test_prefixes_are_found_by_token() -> None:

@@ -457,5 +457,5 @@ def test_passes_that_are_compared_with_are_stock_s_own(monkeypatch: pytest.Monke
     products.clear()
     paths = lm._fast()[0]
     with paths.scorer.prepared():
-        paths.stock([(None, [1, 2, 3], [4])])
+        paths.lm.stock_answers([(None, [1, 2, 3], [4])])
     assert not products

@@ -252,7 +252,7 @@ def _score(row: Row, subject: Subject, backbone: Backbone, vector: SteeringVecto
     lm, pairs = subject.lm, questions()
     stock = _stock(subject.lm)
     paths = []
-    with messages("lm_eval_aft.engine.fallback") as said:
+    with messages("lm_eval_aft.engine") as said:
         for steered in (None, vector):
             shift = None if steered is None else steered.layers[LAYER]
             with plain_hook(backbone.blocks[LAYER], shift):
@@ -277,7 +277,7 @@ def _score(row: Row, subject: Subject, backbone: Backbone, vector: SteeringVecto
 
 def _generate(row: Row, subject: Subject, backbone: Backbone, vector: SteeringVector) -> None:
     lm, asked = subject.lm, instances(prompts(), "generate_until")
-    with messages("lm_eval_aft.engine.generation") as said:
+    with messages("lm_eval_aft.engine") as said:
         for steered in (None, vector):
             shift = None if steered is None else steered.layers[LAYER]
             with plain_hook(backbone.blocks[LAYER], shift):
