@@ -27,7 +27,8 @@ from lm_eval_aft.engine.batching import Batch, Document
 from lm_eval_aft.engine.compatibility import refused
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.training.cost import COUNTED_ATTENTION, CPU_ATTENTION, Spent
-from lm_eval_aft.training.objectives import Objective, Score
+from lm_eval_aft.training.objectives import Objective
+from lm_eval_aft.training.selection import Score
 from lm_eval_aft.training.trainer import Trajectory
 
 with borrowed("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.utils._pytree.tree_leaves"):
@@ -226,7 +227,7 @@ def may_pack_blank(model: nn.Module, documents: Sequence[Document]) -> bool:
     return any(document.rows(True) < document.rows(False) for document in documents)
 
 
-class BlankObjective:
+class BlankObjective(Objective):
     """An objective that computes everything and knows nothing of the outcome."""
 
     def __init__(self, inner: Objective) -> None:
