@@ -138,6 +138,9 @@ OURS = {
     "_aft_saved": "kept on a module for one pass",
     "_proj": "the end of layers' names",
     "_version": "the end of a key in result files",
+    "_low": "the end of columns' names",
+    "_high": "the end of columns' names",
+    "_replace": "of Python's named tuples",
 }
 
 

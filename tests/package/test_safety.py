@@ -42,7 +42,7 @@ FORBIDDEN_METHODS = {
 SAFE_YAML = {"BaseLoader", "SafeLoader"}
 # The lazy names of the package itself, and the libraries whose names are checked: the module's name comes
 # from a table in that file.
-ALLOWED = {(name, "importlib.import_module") for name in ("__init__.py", "private_names.py")}
+ALLOWED = {(name, "importlib.import_module") for name in ("__init__.py", "_util/private_names.py")}
 
 
 def misdeeds(source: str, name: str) -> list[str]:
