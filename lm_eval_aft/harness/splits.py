@@ -194,8 +194,8 @@ def prompted(
     digest = hashlib.sha256("".join(key for _, _, key in chosen).encode()).hexdigest()
     if reason := NAMES[DOC_HASH].problem():
         logger.warning(
-            "lm-eval %s may hash the documents that it logs in a way that is not known here (%s): reports may "
-            "miss that this vector was chosen on a document that they contain.",
+            "lm-eval %s may hash the documents that it logs in a way that is not known here (%s): reports "
+            "may miss that this vector was chosen on a document that they contain.",
             version("lm-eval"),
             reason,
         )
