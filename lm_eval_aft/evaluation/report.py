@@ -161,7 +161,11 @@ def build_report(
         warnings=warnings(baseline, others, list(vectors.values()), rows),
         family=sum(row.family for row in rows),
         alpha=ALPHA,
-        runs=[_described(run) for run in shown],
+        runs=[
+            {"name": run.name, "kind": run.kind, "tasks": list(run.tasks)}
+            | {"vector": run.vector_path, "answer_only": run.answer_only}
+            for run in shown
+        ],
         rows=rows,
         corpus=corpus_scores(baseline, others, rows),
         groups=group_scores(baseline, others),
@@ -181,18 +185,8 @@ def build_report(
     )
 
 
-def _described(run: ScoredRun) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "kind": run.kind,
-        "tasks": list(run.tasks),
-        "vector": run.vector_path,
-        "answer_only": run.answer_only,
-    }
-
-
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest tail of each path that tells them apart."""
+    """The shortest end of each path that makes them different."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
@@ -479,21 +473,13 @@ def route_rows(
             old = [before[i].metrics[each.metric] for i in ids]
             new = [after[i].metrics[each.metric] for i in ids]
             vector = (routing.get("vectors") or {}).get(name) or {}
+            own = each.task in str(vector.get("task")).split(",")
             found.append(
-                {
-                    "run": run.name,
-                    "task": each.task,
-                    "metric": each.metric,
-                    "filter": each.filter,
-                    "route": name,
-                    "own": each.task in str(vector.get("task")).split(","),
-                    "n": len(ids),
-                    "of": len(each.doc_ids),
-                    "baseline": sum(old) / len(ids),
-                    "steered": sum(new) / len(ids),
-                    "difference": (sum(new) - sum(old)) / len(ids),
-                    "share": all(0 <= value <= 1 for value in (*old, *new)),
-                }
+                {"run": run.name, "task": each.task, "metric": each.metric, "filter": each.filter}
+                | {"route": name, "own": own, "n": len(ids), "of": len(each.doc_ids)}
+                | {"baseline": sum(old) / len(ids), "steered": sum(new) / len(ids)}
+                | {"difference": (sum(new) - sum(old)) / len(ids)}
+                | {"share": all(0 <= value <= 1 for value in (*old, *new))}
             )
     return found
 
@@ -519,16 +505,10 @@ def flipped_documents(
                 AGAIN,
             ) from error
 
-    return {
-        "run": run.name,
-        "task": comparison.task,
-        "metric": comparison.metric,
-        "filter": comparison.filter,
-        "won_count": len(comparison.wins),
-        "lost_count": len(comparison.losses),
-        "won": full(comparison.wins),
-        "lost": full(comparison.losses),
-    }
+    names = {"run": run.name, "task": comparison.task, "metric": comparison.metric}
+    counts = {"won_count": len(comparison.wins), "lost_count": len(comparison.losses)}
+    documents = {"won": full(comparison.wins), "lost": full(comparison.losses)}
+    return {**names, "filter": comparison.filter, **counts, **documents}
 
 
 def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: int) -> dict[str, Any]:
@@ -569,14 +549,8 @@ def _options(
     }  # fmt: skip
     (old, chosen_before), (new, chosen_after) = columns
     return [
-        {
-            "text": text,
-            "gold": i in gold,
-            "before": old[i],
-            "after": new[i],
-            "chosen_before": i == chosen_before,
-            "chosen_after": i == chosen_after,
-        }
+        {"text": text, "gold": i in gold, "before": old[i], "after": new[i]}
+        | {"chosen_before": i == chosen_before, "chosen_after": i == chosen_after}
         for i, text in enumerate(texts)
     ]
 
@@ -728,10 +702,10 @@ def _deviations(run: ScoredRun, task: str, shots: int) -> list[str]:
         found.append(f"{scored} documents, of how many is not logged")
     if run.answer_only:
         found.append("scored without the questions")
-    if results.get("chat_template_sha"):
-        found.append("chat template")
-    if results.get("system_instruction_sha"):
-        found.append("system instruction")
-    if results.get("config", {}).get("gen_kwargs"):
-        found.append("gen_kwargs")
+    changed = {
+        "chat template": results.get("chat_template_sha"),
+        "system instruction": results.get("system_instruction_sha"),
+        "gen_kwargs": results.get("config", {}).get("gen_kwargs"),
+    }
+    found += [name for name, value in changed.items() if value]
     return found
