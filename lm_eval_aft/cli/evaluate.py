@@ -229,4 +229,6 @@ def print_leaderboard(found: Report) -> None:
 
 def _print_banner(found: Report) -> None:
     for line in found.banner:
-        click.secho(f"FORCED COMPARISON, the runs were not asked the same: {line}", fg="red", bold=True)
+        click.secho(
+            f"FORCED COMPARISON, the runs have different questions or settings: {line}", fg="red", bold=True
+        )

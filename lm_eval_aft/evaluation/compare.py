@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
@@ -29,7 +29,7 @@ PRIMARY_METRICS = ("acc_norm", "acc", "exact_match")
 PRIMARY_FILTERS = ("strict-match", "none")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Comparison:
     """One run against the baseline on one task, filter and metric.
 
@@ -97,8 +97,8 @@ def compare_runs(baseline: ScoredRun, other: ScoredRun) -> list[Comparison]:
             ids = sorted(left.keys() & right.keys())
             for metric in left[ids[0]].metrics if ids else ():
                 if all(metric in left[i].metrics and metric in right[i].metrics for i in ids):
-                    found.append(_compare(before, after, filter_name, metric, ids))
-                    found[-1].primary = (filter_name, metric) == primary
+                    each = _compare(before, after, filter_name, metric, ids)
+                    found.append(replace(each, primary=(filter_name, metric) == primary))
     return sorted(found, key=lambda c: (c.task, not c.primary))
 
 

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scipy.special import stdtrit
+
 from lm_eval_aft import __version__
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.evaluation.compare import (
@@ -317,8 +319,6 @@ def over_seeds(rows: list[VerdictRow]) -> list[dict[str, Any]]:
     The seeds share their documents, so the interval's half width has two parts, added in quadrature: one
     over seeds (Student's t), one over documents.
     """
-    from scipy.special import stdtrit
-
     groups: dict[tuple[str, str, bool], list[VerdictRow]] = {}
     for row in rows:
         if row.primary and (match := re.fullmatch(r"(.+)-seed-\d+", row.run)):
