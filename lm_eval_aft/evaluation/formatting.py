@@ -103,9 +103,9 @@ ANSWER_ONLY_COLUMNS = (
 
 def answer_only_cells(pair: AnswerOnlyRow) -> tuple[str, ...]:
     """A vector's cells with and without the questions, in the order of ``ANSWER_ONLY_COLUMNS``."""
-    row, bare = row_cells(pair.with_question), row_cells(pair.without_question)
+    row, without = row_cells(pair.with_question), row_cells(pair.without_question)
     tested = slice(6, 8)
-    return (*row[:3], bare[3], *row[tested], row[9], bare[4], *bare[tested], bare[9])
+    return (*row[:3], without[3], *row[tested], row[9], without[4], *without[tested], without[9])
 
 
 def blocks(rows: Sequence[VerdictRow]) -> list[tuple[VerdictRow, list[tuple[VerdictRow, tuple[str, ...]]]]]:
@@ -222,7 +222,7 @@ def _environment(package: str) -> Any:
 
 
 def write_formats(texts: Mapping[str, str], folder: Path, name: str) -> list[Path]:
-    """Write ``name.SUFFIX`` for each suffix and its text; each file appears whole or not at all.
+    """Write ``name.SUFFIX`` for each suffix and its text; each file appears complete or not at all.
 
     Raises:
         AFTError: the folder cannot be written.

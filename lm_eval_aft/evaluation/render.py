@@ -200,7 +200,7 @@ def update_cards(report: Report) -> list[Path]:
         written.append(folder / "README.md")
     if not written:
         raise AFTError(
-            "No vector of these runs lies in a folder written by train-vector.",
+            "No vector of these runs is in a folder written by train-vector.",
             "Run the report where the vectors' paths are valid, on runs with their own coefficients and "
             "positions, or leave out --card.",
         )

@@ -29,7 +29,15 @@ from lm_eval_aft.evaluation.compare import (
     primary_metric,
     require_comparable,
 )
-from lm_eval_aft.evaluation.results import AGAIN, ScoredRun, TaskRun, asked_of, discover, model_args, read_run
+from lm_eval_aft.evaluation.results import (
+    AGAIN,
+    ScoredRun,
+    TaskRun,
+    discover,
+    model_args,
+    read_run,
+    request_arguments,
+)
 from lm_eval_aft.evaluation.stats import ALPHA, BETTER, NO_DIFFERENCE, WORSE, mean_stderr
 from lm_eval_aft.evaluation.vector_info import VectorInfo, read_vector_info
 
@@ -44,7 +52,7 @@ LEADERBOARD_WORDING = (
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Report:
     """Everything a report shows; `to_dict` gives values that JSON can hold.
 
@@ -255,7 +263,7 @@ def _displaced(baseline: ScoredRun, run: ScoredRun) -> Iterator[str]:
     """Primary metrics that were passed over because some documents have no finite score."""
     for task in run.tasks:
         sides = baseline.tasks[task], run.tasks[task]
-        chosen, wanted = primary_metric(*sides), primary_metric(*sides, whole=False)
+        chosen, wanted = primary_metric(*sides), primary_metric(*sides, complete=False)
         if wanted is not None and wanted != chosen:
             name, metric = wanted
             lacking = sum(
@@ -402,21 +410,21 @@ def answer_only_rows(
 
 def meaning(with_question: VerdictRow, without_question: VerdictRow) -> str:
     """One sentence on a vector's gain with the questions (by its verdict) and without (by its own p)."""
-    ordinary, bare = _direction(with_question), _direction(without_question)
-    if ordinary > 0 and bare > 0:
+    ordinary, without = _direction(with_question), _direction(without_question)
+    if ordinary > 0 and without > 0:
         share = without_question.difference / with_question.difference
         return (
             f"A gain of {min(share, 9.99):.0%} of the ordinary one survives without the question: that much "
             "may be answer-style bias."
         )
-    if ordinary > 0 and bare < 0:
+    if ordinary > 0 and without < 0:
         return "Without the question the vector loses: its gain depends on the question, not on answer style."
     if ordinary > 0:
         return (
             "Without the question no gain is detectable: within its interval, answer style does not explain "
             "the ordinary gain."
         )
-    if bare > 0:
+    if without > 0:
         return (
             "The vector favours right answers by their style alone, which gains nothing once the question "
             "is there."
@@ -514,28 +522,28 @@ def flipped_documents(
 def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: int) -> dict[str, Any]:
     first = before.document(comparison.filter, doc_id)
     second = after.document(comparison.filter, doc_id)
-    asked = asked_of(first)
-    context = str(asked[0][0]) if asked[0] else ""
+    arguments = request_arguments(first)
+    context = str(arguments[0][0]) if arguments[0] else ""
     found: dict[str, Any] = {
         "doc_id": doc_id,
         "context": context[-CONTEXT_CHARACTERS:],
         "context_cut": max(0, len(context) - CONTEXT_CHARACTERS),
         "target": str(first["target"]),
     }
-    if all(len(each) > 1 and isinstance(each[1], str) for each in asked):
+    if all(len(each) > 1 and isinstance(each[1], str) for each in arguments):
         delimiter = str(before.config.get("target_delimiter", " "))
-        return found | {"options": _options(delimiter, comparison.metric, asked, first, second)}
+        return found | {"options": _options(delimiter, comparison.metric, arguments, first, second)}
     return found | {"generations": {"before": _generation(first), "after": _generation(second)}}
 
 
 def _options(
-    delimiter: str, metric: str, asked: list[list[Any]], first: dict[str, Any], second: dict[str, Any]
+    delimiter: str, metric: str, arguments: list[list[Any]], first: dict[str, Any], second: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Each option with its log-likelihoods (nats) and whether either run chose it by this metric."""
-    texts = [str(each[1]).removeprefix(delimiter) for each in asked]
+    texts = [str(each[1]).removeprefix(delimiter) for each in arguments]
     # Tasks that score mutual information ask every option again without its context.
     half = len(texts) // 2
-    if half and texts[:half] == texts[half:] and all(each[0] != asked[0][0] for each in asked[half:]):
+    if half and texts[:half] == texts[half:] and all(each[0] != arguments[0][0] for each in arguments[half:]):
         texts = texts[:half]
     lengths = [max(1, len(text)) if metric == "acc_norm" else 1 for text in texts]
     columns = []
