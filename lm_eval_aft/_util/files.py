@@ -183,3 +183,53 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing_dir(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``target``; it takes the place of what is there if the block succeeds.
+
+    What a killed process left of its folder is deleted, so keep other processes out (`exclusive_dir`).
+    """
+    begun = target.with_name(f".{target.name}.begun")
+    shutil.rmtree(begun, ignore_errors=True)
+    begun.mkdir(parents=True)
+    yield begun
+    shutil.rmtree(target, ignore_errors=True)
+    begun.rename(target)
+
+
+class JsonLines:
+    """A ledger: a file with one JSON object a line, that one process appends to.
+
+    A last line that sudden death cut short is passed over by `read` and dropped by the next `append`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; none where there is no file."""
+        import jsonlines  # not at the top: every command imports this module
+
+        if not self.path.exists():
+            return []
+        with jsonlines.open(self.path) as reader:
+            return list(reader.iter(type=dict, skip_invalid=True))
+
+    def append(self, **line: Any) -> None:
+        """Write one line at once."""
+        import jsonlines
+
+        self._drop_cut_line()
+        with jsonlines.open(self.path, "a") as writer:
+            writer.write(line)
+
+    def _drop_cut_line(self) -> None:
+        if not self.path.exists() or not self.path.stat().st_size:
+            return
+        with self.path.open("rb+") as stream:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read() != b"\n":
+                stream.seek(0)
+                stream.truncate(stream.read().rfind(b"\n") + 1)

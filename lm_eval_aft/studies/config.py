@@ -32,9 +32,10 @@ from lm_eval_aft.demo import NAME as DEMO
 from lm_eval_aft.harness.examples import PROMPTS, PromptSettings
 from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.routers import read_table
-from lm_eval_aft.studies.published import TABLES
 from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_rungs
 
+# The earlier study's tables.
+PUBLISHED = read_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+=%,-]{0,95}")
@@ -118,8 +119,8 @@ def _check_pretrained(text: str, info: ValidationInfo) -> str:
 
 
 def _check_table(name: str) -> str:
-    if name not in TABLES:
-        raise ValueError(f"there is no table {name!r}; choose one of: {', '.join(TABLES)}.")
+    if name not in PUBLISHED:
+        raise ValueError(f"there is no table {name!r}; choose one of: {', '.join(PUBLISHED)}.")
     return name
 
 

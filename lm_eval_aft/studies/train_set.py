@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonlines
-
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import canonical_json, replacing
+from lm_eval_aft._util.files import JsonLines, canonical_json, replacing_dir
 from lm_eval_aft.engine.precision import to_training_dtype
 from lm_eval_aft.evaluation import formatting
+from lm_eval_aft.evaluation.formatting import json_text, markdown_table, write_formats
 from lm_eval_aft.evaluation.report import compare
 from lm_eval_aft.evaluation.run import evaluate_pair
 from lm_eval_aft.harness.identity import contents_digest
@@ -58,6 +57,7 @@ class TrainSet:
         self.model = model
         self.model_args = dict(model_args or {})
         self.folder = library.root / FOLDER
+        self.ledger = JsonLines(self.folder / TRAIN_SET_LEDGER)
 
     def statuses(self) -> list[EntryStatus]:
         """How far every entry is, in the study's order.
@@ -65,12 +65,12 @@ class TrainSet:
         Raises:
             AFTError: the library holds a vector of an entry's name that this study did not train.
         """
-        ledger, found = self._ledger(), []
-        names = set(self.library.names())
+        records = {str(record.get("name")): record for record in self.ledger.read()}
+        names, found = set(self.library.names()), []
         for entry in self.study.entries:
             state = WAITING
             if entry.name in names:
-                self._require_own(entry, ledger.get(entry.name))
+                self._require_own(entry, records.get(entry.name))
                 state = DONE
             elif self._work(entry).exists():
                 state = BEGUN
@@ -128,17 +128,10 @@ class TrainSet:
         vector = SteeringVector.load(work)
         record = {"name": entry.name, "sha256": vector.digest(), "asked": self._asked(entry)}
         # Before the vector moves: a line too many does no harm, a line too few would disown it.
-        self._append(record)
+        self.ledger.append(**record)
         self.library.add(work, entry.name)
         shutil.rmtree(work, ignore_errors=True)
         told.unlink(missing_ok=True)
-
-    def _append(self, record: dict[str, Any]) -> None:
-        """A line of the ledger, below a last one that sudden death may have cut short."""
-        path = self.folder / TRAIN_SET_LEDGER
-        cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(("\n" if cut else "") + json.dumps(record) + "\n")
 
     def _work(self, entry: StudyEntry) -> Path:
         return self.folder / "work" / entry.name.replace("/", ",")
@@ -168,16 +161,6 @@ class TrainSet:
                 f"{entry.name} in the library was trained with other settings ({', '.join(differing)}).",
                 f"Remove it with `aft vectors remove {entry.name}`, or choose another library.",
             )
-
-    def _ledger(self) -> dict[str, dict[str, Any]]:
-        """The last record of every name; a line cut short by sudden death is passed over."""
-        found: dict[str, dict[str, Any]] = {}
-        path = self.folder / TRAIN_SET_LEDGER
-        if path.exists():
-            with jsonlines.open(path) as reader:
-                for record in reader.iter(type=dict, skip_invalid=True):
-                    found[str(record.get("name"))] = record
-        return found
 
 
 # Each vector of a study scored on each of its tasks, kept beside the vectors.
@@ -290,26 +273,16 @@ def score(
     flags: Sequence[str],
     placebo: str = "none",
 ) -> None:
-    """Score the baseline and vectors on a task, and note in the folder what was ``asked``.
-
-    Into a folder of another name first: what has its place is whole.
-    """
-    begun = folder.with_name(f".{folder.name}.begun")
-    for old in (begun, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    begun.mkdir(parents=True)
-    evaluate_pair(
-        model,
-        names,
-        [task],
-        begun,
-        placebo=placebo,
-        library=library.root,
-        model_args=model_args,
-        flags=flags,
-    )
-    (begun / _ASKED).write_text(canonical_json(asked), encoding="utf-8")
-    begun.rename(folder)
+    """Score the baseline and vectors on a task, and note in the folder what was ``asked``."""
+    how: dict[str, Any] = {
+        "placebo": placebo,
+        "library": library.root,
+        "model_args": model_args,
+        "flags": flags,
+    }
+    with replacing_dir(folder) as begun:
+        evaluate_pair(model, names, [task], begun, **how)
+        (begun / _ASKED).write_text(canonical_json(asked), encoding="utf-8")
 
 
 def is_scored(folder: Path, asked: dict[str, Any]) -> bool:
@@ -328,10 +301,5 @@ def _digest(library: Library, name: str) -> str:
 
 
 def _write(root: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns, lines = table(rows)
-    text = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    text += [f"| {' | '.join(line)} |" for line in lines]
-    with replacing(root / f"{TABLE}.md") as temporary:
-        temporary.write_text("\n".join([*text, "", CROSS_SCORES_NOTE, ""]), encoding="utf-8")
-    with replacing(root / f"{TABLE}.json") as temporary:
-        temporary.write_text(json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    texts = {"md": f"{markdown_table(*table(rows))}\n\n{CROSS_SCORES_NOTE}\n", "json": json_text(list(rows))}
+    write_formats(texts, root, TABLE)
