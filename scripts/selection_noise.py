@@ -47,8 +47,9 @@ from lm_eval_aft.harness.tasks import tasks_path
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
 from lm_eval_aft.training.candidate import Candidate, Recipe, in_steps
-from lm_eval_aft.training.objectives import Choice, Score
+from lm_eval_aft.training.objectives import Choice
 from lm_eval_aft.training.recipe import TrainingPlan
+from lm_eval_aft.training.selection import Score
 from lm_eval_aft.training.setup import Starts, prepare
 from lm_eval_aft.training.trainer import make_engine
 
@@ -201,7 +202,14 @@ def train(lm: AFTLM, folder: Path, train_docs: int, selection_docs: int, layers:
     order = sorted(range(len(encoded)), key=lambda i: -encoded[i].tokens(packed))
     evaluation = [encoded[i] for i in order]
     starts = Starts(
-        lm.model, prepared.backbone, prepared.method, "all", prepared.layers, training, [], lm.max_length
+        model=lm.model,
+        backbone=prepared.backbone,
+        method=prepared.method,
+        positions="all",
+        layers=prepared.layers,
+        train=training,
+        probe=[],
+        window=lm.max_length,
     )
 
     def in_order(values: Sequence[float]) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.process import is_main_process
 
 logger = logging.getLogger(__name__)
 LOCK = ".aft.lock"
@@ -38,7 +39,7 @@ def exclusive_dir(folder: Path | None) -> Iterator[None]:
     Raises:
         AFTError: another process is in there, the folder is a file, or it cannot be written.
     """
-    if folder is None or int(os.environ.get("RANK", "0")) != 0:
+    if folder is None or not is_main_process():
         yield
         return
     if folder.exists() and not folder.is_dir():

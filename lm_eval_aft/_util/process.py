@@ -81,6 +81,15 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def is_main_process() -> bool:
+    """Whether this process is the first of those that `accelerate launch` or `torchrun` started, or the only
+    one.
+
+    By the launcher's variable, so that it holds before the processes have joined each other.
+    """
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def now() -> str:
     """The time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import exclusive_dir
-from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
+from lm_eval_aft._util.process import Terminated, is_main_process, quiet_libraries, terminable
 from lm_eval_aft.cli.options import PlainCommand, ended, offline_option, parse_model_args, print_table
+from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 
 if TYPE_CHECKING:
     from lm_eval_aft.steering.vector import SteeringVector
@@ -54,8 +53,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--objective",
-    type=click.Choice(["choice", "lm", "rft"]),
-    help="choice: the right option; lm: the gold answer; rft: the model's own right answers.  "
+    type=click.Choice(list(OBJECTIVES)),
+    help=f"{'; '.join(f'{name}: {kind.help}' for name, kind in OBJECTIVES.items())}.  "
     "[default: choice or lm, by the task's type]",
 )
 @click.option(
@@ -65,7 +64,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--choice-loss",
-    type=click.Choice(["cross-entropy", "margin"]),
+    type=click.Choice(CHOICE_LOSSES),
     help="What training minimises over options; margin: the right one should lead by --margin nats. "
     "Choices are made on cross-entropy either way.  [default: cross-entropy]",
 )
@@ -81,7 +80,7 @@ if TYPE_CHECKING:
 @click.option("--rft-filter", help="The task's filter whose marks count.  [default: its first]")
 @click.option(
     "--control",
-    type=click.Choice(["random", "shuffled", "format"]),
+    type=click.Choice(CONTROLS),
     help="Train a placebo instead: a random direction, permuted labels, or others' answers.",
 )
 @click.option(
@@ -170,51 +169,30 @@ def train_vector(**options: Any) -> None:
     if output is None and not dry_run:
         raise AFTError("No output folder was given.", "Add --output FOLDER, or --dry-run to see the plan.")
     try:
-        with terminable(), exclusive_dir(None if dry_run else output):
+        with terminable():
             _train(options, output, dry_run)
     except (KeyboardInterrupt, Terminated) as end:
         ended(end, output)
 
 
 def _train(options: dict[str, Any], output: Path | None, dry_run: bool) -> None:
-    from_user = options.pop
     quiet_libraries()
-    from lm_eval_aft.engine.precision import to_training_dtype
-    from lm_eval_aft.harness.examples import PromptSettings
-    from lm_eval_aft.lm import AFTLM
-    from lm_eval_aft.training.checkpoint import check_output
-    from lm_eval_aft.training.recipe import TrainingPlan, parse_numbers, parse_rungs
-    from lm_eval_aft.training.run import run
-    from lm_eval_aft.training.setup import prepare
+    from lm_eval_aft.training import run
+    from lm_eval_aft.training.recipe import TrainingPlan
+    from lm_eval_aft.training.setup import load_model, prepare
 
-    resume, overwrite = from_user("resume"), from_user("overwrite")
-    is_main = int(os.environ.get("RANK", "0")) == 0  # of several processes one looks and speaks
-    if output is not None and not dry_run and is_main:
-        check_output(output, resume=resume, overwrite=overwrite)
-    prompts = PromptSettings(
-        **{
-            key: from_user(key)
-            for key in ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
-        }
+    folder_options = {name: options.pop(name) for name in ("resume", "overwrite")}
+    model = options.pop("model")
+    model_args = parse_model_args(
+        options.pop("model_args"), device=options.pop("device"), dtype=options.pop("dtype")
     )
-    for name, parse in (("lr", parse_numbers), ("l2", parse_numbers), ("rungs", parse_rungs)):
-        if options[name] is not None:
-            options[name] = parse(options[name])
-    model = from_user("model")
-    arguments = parse_model_args(
-        from_user("model_args"), device=from_user("device"), dtype=from_user("dtype")
-    )
-    plan = TrainingPlan.of(prompts=prompts, include_path=tuple(from_user("include_path")), **options)
+    plan = TrainingPlan.of(**plan_settings(options))
     click.echo(f"Loading {model} ...", err=True)
-    lm = AFTLM(model, **arguments)
-    if "dtype" not in arguments:
-        to_training_dtype(lm.model)
-    prepared = prepare(lm, plan)
     if dry_run:
-        _dry_run(prepared)
+        _dry_run(prepare(load_model(model, model_args), plan))
         return
-    result = run(prepared, output, resume=resume)
-    if is_main:
+    result = run.train_vector(model, plan, output, model_args=model_args, **folder_options)
+    if is_main_process():
         print_result(result, model, plan.include_path)
 
 
@@ -372,7 +350,7 @@ def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
         )
     if sweep.pruned:
         click.echo(f"A negative result: {sweep.pruned}.")
-    elif sweep.chosen.score >= baseline.score:
+    elif not sweep.chosen.improves:
         click.echo("No layer improved on the baseline: expect no gain from this vector.")
 
 

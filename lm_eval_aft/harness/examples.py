@@ -1,29 +1,30 @@
-"""Training examples: documents of any harness task, prompted by lm-eval's own code."""
+"""Training examples: documents of a harness task, with prompts built by lm-eval's own code."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.private_names import borrowed
+from lm_eval_aft._util.settings import settings
 from lm_eval_aft.engine.batching import Document
-from lm_eval_aft.harness.tasks import NOT_TEXT, TRAINABLE, set_num_fewshot
+from lm_eval_aft.harness.output_types import OUTPUT_TYPES
+from lm_eval_aft.harness.tasks import NOT_TEXT, set_num_fewshot
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
 
 
-@dataclass(frozen=True)
+@settings
 class PromptSettings:
-    """How prompts are built; the same meaning as lm-eval's flags of these names.
+    """How prompts are built, as lm-eval's flags of these names say.
 
     ``fewshot_as_multiturn`` of ``None`` follows lm-eval: on with a chat template, else off.
     """
@@ -34,7 +35,11 @@ class PromptSettings:
     fewshot_as_multiturn: bool | None = None
 
     def flags(self) -> list[str]:
-        """The same prompts, asked of ``lm_eval run``."""
+        """The same prompts as flags of ``lm_eval run``.
+
+        >>> PromptSettings(num_fewshot=5, apply_chat_template=True).flags()
+        ['--num_fewshot', '5', '--apply_chat_template']
+        """
         found = [] if self.num_fewshot is None else ["--num_fewshot", str(self.num_fewshot)]
         if self.system_instruction:
             found += ["--system_instruction", self.system_instruction]
@@ -58,8 +63,8 @@ class Example:
             per option, or the gold continuation alone for generation.
         gold: indices of the right requests.
         lengths: option lengths in characters, as acc_norm counts them.
-        task: which task it is of, where several are trained on.
-        group: what examples that show the same few-shot examples have in common.
+        task: the number of its task, where several are trained on.
+        group: the same number for all examples whose prompts show the same few-shot examples.
         doc: the document itself.
     """
 
@@ -75,24 +80,25 @@ class Example:
 class Extractor:
     """Turns documents of one task into `Example`s through the task's own methods."""
 
-    def __init__(self, task: ConfigurableTask, lm: HFLM, settings: PromptSettings) -> None:
-        if task.OUTPUT_TYPE not in TRAINABLE:
+    def __init__(self, task: ConfigurableTask, lm: HFLM, prompts: PromptSettings) -> None:
+        if task.OUTPUT_TYPE not in OUTPUT_TYPES:
             raise AFTError(
                 f"Task {task.config.task!r} is of type {task.OUTPUT_TYPE!r}, which cannot be trained on.",
-                f"Trainable types: {', '.join(TRAINABLE)}.",
+                f"Trainable types: {', '.join(OUTPUT_TYPES)}.",
             )
         if any(getattr(task.config, f"doc_to_{kind}", None) for kind in NOT_TEXT):
             raise AFTError(
                 f"The prompts of task {task.config.task!r} hold images or sounds.",
-                "Vectors are trained on text: choose a task of text alone.",
+                "Vectors are trained on text: choose a task with text only.",
             )
         self.task = task
-        self.settings = settings
-        self.num_fewshot = set_num_fewshot(task, settings.num_fewshot)
-        self.objective = TRAINABLE[task.OUTPUT_TYPE]
-        self._chat_template = lm.apply_chat_template if settings.apply_chat_template else None
-        multiturn = settings.fewshot_as_multiturn
-        self._multiturn = settings.apply_chat_template if multiturn is None else multiturn
+        self.prompts = prompts
+        self.num_fewshot = set_num_fewshot(task, prompts.num_fewshot)
+        self.output_type = OUTPUT_TYPES[task.OUTPUT_TYPE]
+        self.objective = self.output_type.objective
+        self._chat_template = lm.apply_chat_template if prompts.apply_chat_template else None
+        multiturn = prompts.fewshot_as_multiturn
+        self._multiturn = prompts.apply_chat_template if multiturn is None else multiturn
 
     def requests(self, doc: dict[str, Any]) -> list[tuple[Any, ...]]:
         """The arguments of the harness's own requests for this document.
@@ -113,8 +119,8 @@ class Extractor:
         context = self.task.fewshot_context(
             doc,
             num_fewshot=self.num_fewshot,
-            system_instruction=self.settings.system_instruction,
-            apply_chat_template=self.settings.apply_chat_template,
+            system_instruction=self.prompts.system_instruction,
+            apply_chat_template=self.prompts.apply_chat_template,
             fewshot_as_multiturn=self._multiturn,
             chat_template=self._chat_template,
             gen_prefix=self.task.doc_to_prefix(doc),
@@ -123,76 +129,37 @@ class Extractor:
             doc=doc,
             ctx=context,
             metadata=(self.task.config["task"], 0, 1),
-            apply_chat_template=self.settings.apply_chat_template,
+            apply_chat_template=self.prompts.apply_chat_template,
             chat_template=self._chat_template,
         )
         return [instance.args for instance in (built if isinstance(built, list) else [built])]
 
     def example(self, doc: dict[str, Any], doc_id: int) -> Example | None:
         """The example for a document, or ``None`` where it has no usable gold answer."""
-        requests = self.requests(doc)
-        if self.objective == "lm":
-            target = self._target_text(doc)
-            if not target:
-                return None
-            context = requests[0][0]
-            continuation = self._delimiter(doc) + target
-            if self.task.OUTPUT_TYPE == "loglikelihood":
-                continuation = requests[0][1]
-            return Example(doc_id, ((context, continuation),), (0,), (float(len(target)),), doc=doc)
-        choices = self.task.doc_to_choice(doc)
-        # Tasks that score mutual information append requests without context: not options.
-        pairs = tuple((str(context), str(tail)) for context, tail, *_ in requests[: len(choices)])
-        gold = self._gold(doc, choices)
-        if not gold or len(set(gold)) == len(pairs):
-            return None  # nothing to choose
-        lengths = tuple(float(max(1, len(choice))) for choice in choices)
-        return Example(doc_id, pairs, gold, lengths, doc=doc)
+        options = self.output_type.options(self.task, doc, self.requests(doc), self._delimiter(doc))
+        return options and Example(doc_id, *options, doc=doc)
 
     def key(self, doc: dict[str, Any], fewshot: bool = False) -> str:
-        """A hash that duplicates share: the question, and for choices the gold answer too.
+        """A hash that duplicates share: of the question, and with options of the gold answer too.
 
-        Case and white space do not count. With ``fewshot`` the document is read through the
+        Case and white space are ignored. With ``fewshot`` the document is read through the
         task's few-shot fields, where it has any.
         """
         config = self.task.fewshot_cfg if fewshot else None
         try:
             text = self.task.doc_to_text(doc, config.doc_to_text if config else None)
-            parts = [str(text)]
-            if self.objective == "choice":
-                choices = self.task.doc_to_choice(doc, config.doc_to_choice if config else None)
-                gold = self._gold(doc, choices)
-                right = sorted(choices[i] for i in gold)
-                parts = [*(sorted(choices) if isinstance(text, int) else parts), *right]
-            elif not parts[0].strip():
-                parts.append(self._target_text(doc))
+            parts = self.output_type.key(self.task, doc, text, config.doc_to_choice if config else None)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError):
             parts = [json.dumps(doc, sort_keys=True, default=str)]
         normal = "\x1f".join(" ".join(part.casefold().split()) for part in parts)
         return hashlib.sha256(normal.encode()).hexdigest()
 
-    def _gold(self, doc: dict[str, Any], choices: Sequence[str]) -> tuple[int, ...]:
-        gold = self.task.doc_to_text(doc) if self.task.multiple_input else self.task.doc_to_target(doc)
-        if isinstance(gold, str):
-            gold = choices.index(gold) if gold in choices else -1
-        indices = gold if isinstance(gold, list) else [gold]
-        # numpy's integers too, which the harness takes as well.
-        return tuple(int(i) for i in indices if isinstance(i, Integral) and 0 <= int(i) < len(choices))
-
-    def _target_text(self, doc: dict[str, Any]) -> str:
-        target = self.task.doc_to_target(doc)
-        if isinstance(target, int) and self.task.config.doc_to_choice is not None:
-            target = self.task.doc_to_choice(doc)[target]
-        if isinstance(target, list):
-            target = target[0] if target else ""
-        return str(target)
-
     def _delimiter(self, doc: dict[str, Any]) -> str:
-        # As the harness joins a few-shot answer to its question; a chat turn starts clean.
+        # As the harness joins a few-shot answer to its question; a chat turn starts without a delimiter.
         prefix = self.task.doc_to_prefix(doc)
         if prefix:
             return "" if str(prefix)[-1:].isspace() else " "
-        return "" if self.settings.apply_chat_template else str(self.task.config.target_delimiter)
+        return "" if self.prompts.apply_chat_template else str(self.task.config.target_delimiter)
 
 
 def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:

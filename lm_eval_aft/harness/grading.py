@@ -1,4 +1,4 @@
-"""Solutions a model has written to a task's problems, and the task's own verdict on each."""
+"""Solutions that a model has generated for a task's problems, marked by the task itself."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solution:
-    """One text written to a problem.
+    """One generated solution of a problem.
 
     Attributes:
         doc_id: the problem's index in its split.
-        text: what the harness would hand to the task's filters: cut at the first stop string.
+        text: as the harness passes it to the task's filters: cut at the first stop string.
         right: whether the task's own filter and metric accept it.
         greedy: decoded greedily, not sampled.
     """
@@ -37,7 +37,7 @@ class Solution:
 
 
 class Marker:
-    """Marks texts by the task's own filters and ``process_results``, as lm-eval would.
+    """Marks texts right or wrong by the task's own filters and ``process_results``, as lm-eval does.
 
     Args:
         filter_name: one of the task's filters; default its first.
@@ -78,8 +78,8 @@ class Marker:
         """Whether each text is a right answer to the document beside it.
 
         Raises:
-            AFTError: the metric grades (it gave something other than 0 or 1), or the filter wants
-                several samples at once.
+            AFTError: the metric gave a value other than 0 and 1, or the filter needs several samples at
+                once.
         """
         instances = [
             Instance("generate_until", problem, ("", {}), 0, (self.task.config.task, place, 1), [text])
@@ -105,14 +105,14 @@ class Marker:
         if number not in (0.0, 1.0):
             raise AFTError(
                 f"The metric {self.metric!r} of {self.task.config.task!r} gave {value!r} for one answer; rft "
-                "needs one that says right (1) or wrong (0).",
+                "needs one that is 1 for right and 0 for wrong answers.",
                 "Choose another one with --metric, or train with --objective lm.",
             )
         return number == 1.0
 
 
 def distinct_right(solutions: Iterable[Solution]) -> list[Solution]:
-    """The right samples, each wording once per problem (space at the ends aside), in order."""
+    """The right samples in order, each text once per problem (ignoring white space at its ends)."""
     found = {
         (each.doc_id, each.text.strip()): each
         for each in reversed([s for s in solutions if s.right and not s.greedy and s.text.strip()])
@@ -124,7 +124,10 @@ def pass_at_k(tried: int, right: int, k: int) -> float:
     """Unbiased estimate of the chance that at least one of ``k`` samples is right.
 
     1 - C(tried - right, k) / C(tried, k): Chen et al. 2021, "Evaluating Large Language Models
-    Trained on Code", equation 1. Wants ``1 <= k <= tried``.
+    Trained on Code", equation 1. Needs ``1 <= k <= tried``.
+
+    >>> pass_at_k(tried=4, right=1, k=2)
+    0.5
     """
     return 1.0 - math.comb(tried - right, k) / math.comb(tried, k)
 

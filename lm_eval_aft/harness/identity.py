@@ -1,4 +1,4 @@
-"""What a model or a task *is*, as far as a result depends on it: digests of contents, not of names."""
+"""Digests of models and tasks by their contents, so that changed files are noticed under the same name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.harness.tasks import find_definition, read_definition
 from lm_eval_aft.steering.vector_file import FILE_NAME
 
-# Folders with one of these hold results of ours, not what a task is made of.
+# Folders with one of these files are results of this package, not a part of a task.
 _OURS = ("ledger.jsonl", FILE_NAME)
 
 
@@ -38,9 +38,9 @@ def model_identity(pretrained: str, model_args: Mapping[str, Any]) -> dict[str, 
 
 
 def task_identity(name: str, include_path: Sequence[str] = ()) -> dict[str, Any]:
-    """A task by its resolved definition and by those of its files that lie on this machine.
+    """A task by its resolved definition and its files on this machine.
 
-    Tasks of lm-eval's own are told by their definition and the harness's version, which holds their code.
+    Of lm-eval's own tasks, the harness's version stands for their code.
     """
     import lm_eval.tasks
 
@@ -66,7 +66,7 @@ def task_identity(name: str, include_path: Sequence[str] = ()) -> dict[str, Any]
 def contents_digest(
     pretrained: str, model_args: Mapping[str, Any], task: str, include_path: Sequence[str] = ()
 ) -> str:
-    """Changes when a model's or a task's files do: what was scored before then no longer holds."""
+    """A digest that changes when a model's or a task's files do, so that earlier scores are outdated."""
     return digest([model_identity(pretrained, model_args), task_identity(task, include_path)])
 
 
@@ -83,10 +83,7 @@ def _paths(files: Any) -> Iterable[Path]:
 
 
 def _contents(folder: Path) -> str:
-    """A digest of a folder's files.
-
-    Left out: hidden ones, Python's caches, notes, and folders that this package writes its results into.
-    """
+    """A digest of a folder's files, except hidden ones, Python's caches, notes, and this package's results."""
     return digest([[str(path.relative_to(folder)), _digest(path)] for path in _files(folder)])
 
 
@@ -108,6 +105,6 @@ def _digest(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _hashed(path: Path, _size: int, _changed: int) -> str:
-    """A file's digest, all of it: weights may change in their middle."""
+    """A file's whole digest: weights may change anywhere."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Train and selection parts of one task's training split or of several, with no way for an answer to leak."""
+"""The training and selection parts of one or several tasks' training splits, without leaks between them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ SELECTION_SEED = 1234  # the selection split and its prompts are the same for ev
 
 @dataclass
 class Splits:
-    """The train and selection parts of a task's training split.
+    """The training and selection parts of a task's training split.
 
     Attributes:
         selection: examples that layer, epoch and learning rate are chosen on.
-        pool: documents training may draw from, by id.
+        pool: documents that training may draw from.
         counts: what was dropped and why, and the sizes.
         selection_digest: SHA-256 over the selection documents' keys.
-        selection_documents: first 16 digits of lm-eval's ``doc_hash`` of each of them, by which a
-            report knows them again.
-        share: documents that show the same few-shot examples, where prompts have any.
+        selection_documents: the first 16 digits of each one's ``doc_hash`` in lm-eval, by which a
+            report recognises them.
+        share: how many documents show the same few-shot examples, where prompts have any.
     """
 
     extractor: Extractor
@@ -60,10 +60,10 @@ class Splits:
 
     def train(self, seed: int) -> list[Example]:
         """The training examples that ``seed`` draws, in the order it draws them."""
-        sharing = in_groups(self.pool, self.share)
-        random.Random(seed).shuffle(sharing)
+        groups = in_groups(self.pool, self.share)
+        random.Random(seed).shuffle(groups)
         drawn: list[Example] = []
-        for group in sharing:
+        for group in groups:
             for keyed in group:
                 if keyed[0] not in self._built:
                     self._built[keyed[0]] = _build(self.extractor, keyed, group, self._fewshot)
@@ -77,27 +77,25 @@ class Splits:
 
 @dataclass
 class GivenSplits(Splits):
-    """Splits whose training examples were made, not drawn: every seed gets ``made``, in its order."""
+    """Splits whose training examples are given: every seed gets all of ``made``, in this order."""
 
     made: list[Example] = field(default_factory=list)
 
     @property
     def drawn(self) -> int:
-        """How many there are."""
         return len(self.made)
 
     def train(self, seed: int) -> list[Example]:
-        """All of them."""
         return list(self.made)
 
 
 @dataclass
 class Carved:
-    """A task's training split in two, before any prompt is built; documents are (id, document, key).
+    """A task's training split in two parts, before any prompt is built; documents are (id, document, key).
 
     Attributes:
         chosen: the selection documents.
-        pool: what training may draw from.
+        pool: the documents that training may draw from.
         evaluation: keys of the evaluation split.
     """
 
@@ -114,16 +112,17 @@ def split_task(
     extractor: Extractor,
     train_docs: int | None = None,
     selection_docs: int | None = None,
+    *,
     train_split: str | None = None,
     most: tuple[int, int] = (500, 500),
     share: int = 1,
 ) -> Splits:
-    """Carve a train pool and a selection split out of a task's training split.
+    """Divide a task's training split into a training pool and a selection split.
 
-    Documents whose key occurs in the evaluation split, and repeats, are dropped and counted. No
+    Documents whose key occurs in the evaluation split, and duplicates, are dropped and counted. No
     few-shot context contains the document itself, a duplicate of it, a selection document or an
-    evaluation document. Sizes not given are at most ``most`` (train, selection), and of a smaller
-    split at most half for selection. ``share`` documents at a time show the same few-shot examples.
+    evaluation document. Sizes that are not given are at most ``most`` (training, selection); of a smaller
+    split, selection gets at most half. Every ``share`` documents show the same few-shot examples.
 
     Raises:
         AFTError: no training split, the evaluation split was asked for, or too few documents.
@@ -141,11 +140,11 @@ def carve(
     train_split: str | None = None,
     barred: Callable[[dict[str, Any]], bool] = lambda _: False,
 ) -> Carved:
-    """Choose a task's selection documents and what training may draw from.
+    """Choose a task's selection documents and its training pool.
 
     Args:
-        sizes: documents to train and to select on, given how many there are and the split's name.
-        barred: which documents another task is evaluated on; they are dropped and counted.
+        sizes: numbers of training and selection documents, given how many there are and the split's name.
+        barred: whether another task is evaluated on a document; such documents are dropped and counted.
     """
     task = extractor.task
     name = _training_split(task, train_split)
@@ -171,11 +170,11 @@ def carve(
 def prompted(
     carved: Carved, barred: Callable[[dict[str, Any]], bool] = lambda _: False, share: int = 1
 ) -> Splits:
-    """Build a carved task's selection examples; no few-shot context holds a ``barred`` document."""
+    """Build a task's selection examples; no few-shot context contains a ``barred`` document."""
     extractor, counts, chosen, pool = carved.extractor, carved.counts, carved.chosen, carved.pool
     forbidden = carved.evaluation | {key for _, _, key in chosen}
     fewshot = _fewshot_pool(extractor, forbidden, pool, barred) if extractor.num_fewshot else []
-    # Where there are hardly more documents than examples, groups must be small to do without their own.
+    # With hardly more documents than few-shot examples, groups must be small to leave enough others.
     share = max(1, min(share, len(fewshot) - extractor.num_fewshot))
     selection = []
     for group in in_groups(chosen, share):
@@ -195,8 +194,8 @@ def prompted(
     digest = hashlib.sha256("".join(key for _, _, key in chosen).encode()).hexdigest()
     if reason := NAMES[DOC_HASH].problem():
         logger.warning(
-            "lm-eval %s may name the documents it logs in a way that is not known here (%s): reports may not "
-            "see that this vector was chosen on a document they report.",
+            "lm-eval %s may hash the documents that it logs in a way that is not known here (%s): reports may "
+            "miss that this vector was chosen on a document that they contain.",
             version("lm-eval"),
             reason,
         )
@@ -207,7 +206,7 @@ def prompted(
 
 
 def in_groups(documents: Sequence[Keyed], share: int) -> list[Sequence[Keyed]]:
-    """Documents, in order, ``share`` at a time; fewer are left for the last group."""
+    """Documents, in order, ``share`` at a time; the last group may be smaller."""
     return [documents[start : start + share] for start in range(0, len(documents), share)]
 
 
@@ -263,9 +262,9 @@ def _fewshot_pool(
     pool: list[Keyed],
     barred: Callable[[dict[str, Any]], bool],
 ) -> list[FewshotDocument]:
-    """Documents few-shot examples may come from, with their keys, in the sampler's order."""
+    """Documents that few-shot examples may be drawn from, with their keys, in the sampler's order."""
     needed, every = extractor.num_fewshot, list(extractor.task.sampler.fewshot_docs())
-    # Fields that the task names for its examples alone make other keys of the same document.
+    # A task may read its few-shot examples by other fields, which give the same document another key.
     shown = [(doc, frozenset((extractor.key(doc), extractor.key(doc, fewshot=True)))) for doc in every]
     allowed = [(doc, keys) for doc, keys in shown if not keys & forbidden and not barred(doc)]
     if len(allowed) >= needed:
@@ -288,17 +287,17 @@ def _fewshot_pool(
 def _build(
     extractor: Extractor, keyed: Keyed, group: Sequence[Keyed], fewshot: Sequence[FewshotDocument]
 ) -> Example | None:
-    """A document's example; all of its ``group`` show the same few-shot examples, none of them its own.
+    """A document's example; all documents of its ``group`` show the same few-shot examples, from outside it.
 
-    ``None`` where it has no usable gold answer, or too few examples are left without its own.
+    ``None`` where it has no usable gold answer, or too few few-shot examples are left.
     """
     doc_id, doc, _ = keyed
     if not extractor.num_fewshot:
         return extractor.example(doc, doc_id)
     task = extractor.task
     own = {key for _, _, key in group}
-    # A sampler of the task's own class, seeded by the group's first document, so that neither the
-    # order of documents nor the seed of a run changes a prompt.
+    # A sampler of the task's class, seeded by the group's first document, so that neither the order of
+    # documents nor the seed of a run changes a prompt.
     seed = hashlib.sha256(f"{SELECTION_SEED}|{group[0][2]}".encode()).digest()
     original = task.sampler
     others = [other for other, keys in fewshot if not keys & own]
@@ -312,7 +311,7 @@ def _build(
     return example and replace(example, group=group[0][0] if len(group) > 1 else None)
 
 
-# The train and selection parts of several tasks, with no way for an answer to leak from one into another.
+# Several tasks: no document leaks from one into another.
 
 TemplateKey = tuple[int, str]  # which task's templates read a document, and its key by them
 
@@ -363,54 +362,55 @@ class MixedSplits:
 def split_tasks(
     extractors: Sequence[Extractor],
     names: Sequence[str],
+    *,
     train_docs: int | None = None,
     selection_docs: int | None = None,
     train_split: str | None = None,
     most: tuple[int, int] = (500, 500),
     share: int = 1,
 ) -> MixedSplits:
-    """Carve every task's training split as `split_task` does, and keep the tasks apart from each other.
+    """Divide every task's training split as `split_task` does, without leaks between the tasks.
 
     No task trains or selects on another's evaluation documents, trains on another's selection
     documents, or shows either in a few-shot context. Two tasks' documents are the same when any task's
-    templates read them alike.
+    templates render them alike.
 
-    ``train_docs`` and ``selection_docs`` are totals (``most`` where they are not given), dealt evenly;
-    what division leaves goes to the first tasks, a document each. A task with fewer documents than its
-    shares divides those it has in the same proportion, and a warning says so; the others' shares stay.
+    ``train_docs`` and ``selection_docs`` are totals (``most`` where they are not given), divided evenly;
+    the remainder goes to the first tasks, one document each. A task with fewer documents than its
+    shares divides those it has in the same proportion, with a warning; the others' shares stay.
 
     Raises:
-        AFTError: fewer documents than tasks asked for, or as `split_task`.
+        AFTError: fewer documents than tasks, or as `split_task`.
     """
     count = len(extractors)
-    train = _dealt(most[0] if train_docs is None else train_docs, count, "train-docs")
-    selection = _dealt(most[1] if selection_docs is None else selection_docs, count, "selection-docs")
-    kin = CrossTaskDedup(extractors)
-    evaluation = [kin.identities(i, list(each.task.eval_docs)) for i, each in enumerate(extractors)]
+    train = _divided(most[0] if train_docs is None else train_docs, count, "train-docs")
+    selection = _divided(most[1] if selection_docs is None else selection_docs, count, "selection-docs")
+    dedup = CrossTaskDedup(extractors)
+    evaluation = [dedup.identities(i, list(each.task.eval_docs)) for i, each in enumerate(extractors)]
     carved = []
     for i, extractor in enumerate(extractors):
-        barred = kin.among(_others(evaluation, i))
+        barred = dedup.among(_others(evaluation, i))
         carved.append(carve(extractor, _sizer((train[i], selection[i]), names[i]), train_split, barred))
-    chosen = [kin.identities(i, [doc for _, doc, _ in each.chosen]) for i, each in enumerate(carved)]
+    chosen = [dedup.identities(i, [doc for _, doc, _ in each.chosen]) for i, each in enumerate(carved)]
     parts = []
     for i, each in enumerate(carved):
-        _drop_from_pool(each, kin.among(_others(chosen, i)))
-        parts.append(prompted(each, kin.among(_others(evaluation, i) | _others(chosen, i)), share))
+        _drop_from_pool(each, dedup.among(_others(chosen, i)))
+        parts.append(prompted(each, dedup.among(_others(evaluation, i) | _others(chosen, i)), share))
     for name, part, wanted in zip(names, parts, zip(train, selection, strict=True), strict=True):
         _warn_if_short(name, part, wanted)
     return MixedSplits(parts, _tagged([part.selection for part in parts]))
 
 
 class CrossTaskDedup:
-    """Tells which documents of several tasks are the same one, whatever each task calls its fields."""
+    """Finds documents that several tasks share, whatever each task calls its fields."""
 
     def __init__(self, extractors: Sequence[Extractor]) -> None:
         self.extractors = list(extractors)
 
     def identities(self, owner: int, documents: Sequence[dict[str, Any]]) -> set[TemplateKey]:
-        """All that the tasks' templates make of one task's documents.
+        """The keys of one task's documents by every task's templates.
 
-        Templates of another task that read all of them alike tell nothing, and are left out.
+        Another task's templates are left out where they render all of these documents alike.
         """
         found: set[TemplateKey] = set()
         for reader in range(len(self.extractors)):
@@ -421,7 +421,7 @@ class CrossTaskDedup:
         return found
 
     def among(self, identities: set[TemplateKey]) -> Callable[[dict[str, Any]], bool]:
-        """Tells whether a document is one of those."""
+        """A function that says whether a document is one of those."""
 
         def known(doc: dict[str, Any]) -> bool:
             return any(
@@ -433,7 +433,7 @@ class CrossTaskDedup:
     def _key(self, reader: int, doc: dict[str, Any]) -> str | None:
         try:
             return self.extractors[reader].key(doc)
-        except Exception:  # another task's templates and functions may fail in any way on these fields
+        except Exception:  # another task's templates and functions may fail in any way on this document
             return None
 
 
@@ -441,9 +441,11 @@ def _others(sets: Sequence[set[TemplateKey]], index: int) -> set[TemplateKey]:
     return set().union(*(each for i, each in enumerate(sets) if i != index))
 
 
-def _dealt(total: int, count: int, what: str) -> list[int]:
+def _divided(total: int, count: int, what: str) -> list[int]:
     if total < count:
-        raise AFTError(f"{total} {what} cannot be dealt to {count} tasks.", f"Raise --{what}.")
+        raise AFTError(
+            f"--{what} {total} is less than one document for each of {count} tasks.", f"Raise --{what}."
+        )
     return [total // count + (i < total % count) for i in range(count)]
 
 
@@ -494,10 +496,10 @@ T = TypeVar("T", bound=_OfTask)
 
 
 def interleaved(items: Sequence[T]) -> list[T]:
-    """Items (examples or documents) with their tasks spread evenly, each task's in the order they had.
+    """Items (examples or documents) with their tasks spread evenly, each task's in their order.
 
-    Item ``j`` of a task's ``n`` is put at ``(j + 1/2) / n``; tasks with as many items as each other
-    take turns, a smaller one is spread over the whole. One task alone is left as it is.
+    Item ``j`` of a task's ``n`` is placed at ``(j + 1/2) / n``: tasks with equally many items
+    alternate, a smaller one is spread over the whole. The items of a single task stay as they are.
     """
     counts = Counter(item.task for item in items)
     seen: Counter[int] = Counter()

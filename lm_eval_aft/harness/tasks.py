@@ -1,4 +1,4 @@
-"""lm-eval's tasks: where they are defined, loading one of them, and scoring without questions."""
+"""lm-eval's tasks: finding their definitions, loading one, and scoring without questions."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.private_names import borrowed, require
+from lm_eval_aft.harness.output_types import OUTPUT_TYPES
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
-# Output types that can be trained on, and the objective each is trained with.
-TRAINABLE = {"multiple_choice": "choice", "generate_until": "lm", "loglikelihood": "lm"}
 _MANAGER = "lm-eval: TaskManager (task_index, all_tasks, all_subtasks, match_tasks, load)"
-NOT_TEXT = ("image", "audio")  # what a task's documents may hold, by its doc_to_...
+NOT_TEXT = ("image", "audio")  # a task that has doc_to_image or doc_to_audio is not text only
 
 
 def tasks_path() -> Path:
@@ -37,7 +36,7 @@ def tasks_path() -> Path:
 
 
 def task_folders(include_path: Sequence[str | Path] = ()) -> list[Path]:
-    """All folders tasks are looked for in: the user's first, then ours, then lm-eval's."""
+    """All folders searched for tasks: the user's first, then ours, then lm-eval's."""
     import lm_eval.tasks
 
     for path in include_path:
@@ -73,12 +72,12 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
     except ImportError as error:
         raise AFTError(
             f"The code of task {name!r} cannot be imported: {_first_line(error)}.",
-            "Install what it needs; a part that a library has no more needs an older library.",
+            "Install the package it needs, or an older version of it if a part is gone.",
         ) from error
     except (OSError, ValueError, KeyError, ConnectionError) as error:
         if "must have valid or test docs" in str(error):
             raise AFTError(
-                f"Task {name!r} has no split to be evaluated on.",
+                f"Task {name!r} has no evaluation split.",
                 "Name one in its YAML, as test_split or validation_split.",
             ) from error
         raise AFTError(
@@ -98,9 +97,9 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
 
 @contextmanager
 def compiled_once() -> Iterator[None]:
-    """Inside the block lm-eval compiles each prompt template once, not once for every document.
+    """In this context lm-eval compiles each prompt template once, not once for every document.
 
-    The templates are the same objects it would make anew; over a large task that is most of the time.
+    Over a large task that saves most of the time.
     """
     try:
         from lm_eval.utils import env
@@ -118,9 +117,9 @@ def compiled_once() -> Iterator[None]:
 
 @contextmanager
 def environment_asked_once(known: list[str]) -> Iterator[None]:
-    """Inside the block lm-eval describes the machine in its results by asking once, not for every run.
+    """In this context lm-eval collects the description of the machine once, not for every run.
 
-    The description lists installed packages, which takes a second. ``known`` keeps it between blocks.
+    It lists installed packages, which takes a second. ``known`` keeps it for later contexts.
     """
     from torch.utils import collect_env
 
@@ -129,12 +128,12 @@ def environment_asked_once(known: list[str]) -> Iterator[None]:
         yield
         return
 
-    def told() -> str:
+    def description() -> str:
         if not known:
             known.append(str(ask()))
         return known[0]
 
-    collect_env.get_pretty_env_info = told
+    collect_env.get_pretty_env_info = description
     try:
         yield
     finally:
@@ -190,8 +189,8 @@ def full_index(
 class TaskListing:
     """A task as its YAML describes it, no data loaded.
 
-    ``trainable``: it has a training split apart from its evaluation split, a type that training
-    knows, text alone, and options of which not all are right.
+    ``trainable``: it has a training split other than its evaluation split, an output type that can be
+    trained on, text only, and options of which not all are right.
     """
 
     name: str
@@ -205,16 +204,15 @@ class TaskListing:
     def trainable(self) -> bool:
         """Whether train-vector can train on it."""
         apart = self.evaluation_split and self.training_split not in (None, self.evaluation_split)
-        # Options scored by exact match are accepted answers, all of them right.
-        choosable = self.output_type != "multiple_choice" or set(self.metrics) != {"exact_match"}
-        return bool(apart) and self.output_type in TRAINABLE and self.text_only and choosable
+        kind = OUTPUT_TYPES.get(self.output_type)
+        return bool(apart) and self.text_only and kind is not None and kind.trainable(set(self.metrics))
 
 
 def list_tasks(
     pattern: str = "*", include_path: Sequence[str | Path] = (), manager: TaskManager | None = None
 ) -> list[TaskListing]:
     """Tasks whose names match, in alphabetical order; of ``manager``, by default of the full index."""
-    if manager is None:  # a plain name is found without reading every task there is
+    if manager is None:  # a plain name is found without the full index
         plain = not set(pattern) & set("*?[")
         manager = task_manager_for([pattern], include_path) if plain else full_index(include_path)
     listings = []
@@ -222,14 +220,11 @@ def list_tasks(
         path = manager.task_index[name].yaml_path
         config = read_definition(path) if path else {}
         metrics = tuple(str(m.get("metric")) for m in config.get("metric_list") or [] if isinstance(m, dict))
+        usual = "python" if config.get("class") or not path else "generate_until"
         listings.append(
             TaskListing(
                 name,
-                str(
-                    config.get(
-                        "output_type", "generate_until" if path and not config.get("class") else "python"
-                    )
-                ),
+                str(config.get("output_type", usual)),
                 config.get("training_split"),
                 config.get("test_split") or config.get("validation_split"),
                 metrics,
@@ -240,7 +235,7 @@ def list_tasks(
 
 
 def read_definition(path: Path) -> dict[str, Any]:
-    """A task's YAML with what it includes, as lm-eval reads it; functions that it names are not imported."""
+    """A task's YAML with its includes, as lm-eval reads it; functions that it names are not imported."""
     with borrowed("lm-eval: lm_eval.tasks._yaml_loader.load_yaml"):
         from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -310,16 +305,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-# The answer-only diagnostic: what a model makes of the answers when the questions are taken away.
-
-_SCORED = ("multiple_choice", "loglikelihood")
+# The answer-only diagnostic: how a model scores the answers when the questions are removed.
 
 
 def without_contexts(requests: Sequence[Instance]) -> list[Instance]:
-    """The same log-likelihood requests with an empty context each; the originals are left alone.
+    """Copies of log-likelihood requests, with empty contexts.
 
-    lm-eval scores an empty context behind the model's prefix token. White space at a context's end
-    goes with it, though with a context lm-eval would have counted it to the continuation.
+    lm-eval scores an empty context after the model's prefix token. White space at a context's end
+    is dropped with it, although lm-eval would have moved it to the continuation.
     """
     found = []
     for request in requests:
@@ -334,8 +327,8 @@ def refuse_generation(requests: Sequence[Instance]) -> None:
     if requests:
         task = requests[0].task_name or "the task"
         raise AFTError(
-            f"answer_only=true cannot generate, as {task} asks: without a question there is no answer whose "
-            "style could be scored.",
+            f"answer_only=true cannot generate, as {task} asks: without its question there is nothing to "
+            "answer.",
             "Leave out generation tasks, or answer_only.",
         )
 
@@ -348,12 +341,13 @@ def scorable(tasks: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     """
     kept, out = [], {}
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE == "generate_until":
-            out[name] = "its answers are generated"
-        elif task.OUTPUT_TYPE not in _SCORED:
+        kind = OUTPUT_TYPES.get(task.OUTPUT_TYPE)
+        if kind is None:
             out[name] = "its requests have no context to remove"
+        elif kind.not_alone:
+            out[name] = kind.not_alone
         elif getattr(task, "multiple_input", 0):
-            out[name] = "its options stand in the contexts, so nothing would be left to tell them apart"
+            out[name] = "its options are in the contexts, so nothing would be left to distinguish them"
         else:
             kept.append(name)
     return kept, out

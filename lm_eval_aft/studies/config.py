@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from lm_eval_aft._util.config import check_field_types, read_yaml
+from lm_eval_aft._util.config import read_yaml
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.demo import NAME as DEMO
 from lm_eval_aft.harness.examples import PROMPTS, PromptSettings
@@ -286,9 +286,7 @@ class BenchStudy(_Strict):
 
 def _take_prompts(settings: dict[str, Any]) -> PromptSettings:
     """Remove the prompt settings and return them."""
-    prompts = PromptSettings(**{key: settings.pop(key) for key in PROMPTS if key in settings})
-    check_field_types(prompts)
-    return prompts
+    return PromptSettings(**{key: settings.pop(key) for key in PROMPTS if key in settings})
 
 
 def read_bench(path: Path) -> BenchStudy:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,19 +13,25 @@ import jsonlines
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import LOCK, canonical_json, exclusive_dir, replacing
-from lm_eval_aft.engine.precision import to_training_dtype
-from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.training.checkpoint import TRAINING_LEDGER
 from lm_eval_aft.training.recipe import Protocol, TrainingPlan, parse_layers
-from lm_eval_aft.training.run import run_sweep
-from lm_eval_aft.training.setup import Prepared, prepare
+from lm_eval_aft.training.run import train_vector
+from lm_eval_aft.training.selection import (
+    DEFAULT_CRITERION,
+    Criterion,
+    Score,
+    find_criterion,
+    mean_of_seeds,
+)
+from lm_eval_aft.training.setup import Prepared, load_model, prepare
 
 SEARCH_LEDGER = "search.jsonl"
 SEARCH_SETTINGS = "asked.json"
 WINNER, TRIALS = "winner", "trials"
 STRATEGIES = ("grid", "optuna")
+_USUAL = find_criterion(DEFAULT_CRITERION)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Search:
     Attributes:
         trials: how many settings Optuna tries.
         settings: of `TrainingPlan.of`, besides what is searched.
+        documents: what all trials train on, once it is built.
     """
 
     model: str
@@ -84,6 +90,7 @@ class Search:
     batch_size: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    documents: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def prepare(self) -> Prepared:
         """The grid's plan with model and documents; Optuna's trials are parts of it.
@@ -97,10 +104,7 @@ class Search:
             _optuna()
         plan = TrainingPlan.of(self.task, self.space.protocol(self.seeds, self.batch_size), **self.settings)
         self._claim(plan)
-        lm = AFTLM(self.model, **dict(self.model_args))
-        if "dtype" not in self.model_args:
-            to_training_dtype(lm.model)
-        return prepare(lm, plan)
+        return prepare(load_model(self.model, self.model_args), plan, self.documents)
 
     def run(
         self, prepared: Prepared, say: Callable[[str], None] = print, progress: bool = True
@@ -116,7 +120,8 @@ class Search:
     def _run(self, prepared: Prepared, say: Callable[[str], None], progress: bool) -> list[Point]:
         (self.output / SEARCH_SETTINGS).write_text(self._asked(prepared.plan), encoding="utf-8")
         work = _grid if self.strategy == "grid" else _draw
-        points = sorted(work(self, prepared, say, progress), key=Point.order)
+        criterion = find_criterion(prepared.plan.protocol.criterion)
+        points = sorted(work(self, prepared, say, progress), key=lambda point: point.order(criterion))
         if not any(point.best_epoch for point in points):
             raise AFTError("Every setting diverged with one of its seeds.", "Search lower learning rates.")
         note = {"strategy": self.strategy, "points": len(points), "space": asdict(self.space)}
@@ -152,9 +157,10 @@ def _grid(search: Search, prepared: Prepared, say: Callable[[str], None], progre
     """One sweep over everything, sharing the frozen passes; its ledger has every setting and epoch."""
     folder = search.output / WINNER
     if not (folder / FILE_NAME).exists():
-        run_sweep(prepared, folder, resume=True, progress=progress)
+        _train(search, prepared, prepared.plan, folder, progress)
     depth = len(prepared.backbone.blocks)
-    points = read_points(folder, sorted(set(search.space.epochs)), depth)
+    criterion = find_criterion(prepared.plan.protocol.criterion)
+    points = read_points(folder, sorted(set(search.space.epochs)), depth, criterion=criterion)
     write_ledger(points, search.output / SEARCH_LEDGER)
     return points
 
@@ -188,7 +194,8 @@ def _draw(search: Search, prepared: Prepared, say: Callable[[str], None], progre
             f"trial {number}: layer {point.layer}, lr {point.lr:.2g}, l2 {point.l2:g}, "
             f"{point.epochs} epochs: {point.change:+.4f} nats"
         )
-    best = min(points, key=Point.order)
+    criterion = find_criterion(prepared.plan.protocol.criterion)
+    best = min(points, key=lambda point: point.order(criterion))
     begun = search.output / f".{WINNER}.begun"
     for old in (begun, search.output / WINNER):
         shutil.rmtree(old, ignore_errors=True)
@@ -200,15 +207,19 @@ def _draw(search: Search, prepared: Prepared, say: Callable[[str], None], progre
 def _trial(search: Search, prepared: Prepared, number: int, params: dict[str, Any], progress: bool) -> Point:
     changes = {"lr": params["lr"], "l2": params["l2"], "epochs": params["epochs"]}
     protocol = prepared.plan.protocol.changed({**changes, "layers": str(params["layer"])})
-    part = replace(prepared, plan=replace(prepared.plan, protocol=protocol), layers=[params["layer"]])
     folder = _folder(search, number)
     if not (folder / FILE_NAME).exists():
-        run_sweep(part, folder, resume=True, progress=progress)
+        _train(search, prepared, replace(prepared.plan, protocol=protocol), folder, progress)
     depth = len(prepared.backbone.blocks)
-    found = read_points(folder, [params["epochs"]], depth, number)
+    criterion = find_criterion(protocol.criterion)
+    found = read_points(folder, [params["epochs"]], depth, number, criterion)
     site, inf = params["layer"], float("inf")
     settings = (site, site / max(1, depth - 1), params["lr"], params["l2"], params["epochs"])
     return found[0] if found else Point(*settings, inf, inf, 0.0, (), number)
+
+
+def _train(search: Search, prepared: Prepared, plan: TrainingPlan, folder: Path, progress: bool) -> None:
+    train_vector(prepared.lm, plan, folder, resume=True, progress=progress, documents=search.documents)
 
 
 def _folder(search: Search, number: int) -> Path:
@@ -251,12 +262,18 @@ class Point:
     best_epoch: tuple[int, ...]
     trial: int | None = None
 
-    def order(self) -> tuple[float, float, int]:
+    def order(self, criterion: Criterion = _USUAL) -> tuple[float, ...]:
         """Sorts better points first; at equal scores the one that trained less."""
-        return (self.score, -self.accuracy, self.epochs)
+        return (*criterion.key(self), self.epochs)
 
 
-def read_points(folder: Path, epochs: Sequence[int], depth: int, trial: int | None = None) -> list[Point]:
+def read_points(
+    folder: Path,
+    epochs: Sequence[int],
+    depth: int,
+    trial: int | None = None,
+    criterion: Criterion = _USUAL,
+) -> list[Point]:
     """The settings of a finished run, from its ledger, each at each number of epochs.
 
     Settings in which a seed diverged are left out.
@@ -272,14 +289,13 @@ def read_points(folder: Path, epochs: Sequence[int], depth: int, trial: int | No
     for (layer, lr, l2), by_seed in found.items():
         for most in epochs:
             best = [
-                min(lines[:most], key=lambda e: (e["score"], -e["accuracy"]))
+                min(lines[:most], key=lambda line: criterion.key(Score.of(line)))
                 for lines in by_seed.values()
                 if len(lines) >= most
             ]
             if len(best) < seeds:
                 continue
-            score = statistics.fmean(each["score"] for each in best)
-            baseline = best[0]["baseline"]
+            score, accuracy = mean_of_seeds([Score.of(line) for line in best])
             points.append(
                 Point(
                     layer,
@@ -288,8 +304,8 @@ def read_points(folder: Path, epochs: Sequence[int], depth: int, trial: int | No
                     l2,
                     most,
                     score,
-                    score - baseline,
-                    statistics.fmean(each["accuracy"] for each in best),
+                    score - best[0]["baseline"],
+                    accuracy,
                     tuple(each["epoch"] for each in best),
                     trial,
                 )
@@ -329,7 +345,7 @@ def table(points: Sequence[Point]) -> list[list[str]]:
             f"{point.accuracy:.1%}",
             "/".join(map(str, point.best_epoch)),
         ]
-        for point in sorted(points, key=Point.order)
+        for point in points
     ]
 
 

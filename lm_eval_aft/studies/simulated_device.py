@@ -28,7 +28,8 @@ from lm_eval_aft.engine.batching import Batch, Document
 from lm_eval_aft.engine.compatibility import refused
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.training.cost import COUNTED_ATTENTION, CPU_ATTENTION, Spent
-from lm_eval_aft.training.objectives import Objective, Score
+from lm_eval_aft.training.objectives import Objective
+from lm_eval_aft.training.selection import Score
 from lm_eval_aft.training.trainer import Trajectory
 
 with borrowed("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.utils._pytree.tree_leaves"):
@@ -223,7 +224,7 @@ def may_pack_blank(model: nn.Module, documents: Sequence[Document]) -> bool:
     return any(document.rows(True) < document.rows(False) for document in documents)
 
 
-class BlankObjective:
+class BlankObjective(Objective):
     """An objective that does all the work and returns a meaningless score."""
 
     def __init__(self, inner: Objective) -> None:

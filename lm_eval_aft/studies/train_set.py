@@ -13,7 +13,6 @@ from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import JsonLines, canonical_json, replacing_dir
-from lm_eval_aft.engine.precision import to_training_dtype
 from lm_eval_aft.evaluation import formatting
 from lm_eval_aft.evaluation.formatting import json_text, markdown_table, write_formats
 from lm_eval_aft.evaluation.report import compare
@@ -24,8 +23,8 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.studies.config import Study, StudyEntry
-from lm_eval_aft.training.run import run
-from lm_eval_aft.training.setup import prepare
+from lm_eval_aft.training.run import train_vector
+from lm_eval_aft.training.setup import load_model
 
 logger = logging.getLogger(__name__)
 # A hidden folder of the library: listings pass it over.
@@ -99,9 +98,7 @@ class TrainSet:
                 say(f"{entry.name}: already in the library.")
                 continue
             if lm is None:
-                lm = AFTLM(self.model, **self.model_args)
-                if "dtype" not in self.model_args:
-                    to_training_dtype(lm.model)
+                lm = load_model(self.model, self.model_args)
             say(f"{entry.name}: training on {entry.task} ...")
             started = time.monotonic()
             try:
@@ -121,10 +118,9 @@ class TrainSet:
             say(f"{entry.name}: was begun with other settings, and is begun anew.")
             shutil.rmtree(work)
         if not (work / FILE_NAME).exists():  # finished, if it is there
-            prepared = prepare(lm, entry.plan())
             work.parent.mkdir(parents=True, exist_ok=True)
             told.write_text(asked, encoding="utf-8")
-            run(prepared, work, resume=True, progress=progress)
+            train_vector(lm, entry.plan(), work, resume=True, progress=progress)
         vector = SteeringVector.load(work)
         record = {"name": entry.name, "sha256": vector.digest(), "asked": self._asked(entry)}
         # Before the vector moves: a line too many does no harm, a line too few would disown it.

@@ -1,4 +1,4 @@
-"""What a finished run writes about itself: the vector's header, the model card and ``sweep.png``."""
+"""What a finished run writes: the vector's header, the model card and ``sweep.png``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.training.candidate import Candidate
 from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.training.distributed import Workers
-from lm_eval_aft.training.objectives import Score, loss_of
+from lm_eval_aft.training.selection import median_seed
 from lm_eval_aft.training.setup import Prepared
 from lm_eval_aft.training.sweep import Calibration, LayerResult, SweepResult
 
@@ -60,6 +60,7 @@ def finished_vector(
 def training_metadata(
     prepared: Prepared,
     sweep: SweepResult,
+    *,
     identity: dict[str, Any],
     engine: str,
     seconds: float,
@@ -70,21 +71,22 @@ def training_metadata(
 
     Args:
         identity: the base model's fingerprint.
-        drawn: training documents a seed draws.
-        screen: what the screen said, if it ran.
+        drawn: number of training documents that a seed draws.
+        screen: the screen's result, if it ran.
     """
     plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
+    name = lm.pretrained if isinstance(lm.pretrained, str) else getattr(lm.pretrained, "name_or_path", "")
     template = getattr(lm.tokenizer, "chat_template", None) if plan.prompts.apply_chat_template else None
     return {
         "num_hidden_layers": len(prepared.backbone.blocks),
-        "base_model": {"name": _name(lm.pretrained), "revision": lm.revision},
+        "base_model": {"name": str(name), "revision": lm.revision},
         "fingerprint": identity,
         **_tasks(prepared),
         "prompts": asdict(plan.prompts),
         "chat_template": template and hashlib.sha256(str(template).encode()).hexdigest(),
         "objective": prepared.objective.name,
         "metric": prepared.objective.metric,
-        "loss": loss.to_dict() if (loss := loss_of(prepared.objective)) else None,
+        "loss": loss.to_dict() if (loss := prepared.objective.loss) else None,
         "control": plan.control,
         "parameters": prepared.method.parameters(prepared.backbone.hidden_size, len(prepared.layers)),
         "protocol": {
@@ -120,9 +122,8 @@ def _versions() -> dict[str, str]:
 
 
 def _tasks(prepared: Prepared) -> dict[str, Any]:
-    """What was trained on. Of several tasks ``num_fewshot`` is what they share; ``tasks`` tells each's own.
-
-    Their own selection scores stand in ``selection``, under ``tasks`` of the baseline's and the vector's.
+    """What was trained on. With several tasks, ``num_fewshot`` is their common number, and ``tasks`` has each
+    one's own; their selection scores are in ``selection``, under the baseline's and the vector's ``tasks``.
     """
     parts, plan = prepared.parts, prepared.plan
     shots = {part.num_fewshot for part in parts}
@@ -152,8 +153,8 @@ def _tasks(prepared: Prepared) -> dict[str, Any]:
 def _layer(result: LayerResult, sweep: SweepResult) -> dict[str, Any]:
     """A layer's outcome on the scale of the whole selection split.
 
-    Layers that left early were judged on fewer documents: the difference from the baseline there
-    is added to the baseline's score on all of them.
+    Layers that left the search early were scored on fewer documents: their difference from the baseline
+    there is added to the baseline's score on all documents.
     """
     accuracy = sweep.baseline.accuracy + result.accuracy - result.baseline.accuracy
     return {
@@ -162,10 +163,6 @@ def _layer(result: LayerResult, sweep: SweepResult) -> dict[str, Any]:
         "stage": result.stage,
         "n": result.baseline.n,
     }
-
-
-def _name(pretrained: Any) -> str:
-    return str(pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", ""))
 
 
 # The model card (README.md) of a vector folder.
@@ -299,7 +296,7 @@ def _origin(meta: dict[str, Any]) -> str:
     if meta.get("recipe"):
         return "Composed of other vectors, not trained: see its recipe."
     if not (meta.get("splits") and meta.get("task")):
-        return "Nothing is recorded of how it was made."
+        return "How it was made is not recorded."
     tasks, shots = task_names(meta), meta.get("num_fewshot")
     named = ", ".join(f"`{task}`" for task in tasks)
     return (
@@ -374,22 +371,22 @@ def _is_hub_name(name: str | None) -> bool:
     return bool(name) and str(name).count("/") <= 1 and not str(name).startswith((".", "/"))
 
 
-# ``sweep.png``: what every layer came to, and how the finalists got there.
+# ``sweep.png``: every layer's result, and the finalists' scores by epoch.
 
 _CHOSEN, _OTHER, _BASELINE = "#c2410c", "#1d4ed8", "#6b7280"
 _WIDTH_95 = 1.96  # standard errors on either side of a mean in a normal 95 % interval
 
 
 def draw_sweep(sweep: SweepResult, metric: str, path: Path) -> None:
-    """Write a picture of a sweep: selection score and accuracy by layer, and the finalists' curves.
+    """Plot a sweep: selection score and accuracy by layer, and the finalists' curves.
 
-    Bars are 95 % intervals over selection documents (normal approximation), of the best epoch's
-    median seed; they do not include the luck of having been chosen.
+    Bars are 95 % intervals over selection documents (normal approximation), of the best epoch of the
+    median seed; they do not account for selection.
 
     Raises:
-        AFTError: the place cannot be written.
+        AFTError: the file cannot be written.
     """
-    # Not pyplot: it would look for a display, and keep every figure.
+    # Not pyplot, which looks for a display and keeps every figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -416,7 +413,7 @@ def _by_layer(axes: Any, sweep: SweepResult, quantity: str) -> None:
     baseline = getattr(sweep.baseline, quantity)
     axes.axhline(baseline, color=_BASELINE, linestyle="--", linewidth=1, label="baseline")
     for result in sweep.layers:
-        # Layers that left early were judged on fewer documents: drawn as differences from the baseline there.
+        # Layers that left early were scored on fewer documents: drawn as differences from the baseline there.
         value = baseline + getattr(result, quantity) - getattr(result.baseline, quantity)
         chosen = result.layer == sweep.chosen.layer
         axes.errorbar(
@@ -456,11 +453,8 @@ def _curves(axes: Any, sweep: SweepResult) -> None:
 
 
 def _stderr(result: LayerResult, quantity: str) -> float:
-    best = _best(result.candidates[len(result.candidates) // 2])
+    middle = median_seed(result.candidates)
+    best = middle.criterion.best(middle.scores)
     if quantity == "score":
         return best.stderr
     return float((best.accuracy * (1 - best.accuracy) / max(best.n, 1)) ** 0.5)
-
-
-def _best(candidate: Candidate) -> Score:
-    return min(candidate.scores, key=Score.order)

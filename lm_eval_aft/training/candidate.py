@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.settings import Count, NotNegative, Positive, settings
 from lm_eval_aft.engine.batching import Document, units
 from lm_eval_aft.steering.intervention import Intervention
-from lm_eval_aft.training.objectives import Score
+from lm_eval_aft.training.selection import DEFAULT_CRITERION, Criterion, Score, find_criterion
 
 
-@dataclass(frozen=True)
+@settings
 class Recipe:
-    """The numbers of a training run.
+    """How one candidate is trained.
 
     Attributes:
         lr: Adam's learning rate; one step moves each entry of the vector by about this much.
@@ -28,37 +28,25 @@ class Recipe:
         min_epochs: epochs before ``patience`` may stop it.
         regression: stop as soon as the selection score falls behind the baseline's.
         clip: gradient norm above which gradients are scaled down; ``None``: never.
-        batch_size: documents per optimiser step.
+        criterion: what makes one epoch better than another.
     """
 
-    lr: float = 1e-3
-    l2: float = 0.0
-    epochs: int = 10
-    patience: int | None = 3
-    clip: float | None = 1.0
-    batch_size: int = 1
-    min_epochs: int = 1
+    lr: Positive = 1e-3
+    l2: NotNegative = 0.0
+    epochs: Count = 10
+    patience: Count | None = 3
+    clip: Positive | None = 1.0
+    min_epochs: Count = 1
     regression: bool = False
-
-    def __post_init__(self) -> None:
-        limits = {"lr": self.lr > 0, "l2": self.l2 >= 0, "epochs": self.epochs >= 1}
-        limits |= {"batch_size": self.batch_size >= 1, "clip": self.clip is None or self.clip > 0}
-        limits |= {"patience": self.patience is None or self.patience >= 1}
-        for name, fine in limits.items():
-            if not fine:
-                raise AFTError(f"{name}={getattr(self, name)} makes no sense.", "Give a positive number.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for ledgers and headers."""
-        return asdict(self)
+    criterion: str = DEFAULT_CRITERION
 
 
 @dataclass
 class Candidate:
     """One (layer, seed, learning rate, L2) in training.
 
-    Its tensors are float32 master copies (float64 for a float64 model); at the start they add
-    nothing, but for retries and methods without training.
+    Its tensors are float32 master copies (float64 for a float64 model). They start out adding
+    nothing, except for retries and methods without training.
 
     Attributes:
         layer: the layer it steers, or the lowest of them.
@@ -96,6 +84,11 @@ class Candidate:
         return f"{self.stage}/layer{self.layer}-seed{self.seed}-lr{recipe.lr:g}-l2{recipe.l2:g}"
 
     @property
+    def criterion(self) -> Criterion:
+        """What makes one of its epochs better than another."""
+        return find_criterion(self.recipe.criterion)
+
+    @property
     def trained(self) -> bool:
         """Whether its method has anything to train."""
         return self.intervention.method.trained
@@ -122,28 +115,26 @@ class Candidate:
 
     @property
     def setting(self) -> tuple[int, float, float]:
-        """What its sisters of other seeds share with it: layer, learning rate and L2."""
+        """What it shares with its other seeds: layer, learning rate and L2."""
         return (self.layer, self.recipe.lr, self.recipe.l2)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` to what this step has gathered so far."""
+        """Add the gradient of ``loss`` to this step's."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
-        """One Adam step on the gathered gradient plus that of the L2 term.
+        """One Adam step on the accumulated gradient plus that of the L2 term.
 
         A gradient that is not finite stops the candidate instead.
         """
         moved = [tensor for tensor in self._tensors if tensor.grad is not None]
         if not moved:
             return
-        finite = True
-        for tensor in moved:
-            assert tensor.grad is not None
+        gradients = [tensor.grad for tensor in moved if tensor.grad is not None]
+        for tensor, gradient in zip(moved, gradients, strict=True):
             if self.recipe.l2:
-                tensor.grad.add_(tensor.detach(), alpha=2 * self.recipe.l2)
-            finite &= bool(torch.isfinite(tensor.grad).all())
-        if not finite:
+                gradient.add_(tensor.detach(), alpha=2 * self.recipe.l2)
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
             self.stopped = "gradient not finite"
         else:
             if self.recipe.clip is not None:
@@ -152,7 +143,7 @@ class Candidate:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what this step has gathered so far."""
+        """Drop the gradient accumulated so far."""
         self._adam.zero_grad()
 
     def record(self, score: Score, baseline: Score | None = None) -> None:
@@ -161,7 +152,7 @@ class Candidate:
             self.stopped = "selection score not finite"
             return
         self.scores.append(score)
-        if self.best_score is None or score.order() < self.best_score.order():
+        if self.best_score is None or self.criterion.improves(score, on=self.best_score):
             tensors = self.intervention.tensors
             self.best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             self.best_score = score
@@ -169,7 +160,7 @@ class Candidate:
         else:
             self.stale += 1
         recipe = self.recipe
-        if recipe.regression and baseline is not None and score.score > baseline.score:
+        if recipe.regression and baseline is not None and self.criterion.change(score, baseline) > 0:
             self.stopped = "regression: worse than the baseline"
         elif (
             recipe.patience is not None and self.stale >= recipe.patience and self.epoch >= recipe.min_epochs
@@ -186,14 +177,9 @@ class Candidate:
             for key, value in self._adam.state.get(tensor, {}).items():
                 tensors[f"adam.{key}:{name}"] = value
         tensors |= {f"best:{name}": tensor for name, tensor in (self.best or {}).items()}
-        values = {
-            "scores": [score.to_dict() for score in self.scores],
-            "stale": self.stale,
-            "stopped": self.stopped,
-            "steps": self.steps,
-            "best_epoch": self.best_epoch,
-            "best_score": self.best_score.to_dict() if self.best_score else None,
-        }
+        values = {name: getattr(self, name) for name in ("stale", "stopped", "steps", "best_epoch")}
+        values["scores"] = [score.to_dict() for score in self.scores]
+        values["best_score"] = self.best_score.to_dict() if self.best_score else None
         return tensors, values
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -209,14 +195,14 @@ class Candidate:
             if kept:
                 self._adam.state[tensor] = {k: v if k == "step" else v.to(tensor) for k, v in kept.items()}
         self.best = best or None
-        self.scores, self.stale = [Score(**score) for score in values["scores"]], values["stale"]
-        self.stopped, self.best_epoch = values["stopped"], values["best_epoch"]
-        self.steps = values["steps"]
+        for name in ("stale", "stopped", "steps", "best_epoch"):
+            setattr(self, name, values[name])
+        self.scores = [Score(**score) for score in values["scores"]]
         self.best_score = Score(**values["best_score"]) if values["best_score"] else None
 
 
 class Tick(Protocol):
-    """Called with the number of candidate-documents just finished."""
+    """Called with the number of (candidate, document) pairs just finished."""
 
     def __call__(self, done: int, /) -> None: ...
 

@@ -23,14 +23,13 @@ from lm_eval_aft._util.files import LOCK, canonical_json, replacing
 from lm_eval_aft._util.process import Terminated, now
 from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.training.candidate import Candidate
-from lm_eval_aft.training.objectives import Score
+from lm_eval_aft.training.selection import Score
 
-# Seconds of an unfinished epoch that a sudden death may cost.
-SAVE_EVERY = 300.0
+SAVE_EVERY = 300.0  # seconds of an unfinished epoch that a crash may cost
 
 
 class RunRecorder:
-    """Tells the outside what a sweep does; see `lm_eval_aft.training.sweep.SweepEvents`.
+    """Records a sweep's progress in its folder and on the bar; see `lm_eval_aft.training.sweep.SweepEvents`.
 
     Args:
         asked: whether the process was asked to end.
@@ -46,7 +45,7 @@ class RunRecorder:
         asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self._bar, self._folder, self._settings, self._ledger = bar, folder, settings, ledger
-        self._told = {n for n, (_, values) in saved.items() if values["stopped"] and not values["steps"]}
+        self._dropped = {n for n, (_, values) in saved.items() if values["stopped"] and not values["steps"]}
         self._asked, self._saved_at = asked, time.monotonic()
 
     def tick(self, done: int, /) -> None:
@@ -58,8 +57,8 @@ class RunRecorder:
             return
         own = {"candidate": candidate.name, "stage": candidate.stage}
         if candidate.stopped.endswith("not finite"):
-            if candidate.name not in self._told:
-                self._told.add(candidate.name)
+            if candidate.name not in self._dropped:
+                self._dropped.add(candidate.name)
                 self._ledger.append(event="dropped", **own, reason=candidate.stopped)
             return
         score = candidate.scores[-1]
@@ -90,16 +89,16 @@ class RunRecorder:
             raise Terminated
 
 
-# The folder a training run writes into: opening it, and what a finished one holds.
+# The folder that a training run writes into.
 
 PICTURE = "sweep.png"
 SEEDS = "seeds"
 
 
 def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse an output folder that holds something, unless told what to do with it.
+    """Raise `AFTError` for an output folder that is not empty, unless told to resume or overwrite.
 
-    Even then only a folder that a training run began is touched: overwriting empties it.
+    Even then only a folder that a training run began is accepted, since overwriting empties it.
     """
     if folder.exists() and not folder.is_dir():
         raise AFTError(f"The output {folder} is a file.", "Give a folder.")
@@ -118,7 +117,7 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
 
 
 def digest(documents: object) -> str:
-    """SHA-256 of what a run reads: data, YAML, tokenizer or window may change before it is resumed.
+    """SHA-256 of what a run trains on: data, YAML, tokenizer or window may change before it is resumed.
 
     Args:
         documents: nested tuples, lists, strings and numbers, or dataclasses of them.
@@ -127,7 +126,7 @@ def digest(documents: object) -> str:
 
 
 def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[TrainingLedger, dict[str, State]]:
-    """The ledger of a run, begun anew or taken up, and the states of the candidates it had.
+    """The ledger of a new or resumed run, and its candidates' states.
 
     Raises:
         AFTError: the run in the folder is finished or had other settings, or nothing can be written.
@@ -135,7 +134,7 @@ def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Trai
     check_output(folder, resume=True)
     ledger = TrainingLedger(folder)
     if resume and folder.exists():
-        _sweep_up(folder)
+        _remove_temporary(folder)
         saved = load_state(folder, settings, ledger)
         if saved is not None:
             return ledger, saved
@@ -154,8 +153,8 @@ def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[Trai
 
 
 def _empty(folder: Path) -> None:
-    """Delete a former run. Its vector goes first and its ledger last: dying half-way leaves no finished
-    run, and one that still is known as a run."""
+    """Delete an earlier run. Its vector goes first and its ledger last, so that a crash half-way leaves
+    something that is not finished and still known as a run."""
     order = {FILE_NAME: 0, TRAINING_LEDGER: 2}
     for each in sorted(folder.iterdir(), key=lambda path: order.get(path.name, 1)):
         if each.name == LOCK:
@@ -166,7 +165,7 @@ def _empty(folder: Path) -> None:
             each.unlink()
 
 
-def _sweep_up(folder: Path) -> None:
+def _remove_temporary(folder: Path) -> None:
     """Delete the temporary files of a process that was killed while it wrote."""
     for each in folder.rglob(".*.tmp"):
         with contextlib.suppress(OSError):
@@ -178,7 +177,7 @@ def seed_file(folder: Path, seed: int) -> Path:
     return folder / SEEDS / f"seed-{seed}.safetensors"
 
 
-# The append-only JSON Lines file of a run, and the state it resumes from.
+# The append-only ledger of a run, and the state it resumes from.
 
 TRAINING_LEDGER = "training.jsonl"
 STATE = "state.safetensors"
@@ -199,7 +198,7 @@ class TrainingLedger:
         self.lines += 1
 
     def sync(self) -> None:
-        """Have all lines on the disk, where no loss of power takes them."""
+        """Flush all lines to the disk, so that they survive a loss of power."""
         with self.path.open("rb") as stream:
             os.fsync(stream.fileno())
 
@@ -219,7 +218,7 @@ class TrainingLedger:
 def save_state(
     folder: Path, settings: dict[str, Any], ledger: TrainingLedger, candidates: Iterable[Candidate]
 ) -> None:
-    """Write what `load_state` needs to go on, whole or not at all."""
+    """Write what `load_state` reads, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for candidate in candidates:

@@ -1,4 +1,4 @@
-"""Placebos: what a vector must beat before its gain means anything."""
+"""Placebo controls: what a vector must beat before its gain means anything."""
 
 from __future__ import annotations
 
@@ -14,40 +14,38 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.harness.examples import Example
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
-
-CONTROLS = ("random", "shuffled", "format")
+from lm_eval_aft.training.objectives import CONTROLS, OBJECTIVES
 
 
 def check_control(control: str | None, objective: str) -> None:
     """Raise `AFTError` for a control that does not exist or does not fit the objective."""
     if control is None or control == "random":
         return
-    fits = {"shuffled": "choice", "format": "lm"}
-    if control not in fits:
+    fits = [name for name, kind in OBJECTIVES.items() if control in kind.controls]
+    if not fits:
         raise AFTError(f"There is no control {control!r}.", f"Choose one of: {', '.join(CONTROLS)}.")
-    if fits[control] != objective:
+    if objective not in fits:
         raise AFTError(
-            f"The control {control!r} is for the objective {fits[control]!r}, this task uses {objective!r}.",
+            f"The control {control!r} is for the objective {fits[0]!r}, this task uses {objective!r}.",
             "Use random, which fits every task.",
         )
 
 
 def apply_control(examples: Sequence[Example], control: str | None, seed: int) -> list[Example]:
-    """The training examples of a control; other controls than these leave them as they are.
+    """The training examples of a control; other controls leave them as they are.
 
-    ``shuffled`` permutes the gold labels among the documents (a label beyond a document's options
-    wraps round); ``format`` deals each document the gold continuation of another one. Of several
-    tasks each keeps its own labels and continuations.
+    ``shuffled`` permutes the gold labels across examples (a label beyond an example's options
+    wraps around); ``format`` permutes the gold continuations. Each task keeps its own.
     """
     if control not in ("shuffled", "format"):
         return list(examples)
     found = list(examples)
     for task in sorted({example.task for example in examples}):
         places = [i for i, example in enumerate(examples) if example.task == task]
-        for i, spoiled in zip(
+        for i, changed in zip(
             places, _apply_to_group([examples[i] for i in places], control, seed), strict=True
         ):
-            found[i] = spoiled
+            found[i] = changed
     return found
 
 
@@ -56,20 +54,20 @@ def _apply_to_group(examples: Sequence[Example], control: str, seed: int) -> lis
         return list(examples)
     order = list(range(len(examples)))
     random.Random(f"{control}|{seed}").shuffle(order)
-    spoiled = []
+    changed = []
     for place, index in enumerate(order):
         example = examples[index]
-        # The neighbour in a random circle: nobody is dealt their own.
+        # The neighbour in a random circle: no example keeps its own.
         other = examples[order[(place + 1) % len(order)]]
         if control == "shuffled":
             n = len(example.requests)
-            spoiled.append(replace(example, gold=tuple(sorted({gold % n for gold in other.gold}))))
+            changed.append(replace(example, gold=tuple(sorted({gold % n for gold in other.gold}))))
         else:
             context = example.requests[0][0]
-            spoiled.append(
+            changed.append(
                 replace(example, requests=((context, other.requests[0][1]),), lengths=other.lengths)
             )
-    back = dict(zip(order, spoiled, strict=True))
+    back = dict(zip(order, changed, strict=True))
     return [back[i] for i in range(len(examples))]
 
 

@@ -1,4 +1,4 @@
-"""What a run will cost, from a few of its own documents: time, floating-point operations, memory."""
+"""The cost of a run, estimated from a few of its documents: time, floating-point operations, memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import gc
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,10 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     """Measure a block's peak memory above what was in use before; call the result for the bytes.
 
     On CUDA by the allocator's count. Elsewhere by `PeakMemory` and, on Linux, by resident memory too,
-    whichever is more: the one does not see what libraries take for themselves, the other not what an
-    allocator hands out again.
+    whichever is more: the former does not see what libraries allocate for themselves, the latter not what
+    an allocator reuses.
     """
-    gc.collect()  # what only waits to be freed is not in use
+    gc.collect()  # garbage is not in use
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -130,14 +131,11 @@ def estimate(
         group: a candidate at each layer, which will be trained.
         seeds: with how many the final stage trains its candidates.
     """
-    with peak_memory(_device(group)) as peak:
+    device = next(iter(group[0].intervention.tensors.values())).device
+    with peak_memory(device) as peak:
         heaviest_passes(engine, group, train, selection, batch_size)
         peak_bytes = peak()  # read here: what follows is heavier than the run
-
-    def meter(work: Callable[[], None]) -> Spent:
-        return Spent(_seconds(work), flops_of(work))
-
-    total = measure_rates(engine, group, _spread(train), _spread(selection), meter).total(stages, seeds)
+    total = measure_rates(engine, group, _spread(train), _spread(selection)).total(stages, seeds)
     return Estimate(total.seconds, total.flops, peak_bytes)
 
 
@@ -149,53 +147,31 @@ def heaviest_passes(
     batch_size: int,
 ) -> None:
     """A step on the longest training documents and the largest batch of selection documents."""
-
-    def nothing(_done: int) -> None:
-        pass
-
-    longest = next(iter(in_steps(_longest_first(train), batch_size)))
-    judged = _longest_first(selection)
-    together = max(1, getattr(engine, "budget", 0) // _tokens(judged[0]), len(units(judged)[0]))
-    engine.train([each for each in group if each.trained], [longest], nothing)
-    engine.evaluate(group, judged[:together], nothing)
-
-
-def _device(group: Sequence[Candidate]) -> torch.device:
-    return next(iter(group[0].intervention.tensors.values())).device
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def _tokens(document: Document) -> int:
-    return document.tokens(True)
+    longest = next(iter(in_steps(_flat(reversed(_by_length(train))), batch_size)))
+    selection = _flat(reversed(_by_length(selection)))
+    first_batch = max(1, getattr(engine, "budget", 0) // selection[0].tokens(True), len(units(selection)[0]))
+    engine.train([each for each in group if each.trained], [longest], _nothing)
+    engine.evaluate(group, selection[:first_batch], _nothing)
 
 
 def _spread(documents: Sequence[Document]) -> list[Document]:
     """A few documents, with their groups, evenly spread over the range of lengths."""
-    together = sorted(_by_unit(documents), key=_longest)
+    together = _by_length(documents)
     n = min(max(2, SAMPLE // len(together[0])), len(together))
-    places = [round((i + 0.5) / n * len(together) - 0.5) for i in range(n)]
-    return [document for place in places for document in together[place]]
+    return _flat(together[round((i + 0.5) / n * len(together) - 0.5)] for i in range(n))
 
 
-def _longest_first(documents: Sequence[Document]) -> list[Document]:
-    together = sorted(_by_unit(documents), key=_longest, reverse=True)
-    return [document for unit in together for document in unit]
+def _by_length(documents: Sequence[Document]) -> list[list[Document]]:
+    """Documents by group, those with the longest document last."""
+    together = [[documents[i] for i in unit] for unit in units(documents)]
+    return sorted(together, key=lambda unit: max(document.tokens(True) for document in unit))
 
 
-def _by_unit(documents: Sequence[Document]) -> list[list[Document]]:
-    return [[documents[i] for i in unit] for unit in units(documents)]
+def _flat(groups: Iterable[list[Document]]) -> list[Document]:
+    return list(chain.from_iterable(groups))
 
 
-def _longest(unit: Sequence[Document]) -> int:
-    return max(map(_tokens, unit))
-
-
-# What documents cost, and what a protocol's stages come to at that price.
+# Cost per document, and the total over a protocol's stages.
 
 with borrowed("torch: torch.utils.flop_counter (flop_registry, register_flop_formula, sdpa_flop_count)"):
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
@@ -209,7 +185,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
 
 
-# The counter knows the attention kernels of GPUs only; these are the CPU's, which do the same products.
+# The counter knows the attention kernels of GPUs only; these are the CPU's, with the same products.
 _KERNELS: dict[str, Any] = {
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
@@ -217,7 +193,7 @@ _KERNELS: dict[str, Any] = {
 CPU_ATTENTION: dict[Any, Any] = {
     getattr(torch.ops.aten, name): count for name, count in _KERNELS.items() if hasattr(torch.ops.aten, name)
 }
-# Without them, or if attention runs others, counts would be too low: asked for wherever something is counted.
+# Without them, or if attention runs others, counts would be too low: checked wherever something is counted.
 COUNTED_ATTENTION = "torch: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu and its backward"
 
 
@@ -235,12 +211,8 @@ class Spent:
         return Spent(self.seconds * factor, self.flops * factor)
 
     def without(self, part: Spent) -> Spent:
-        """What is left when a part of the work is left out; timings may jitter, so never below nothing."""
+        """This without a part of the work; timings jitter, so never below zero."""
         return Spent(max(0.0, self.seconds - part.seconds), max(0.0, self.flops - part.flops))
-
-
-# Does some work, and says what it took.
-Meter = Callable[[Callable[[], None]], Spent]
 
 
 @dataclass(frozen=True)
@@ -248,9 +220,9 @@ class Rates:
     """What one document costs.
 
     Attributes:
-        train_shared: the frozen pass that all candidates of a seed start from, trained on.
+        train_shared: in training, the frozen pass that all candidates of a seed share.
         train_own: one candidate's own part, mean over layers.
-        selection_shared, selection_own: the same, judged on.
+        selection_shared, selection_own: the same in evaluation.
     """
 
     train_shared: Spent
@@ -259,7 +231,7 @@ class Rates:
     selection_own: Spent
 
     def total(self, stages: Sequence[Stage], seeds: int) -> Spent:
-        """What a protocol's stages come to at most; in the final one each seed has a pass of its own."""
+        """The total over a protocol's stages, at most; in the final one each seed has its own frozen pass."""
         found = Spent()
         for stage in stages:
             passes = min(seeds, stage.candidates) if stage.name == "final" else 1
@@ -270,44 +242,39 @@ class Rates:
 
 
 def measure_rates(
-    engine: Engine,
-    group: Sequence[Candidate],
-    train: Sequence[Document],
-    selection: Sequence[Document],
-    meter: Meter,
+    engine: Engine, group: Sequence[Candidate], train: Sequence[Document], selection: Sequence[Document]
 ) -> Rates:
-    """Carry a few documents through the engine, with a group of candidates and with none."""
+    """Run a few documents through the engine, with a group of candidates and with none."""
 
     def trained(candidates: Sequence[Candidate]) -> Spent:
-        # What a method computes without training costs no step.
-        steps, live = list(in_steps(train, 1)), [each for each in candidates if each.trained]
-        return meter(lambda: engine.train(live, steps, _nothing))
+        # Methods without training take no steps.
+        live = [each for each in candidates if each.trained]
+        return _measured(lambda: engine.train(live, list(in_steps(train, 1)), _nothing)) * (1 / len(train))
 
     def judged(candidates: Sequence[Candidate]) -> Spent:
-        return meter(lambda: _evaluate(engine, candidates, selection))
+        return _measured(lambda: engine.evaluate(candidates, selection, _nothing)) * (1 / len(selection))
 
     shared_train, shared_selection = trained([]), judged([])
-    own_train = trained(group).without(shared_train) * (1 / len(group))
-    own_selection = judged(group).without(shared_selection) * (1 / len(group))
-    per_train, per_selection = 1 / len(train), 1 / len(selection)
     return Rates(
-        shared_train * per_train,
-        own_train * per_train,
-        shared_selection * per_selection,
-        own_selection * per_selection,
+        shared_train,
+        trained(group).without(shared_train) * (1 / len(group)),
+        shared_selection,
+        judged(group).without(shared_selection) * (1 / len(group)),
     )
 
 
-def flops_of(work: Callable[[], None]) -> int:
+def _measured(work: Callable[[], object]) -> Spent:
+    started = time.perf_counter()
+    work()
+    return Spent(time.perf_counter() - started, flops_of(work))
+
+
+def flops_of(work: Callable[[], object]) -> int:
     """Floating-point operations of matrix products and attention, as `FlopCounterMode` counts them."""
     require(COUNTED_ATTENTION)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         work()
     return int(counter.get_total_flops())
-
-
-def _evaluate(engine: Engine, candidates: Sequence[Candidate], documents: Sequence[Document]) -> None:
-    engine.evaluate(candidates, documents, _nothing)
 
 
 def _nothing(_done: int) -> None:

@@ -1,4 +1,4 @@
-"""Sharing candidates out among the processes of `accelerate launch` or `torchrun`.
+"""Dividing candidates among the processes of `accelerate launch` or `torchrun`.
 
 Candidates do not depend on each other, so each process trains some of them on all documents; nothing
 is exchanged within an epoch, and every vector is the same as one process would find.
@@ -19,8 +19,8 @@ from lm_eval_aft.training.candidate import Candidate
 class Workers:
     """The processes of this run; one, where there is no launcher.
 
-    On GPUs loading the model has joined them already; on CPUs, where lm-eval runs each process by
-    itself, this does.
+    On GPUs loading the model has joined them already. On CPUs this does: accelerate's `PartialState` takes
+    each process there for the only one unless ACCELERATE_USE_CPU is set.
     """
 
     def __init__(self) -> None:
@@ -35,39 +35,35 @@ class Workers:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks to the user."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def shard(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """This process's part; layers, which differ in cost, are dealt out in turn."""
-        dealt = sorted(candidates, key=lambda candidate: (candidate.layer, candidate.name))
-        return dealt[self.rank :: self.size]
+        """This process's part; since layers differ in cost, each process gets every ``size``-th one."""
+        ordered = sorted(candidates, key=lambda candidate: (candidate.layer, candidate.name))
+        return ordered[self.rank :: self.size]
 
     def exchange(self, candidates: Sequence[Candidate]) -> None:
-        """Bring every process's candidates to the state their owners have left them in."""
+        """Bring all candidates to the state in which the process that trains them has left them."""
         if self.size == 1:
             return
-        states = [(candidate.name, *candidate.state()) for candidate in self.shard(candidates)]
-        mine = {name for name, _, _ in states}
-        known = {candidate.name: candidate for candidate in candidates}
-        packed = [
-            (name, {key: tensor.cpu() for key, tensor in tensors.items()}, values)
-            for name, tensors, values in states
-        ]
-        for part in self._gathered(packed):
-            for name, tensors, values in part:
-                if name not in mine:
-                    known[name].restore(tensors, values)
+        packed = {}
+        for candidate in self.shard(candidates):
+            tensors, values = candidate.state()
+            packed[candidate.name] = ({key: tensor.cpu() for key, tensor in tensors.items()}, values)
+        states = {name: state for part in self.gather(packed) for name, state in part.items()}
+        for candidate in candidates:
+            if candidate.name not in packed:
+                candidate.restore(*states[candidate.name])
 
     def broadcast(self, value: Any) -> Any:
         """The first process's ``value``, in all of them."""
-        return value if self.size == 1 else self._gathered(value)[0]
+        return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's ``value``, in the order of ranks, in all of them."""
-        return [value] if self.size == 1 else self._gathered(value)
-
-    def _gathered(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
         parts: list[Any] = [None] * self.size
         distributed.all_gather_object(parts, value)
         return parts

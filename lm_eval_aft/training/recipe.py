@@ -1,24 +1,36 @@
-"""What a training run is asked to do, and the named recipes it may follow."""
+"""The settings of a training run, and the named recipes (protocols)."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
-from lm_eval_aft._util.config import check_field_types
+from pydantic import AfterValidator, Field, ValidationInfo
+
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.settings import Count, NotNegative, Number, Positive, Share, settings
 from lm_eval_aft.harness.examples import PromptSettings
 from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.methods import DEFAULT_METHOD, find_method
-from lm_eval_aft.training.controls import CONTROLS
+from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
+from lm_eval_aft.training.selection import CRITERIA, DEFAULT_CRITERION
 
-SMALLEST_SHARE = 8  # documents below which a share of them says nothing
+SMALLEST_SHARE = 8  # fewer documents are too few for any comparison
 
 
-@dataclass(frozen=True)
+def _one_of(known: Iterable[str]) -> AfterValidator:
+    def check(value: str, info: ValidationInfo) -> str:
+        if value not in known:
+            raise AFTError(f"There is no {info.field_name} {value!r}.", f"Choose one of: {', '.join(known)}.")
+        return value
+
+    return AfterValidator(check)
+
+
+@settings
 class Rung:
     """One round of successive halving.
 
@@ -29,21 +41,16 @@ class Rung:
         keep: share of the rung's candidates that go on.
     """
 
-    train: float
-    selection: float
-    epochs: int
-    keep: float
-
-    def __post_init__(self) -> None:
-        shares = (self.train, self.selection, self.keep)
-        if not all(0 < share <= 1 for share in shares) or self.epochs < 1:
-            raise AFTError(f"The rung {self} makes no sense.", "Shares lie in (0, 1], epochs are at least 1.")
+    train: Share
+    selection: Share
+    epochs: Count
+    keep: Share
 
     def __str__(self) -> str:
         return f"{self.train:g}:{self.selection:g}:{self.epochs}:{self.keep:g}"
 
 
-@dataclass(frozen=True)
+@settings
 class Protocol:
     """Every number of a training recipe.
 
@@ -54,10 +61,10 @@ class Protocol:
     stage, over everything.
 
     Attributes:
-        name: what it is called; settings that were changed afterwards are in the fields.
+        name: its name; settings changed afterwards are in the fields.
         layers: see `parse_layers`.
-        train_docs: most training documents, where the user names no number.
-        selection_docs: most selection documents, likewise.
+        train_docs: the most training documents, where the user gives no number.
+        selection_docs: the most selection documents, likewise.
         epochs: the most epochs of a finalist.
         min_epochs: epochs before ``patience`` may stop it.
         patience: epochs without a better selection score after which it stops; ``None``: never.
@@ -66,48 +73,34 @@ class Protocol:
         l2: values of lambda in the penalty lambda * ||v||^2.
         clip: gradient norm above which gradients are scaled down; ``None``: never.
         batch_size: documents per optimiser step.
-        share_fewshot: documents whose prompts show the same few-shot examples, where they show any. Such
-            documents share a row, whose common part is computed once, and an optimiser step.
+        share_fewshot: how many documents show the same few-shot examples, where they show any. They share
+            a row, whose common part is computed once, and an optimiser step.
         rungs: the rounds of the search; none: no search.
         finalists: how many (layer, lr, l2) reach the final stage; not used without rungs.
         regression: stop a finalist whose selection score falls behind the baseline's.
         retries: how often to start again from a small random vector when the best finalist is no
             better than the baseline; from the second time on at the next-best layer.
+        criterion: what makes one candidate better than another; see `lm_eval_aft.training.selection`.
     """
 
     name: str
     layers: str = "all"
-    train_docs: int = 500
-    selection_docs: int = 500
-    epochs: int = 10
-    min_epochs: int = 1
-    patience: int | None = 3
-    seeds: int = 3
-    lr: tuple[float, ...] = (1e-3,)
-    l2: tuple[float, ...] = (0.0,)
-    clip: float | None = 1.0
-    batch_size: int = 1
-    share_fewshot: int = 1
+    train_docs: Count = 500
+    selection_docs: Count = 500
+    epochs: Count = 10
+    min_epochs: Count = 1
+    patience: Count | None = 3
+    seeds: Count = 3
+    lr: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-3,)
+    l2: Annotated[tuple[NotNegative, ...], Field(min_length=1)] = (0.0,)
+    clip: Positive | None = 1.0
+    batch_size: Count = 1
+    share_fewshot: Count = 1
     rungs: tuple[Rung, ...] = ()
-    finalists: int = 1
+    finalists: Count = 1
     regression: bool = False
-    retries: int = 0
-
-    def __post_init__(self) -> None:
-        check_field_types(self)
-        fine = {name: getattr(self, name) >= 1 for name in ("epochs", "min_epochs", "seeds", "batch_size")}
-        counts = ("train_docs", "selection_docs", "finalists", "share_fewshot")
-        fine |= {name: getattr(self, name) >= 1 for name in counts}
-        fine["lr"] = bool(self.lr) and all(0 < lr < math.inf for lr in self.lr)
-        fine["l2"] = bool(self.l2) and all(0 <= l2 < math.inf for l2 in self.l2)
-        fine["clip"] = self.clip is None or self.clip > 0
-        fine["patience"] = self.patience is None or self.patience >= 1
-        fine["retries"] = self.retries >= 0
-        for name, good in fine.items():
-            if not good:
-                value = getattr(self, name)
-                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                raise AFTError(f"{name}={shown} makes no sense.", "Give a positive number.")
+    retries: Annotated[int, Field(ge=0)] = 0
+    criterion: Annotated[str, _one_of(CRITERIA)] = DEFAULT_CRITERION
 
     def changed(self, changes: Mapping[str, Any]) -> Protocol:
         """This protocol with some fields replaced; entries of ``None`` are left as they are.
@@ -126,10 +119,8 @@ class Protocol:
                 continue
             if name in ("patience", "clip") and not value:
                 value = None
-            if isinstance(value, bool) and name != "regression":
-                raise AFTError(f"{name}={value} makes no sense.", "Give a number.")
             if name in ("lr", "l2"):
-                value = (float(value),) if isinstance(value, int | float) else tuple(value)
+                value = (float(value),) if type(value) in (int, float) else tuple(value)
             wanted[name] = value
         return replace(self, **wanted)
 
@@ -139,8 +130,10 @@ class Protocol:
         return replace(once, lr=self.lr[:1], l2=(0.0,), regression=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for ledgers and headers."""
+        """Plain values, for ledgers and headers; the criterion only where it is not the usual one."""
         values = {**asdict(self), "rungs": [str(rung) for rung in self.rungs]}
+        if self.criterion == DEFAULT_CRITERION:
+            del values["criterion"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -151,7 +144,7 @@ class Stage:
     Attributes:
         name: ``search``, ``penalty`` or ``final``.
         candidates: how many there are.
-        train, selection: documents seen, and judged on, in each epoch.
+        train, selection: documents to train and evaluate on, in each epoch.
         epochs: how many (the most, in the final stage).
         keep: how many of them go on afterwards.
     """
@@ -165,12 +158,12 @@ class Stage:
 
     @property
     def documents(self) -> int:
-        """Candidate-documents, trained on and judged on, at most."""
+        """(candidate, document) pairs to train and evaluate on, at most."""
         return self.candidates * self.epochs * (self.train + self.selection)
 
 
 def schedule(protocol: Protocol, layers: int, train: int, selection: int) -> list[Stage]:
-    """What a protocol does with so many layers and documents, before any retry."""
+    """A protocol's stages for these numbers of layers and documents, before any retry."""
     stages = []
     settings = layers * len(protocol.lr)
     for place, rung in enumerate(protocol.rungs, start=1):
@@ -297,43 +290,24 @@ def _layer(text: str, depth: int) -> int:
     return int(text)
 
 
-# What a training run is asked to do.
-
-
-@dataclass(frozen=True)
+@settings
 class RFTSettings:
     """The numbers of rejection-sampling fine-tuning, see `lm_eval_aft.training.rft`.
 
     Attributes:
         samples: solutions sampled per problem and round.
         rounds: the most rounds.
-        temperature: of sampling; everything else about it is the task's and the model's.
+        temperature: of sampling; everything else about sampling is set by the task and the model.
         filter: the task's filter whose marks count; ``None``: its first.
     """
 
-    samples: int = 8
-    rounds: int = 3
-    temperature: float = 0.7
+    samples: Count = 8
+    rounds: Count = 3
+    temperature: Positive = 0.7
     filter: str | None = None
 
-    def __post_init__(self) -> None:
-        check_field_types(self)
-        fine = {"samples": self.samples >= 1, "rounds": self.rounds >= 1}
-        fine["temperature"] = 0 < self.temperature < math.inf
-        for name, good in fine.items():
-            if not good:
-                raise AFTError(f"rft_{name}={getattr(self, name)} makes no sense.", "Give a positive number.")
 
-
-_KNOWN = {
-    "objective": ("choice", "lm", "rft"),
-    "choice_loss": ("cross-entropy", "margin"),
-    "control": CONTROLS,
-    "positions": tuple(POSITIONS),
-}
-
-
-@dataclass(frozen=True)
+@settings
 class TrainingPlan:
     """Everything that decides what a training run does; two equal plans give equal vectors.
 
@@ -342,7 +316,7 @@ class TrainingPlan:
     (`lm_eval_aft.harness.splits`), and the numbers are totals. ``choice_loss``, ``margin`` and
     ``label_smoothing`` are those of `lm_eval_aft.training.objectives`. ``calibrate`` chooses the finished
     vector's coefficient on the selection split; ``norm_cap`` bounds its norm, as a share of the median
-    residual norm at its layer. ``rft`` is there if and only if that is the objective.
+    residual norm at its layer. ``rft`` is set if and only if that is the objective.
     """
 
     task: str
@@ -352,26 +326,19 @@ class TrainingPlan:
     selection_docs: int | None = None
     train_split: str | None = None
     prompts: PromptSettings = field(default_factory=PromptSettings)
-    objective: str | None = None
+    objective: Annotated[str, _one_of(OBJECTIVES)] | None = None
     metric: str | None = None
-    choice_loss: str | None = None
-    margin: float | None = None
-    label_smoothing: float | None = None
-    control: str | None = None
+    choice_loss: Annotated[str, _one_of(CHOICE_LOSSES)] | None = None
+    margin: Number | None = None
+    label_smoothing: Number | None = None
+    control: Annotated[str, _one_of(CONTROLS)] | None = None
     method: str = DEFAULT_METHOD
-    positions: str = "all"
+    positions: Annotated[str, _one_of(POSITIONS)] = "all"
     calibrate: bool = False
-    norm_cap: float | None = None
+    norm_cap: Number | None = None
     screen: str = "off"
     include_path: tuple[str, ...] = ()
     rft: RFTSettings | None = None
-
-    def __post_init__(self) -> None:
-        check_field_types(self)
-        for name, known in _KNOWN.items():
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise AFTError(f"There is no {name} {value!r}.", f"Choose one of: {', '.join(known)}.")
 
     def seeds(self) -> range:
         """The seeds themselves."""

@@ -1,8 +1,8 @@
-"""Rejection-sampling fine-tuning: training on what the model wrote itself and its task marked right.
+"""Rejection-sampling fine-tuning: training on the model's own solutions that its task marks right.
 
 Source: Yuan et al. 2023, "Scaling Relationship on Learning Mathematical Reasoning with Large Language
-Models"; in rounds as in Zelikman et al. 2022 (STaR): each starts anew from the frozen model, on what
-the model steered by the round before has written.
+Models"; in rounds as in Zelikman et al. 2022 (STaR): each starts anew from the frozen model, and trains on
+solutions sampled with the vector of the round before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,19 +54,18 @@ from lm_eval_aft.training.checkpoint import (
 from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.training.distributed import Workers
 from lm_eval_aft.training.recipe import SMALLEST_SHARE
+from lm_eval_aft.training.selection import solve_rate
 from lm_eval_aft.training.setup import Prepared
 
 
 class Trained(Protocol):
-    """What training a round on its solutions gives."""
+    """The result of training on a round's solutions; see `lm_eval_aft.training.run.TrainingResult`."""
 
     @property
-    def vector(self) -> SteeringVector:
-        """The median seed of the chosen layer."""
+    def vector(self) -> SteeringVector: ...
 
     @property
-    def finalists(self) -> dict[int, SteeringVector]:
-        """Every seed's vector."""
+    def finalists(self) -> dict[int, SteeringVector]: ...
 
 
 Train = Callable[[Prepared, Path | None], Trained]
@@ -74,21 +73,20 @@ Chosen = tuple[SteeringVector, dict[int, SteeringVector]]  # the vector, and the
 
 
 class Rounds:
-    """The rounds of a run; each samples, keeps what is right, trains on it and is evaluated.
+    """The rounds of a run: each samples solutions, keeps the right ones, trains on them and is evaluated.
 
-    A round's layer and epoch are chosen by cross-entropy on right solutions that its own sampler
-    wrote to the selection problems, one to each: held-out text of the kind the gradients see, where
-    gold answers would reward their author's wording, which nothing here trains. (Gold answers stand
-    in where fewer than `SMALLEST_SHARE` problems have one.) Rounds compete by what matters in the
-    end, the share of selection problems that greedy decoding solves, and at equal shares by the
-    share of samples that are right, which is finer; the baseline is round 0.
+    A round's layer and epoch are chosen by cross-entropy on right solutions of the selection problems, one
+    each, sampled by the round before: held-out text like the training text, whereas gold answers would
+    reward a wording that is not trained. (Gold answers are used where fewer than `SMALLEST_SHARE` problems
+    have a right solution.) Rounds are compared by the share of selection problems that greedy decoding
+    solves, and at equal shares by the share of right samples, which is finer; the baseline is round 0.
 
-    All seeds of a round share its problems and solutions, those of the first seed's draw, and
-    differ in order: sampling for each would cost as much again.
+    All seeds of a round share its problems and solutions, those of the first seed's draw, in different
+    orders: sampling for each seed would multiply the cost.
 
     Args:
-        train: carries out one ordinary run of the plan's protocol on given documents, going on with
-            what it finds in its folder.
+        train: carries out one ordinary run of the plan's protocol on given documents; it resumes from
+            what is in its folder.
     """
 
     def __init__(
@@ -98,16 +96,16 @@ class Rounds:
         self.prepared, self.folder, self.settings = prepared, folder, prepared.plan.rft
         self._train, self._resume = train, resume
         self._workers = Workers()
-        self._author = SolutionSampler(prepared, folder, self._workers, progress)
+        self._sampler = SolutionSampler(prepared, folder, self._workers, progress)
         self._problems = prepared.splits.train(prepared.plan.first_seed)
         self._ledger: TrainingLedger | None = None
         self._run_settings: dict[str, Any] = {}
         self._noted: set[tuple[Any, Any]] = set()
 
     def run(self) -> Chosen:
-        """Carry out the rounds; the best one's vector and finalists.
+        """Carry out the rounds and return the best one's vector and finalists.
 
-        Where no round beats the baseline, the first round's, marked so in its metadata.
+        Where no round beats the baseline, they are the first round's, and the metadata say so.
 
         Raises:
             AFTError: the baseline's samples hold no right answer, or the folder cannot be used.
@@ -119,26 +117,26 @@ class Rounds:
         table: list[dict[str, Any]] = []
         best = 0
         for number in range(1, self.settings.rounds + 1):
-            written = self._author.written(number, sampler, self._problems)
+            written = self._sampler.training_samples(number, sampler, self._problems)
             kept = distinct_right(written)
             counts = self._counts(written, kept)
             self._note("sampled", number, counts)
             if not kept:
                 if number == 1:
-                    raise self._hopeless(len(written))
+                    raise self._nothing_right(len(written))
                 break
             if number == 1:
-                held_out, standing = self._evaluated(0, None)
-                table.append(standing)
+                held_out, row = self._evaluated(0, None)
+                table.append(row)
             trained, judged = self._trained(number, kept, held_out)
             sampler = trained[0]
-            held_out, standing = self._evaluated(number, sampler, {**counts, "judged_on": judged})
-            table.append(standing)
+            held_out, row = self._evaluated(number, sampler, {**counts, "judged_on": judged})
+            table.append(row)
             chosen = chosen or trained
-            if _rank(standing) <= _rank(table[best]):
+            if solve_rate(row) <= solve_rate(table[best]):
                 break
             best, chosen = number, trained
-            if standing["greedy"] == 1.0:  # no round can be better
+            if row["greedy"] == 1.0:  # no round can be better
                 break
         assert chosen is not None
         return self._finish(chosen, best, table)
@@ -160,7 +158,7 @@ class Rounds:
         self._noted = {(line["event"], line.get("round")) for line in lines}
 
     def _note(self, event: str, number: int, entry: Mapping[str, Any]) -> None:
-        """A line in the ledger, unless an earlier part of this run has written it."""
+        """Add a line to the ledger, unless this run wrote it before it was interrupted."""
         if self._ledger is None or self.folder is None or (event, number) in self._noted:
             return
         self._ledger.append(**{"event": event, "round": number, **entry})
@@ -170,12 +168,12 @@ class Rounds:
         self, number: int, vector: SteeringVector | None, entry: Mapping[str, Any] | None = None
     ) -> tuple[list[Solution], dict[str, Any]]:
         """A round's answers to the selection problems, and its line in the table of rounds."""
-        answers = self._author.examined(number, vector, self.prepared.splits.selection)
-        standing = {"round": number, **SolveRates.of(answers).to_dict(), **(entry or {})}
+        answers = self._sampler.selection_answers(number, vector, self.prepared.splits.selection)
+        row = {"round": number, **SolveRates.of(answers).to_dict(), **(entry or {})}
         if vector is not None:
-            standing |= {"layer": next(iter(vector.layers)), "norm": vector.norm()}
-        self._note("round", number, standing)
-        return answers, standing
+            row |= {"layer": next(iter(vector.layers)), "norm": vector.norm()}
+        self._note("round", number, row)
+        return answers, row
 
     def _counts(self, written: Sequence[Solution], kept: Sequence[Solution]) -> dict[str, int]:
         return {
@@ -189,7 +187,7 @@ class Rounds:
     def _trained(
         self, number: int, kept: Sequence[Solution], held_out: Sequence[Solution]
     ) -> tuple[Chosen, str]:
-        """A round's vector and finalists, and which text chose its layer and epoch."""
+        """A round's vector and finalists, and the kind of text that its layer and epoch were chosen on."""
         splits = self.prepared.splits
         made = _examples(self._problems, kept)
         first = {each.doc_id: each for each in reversed(distinct_right(held_out))}
@@ -199,21 +197,22 @@ class Rounds:
         given = GivenSplits(
             self.prepared.parts[0].splits.extractor,
             selection,
-            [],
-            len(made),
-            splits.counts,
-            splits.selection_digest,
-            splits.selection_documents,
+            pool=[],
+            train_docs=len(made),
+            counts=splits.counts,
+            selection_digest=splits.selection_digest,
+            selection_documents=splits.selection_documents,
             made=made,
         )
-        # A control is drawn like the finished vector: what samples is always the real one.
+        # Only the finished vector is replaced by a control: sampling needs the real one.
         plan = replace(self.prepared.plan, control=None)
         own = replace(self.prepared, plan=plan, splits=given)
         folder = self.folder / "rounds" / str(number) if self.folder else None
         if self._workers.broadcast(folder is not None and (folder / FILE_NAME).exists()):
-            return self._workers.broadcast(
+            loaded: Chosen = self._workers.broadcast(
                 _load(folder) if folder and self._workers.is_main else None
-            ), judged
+            )
+            return loaded, judged
         trained = self._train(own, folder)
         return (trained.vector, trained.finalists), judged
 
@@ -223,9 +222,9 @@ class Rounds:
         shown = max(best, 1)
         own = {
             "rft": {
-                **vars(self.settings),
-                "filter": self._author.marker.filter,
-                "metric": self._author.marker.metric,
+                **asdict(self.settings),
+                "filter": self._sampler.marker.filter,
+                "metric": self._sampler.marker.metric,
                 "best_round": best,
                 "rounds_done": len(table) - 1,
                 "table": table,
@@ -253,23 +252,18 @@ class Rounds:
         drop_state(self.folder)
         return vector, finalists
 
-    def _hopeless(self, tried: int) -> AFTError:
-        settings, marker = self.settings, self._author.marker
+    def _nothing_right(self, tried: int) -> AFTError:
+        settings, marker = self.settings, self._sampler.marker
         seen = f" What it wrote is in {round_file(self.folder, 1)}." if self.folder else ""
         return AFTError(
             f"rft cannot start: none of {tried} sampled solutions ({len(self._problems)} problems x "
             f"{settings.samples} samples, temperature {settings.temperature:g}) is right by "
             f"{marker.metric} after the filter {marker.filter!r}. It can only strengthen what the model "
             f"sometimes does already, and here it never did.{seen}",
-            "Draw more (--rft-samples, --train-docs) or bolder samples (--rft-temperature), show the model "
-            "more or fewer examples (--num-fewshot), take an easier task or another --rft-filter, or learn "
-            "from the gold answers with --objective lm.",
+            "Draw more samples (--rft-samples, --train-docs) or more varied ones (--rft-temperature), show "
+            "the model more or fewer examples (--num-fewshot), take an easier task or another --rft-filter, "
+            "or train on the gold answers with --objective lm.",
         )
-
-
-def _rank(standing: Mapping[str, Any]) -> tuple[float, float]:
-    """Sorts worse rounds first."""
-    return (standing["greedy"], standing["pass_at"]["1"])
 
 
 def _examples(problems: Sequence[Example], solutions: Sequence[Solution]) -> list[Example]:
@@ -291,7 +285,7 @@ def _load(folder: Path) -> Chosen:
     return SteeringVector.load(folder), {int(each.metadata["seed"]): each for each in finalists}
 
 
-# The model as author of solutions: what it writes in each round, marked, and kept in files.
+# Each round's samples, marked and kept in files.
 
 
 def round_file(folder: Path, number: int) -> Path:
@@ -300,9 +294,9 @@ def round_file(folder: Path, number: int) -> Path:
 
 
 class SolutionSampler:
-    """Writes solutions with the model, steered or not, and has the task mark them.
+    """Samples solutions from the model, steered or not, and has the task mark them.
 
-    What is in a run's folder already is read, not written again: files appear whole or not at all.
+    Samples that a run's folder already holds are read, not drawn again: files appear whole or not at all.
 
     Attributes:
         marker: the task's own marks.
@@ -317,18 +311,18 @@ class SolutionSampler:
         kwargs = dict(task.config.generation_kwargs or {})
         self._sampler = Sampler(prepared.lm, kwargs, workers, progress)
 
-    def written(
+    def training_samples(
         self, number: int, vector: SteeringVector | None, problems: Sequence[Example]
     ) -> list[Solution]:
         """The samples of a round's training problems: ``rft-round-N.jsonl``."""
         title = f"round {number}: {len(problems)} problems x {self._settings.samples}"
         path = round_file(self._folder, number) if self._folder else None
-        return self._kept(path, lambda: self._sampled(vector, problems, f"{number}|train", title))
+        return self._cached(path, lambda: self._sampled(vector, problems, f"{number}|train", title))
 
-    def examined(
+    def selection_answers(
         self, number: int, vector: SteeringVector | None, problems: Sequence[Example]
     ) -> list[Solution]:
-        """One greedy answer and the samples of each problem after a round: ``rft-selection-N.jsonl``.
+        """A greedy answer and the samples of each problem after a round: ``rft-selection-N.jsonl``.
 
         Round 0 is the baseline.
         """
@@ -339,17 +333,15 @@ class SolutionSampler:
             title = f"round {number}: evaluating on {len(problems)} problems"
             return [*greedy, *self._sampled(vector, problems, f"{number}|selection", title)]
 
-        return self._kept(self._folder / f"rft-selection-{number}.jsonl" if self._folder else None, make)
+        return self._cached(self._folder / f"rft-selection-{number}.jsonl" if self._folder else None, make)
 
-    def _kept(self, path: Path | None, make: Callable[[], list[Solution]]) -> list[Solution]:
-        """What is in a file, or what ``make`` makes, which is then put there."""
-        is_main = self._workers.is_main
+    def _cached(self, path: Path | None, make: Callable[[], list[Solution]]) -> list[Solution]:
+        """The solutions in a file, or those that ``make`` returns, which are then written there."""
+        path = path if self._workers.is_main else None
         if self._workers.broadcast(path is not None and path.exists()):
-            return list(
-                self._workers.broadcast(read_solutions(path) if is_main and path is not None else None)
-            )
+            return list(self._workers.broadcast(read_solutions(path) if path else None))
         made = make()
-        if is_main and path is not None:
+        if path:
             write_solutions(path, made)
         return made
 
@@ -372,26 +364,26 @@ class SolutionSampler:
         ]
 
 
-# Sampling many texts from a model, in batches that a seed reproduces.
+# Sampling texts from a model, in batches that a seed reproduces.
 
 with borrowed(
     "lm-eval: lm_eval.models.utils (handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text)"
 ):
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-# Constants, not what happens to be free: the batches decide which random numbers a sample gets.
+# Constants, not the free memory: the batches decide which random numbers a sample gets.
 CACHE_BYTES = 4 << 30  # keys and values of a batch
 MOST_ROWS = 256
 
 
 @dataclass
 class Sampler:
-    """Writes solutions with a model, steered or not; rows are shared out among processes.
+    """Generates texts with a model, steered or not; batches are divided among processes.
 
     Args:
-        lm: the model; without a vector of its own, and left so.
-        gen_kwargs: the task's generation settings. Stop strings, length and whatever else it sets
-            hold; how tokens are drawn is decided here.
+        lm: the model, which has no vector of its own before and after.
+        gen_kwargs: the task's generation settings (stop strings, length, ...); how tokens are drawn is
+            decided here.
 
     Raises:
         AFTError: the longest answer does not fit into the model's context, or the model thinks first.
@@ -416,7 +408,7 @@ class Sampler:
             )
         if self.lm.think_end_token is not None:
             raise AFTError(
-                "rft trains on what follows the prompt, and a model that thinks first hides part of that.",
+                "rft trains on the text after the prompt, and think_end_token hides part of that.",
                 "Leave out think_end_token.",
             )
 
@@ -475,7 +467,7 @@ class Sampler:
         return [found[place] for place in range(len(contexts))]
 
     def _rows(self, length: int) -> int:
-        """Rows of a prompt of ``length`` tokens whose keys and values fit, heads sharing none."""
+        """How many rows of ``length`` prompt tokens fit, if no heads share keys and values."""
         config = self.lm.model.config.get_text_config()
         token = int(2 * config.num_hidden_layers * config.hidden_size * self.lm.model.dtype.itemsize)
         return max(1, min(MOST_ROWS, CACHE_BYTES // (token * (length + self._most))))
@@ -519,11 +511,11 @@ class Sampler:
 
 
 class Stops(StoppingCriteria):
-    """Ends each row at the first stop string in what it has generated.
+    """Ends each row at the first stop string that it has generated.
 
     The harness's own criterion waits until all rows have met the *same* string; the texts, cut at
     the first stop string, are the same. It looks back as far as the harness's does: two tokens more
-    than a stop string has, for one spelt in other tokens.
+    than a stop string has, since it may be generated as other tokens.
     """
 
     def __init__(self, tokenizer: Any, until: Sequence[str], start: int, rows: int) -> None:
@@ -551,7 +543,7 @@ def steered(lm: AFTLM, vector: SteeringVector | None) -> Iterator[None]:
 
 @contextmanager
 def _batch_size(lm: AFTLM, rows: int) -> Iterator[None]:
-    """Raise a batch size of 1, at which nobody asked for more, where stock code generates."""
+    """Use ``rows`` as the batch size of stock generation, where the user has set none."""
     before = lm.batch_size_per_gpu
     if before == 1:
         lm.batch_size_per_gpu = rows

@@ -1,4 +1,4 @@
-"""The main job: fit a vector on a harness task's training split."""
+"""Training a vector on a harness task's training split: `train_vector` and its steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
-from lm_eval_aft._util.process import now, postponed
+from lm_eval_aft._util.process import is_main_process, now, postponed
 from lm_eval_aft.engine.batching import Document
-from lm_eval_aft.engine.precision import to_training_dtype
 from lm_eval_aft.harness.examples import encode
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
@@ -46,6 +45,7 @@ from lm_eval_aft.training.setup import (
     Starts,
     first_gradients,
     layer_order,
+    load_model,
     prepare,
     rank_correlation,
 )
@@ -53,7 +53,7 @@ from lm_eval_aft.training.sweep import Sweep, SweepResult, coefficients, score_a
 from lm_eval_aft.training.trainer import Trajectory, make_engine
 
 logger = logging.getLogger(__name__)
-SCREENED = 64  # documents the screen looks at
+SCREENED = 64  # documents that the screen reads
 
 
 @dataclass
@@ -80,39 +80,51 @@ class TrainingResult:
 
 def train_vector(
     model: str | AFTLM,
-    task: str | Sequence[str],
+    task: str | Sequence[str] | TrainingPlan,
     output: str | os.PathLike[str] | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    model_args: dict[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    documents: dict[Any, Any] | None = None,
     **settings: Any,
 ) -> TrainingResult:
     """Fit a vector on a task's training split, choosing layer and epoch on a selection split.
 
     Args:
         model: Hub name, local folder, ``demo``, or an `AFTLM` without a vector.
-        task: harness task with a training split, or several (a list, or comma-separated).
+        task: harness task with a training split, or several (a list, or comma-separated); or a whole plan,
+            without further settings.
         output: folder to write the vector, model card and ledger into; ``None`` writes nothing.
         resume: go on with an interrupted run in ``output``.
         overwrite: replace what is in ``output``.
+        progress: show a progress bar.
         model_args: arguments of lm-eval's ``hf`` model (``dtype``, ``revision``, ...); without a
             ``dtype`` the fastest one is taken, see `lm_eval_aft.engine.precision`.
+        documents: a dictionary in which calls with one `AFTLM` keep the documents they have built, for plans
+            that differ in their recipe only.
         settings: ``protocol`` by name, changes to it (``lr=1e-2``), and fields of `TrainingPlan`.
 
     Raises:
         AFTError: see `prepare`; or the output folder is taken.
+
+    >>> result = train_vector("demo", "aft_demo_choice", train_docs=8, selection_docs=8, protocol="rapid",
+    ...     layers="1", epochs=1, progress=False)
+    >>> list(result.vector.layers)
+    [1]
     """
     folder = None if output is None else Path(output)
     with exclusive_dir(folder):
-        if folder is not None and int(os.environ.get("RANK", "0")) == 0:
+        if folder is not None and is_main_process():
             check_output(folder, resume=resume, overwrite=overwrite)
-        arguments = model_args or {}
-        lm = model if isinstance(model, AFTLM) else AFTLM(model, **arguments)
-        if lm is not model and "dtype" not in arguments:
-            to_training_dtype(lm.model)
-        return run(prepare(lm, TrainingPlan.of(task, **settings)), folder, resume=resume, progress=progress)
+        if isinstance(task, TrainingPlan) and settings:
+            raise AFTError(
+                f"A plan has its settings already: {', '.join(settings)}.", "Put them into the plan."
+            )
+        plan = task if isinstance(task, TrainingPlan) else TrainingPlan.of(task, **settings)
+        prepared = prepare(load_model(model, model_args), plan, documents)
+        return run(prepared, folder, resume=resume, progress=progress)
 
 
 def run(
@@ -123,7 +135,7 @@ def run(
     progress: bool = True,
     picture: bool = True,
 ) -> TrainingResult:
-    """Carry out a prepared plan, in a folder that the caller holds (`lm_eval_aft._util.files.exclusive_dir`).
+    """Carry out a prepared plan, in a folder locked by the caller (`lm_eval_aft._util.files.exclusive_dir`).
 
     ``picture``: draw ``sweep.png``, which takes a second or two.
 
@@ -150,7 +162,7 @@ def run_sweep(
 ) -> TrainingResult:
     """Train a plan's candidates on its documents, once, and choose among them.
 
-    Under `accelerate launch` the processes share the candidates out; the first one writes.
+    Under `accelerate launch` the processes divide the candidates; the first one writes.
     """
     started = time.monotonic()
     plan, lm, splits, workers = prepared.plan, prepared.lm, prepared.splits, Workers()
@@ -170,7 +182,16 @@ def run_sweep(
         events = RunRecorder(bar, folder, settings, log, saved, asked)
         starts = _starts(prepared, train, selection)
         sweep = Sweep(
-            engine, plan.protocol, layers, plan.seeds(), train, selection, starts, events, workers, saved
+            engine,
+            plan.protocol,
+            layers,
+            seeds=plan.seeds(),
+            train=train,
+            selection=selection,
+            start=starts,
+            events=events,
+            workers=workers,
+            saved=saved,
         )
         baseline = sweep.baseline()
         if log and log.lines == 1:
@@ -180,11 +201,20 @@ def run_sweep(
             coefficients(prepared, engine, found, selection, events.tick) if workers.is_main else {}
         )
         calibrations = workers.broadcast(calibrations)
-    if screened:
-        _judge_screen(screened, plan.screen, found)
+    if screened and plan.screen == "order":  # how well it agrees with the sweep of all layers
+        changes = {result.layer: result.change for result in found.layers}
+        screened["rank_correlation"] = rank_correlation(screened["order"], changes)
     seconds = time.monotonic() - started
     drawn = len(train[plan.first_seed])
-    metadata = training_metadata(prepared, found, identity, engine_name, seconds, drawn, screened)
+    metadata = training_metadata(
+        prepared,
+        found,
+        identity=identity,
+        engine=engine_name,
+        seconds=seconds,
+        drawn=drawn,
+        screen=screened,
+    )
     finalists = {
         c.seed: finished_vector(c, metadata, plan.control, calibrations.get(c.seed))
         for c in found.chosen.candidates
@@ -205,13 +235,13 @@ def _encoded(prepared: Prepared) -> tuple[list[Document], dict[int, list[Documen
     if empty := [seed for seed, documents in train.items() if not documents]:
         raise AFTError(
             f"No training document of seed {empty[0]} has a usable gold answer.",
-            "Check the task's YAML, or give it more training documents.",
+            "Check the task's YAML, or use more training documents.",
         )
     return encode(splits.selection, lm), train
 
 
 def _progress_bar(stages: Sequence[Stage], workers: Workers, judged: int, shown: bool) -> Any:
-    """Counts documents, each as often as a candidate reads it."""
+    """Counts (candidate, document) pairs."""
     return tqdm(
         total=sum(stage.documents for stage in stages) // workers.size + judged,
         desc=f"{stages[0].name}: {stages[0].candidates} candidates",
@@ -222,7 +252,7 @@ def _progress_bar(stages: Sequence[Stage], workers: Workers, judged: int, shown:
 
 
 def cost(prepared: Prepared) -> Estimate:
-    """What carrying the plan out would cost, by running a few of its documents."""
+    """What the plan would cost, by running a few of its documents."""
     lm, plan = prepared.lm, prepared.plan
     selection = encode(prepared.splits.selection, lm)
     train = encode(prepared.splits.train(plan.first_seed), lm)
@@ -238,37 +268,30 @@ def cost(prepared: Prepared) -> Estimate:
 def _starts(prepared: Prepared, train: dict[int, list[Document]], selection: Sequence[Document]) -> Starts:
     lm, plan = prepared.lm, prepared.plan
     return Starts(
-        lm.model,
-        prepared.backbone,
-        prepared.method,
-        plan.positions,
-        prepared.layers,
-        train,
-        selection[:8],
-        lm.max_length,
+        model=lm.model,
+        backbone=prepared.backbone,
+        method=prepared.method,
+        positions=plan.positions,
+        layers=prepared.layers,
+        train=train,
+        probe=selection[:8],
+        window=lm.max_length,
     )
 
 
 def _screen(
     screen: str, engine: Engine, layers: list[int], documents: Sequence[Document]
 ) -> tuple[list[int], dict[str, Any] | None]:
-    """The layers to sweep, in order, and what the screen said of them."""
+    """The layers to sweep, in order, and the screen's result."""
     if screen == "off":
         return layers, None
     if not isinstance(engine, Trajectory):
-        logger.warning("The screen needs the fast engine, which this model does not allow: left out.")
+        logger.warning("No screen: it needs the fast engine, which this model does not allow.")
         return layers, None
     gradients = first_gradients(engine, documents[:SCREENED])
     order = layer_order(gradients, layers)
-    said = {"order": order, "gradient_norm": {str(k): float(v.norm()) for k, v in gradients.items()}}
-    return (order if screen == "order" else sorted(order[: int(screen)])), said
-
-
-def _judge_screen(said: dict[str, Any], screen: str, found: SweepResult) -> None:
-    """Add how well its order agrees with what the sweep found, where all of it was swept."""
-    if screen == "order":
-        changes = {result.layer: result.change for result in found.layers}
-        said["rank_correlation"] = rank_correlation(said["order"], changes)
+    result = {"order": order, "gradient_norm": {str(k): float(v.norm()) for k, v in gradients.items()}}
+    return (order if screen == "order" else sorted(order[: int(screen)])), result
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""A plan made ready: its model, tasks and documents, candidates' initialization, and the layer screen."""
+"""Preparing a plan: its model, tasks and documents, the candidates' initialization, and the layer screen."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lm_eval_aft.engine.batching import (
     make_batch,
     token_budget_batches,
 )
+from lm_eval_aft.engine.precision import to_training_dtype
 from lm_eval_aft.harness.examples import Extractor
 from lm_eval_aft.harness.grading import Marker
 from lm_eval_aft.harness.splits import MixedSplits, Splits, split_task, split_tasks
@@ -29,7 +30,7 @@ from lm_eval_aft.steering.hooks import hidden_states, with_hidden_states
 from lm_eval_aft.steering.intervention import GENERATED, Intervention
 from lm_eval_aft.steering.methods import DEFAULT_METHOD, Method, find_method
 from lm_eval_aft.training.controls import check_control
-from lm_eval_aft.training.objectives import Mixture, Objective, loss_of, make_objective
+from lm_eval_aft.training.objectives import OBJECTIVES, Mixture, Objective, make_objective
 from lm_eval_aft.training.recipe import Stage, TrainingPlan, parse_layers, schedule
 from lm_eval_aft.training.trainer import Trajectory, master_dtype, residual_norm
 
@@ -50,10 +51,10 @@ class TaskPart:
 
 @dataclass
 class Prepared:
-    """A plan with its model, tasks and documents in hand, before any training.
+    """A plan with its model, tasks and documents, before any training.
 
     Attributes:
-        objective, splits: the task's own; of several tasks, a mixture of ``parts``.
+        objective, splits: the task's own; with several tasks, a mixture of ``parts``.
     """
 
     plan: TrainingPlan
@@ -71,7 +72,7 @@ class Prepared:
 
     @property
     def sites(self) -> list[int]:
-        """The layers that candidates are told apart by: one, where a method steers all at once."""
+        """The layers that get candidates: only the first, where a method steers all at once."""
         return self.layers[:1] if self.method.together else self.layers
 
     def stages(self) -> list[Stage]:
@@ -89,7 +90,7 @@ class Prepared:
             "num_fewshot": ", ".join(dict.fromkeys(str(part.num_fewshot) for part in self.parts)),
             "objective": self.objective.name,
             "metric": self.objective.metric,
-            **({"loss": str(loss)} if (loss := loss_of(self.objective)) else {}),
+            **({"loss": str(self.objective.loss)} if self.objective.loss else {}),
             "control": self.plan.control or "none",
             "method": f"{self.method.name}: h + {self.method.formula}",
             "parameters": self.method.parameters(self.backbone.hidden_size, len(self.layers)),
@@ -101,20 +102,16 @@ class Prepared:
             "protocol": protocol.pop("name"),
             **{
                 key: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v
-                for key, v in protocol.items()
+                for key, v in (protocol | {"layers": self.layers}).items()
             },
-            "layers": _listed(self.layers),
             "train_docs": self.splits.train_docs,
             "selection_docs": len(self.splits.selection),
             **{f"documents: {key}": value for key, value in self.splits.counts.items()},
-            **(self._by_task() if len(self.parts) > 1 else {}),
-        }
-
-    def _by_task(self) -> dict[str, str]:
-        return {
-            f"task {part.name}": f"{part.splits.drawn} train, {len(part.splits.selection)} selection, "
-            f"{part.num_fewshot}-shot, {part.objective.metric}"
-            for part in self.parts
+            **{
+                f"task {part.name}": f"{part.splits.drawn} train, {len(part.splits.selection)} selection, "
+                f"{part.num_fewshot}-shot, {part.objective.metric}"
+                for part in (self.parts if len(self.parts) > 1 else [])
+            },
         }
 
 
@@ -126,11 +123,20 @@ def _rounds(prepared: Prepared) -> dict[str, Any]:
     return {**asdict(plan.rft), "filter": marker.filter, "marked by": marker.metric}
 
 
-def _listed(value: Any) -> Any:
-    return (", ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else value
-
-
 Documents = tuple[list[Extractor], Splits | MixedSplits]
+
+
+def load_model(model: str | AFTLM, model_args: Mapping[str, Any] | None = None) -> AFTLM:
+    """The model to train on: by name with lm-eval's arguments, or as it is given.
+
+    Loaded without a ``dtype``, it gets the fastest one, see `lm_eval_aft.engine.precision`.
+    """
+    if isinstance(model, AFTLM):
+        return model
+    lm = AFTLM(model, **(model_args or {}))
+    if "dtype" not in (model_args or {}):
+        to_training_dtype(lm.model)
+    return lm
 
 
 def prepare(lm: AFTLM, plan: TrainingPlan, kept: dict[Any, Documents] | None = None) -> Prepared:
@@ -140,38 +146,42 @@ def prepare(lm: AFTLM, plan: TrainingPlan, kept: dict[Any, Documents] | None = N
         kept: documents of earlier plans for this model; plans that differ in their recipe only share them.
 
     Raises:
-        AFTError: anything the plan asks for that cannot be.
+        AFTError: anything that the plan asks for and that is not possible.
     """
     backbone = find_backbone(lm.model)
     layers = parse_layers(plan.protocol.layers, len(backbone.blocks))
     _check_intervention(plan)
-    most = (plan.protocol.train_docs, plan.protocol.selection_docs)
-    wanted = (plan.train_docs, plan.selection_docs, plan.train_split, most, plan.protocol.share_fewshot)
-    asked = (plan.task, plan.prompts, plan.include_path, *wanted)
+    wanted: dict[str, Any] = {
+        "train_docs": plan.train_docs,
+        "selection_docs": plan.selection_docs,
+        "train_split": plan.train_split,
+        "most": (plan.protocol.train_docs, plan.protocol.selection_docs),
+        "share": plan.protocol.share_fewshot,
+    }
+    asked = (plan.task, plan.prompts, plan.include_path, *wanted.values())
     known = None if kept is None else kept.get(asked)
-    extractors = known[0] if known else _extractors(lm, plan)
+    extractors = (
+        known[0]
+        if known
+        else [Extractor(load_task(n, plan.include_path), lm, plan.prompts) for n in plan.tasks]
+    )
     name = _objective_name(plan, extractors)
     check_control(plan.control, name)
     objectives = [_objective(plan, name, extractor) for extractor in extractors]
-    with compiled_once():
-        splits = known[1] if known else _split(extractors, plan.tasks, wanted)
+    splits = known[1] if known else _split(extractors, plan.tasks, wanted)
     if kept is not None:
         kept[asked] = (extractors, splits)
-    several = isinstance(splits, MixedSplits)
-    objective = Mixture(objectives, plan.tasks) if several else objectives[0]
+    objective = Mixture(objectives, plan.tasks) if isinstance(splits, MixedSplits) else objectives[0]
     own = splits.parts if isinstance(splits, MixedSplits) else [splits]
     parts = [TaskPart(*each) for each in zip(plan.tasks, objectives, own, strict=True)]
     return Prepared(plan, lm, backbone, objective, splits, layers, parts)
 
 
-def _extractors(lm: AFTLM, plan: TrainingPlan) -> list[Extractor]:
-    return [Extractor(load_task(name, plan.include_path), lm, plan.prompts) for name in plan.tasks]
-
-
-def _split(extractors: list[Extractor], tasks: list[str], wanted: Any) -> Splits | MixedSplits:
-    if len(extractors) == 1:
-        return split_task(extractors[0], *wanted)
-    return split_tasks(extractors, tasks, *wanted)
+def _split(extractors: list[Extractor], tasks: list[str], wanted: dict[str, Any]) -> Splits | MixedSplits:
+    with compiled_once():
+        if len(extractors) == 1:
+            return split_task(extractors[0], **wanted)
+        return split_tasks(extractors, tasks, **wanted)
 
 
 def _check_intervention(plan: TrainingPlan) -> None:
@@ -185,7 +195,7 @@ def _check_intervention(plan: TrainingPlan) -> None:
 
 
 def _objective_name(plan: TrainingPlan, extractors: Sequence[Extractor]) -> str:
-    """The objective asked for, or that of all tasks' types; each task must allow it."""
+    """The objective asked for, or the one for the tasks' output type; each task must allow it."""
     own = {name: extractor.objective for name, extractor in zip(plan.tasks, extractors, strict=True)}
     wanted = plan.objective or extractors[0].objective
     if len(set(own.values())) > 1:
@@ -194,7 +204,7 @@ def _objective_name(plan: TrainingPlan, extractors: Sequence[Extractor]) -> str:
             f"These tasks have different objectives: {told}.",
             "A vector is trained with one: choose tasks of one type.",
         )
-    if wanted == "rft":
+    if OBJECTIVES[wanted].samples:
         _check_rft(plan, extractors)
     elif wanted != extractors[0].objective:
         raise AFTError(f"The objective {wanted!r} does not fit {plan.task!r}.", f"Use {own[plan.tasks[0]]}.")
@@ -216,10 +226,10 @@ def _check_rft(plan: TrainingPlan, extractors: Sequence[Extractor]) -> None:
     if len(extractors) > 1:
         raise AFTError("The objective rft takes one task at a time.", "Name one --task.")
     extractor = extractors[0]
-    kind = extractor.task.OUTPUT_TYPE
-    if kind != "generate_until":
+    if not extractor.output_type.generates:
         raise AFTError(
-            f"rft samples answers, but {plan.task!r} is of type {kind!r}: it has none to generate.",
+            f"rft samples answers, but {plan.task!r} is of type {extractor.output_type.name!r}: it has none "
+            "to generate.",
             f"Use {extractor.objective}, or a task of type generate_until.",
         )
     if plan.rft is None:
@@ -227,18 +237,18 @@ def _check_rft(plan: TrainingPlan, extractors: Sequence[Extractor]) -> None:
     Marker(extractor.task, plan.rft.filter, plan.metric)
 
 
-# What a candidate begins with.
+# Initialization.
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Starts:
-    """Makes candidates' first interventions.
+    """Makes candidates' initial interventions.
 
     Attributes:
         layers: the layers of the run; methods that steer several at once steer all of these.
         train: training documents by seed; methods without training are computed from them.
-        probe: documents on which hidden states are measured for small random starts.
-        window: most tokens the model reads.
+        probe: documents on which hidden states are measured for small random vectors.
+        window: the most tokens that the model reads.
     """
 
     model: nn.Module
@@ -252,7 +262,7 @@ class Starts:
     _differences: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
     def __call__(self, layer: int, seed: int, noise: int | None = None) -> Intervention:
-        """A candidate's start at a layer: nothing added yet, or for a retry something small and random.
+        """A candidate's initial intervention: it adds nothing yet, or in a retry a small random vector.
 
         Random parameters are drawn from ``seed``, a retry's vectors from ``noise``.
         """
@@ -291,7 +301,7 @@ def small_random(width: int, residual_norm: float, seed: int) -> Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(seed)).mul_(scale)
 
 
-# Vectors without training: what sets right answers' hidden states apart from wrong ones'.
+# Vectors without training: the difference between right and wrong answers' hidden states.
 
 TOKENS = 4096  # in one pass
 
@@ -303,10 +313,10 @@ def mean_differences(
     """For every layer, shape ``(hidden_size,)``, fp32: right options' hidden states minus wrong ones'.
 
     Contrastive activation addition (Rimsky et al. 2024, arXiv:2312.06681), for options of several
-    tokens: an option's activation is the mean of the block's output over the option's own tokens, read
-    behind its context; a document's difference is the mean of its right options' minus the mean of its
-    wrong ones'; the vector is the mean over documents. Where a document has one continuation only
-    (generation tasks), the next document's stands in for the wrong one.
+    tokens: an option's activation is the mean of the block's output over the option's own tokens, after
+    its context; a document's difference is the mean over its right options minus the mean over its
+    wrong ones; the vector is the mean over documents. Where a document has one continuation only
+    (generation tasks), the next document's serves as the wrong one.
 
     Args:
         window: most tokens in a row; longer contexts are cut on the left.
@@ -342,7 +352,7 @@ def _with_wrong_options(documents: Sequence[Document]) -> list[Document]:
 
 
 def _whole(document: Document, window: int) -> Document:
-    """The document with a token more behind each option, so that the options' last tokens are read too."""
+    """The document with one more token after each option, so that the options' last tokens are read too."""
     pairs = []
     for context, tail in document.pairs:
         kept = tail[: window - 1]
@@ -351,7 +361,7 @@ def _whole(document: Document, window: int) -> Document:
 
 
 def _weights(documents: Sequence[Document]) -> Tensor:
-    """What each option (row) counts for: right ones sum to 1 in a document, wrong ones to -1."""
+    """Each option's (row's) weight: in a document right ones sum to 1, wrong ones to -1."""
     weights: list[float] = []
     for document in documents:
         right = set(document.gold)
@@ -361,7 +371,7 @@ def _weights(documents: Sequence[Document]) -> Tensor:
     return torch.tensor(weights, dtype=torch.float64)
 
 
-# The screen: what one backward pass at the zero vector says about every layer.
+# The screen: one backward pass at the zero vector ranks the layers.
 #
 # The gradient with respect to a vector added at a block's output is the gradient with respect to that
 # output, summed over positions; one backward pass gives it for all blocks at once.
@@ -371,10 +381,10 @@ def check_screen(screen: str, plain: bool = True) -> None:
     """Raise `AFTError` unless ``screen`` is ``off``, ``order`` or a number of layers to keep.
 
     Args:
-        plain: whether one vector is to be added at every position, which is what the screen looks at.
+        plain: whether one vector is to be added at every position, which is what the screen measures.
     """
     if screen != "off" and not plain:
-        raise AFTError("The screen knows static vectors at all positions only.", "Leave out --screen.")
+        raise AFTError("The screen is for static vectors at all positions only.", "Leave out --screen.")
     if screen not in ("off", "order") and not (screen.isdigit() and int(screen) >= 1):
         raise AFTError(f"There is no screen {screen!r}.", "Use off, order, or how many layers to keep.")
 
@@ -394,7 +404,7 @@ def _gradients(engine: Trajectory, batch: Batch) -> dict[int, Tensor]:
     def keep(layer: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             hidden = hidden_states(output)
-            if not hidden.requires_grad:  # the first block: nothing below it is trained
+            if not hidden.requires_grad:  # the first block: nothing before it is trained
                 hidden = hidden.detach().requires_grad_(True)
             hidden.retain_grad()
             streams[layer] = hidden

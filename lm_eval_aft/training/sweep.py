@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 from typing import Protocol as Interface
 
@@ -20,8 +19,8 @@ from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Tick, in_steps
 from lm_eval_aft.training.distributed import Workers
-from lm_eval_aft.training.objectives import Score
 from lm_eval_aft.training.recipe import Protocol, schedule
+from lm_eval_aft.training.selection import Criterion, Score, find_criterion, mean_of_seeds, median_seed
 from lm_eval_aft.training.setup import Prepared
 from lm_eval_aft.training.trainer import residual_norm
 
@@ -31,7 +30,7 @@ Setting = tuple[int, float, float]  # layer, learning rate, L2
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What a layer came to, on the selection split, in the last stage it reached.
+    """A layer's outcome on the selection split, in the last stage it reached.
 
     Attributes:
         stage: that stage.
@@ -51,6 +50,16 @@ class LayerResult:
     def change(self) -> float:
         """Difference from the baseline in nats; negative is better."""
         return self.score - self.baseline.score
+
+    @property
+    def criterion(self) -> Criterion:
+        """What chose among its epochs and settings."""
+        return self.candidates[0].criterion
+
+    @property
+    def improves(self) -> bool:
+        """Whether it is better than the baseline."""
+        return self.criterion.change(self, self.baseline) < 0
 
 
 @dataclass(frozen=True)
@@ -73,24 +82,24 @@ class SweepResult:
 
     @property
     def finalist(self) -> Candidate:
-        """The chosen setting's median seed; of an even number, the worse of the middle two."""
-        return self.chosen.candidates[len(self.chosen.candidates) // 2]
+        """The chosen setting's median seed."""
+        return median_seed(self.chosen.candidates)
 
 
 class SweepEvents(Interface):
-    """What a sweep tells the outside."""
+    """Whoever wants to know how a sweep gets on."""
 
     def tick(self, done: int, /) -> None:
-        """So many candidate-documents are finished."""
+        """So many more (candidate, document) pairs are finished."""
 
     def epoch(self, candidate: Candidate, baseline: Score) -> None:
         """A candidate has finished an epoch, or was stopped in it."""
 
     def save(self, candidates: Iterable[Candidate]) -> None:
-        """Everything so far can be resumed from here."""
+        """An epoch has ended: what the run can resume from."""
 
     def pause(self, candidates: Iterable[Candidate]) -> None:
-        """So it can in the midst of an epoch, if somebody wants; may end the run."""
+        """The same within an epoch, where it need not be saved; may end the run."""
 
 
 @dataclass
@@ -99,14 +108,15 @@ class Sweep:
 
     Attributes:
         train: training documents by seed, in the order the seed draws them.
-        start: makes a candidate's first intervention from its layer, its seed and, for a retry, a seed
-            for something small and random.
-        saved: states of an interrupted run's candidates by name; the run goes on from them.
+        start: makes a candidate's initial intervention from its layer, its seed and, for a retry, the seed
+            of a small random vector.
+        saved: states of an interrupted run's candidates by name; the run resumes from them.
     """
 
     engine: Engine
     protocol: Protocol
     layers: Sequence[int]
+    _: KW_ONLY
     seeds: Sequence[int]
     train: dict[int, list[Document]]
     selection: Sequence[Document]
@@ -117,10 +127,15 @@ class Sweep:
     candidates: dict[str, Candidate] = field(default_factory=dict)
     _baselines: dict[int, Score] = field(default_factory=dict)
     _found: dict[int, LayerResult] = field(default_factory=dict)
-    _untold: dict[str, range] = field(default_factory=dict)
+    _uncounted: dict[str, range] = field(default_factory=dict)
+
+    @property
+    def criterion(self) -> Criterion:
+        """What makes one candidate better than another."""
+        return find_criterion(self.protocol.criterion)
 
     def run(self) -> SweepResult:
-        """Search, weigh penalties, train the finalists, retry where nothing helped.
+        """Search, compare penalties, train the finalists, retry where nothing helped.
 
         Raises:
             AFTError: no setting kept a finite score on every seed.
@@ -160,9 +175,12 @@ class Sweep:
     def _retried(self, best: list[Candidate]) -> SweepResult:
         """Choose the best group, or start its layer and the next-best ones again until one helps."""
         baseline, limit = self.baseline(), self.protocol.retries
+        change = self.criterion.change
         chosen, retries = self._result(best, len(self.selection), slice(None)), 0
-        order = sorted(self._found.values(), key=lambda result: (result.layer != chosen.layer, result.change))
-        while chosen.score >= baseline.score and retries < limit:
+        order = sorted(
+            self._found.values(), key=lambda each: (each.layer != chosen.layer, change(each, each.baseline))
+        )
+        while not chosen.improves and retries < limit:
             retries += 1
             again = order[min(retries - 1, len(order) - 1)]
             _, lr, l2 = again.candidates[0].setting
@@ -176,9 +194,10 @@ class Sweep:
             ]
             self._advance(group, self.protocol.epochs, None, None)
             if all(candidate.scores for candidate in group):
-                chosen = min(chosen, self._result(group, len(self.selection), slice(None)), key=_score)
+                retried = self._result(group, len(self.selection), slice(None))
+                chosen = retried if change(retried, chosen) < 0 else chosen
         pruned = ""
-        if limit and chosen.score >= baseline.score:
+        if limit and not chosen.improves:
             pruned = f"no better than the baseline on the selection split after {retries} retries"
         self._found[chosen.layer] = chosen
         layers = tuple(self._found[layer] for layer in sorted(self._found))
@@ -196,29 +215,29 @@ class Sweep:
             epochs=protocol.epochs if last else 1000,
             patience=protocol.patience if last else None,
             clip=protocol.clip,
-            batch_size=protocol.batch_size,
             min_epochs=protocol.min_epochs,
             regression=protocol.regression and last,
+            criterion=protocol.criterion,
         )
         seed = self.seeds[0] if seed is None else seed
         start = self.start(layer, seed, None if noise is None else 1000 * noise + seed)
         made = Candidate(layer, seed, recipe, start, stage)
         if made.name in self.saved:
             made.restore(*self.saved[made.name])
-            self._untold[made.name] = range(made.epoch)
+            self._uncounted[made.name] = range(made.epoch)
         self.candidates[made.name] = made
         return made
 
     def _advance(
         self, group: Sequence[Candidate], epochs: int, train: int | None, selection: int | None
     ) -> None:
-        """Train candidates until each has stopped or done so many epochs in all.
+        """Train candidates until each has stopped or done this many epochs in all.
 
-        They go in step, so that one frozen pass per batch serves all layers of a seed, and one
-        pass per selection batch serves everybody.
+        They advance together, so that all layers of a seed share one frozen pass per batch, and all
+        candidates one per selection batch.
         """
         baseline = self.baseline(selection)
-        self._tell_of_earlier(self.workers.shard(group), epochs, train, selection)
+        self._count_earlier(self.workers.shard(group), epochs, train, selection)
         while live := [c for c in group if (not c.stopped or c.steps) and c.epoch < epochs]:
             epoch = min(candidate.epoch for candidate in live)
             live = [candidate for candidate in live if candidate.epoch == epoch]
@@ -240,22 +259,22 @@ class Sweep:
                 self.events.epoch(candidate, baseline)
             self.events.save(self.candidates.values())
 
-    def _tell_of_earlier(
+    def _count_earlier(
         self, group: Sequence[Candidate], epochs: int, train: int | None, selection: int | None
     ) -> None:
         """Count the epochs that an interrupted run has done already."""
         done = 0
         for candidate in group:
-            left = self._untold.get(candidate.name, range(0))
-            told = range(left.start, max(left.start, min(left.stop, epochs)))
-            self._untold[candidate.name] = range(told.stop, left.stop)
+            left = self._uncounted.get(candidate.name, range(0))
+            counted = range(left.start, max(left.start, min(left.stop, epochs)))
+            self._uncounted[candidate.name] = range(counted.stop, left.stop)
             documents = len(self.train[candidate.seed][:train]) + len(self.selection[:selection])
-            done += len(told) * documents
+            done += len(counted) * documents
         if done:
             self.events.tick(done)
 
     def _train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]]) -> None:
-        """Step by step: between two steps the run can be saved, and ended."""
+        """One step at a time: between two steps the run can be saved, and ended."""
         for step in steps:
             self.engine.train(candidates, [step], self.events.tick)
             for candidate in candidates:
@@ -263,7 +282,7 @@ class Sweep:
             self.events.pause(self.candidates.values())
 
     def _tick(self, done: int, /) -> None:
-        # Scoring changes no candidate, so that anywhere in it the run can be saved.
+        # Scoring changes no candidate, so the run can be saved anywhere in it.
         self.events.tick(done)
         self.events.pause(self.candidates.values())
 
@@ -280,28 +299,23 @@ class Sweep:
                 "Every layer diverged: no candidate kept a finite score.", "Lower the learning rate."
             )
         results = [self._result(group, selection, epochs) for group in whole]
-        order = sorted(range(len(whole)), key=lambda i: (results[i].score, -results[i].accuracy))
+        order = sorted(range(len(whole)), key=lambda i: self.criterion.key(results[i]))
         for i in reversed(order):  # the best of each layer comes last
             self._found[whole[i][0].layer] = results[i]
         return [whole[i] for i in order]
 
     def _result(self, group: list[Candidate], selection: int, epochs: slice) -> LayerResult:
-        best = {c.name: min(c.scores[epochs], key=Score.order) for c in group}
+        best = {c.name: self.criterion.best(c.scores[epochs]) for c in group}
         return LayerResult(
             group[0].layer,
             group[0].stage,
-            statistics.fmean(score.score for score in best.values()),
-            statistics.fmean(score.accuracy for score in best.values()),
+            *mean_of_seeds(list(best.values())),
             self.baseline(selection),
-            tuple(sorted(group, key=lambda c: best[c.name].order())),
+            tuple(sorted(group, key=lambda c: self.criterion.key(best[c.name]))),
         )
 
 
-def _score(result: LayerResult) -> float:
-    return result.score
-
-
-# What is settled of a run's finalists after the search: coefficients, and the scores headers state.
+# After the search: the finalists' coefficients, and the scores that their headers state.
 
 
 def coefficients(
@@ -309,7 +323,7 @@ def coefficients(
 ) -> dict[int, Calibration]:
     """The finalists' coefficients by seed, where the plan leaves them open.
 
-    All get the one that was found for the chosen one, as far as their own norms allow.
+    All take the chosen one's, as far as their own norms allow.
     """
     plan, finalist = prepared.plan, found.finalist
     if not (plan.calibrate or plan.norm_cap) or finalist.best is None:
@@ -351,7 +365,7 @@ def score_again(
         vector.metadata["selection"] = {**said, "vector": score.to_dict(), "trained": said["vector"]}
 
 
-# The coefficient: how strongly a finished vector is best applied, by the selection split.
+# Calibration: the coefficient at which a finished vector does best on the selection split.
 
 COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 REFINEMENTS = 2  # rounds in which the gaps beside the best coefficient are halved
@@ -388,7 +402,7 @@ def calibrate(
     baseline: Score,
     documents: Sequence[Document],
     cap: float | None,
-    tick: Callable[[int], None],
+    tick: Tick,
 ) -> Calibration:
     """Search a finished candidate's coefficient on the selection documents.
 
@@ -404,14 +418,14 @@ def calibrate(
     if candidate.best is None:
         raise AFTError(f"{candidate.name} has no finite score.", "Lower the learning rate.")
     allowed = [c for c in COEFFICIENTS if cap is None or c <= cap] or [float(cap or 0.0)]
-    curve = {0.0: baseline}
+    curve, best = {0.0: baseline}, candidate.criterion.coefficient
     for round_ in range(1 + REFINEMENTS):
-        wanted = allowed if round_ == 0 else _beside(curve, _best(curve))
+        wanted = allowed if round_ == 0 else _midpoints(curve, best(curve))
         wanted = [c for c in wanted if c not in curve]
         group = [_at(candidate, candidate.best, coefficient) for coefficient in wanted]
         if group:
             curve |= dict(zip(wanted, engine.evaluate(group, documents, tick), strict=True))
-    chosen = _best({c: score for c, score in curve.items() if c > 0})
+    chosen = best({c: score for c, score in curve.items() if c > 0})
     return Calibration(dict(sorted(curve.items())), chosen, cap)
 
 
@@ -431,11 +445,7 @@ def _at(candidate: Candidate, tensors: dict[str, Tensor], coefficient: float) ->
     return Candidate(candidate.layer, candidate.seed, Recipe(), intervention, "calibration")
 
 
-def _best(curve: dict[float, Score]) -> float:
-    return min(curve, key=lambda c: (*curve[c].order(), abs(c - 1)))
-
-
-def _beside(curve: dict[float, Score], best: float) -> list[float]:
+def _midpoints(curve: dict[float, Score], best: float) -> list[float]:
     """The midpoints between the best coefficient and its neighbours."""
     known = sorted(curve)
     place = known.index(best)

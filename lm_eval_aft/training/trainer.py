@@ -31,10 +31,11 @@ from lm_eval_aft.steering.backbone import Backbone, attention_kernel, input_devi
 from lm_eval_aft.steering.hooks import add_all, hidden_states
 from lm_eval_aft.steering.intervention import Intervention, roles, row_roles
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Tick
-from lm_eval_aft.training.objectives import Objective, Score
+from lm_eval_aft.training.objectives import Objective
+from lm_eval_aft.training.selection import Score
 
 logger = logging.getLogger(__name__)
-# Tokens in one pass. A CPU is already busy with a few hundred; padding only costs it.
+# Tokens in one pass. A few hundred keep a CPU busy already, and more padding costs time.
 TOKEN_BUDGET = {"cpu": 1024}
 DEFAULT_TOKEN_BUDGET = 16384
 
@@ -42,10 +43,10 @@ DEFAULT_TOKEN_BUDGET = 16384
 class Trajectory:
     """Engine that shares the frozen part of every pass among candidates.
 
-    Below a candidate's layer nothing depends on its vector, so one baseline pass per batch gives
-    the output of every block, and a candidate at layer L runs blocks L+1 and up only, forwards
-    and backwards. The options of a document share their context in one packed row where the
-    model allows it, and the head sees continuation positions only.
+    Below a candidate's layer nothing depends on its vector, so one frozen pass per batch gives
+    the output of every block, and a candidate at layer L runs blocks L+1 and up only, forward
+    and backward. The options of a document share their context in one packed row where the
+    model allows it, and the head is applied to continuation positions only.
 
     Args:
         packed: whether to pack rows; see `lm_eval_aft.engine.compatibility.may_pack`.
@@ -76,7 +77,7 @@ class Trajectory:
             def gather(batch: Batch, live: list[Candidate] = live, size: int = len(step)) -> None:
                 outputs = self.outputs(batch, {candidate.layer for candidate in live})
                 for candidate in live:
-                    with self._steered(candidate, outputs):
+                    with self.steered(candidate, outputs):
                         logits = continuation_logits(self.model, batch)
                     candidate.backward(self.objective.losses(logits, batch).sum() / size)
 
@@ -99,7 +100,7 @@ class Trajectory:
         def score(batch: Batch) -> None:
             outputs = self.outputs(batch, {candidate.layer for candidate in candidates})
             for candidate, its_outcomes in zip(candidates, outcomes, strict=True):
-                with self._steered(candidate, outputs):
+                with self.steered(candidate, outputs):
                     logits = continuation_logits(self.model, batch)
                 its_outcomes += self.objective.outcomes(logits, batch)
             tick(len(candidates) * len(batch.documents))
@@ -137,7 +138,8 @@ class Trajectory:
         return outputs
 
     @contextmanager
-    def _steered(self, candidate: Candidate, outputs: dict[int, Any]) -> Iterator[None]:
+    def steered(self, candidate: Candidate, outputs: dict[int, Any]) -> Iterator[None]:
+        """Passes start at the candidate's layer, from the frozen model's output there."""
         layer = candidate.layer
         with (
             add_all(self.backbone, candidate.intervention.shifts()),
@@ -148,13 +150,13 @@ class Trajectory:
     def _each_batch(
         self, documents: Sequence[Document], work: Callable[[Batch], None], forget: Callable[[], None]
     ) -> None:
-        """Do ``work`` batch by batch; out of memory, ``forget`` it all and start with smaller ones.
+        """Do ``work`` batch by batch; out of memory, ``forget`` it all and start again with smaller ones.
 
         Raises:
             AFTError: not even one document fits.
         """
         while True:
-            # What is known of a batch that does not even come into being.
+            # What is reported where even making the batch fails.
             batch: Batch | None = None
             size, tokens = len(documents), self.budget
             try:
@@ -213,27 +215,22 @@ def _resuming_differs(engine: Trajectory, reference: Reference, document: Docume
     parameter, device = next(engine.model.parameters()), input_device(engine.model)
     batch = make_batch([document], engine.packed, device, parameter.dtype)
     outputs = engine.outputs(batch, [layer])
-    size = _median_norm(outputs[layer]) / engine.backbone.hidden_size**0.5
+    size = float(hidden_states(outputs[layer])[0].float().norm(dim=-1).median())
+    size /= engine.backbone.hidden_size**0.5
     vector = torch.linspace(-1, 1, engine.backbone.hidden_size, device=device) * 0.1 * size
-    static = Intervention.static(layer, vector.to(master_dtype(parameter.dtype)))
-    probe = Candidate(layer, 0, Recipe(), static)
+    probe = Candidate(
+        layer, 0, Recipe(), Intervention.static(layer, vector.to(master_dtype(parameter.dtype)))
+    )
     try:
-        with (
-            add_all(engine.backbone, static.shifts()),
-            resumed(engine.backbone, layer, outputs[layer]),
-        ):
+        with engine.steered(probe, outputs):
             fast = option_logprobs(continuation_logits(engine.model, batch), batch)
     except (RuntimeError, TypeError, KeyError, AttributeError) as error:
         return f"this model cannot be resumed from a block ({error})"
-    logits, plain = reference._logits(document, probe)
-    slow = option_logprobs(logits, plain)
+    slow = option_logprobs(*reference.logits(document, probe))
     bar = 1e-4 if parameter.dtype in (torch.float32, torch.float64) else 0.1 * float(len(batch.targets))
     worst = float((fast - slow).abs().max())
-    return (
-        ""
-        if worst <= max(bar, 1e-6 * float(slow.abs().max()))
-        else f"resumed passes differ by {worst:.2g} nats"
-    )
+    fine = worst <= max(bar, 1e-6 * float(slow.abs().max()))
+    return "" if fine else f"resumed passes differ by {worst:.2g} nats"
 
 
 @torch.no_grad()
@@ -254,12 +251,8 @@ def _no_gradients(model: nn.Module) -> bool:
 
 
 def _run_blocks(model: nn.Module, batch: Batch) -> None:
-    """A pass made for what hooks on the blocks collect: the head sees one row only."""
+    """A pass for hooks on the blocks: the head is applied to one position only."""
     continuation_logits(model, replace(batch, scored=batch.scored[:1]))
-
-
-def _median_norm(output: Any) -> float:
-    return float(hidden_states(output)[0].float().norm(dim=-1).median())
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -281,7 +274,7 @@ def _by_length(documents: Sequence[Document], packed: bool) -> list[Document]:
 
 # The plain engine: one candidate, one option, one whole pass of the hooked model at a time.
 #
-# Slow and obviously right; the fast engine is tested against it, and falls back to it.
+# Slow and simple: the fast engine is tested against it, and falls back to it.
 
 
 class Reference:
@@ -298,7 +291,7 @@ class Reference:
                 if candidate.stopped:
                     break
                 for document in step:
-                    logits, batch = self._logits(document, candidate)
+                    logits, batch = self.logits(document, candidate)
                     candidate.backward(self.objective.losses(logits, batch).sum() / len(step))
                     tick(1)
                 candidate.step()
@@ -316,12 +309,13 @@ class Reference:
     def _score(self, candidate: Candidate | None, documents: Sequence[Document], tick: Tick) -> Score:
         outcomes: list[NDArray[np.float64]] = []
         for document in documents:
-            logits, batch = self._logits(document, candidate)
+            logits, batch = self.logits(document, candidate)
             outcomes += self.objective.outcomes(logits, batch)
             tick(1)
         return self.objective.summarise(outcomes)
 
-    def _logits(self, document: Document, candidate: Candidate | None) -> tuple[Tensor, Batch]:
+    def logits(self, document: Document, candidate: Candidate | None) -> tuple[Tensor, Batch]:
+        """Logits (S, vocabulary) at a document's scored positions, and the batch that describes them."""
         device = input_device(self.model)
         rows = []
         shifts = {} if candidate is None else candidate.intervention.shifts()

@@ -144,7 +144,7 @@ def test_bad_training_input(
     refused(train(layers="9"), "Layer 9 is out of range: this model has blocks 0 to 3")
     refused(train(task="toy_choise"), "no harness task 'toy_choise'", "toy_choice")
     refused(train(train_docs="999"), "60 usable ones")
-    refused(train(lr="-1"), "lr=-1.0 makes no sense")
+    refused(train(lr="-1"), "lr=-1.0 is invalid")
     refused(train(metric="acc", objective="lm"), "does not fit")
     refused(train(include_path=str(tmp_path / "nowhere")), "No such task folder")
     refused(call("train", "--model", model, "--task", "toy_choice"), "No output folder")

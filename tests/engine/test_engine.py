@@ -173,7 +173,7 @@ def test_same_vector_after_three_epochs(family: str, batch_size: int) -> None:
     model = tiny_model(family)
     backbone = find_backbone(model)
     docs = documents(8)
-    recipe = Recipe(lr=1e-2, l2=1e-3, epochs=3, batch_size=batch_size)
+    recipe = Recipe(lr=1e-2, l2=1e-3, epochs=3)
     engine, _ = make_engine(model, backbone, Choice("acc_norm"), docs)
     vectors = []
     for each in (engine, Reference(model, backbone, Choice("acc_norm"))):
@@ -307,7 +307,7 @@ ALLOCATOR = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate
 
 def test_out_of_memory_halves_the_budget_and_gives_the_same_result() -> None:
     docs = documents(12)
-    recipe = Recipe(lr=1e-2, batch_size=6)
+    recipe = Recipe(lr=1e-2)
     found = []
     for scarce in (False, True):
         model = tiny_model("llama")

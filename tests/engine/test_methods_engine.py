@@ -205,7 +205,7 @@ def test_packed_rows_change_hidden_states_where_they_should(positions: str) -> N
     outputs = engine.outputs(batch, [1])
     probe = Candidate(1, 0, Recipe(), intervention("static", positions, 1))
     seen: list[torch.Tensor] = []
-    with engine._steered(probe, outputs):
+    with engine.steered(probe, outputs):
         handle = backbone.blocks[1].register_forward_hook(lambda _m, _i, out: seen.append(hidden(out)))
         engine.objective.outcomes(continuation(engine, batch), batch)
         handle.remove()

@@ -252,7 +252,7 @@ def test_an_output_folder_is_not_mixed_up(write: Callable[..., Path], tmp_path: 
         ({"models": [{"pretrained": "demo", "color": 1}]}, r"models\[0\].color: there is no such field"),
         ({"tasks": ["a,b"]}, r"tasks\[0\].task: names several tasks"),
         ({"tasks": [{"task": "t", "limit": 0}]}, r"tasks\[0\].limit: must be at least 1, got 0"),
-        ({"tasks": [{"task": "t", "epochs": -1}]}, r"tasks\[0\] \(t\): epochs=-1 makes no sense"),
+        ({"tasks": [{"task": "t", "epochs": -1}]}, r"tasks\[0\] \(t\): epochs=-1 is invalid"),
         ({"methods": [{"name": "x", "method": "magic"}]}, r"methods\[0\] \(x\): .*magic"),
         (
             {"methods": [{"name": "x", "colour": 3}]},

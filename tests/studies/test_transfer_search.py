@@ -125,7 +125,7 @@ def test_grid_search_tries_everything_in_one_sweep(
     assert "no results" in said
     by_setting = {(p["layer"], p["lr"], p["l2"], p["epochs"]): p["score"] for p in points}
     assert all(by_setting[(*k[:3], 3)] <= by_setting[(*k[:3], 1)] for k in by_setting)
-    monkeypatch.setattr(search_module, "run_sweep", None)
+    monkeypatch.setattr(search_module, "train_vector", None)
     call(*words)  # nothing is trained again
     assert searched(output) == points
     assert "had other settings" in call(*words, "--first-seed", "5", code=1).output
@@ -150,15 +150,15 @@ def test_optuna_search_goes_on_to_the_same_end(
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     call(*words, "--output", str(whole), "--trials", "5")
-    original = search_module.run_sweep
+    original = search_module.train_vector
 
-    def dying(prepared: Any, folder: Path, **more: Any) -> Any:
+    def dying(model: Any, plan: Any, folder: Path, **more: Any) -> Any:
         if folder.name == "0002":
             raise KeyboardInterrupt
-        return original(prepared, folder, **more)
+        return original(model, plan, folder, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(search_module, "run_sweep", dying)
+        patched.setattr(search_module, "train_vector", dying)
         assert "goes on" in call(*words, "--output", str(cut), "--trials", "5", code=130).output
     assert len(searched(cut)) == 2
     call(*words, "--output", str(cut), "--trials", "5")

@@ -26,8 +26,9 @@ from lm_eval_aft.steering.vector import describe_vector
 from lm_eval_aft.studies.config import Study, StudyEntry
 from lm_eval_aft.training import checkpoint as events_module
 from lm_eval_aft.training.controls import apply_control
-from lm_eval_aft.training.objectives import LM, Choice, Mixture, Objective, Score
+from lm_eval_aft.training.objectives import LM, Choice, Mixture, Objective
 from lm_eval_aft.training.recipe import TrainingPlan
+from lm_eval_aft.training.selection import Score
 from lm_eval_aft.training.setup import Prepared, prepare
 from tests.conftest import CHOICE_YAML, toy_documents
 from tests.training.test_objectives import DOCS, logits_and_batch
@@ -176,7 +177,7 @@ def test_a_small_task_gives_what_it_has(
         "toy_other has only 6 training and 3 selection documents for its shares of 20 and 10" in caplog.text
     )
     assert "toy_choice has only" not in caplog.text
-    with pytest.raises(AFTError, match="1 train-docs cannot be dealt to 2 tasks"):
+    with pytest.raises(AFTError, match="--train-docs 1 is less than one document for each of 2 tasks"):
         mixed(lm, tasks(), train_docs=1)
 
 

@@ -12,7 +12,8 @@ from scipy.optimize import minimize_scalar
 
 from lm_eval_aft import AFTError
 from lm_eval_aft.engine.batching import Batch, Document, make_batch
-from lm_eval_aft.training.objectives import LM, RFT, Choice, ChoiceLoss, Score, loss_of, make_objective
+from lm_eval_aft.training.objectives import LM, RFT, Choice, ChoiceLoss, make_objective
+from lm_eval_aft.training.selection import Score, find_criterion
 
 DOCS = [
     Document((((1, 2), (3, 4)), ((1, 2), (5,)), ((1, 2), (6, 7, 8))), (0,), (3.0, 9.0, 2.0)),
@@ -150,14 +151,14 @@ def test_one_document_has_no_standard_error() -> None:
 def test_scores_are_ordered_and_survive_a_ledger() -> None:
     better, worse = Score(1.0, 1.2, 0.5, 1.0, 10, 0.1), Score(1.1, 1.1, 0.9, 1.0, 10, 0.1)
     tied = Score(1.0, 1.2, 0.6, 1.0, 10, 0.1)
-    assert sorted([worse, better, tied], key=Score.order) == [tied, better, worse]
+    assert sorted([worse, better, tied], key=find_criterion("cross-entropy").key) == [tied, better, worse]
     assert "tasks" not in better.to_dict()
     assert Score(**better.to_dict()) == better
     mixed = Score(1.05, 1.15, 0.7, 1.0, 20, 0.1, {"a": better, "b": worse})
     assert mixed.tasks["a"] is better
     again = Score(**json.loads(json.dumps(mixed.to_dict())))
     assert again == mixed
-    assert again.tasks["b"].order() == (1.1, -0.9)
+    assert find_criterion("cross-entropy").key(again.tasks["b"]) == (1.1, -0.9)
 
 
 def test_metric_follows_the_task() -> None:
@@ -175,10 +176,10 @@ def test_metric_follows_the_task() -> None:
 
 def test_settings_reach_the_loss() -> None:
     margin = make_objective("choice", None, ["acc"], choice_loss="margin", margin=2.5)
-    assert loss_of(margin) == ChoiceLoss("margin", margin=2.5)
+    assert margin.loss == ChoiceLoss("margin", margin=2.5)
     smooth = make_objective("choice", None, ["acc"], label_smoothing=0.1)
-    assert loss_of(smooth) == ChoiceLoss(label_smoothing=0.1)
-    assert loss_of(LM()) is None
+    assert smooth.loss == ChoiceLoss(label_smoothing=0.1)
+    assert LM().loss is None
 
 
 def naive_loss(scores: np.ndarray, gold: tuple[int, ...], loss: ChoiceLoss) -> float:
@@ -264,9 +265,9 @@ def test_the_selection_score_does_not_depend_on_the_loss() -> None:
     [
         ({"choice_loss": "margin", "label_smoothing": 0.1}, "Label smoothing is for cross-entropy"),
         ({"margin": 2.0}, "margin=2 means nothing to cross-entropy"),
-        ({"choice_loss": "margin", "margin": 0.0}, "margin=0 makes no sense"),
-        ({"choice_loss": "margin", "margin": float("nan")}, "margin=nan makes no sense"),
-        ({"label_smoothing": 1.0}, "label_smoothing=1 makes no sense"),
+        ({"choice_loss": "margin", "margin": 0.0}, "margin=0 is invalid"),
+        ({"choice_loss": "margin", "margin": float("nan")}, "margin=nan is invalid"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1 is invalid"),
         ({"choice_loss": "hinge"}, "no choice loss 'hinge'"),
     ],
 )
@@ -288,7 +289,7 @@ def test_every_option_that_does_not_fit_is_named_and_what_to_do_said() -> None:
     text = str(found.value)
     assert "--choice-loss, --margin, --label-smoothing means nothing to the objective 'rft'" in text
     assert "Leave it out, or train on a multiple-choice task." in text
-    with pytest.raises(AFTError, match="Use choice, lm or rft"):
+    with pytest.raises(AFTError, match="Choose one of: choice, lm, rft"):
         make_objective("magic", None, [])
     with pytest.raises(AFTError, match="Use one of: acc, acc_norm, both"):
         Choice("f1")

@@ -13,8 +13,8 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.engine.batching import Document
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.training.candidate import Candidate, Recipe, Tick
-from lm_eval_aft.training.objectives import Score
 from lm_eval_aft.training.recipe import PROTOCOLS, Protocol, find_protocol, parse_rungs, schedule
+from lm_eval_aft.training.selection import Score
 from lm_eval_aft.training.setup import small_random
 from lm_eval_aft.training.sweep import Sweep, SweepResult
 
@@ -77,7 +77,9 @@ def run(engine: Scripted, protocol: Protocol, layers: Sequence[int] = range(6)) 
         vector = torch.zeros(4) if noise is None else small_random(4, 1.0, noise)
         return Intervention.static(layer, vector)
 
-    return Sweep(engine, protocol, list(layers), seeds, train, DOCS, start, Silent()).run()
+    return Sweep(
+        engine, protocol, list(layers), seeds=seeds, train=train, selection=DOCS, start=start, events=Silent()
+    ).run()
 
 
 def by_layer(candidate: Candidate, epoch: int) -> float:
@@ -288,8 +290,8 @@ def test_a_resumed_run_counts_the_work_done_before(name: str) -> None:
         engine, events = Counting(by_layer), Silent()
         train = {seed: list(DOCS) for seed in seeds}
         made = Sweep(
-            engine, protocol, range(6), seeds, train, DOCS,
-            lambda layer, seed, noise: Intervention.static(layer, torch.zeros(4)), events, saved=saved,
+            engine, protocol, range(6), seeds=seeds, train=train, selection=DOCS, events=events, saved=saved,
+            start=lambda layer, seed, noise: Intervention.static(layer, torch.zeros(4)),
         )  # fmt: skip
         made.run()
         return made, events, engine
