@@ -1,15 +1,14 @@
-"""Joining two runs document by document, refusing those that were not asked the same, and verdicts."""
+"""Comparing two runs document by document, refusing those with different settings, and verdicts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.evaluation.results import (
-    Sample,
     ScoredRun,
     TaskRun,
     listed_metrics,
@@ -20,13 +19,12 @@ from lm_eval_aft.evaluation.stats import (
     PairedComparison,
     compare_paired,
     holm,
-    mean_stderr,
+    mean_interval,
     verdict,
-    wilson_interval,
 )
 from lm_eval_aft.evaluation.vector_info import HASH_DIGITS, VectorInfo
 
-# Where a task reports several metrics, the verdict is on the first of these that it has.
+# If a task reports several metrics, the verdict is on the first of these that it has.
 PRIMARY_METRICS = ("acc_norm", "acc", "exact_match")
 PRIMARY_FILTERS = ("strict-match", "none")
 
@@ -36,26 +34,26 @@ class Comparison:
     """One run against the baseline on one task, filter and metric.
 
     Attributes:
-        primary: whether the verdict on the task hangs on this metric.
-        doc_ids: documents compared; ``wins`` and ``losses`` are the ids that flipped, wins being
-            *improvements* (a lower score where lower is better).
+        doc_ids: the documents compared.
+        wins, losses: the documents that got better and worse (lower scores are better for some metrics).
+        clusters: what to say about clusters of documents, if anything.
+        primary: whether this metric decides the verdict on the task.
     """
 
-    run: str
     task: str
     filter: str
     metric: str
-    primary: bool
     higher_is_better: bool
     paired: PairedComparison
     doc_ids: list[int]
     wins: list[int]
     losses: list[int]
     clusters: str
+    primary: bool = False
 
 
 def differences(baseline: ScoredRun, other: ScoredRun) -> list[str]:
-    """Everything that keeps two runs from being compared, in words; empty when nothing does."""
+    """Every difference that keeps two runs from being compared, in words; empty if there is none."""
     tasks = shared_tasks(baseline, other)
     found = differing(baseline, other, tasks)
     for task in tasks:
@@ -74,10 +72,10 @@ def require_comparable(baseline: ScoredRun, other: ScoredRun) -> None:
 
 
 def shared_tasks(baseline: ScoredRun, other: ScoredRun) -> list[str]:
-    """Tasks both runs have.
+    """The tasks of the other run.
 
     Raises:
-        AFTError: the other run has a task that the baseline has not.
+        AFTError: the baseline lacks one of them.
     """
     missing = [task for task in other.tasks if task not in baseline.tasks]
     if missing:
@@ -89,28 +87,47 @@ def shared_tasks(baseline: ScoredRun, other: ScoredRun) -> list[str]:
 
 
 def compare_runs(baseline: ScoredRun, other: ScoredRun) -> list[Comparison]:
-    """Every per-document metric of every shared task, on the documents both runs have."""
+    """Compare every per-document metric of every shared task, on the documents both runs have."""
     found = []
     for task in shared_tasks(baseline, other):
         before, after = baseline.tasks[task], other.tasks[task]
-        chosen = primary_metric(before, after)
+        primary = primary_metric(before, after)
         for filter_name in (name for name in before.samples if name in after.samples):
             left, right = before.samples[filter_name], after.samples[filter_name]
             ids = sorted(left.keys() & right.keys())
-            for metric in _metrics(left, right, ids):
-                found.append(
-                    _compare(
-                        other.name, task, filter_name, metric, left, right, ids,
-                        (filter_name, metric) == chosen, _higher_is_better(before, metric),
-                    )
-                )  # fmt: skip
+            for metric in left[ids[0]].metrics if ids else ():
+                if all(metric in left[i].metrics and metric in right[i].metrics for i in ids):
+                    found.append(_compare(before, after, filter_name, metric, ids))
+                    found[-1].primary = (filter_name, metric) == primary
     return sorted(found, key=lambda c: (c.task, not c.primary))
+
+
+def _compare(before: TaskRun, after: TaskRun, filter_name: str, metric: str, ids: list[int]) -> Comparison:
+    left, right = before.samples[filter_name], after.samples[filter_name]
+    clusters = [left[i].cluster for i in ids]
+    paired = compare_paired(
+        [left[i].metrics[metric] for i in ids], [right[i].metrics[metric] for i in ids], clusters
+    )
+    gained = [i for i in ids if right[i].metrics[metric] > left[i].metrics[metric]]
+    lost = [i for i in ids if right[i].metrics[metric] < left[i].metrics[metric]]
+    up = _higher_is_better(before, metric)
+    return Comparison(
+        task=before.task,
+        filter=filter_name,
+        metric=metric,
+        higher_is_better=up,
+        paired=paired,
+        doc_ids=ids,
+        wins=gained if up else lost,
+        losses=lost if up else gained,
+        clusters=_cluster_note(clusters, paired),
+    )
 
 
 def primary_metric(*runs: TaskRun, whole: bool = True) -> tuple[str, str] | None:
     """(filter, metric) of a task's verdict: acc_norm, else acc, else exact match (strict first).
 
-    Of the metrics that all documents of all the runs have; with ``whole`` false, that any has.
+    Among the metrics that all documents of all the runs have; with ``whole`` false, that any has.
     """
     metrics: dict[tuple[str, str], None] = {}
     listed = list(mean_metrics(runs[0].config))
@@ -130,54 +147,24 @@ def primary_metric(*runs: TaskRun, whole: bool = True) -> tuple[str, str] | None
 
 
 def _higher_is_better(run: TaskRun, metric: str) -> bool:
-    """As the results' own table says, else the task's list of metrics, else yes."""
-    said = run.results.get("higher_is_better", {}).get(run.task, {}).get(metric)
-    if said is None:
-        said = listed_metrics(run.config).get(metric, {}).get("higher_is_better")
-    return said is not False
-
-
-def _compare(
-    run: str,
-    task: str,
-    filter_name: str,
-    metric: str,
-    left: dict[int, Sample],
-    right: dict[int, Sample],
-    ids: list[int],
-    primary: bool,
-    up: bool,
-) -> Comparison:
-    before = [left[i].metrics[metric] for i in ids]
-    after = [right[i].metrics[metric] for i in ids]
-    clusters = [left[i].cluster for i in ids]
-    paired = compare_paired(before, after, clusters)
-    gained = [i for i, a, b in zip(ids, before, after, strict=True) if b > a]
-    lost = [i for i, a, b in zip(ids, before, after, strict=True) if b < a]
-    wins, losses = (gained, lost) if up else (lost, gained)
-    return Comparison(
-        run, task, filter_name, metric, primary, up, paired, ids, wins, losses,
-        _cluster_note(clusters, paired),
-    )  # fmt: skip
+    """As the results state, else the task's list of metrics, else true."""
+    stated = run.results.get("higher_is_better", {}).get(run.task, {}).get(metric)
+    if stated is None:
+        stated = listed_metrics(run.config).get(metric, {}).get("higher_is_better")
+    return stated is not False
 
 
 def _cluster_note(clusters: list[str | None], paired: PairedComparison) -> str:
     if paired.clusters is not None:
         return f"documents grouped by source_id: {paired.clusters} clusters are the units of the test"
-    count = len(set(clusters))
     if None in clusters:
         return ""
+    count = len(set(clusters))
     return f"{count} source_id value(s): too few or too uneven to be units; documents count as independent"
 
 
-def _metrics(left: dict[int, Sample], right: dict[int, Sample], ids: list[int]) -> Iterator[str]:
-    for metric in left[ids[0]].metrics if ids else ():
-        if all(metric in left[i].metrics and metric in right[i].metrics for i in ids):
-            yield metric
-
-
 def _questions(task: str, before: TaskRun, after: TaskRun) -> Iterator[str]:
-    """What was asked: documents, targets, prompts, options or generation settings."""
+    """Differences in documents, targets, prompts, options or generation settings."""
     if set(before.samples) != set(after.samples):
         yield f"filters of {task} ({', '.join(before.samples)} against {', '.join(after.samples)})"
     for filter_name in (name for name in before.samples if name in after.samples):
@@ -188,7 +175,7 @@ def _questions(task: str, before: TaskRun, after: TaskRun) -> Iterator[str]:
         counts: dict[str, list[int]] = {}
         for i in sorted(shared):
             a, b = left[i], right[i]
-            # A differing document has a differing prompt, of course: name the cause alone.
+            # A different document implies a different prompt: name only the cause.
             if a.doc_hash != b.doc_hash:
                 counts.setdefault("document contents", []).append(i)
                 continue
@@ -205,12 +192,12 @@ def _questions(task: str, before: TaskRun, after: TaskRun) -> Iterator[str]:
 
 # The settings of a run that decide what was asked and how answers were scored.
 
-# Whether the questions were taken away: prompts are logged as the task made them, so only this tells.
+# Whether the questions were removed: prompts are logged as the task made them, so only this shows it.
 ANSWER_ONLY = "answer_only"
 
 
 def run_settings(results: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal between runs whatever the task: field -> value, spellings made alike."""
+    """What must be equal between runs, whatever the task: field -> normalized value."""
     config, arguments = results.get("config", {}), model_args(results)
     info = config.get("aft") or {}
     softmax = info.get("softmax_dtype") or arguments.get("softmax_dtype")
@@ -239,7 +226,7 @@ def task_settings(run: TaskRun) -> dict[str, Any]:
     return {
         "task version": results.get("versions", {}).get(task),
         "n-shot": shots,
-        # Without examples in the prompt the seed that would have drawn them decides nothing.
+        # Without few-shot examples their seed has no effect.
         "few-shot seed": seeds.get("fewshot_seed") if shots != 0 else None,
         "sampling seed": seeds.get("torch_seed") if sampled else None,
         "generation_kwargs": generation,
@@ -250,8 +237,8 @@ def task_settings(run: TaskRun) -> dict[str, Any]:
 
 
 def differing(first: ScoredRun, second: ScoredRun, tasks: list[str]) -> list[str]:
-    """Every setting that differs, in words, with both values; prompts and documents not included."""
-    found: dict[str, list[str]] = {}
+    """Every setting that differs, with both values; prompts and documents not included."""
+    found: dict[str, None] = {}
     for task in tasks:
         before, after = first.tasks[task], second.tasks[task]
         for where, left, right in (
@@ -260,28 +247,25 @@ def differing(first: ScoredRun, second: ScoredRun, tasks: list[str]) -> list[str
         ):
             for key in left:
                 if _differs(left[key], right[key]):
-                    text = f"{key}{where} ({_short(left[key])} against {_short(right[key])})"
-                    found.setdefault(text, []).append(task)
+                    found[f"{key}{where} ({_short(left[key])} against {_short(right[key])})"] = None
     return list(found)
 
 
 def described(run: ScoredRun) -> dict[str, str]:
-    """The settings table's column of a run: field -> text."""
-    results = run.any
-    config, info = results.get("config", {}), results.get("config", {}).get("aft") or {}
-    vector = run.vector or {}
-    identity = info.get("fingerprint") or {}
+    """A run's column in the table of settings: field -> text."""
+    results, info, vector, routing = run.any, run.aft, run.vector or {}, run.routing or {}
+    config = results.get("config", {})
     rows: dict[str, Any] = {
         "model type": config.get("model"),
         "model": results.get("model_name") or model_args(results).get("pretrained"),
         "model revision": config.get("model_revision"),
         "model parameters": config.get("model_num_parameters"),
-        "base model fingerprint": fingerprint_text(identity),
+        "base model fingerprint": fingerprint_text(info.get("fingerprint") or {}),
         "vector": run.vector_path,
         "library": run.library,
-        "router": (run.routing or {}).get("router"),
-        "router sha256": (run.routing or {}).get("router_sha256"),
-        "routed vectors": list((run.routing or {}).get("vectors") or {}) or None,
+        "router": routing.get("router"),
+        "router sha256": routing.get("router_sha256"),
+        "routed vectors": list(routing.get("vectors") or {}) or None,
         "vector sha256": vector.get("sha256"),
         "vector layers": vector.get("layers"),
         "vector norm": _number(vector.get("norm"), 4),
@@ -298,24 +282,20 @@ def described(run: ScoredRun) -> dict[str, str]:
         "evaluation seconds": _number(results.get("total_evaluation_time_seconds"), 1),
     }
     rows["tokenizer"] = str(rows["tokenizer"]["vocabulary"] or "")[:16] or rows["tokenizer"]["eos_token"]
-    rows[ANSWER_ONLY] = rows[ANSWER_ONLY] or None  # told only of runs that were scored so
+    rows[ANSWER_ONLY] = rows[ANSWER_ONLY] or None  # shown only if true
     for task, each in run.tasks.items():
         own = task_settings(each)
         rows[f"{task}: version"] = own["task version"]
         rows[f"{task}: n-shot"] = own["n-shot"]
         rows[f"{task}: few-shot seed"] = own["few-shot seed"]
-        rows[f"{task}: documents, prompts and targets"] = results_hash(each)
+        # lm-eval's own digest.
+        digest = each.results.get("task_hashes", {}).get(task)
+        rows[f"{task}: documents, prompts and targets"] = str(digest)[:16] if digest else None
     return {key: _short(value) for key, value in rows.items() if value not in (None, "", {})}
 
 
-def results_hash(run: TaskRun) -> str | None:
-    """lm-eval's own digest of a task's documents, prompts and targets, shortened."""
-    value = run.results.get("task_hashes", {}).get(run.task)
-    return str(value)[:16] if value else None
-
-
 def fingerprint_text(identity: dict[str, Any]) -> str | None:
-    """A base model's fingerprint in 24 characters."""
+    """A base model's fingerprint, shortened to three times eight digits."""
     if not identity:
         return None
     return "-".join(str(identity.get(key, ""))[:8] for key in ("config", "parameters", "vocabulary"))
@@ -323,7 +303,7 @@ def fingerprint_text(identity: dict[str, Any]) -> str | None:
 
 def _differs(left: Any, right: Any) -> bool:
     if isinstance(left, dict) and isinstance(right, dict):
-        # A part that only one side logs (another model type) cannot be compared.
+        # A part that only one of them logs (another model type) cannot be compared.
         if set(left) == {"pad_token", "eos_token", "bos_token", "vocabulary"}:
             return any(left[k] != right[k] for k in left if left[k] is not None and right[k] is not None)
         return json.dumps(left, sort_keys=True) != json.dumps(right, sort_keys=True)
@@ -335,7 +315,7 @@ def _dtype(value: Any) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON as it would be read back, so that a tuple equals a list; text of a mapping decoded."""
+    """The value as JSON would give it back, so that a tuple equals a list; ``key=value`` text as a dict."""
     if isinstance(value, str) and "=" in value:
         from lm_eval.utils import simple_parse_args_string
 
@@ -344,12 +324,13 @@ def _plain(value: Any) -> Any:
 
 
 def _hardware(text: Any) -> str | None:
-    wanted = ("Model name:", "CPU(s):", "GPU models and configuration:")
+    """Processor and GPUs, from the environment that lm-eval logs."""
     found = []
     for line in str(text or "").splitlines():
-        key, _, value = line.partition(":")
-        if f"{key.strip()}:" in wanted and value.strip() and "Could not" not in value:
-            found.append(f"{value.strip()} CPUs" if key.strip() == "CPU(s)" else value.strip())
+        key, value = (part.strip() for part in line.partition(":")[::2])
+        wanted = key in ("Model name", "CPU(s)", "GPU models and configuration")
+        if wanted and value and "Could not" not in value:
+            found.append(f"{value} CPUs" if key == "CPU(s)" else value)
     return ", ".join(dict.fromkeys(found)) or None
 
 
@@ -365,13 +346,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-# Rows with verdicts: what the statistics allow to be said of each comparison.
+# Rows with verdicts.
 
 SELECTED = "not assessable: selected on these documents"
 DIFFERENT = "not assessable: the runs differ"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VerdictRow:
     """One comparison. Scores, differences and intervals are in the metric's own unit (shares: 0 to 1).
 
@@ -379,9 +360,10 @@ class VerdictRow:
         kind: ``steered``, ``placebo`` or ``answer-only``.
         family: whether the row counts in Holm's correction; ``p_adjusted`` and ``verdict`` are empty
             for rows outside (secondary metrics, placebos, answer-only runs).
-        share: whether the metric is a share, shown in percent.
-        wins, losses: documents that got better and worse.
+        share: whether all scores are between 0 and 1, shown in percent.
+        wins, losses: how many documents got better and worse.
         mde: minimum detectable effect at 80 % power.
+        clusters: what to say about clusters of documents, if anything.
     """
 
     run: str
@@ -422,23 +404,27 @@ def judge(
     vectors: dict[str, VectorInfo],
     mismatched: set[str] | frozenset[str] = frozenset(),
 ) -> list[VerdictRow]:
-    """Rows with verdicts: Holm over primary metrics × vectors, and what cannot be assessed.
+    """Rows with verdicts: Holm's correction over primary metrics × vectors.
 
-    A vector scored under two names with one outcome (the chosen seed among the finalists) is one
-    comparison.
+    A vector scored under two names with the same outcome (the chosen seed and the same finalist) counts as
+    one comparison.
+
+    Args:
+        vectors: run name -> its vector; one selected on these documents gets no verdict.
+        mismatched: names of runs that differ from the baseline in more than steering: no verdict either.
     """
     rows = []
     same: dict[tuple[Any, ...], list[VerdictRow]] = {}
     for run, each in comparisons:
-        family = each.primary and run.kind == "steered"
-        blocked = ""
-        if _selected_on(vectors[run.name], baseline, each):
-            blocked = SELECTED
-        elif run.name in mismatched:
-            blocked = DIFFERENT
-        row = make_row(baseline, run, each, family and not blocked, blocked if family else "")
+        row = make_row(baseline, run, each)
         rows.append(row)
-        if row.family:
+        if not each.primary or run.kind != "steered":
+            continue
+        if _selected_on(vectors[run.name], baseline, each):
+            row.verdict = SELECTED
+        elif run.name in mismatched:
+            row.verdict = DIFFERENT
+        else:
             outcome = (each.task, tuple(each.doc_ids), tuple(each.wins), tuple(each.losses), row.difference)
             same.setdefault(((run.vector or {}).get("sha256") or run.name, *outcome), []).append(row)
     adjusted = holm([twins[0].p_value for twins in same.values()])
@@ -451,7 +437,7 @@ def judge(
 
 
 def _selected_on(info: VectorInfo, baseline: ScoredRun, each: Comparison) -> bool:
-    """Whether the vector was chosen on documents that this comparison reports."""
+    """Whether the vector was selected on documents of this comparison."""
     if info.biased:
         return True
     known = set(info.selection_documents)
@@ -459,24 +445,27 @@ def _selected_on(info: VectorInfo, baseline: ScoredRun, each: Comparison) -> boo
     return bool(known) and any(samples[i].doc_hash[:HASH_DIGITS] in known for i in each.doc_ids)
 
 
-def make_row(baseline: ScoredRun, run: ScoredRun, each: Comparison, family: bool, blocked: str) -> VerdictRow:
-    """A comparison as a row: not yet adjusted, its verdict ``blocked`` or empty."""
-    p = each.paired
-    columns = []
-    for side, mean in ((baseline, p.baseline), (run, p.steered)):
+def make_row(baseline: ScoredRun, run: ScoredRun, each: Comparison) -> VerdictRow:
+    """A comparison as a row outside Holm's family, without a verdict."""
+    values: dict[str, Any] = asdict(each.paired)
+    share = True
+    for name, side in (("baseline", baseline), ("steered", run)):
         samples = side.tasks[each.task].samples[each.filter]
-        values = [samples[i].metrics[each.metric] for i in each.doc_ids]
-        share = all(0 <= value <= 1 for value in values)
-        bounds: tuple[float | None, float | None] = (None, None)
-        if all(value in (0, 1) for value in values):
-            bounds = wilson_interval(sum(values), p.n)
-        elif (error := mean_stderr(values)) is not None:
-            bounds = (mean - 1.96 * error, mean + 1.96 * error)
-        columns.append((share, *bounds))
-    (first, low_b, high_b), (second, low_s, high_s) = columns
+        scores = [samples[i].metrics[each.metric] for i in each.doc_ids]
+        share = share and all(0 <= score <= 1 for score in scores)
+        values[f"{name}_low"], values[f"{name}_high"] = mean_interval(scores)
+    values |= {"wins": len(each.wins), "losses": len(each.losses), "clusters": each.clusters}
     return VerdictRow(
-        run.name, run.kind, each.task, each.metric, each.filter, each.primary, family, each.higher_is_better,
-        first and second, p.n, p.baseline, p.baseline_stderr, low_b, high_b, p.steered, p.steered_stderr,
-        low_s, high_s, p.difference, p.low, p.high, len(each.wins), len(each.losses), p.p_value, None,
-        blocked, p.mde, p.test, p.interval, each.clusters,
-    )  # fmt: skip
+        run=run.name,
+        kind=run.kind,
+        task=each.task,
+        metric=each.metric,
+        filter=each.filter,
+        primary=each.primary,
+        family=False,
+        higher_is_better=each.higher_is_better,
+        share=share,
+        p_adjusted=None,
+        verdict="",
+        **values,
+    )

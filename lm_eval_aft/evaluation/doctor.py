@@ -1,4 +1,4 @@
-"""What is installed here, and whether steering gives the right answers with it, as text and as JSON."""
+"""What is installed, and whether steering gives right answers with it; the report of ``aft doctor``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lm_eval_aft.evaluation.self_check import (
     try_family,
 )
 
-# Columns of the table, and the parts that each sums up.
+# Columns of the table, and the parts that each summarizes.
 _COLUMNS = {
     "log-likelihoods": ("log-likelihoods", "resumed"),
     "generation": ("generation",),
@@ -42,18 +42,18 @@ _COLUMNS = {
 _MEANING = (
     "Each family is a tiny random model. Its log-likelihoods and greedy texts (generation: by --model aft;",
     "stock: with fast=false; by hand: by the model's own generate under attach), without a vector and",
-    "steered at all, prompt, last and generated positions, are compared with whole passes that use no",
-    "cache and are told which tokens to steer.",
+    "steered at all, prompt, last and generated positions, are compared with full forward passes that",
+    "use no cache and are told which tokens to steer.",
 )
 
 
 @dataclass
-class Report:
-    """All that was looked at.
+class Diagnosis:
+    """Everything that was checked.
 
     Attributes:
-        names: listed private names that are not as this package needs them: key -> what is wrong.
-        checked: how many names were looked at.
+        names: private names of other libraries that are not as this package needs them: key -> problem.
+        checked: how many names were checked.
     """
 
     versions: dict[str, str]
@@ -101,7 +101,7 @@ class Report:
         )
 
     def _reasons(self, verdict: str, title: str) -> list[str]:
-        """Reasons, each once, with the families and parts they hold for."""
+        """Each reason once, with the families and parts it applies to."""
         reasons: dict[str, dict[str, list[Outcome]]] = {}
         for trial in self.trials:
             for each in trial.outcomes:
@@ -109,12 +109,12 @@ class Report:
                     reasons.setdefault(each.why, {}).setdefault(trial.family, []).append(each)
         lines = []
         for reason, families in reasons.items():
-            told = "; ".join(f"{family} ({_places(found)})" for family, found in families.items())
-            lines += [f"  {told}", f"    {reason}"]
+            where = "; ".join(f"{family} ({_places(found)})" for family, found in families.items())
+            lines += [f"  {where}", f"    {reason}"]
         return ["", title, *lines] if lines else []
 
     def _wrong(self) -> list[str]:
-        """Family by family what is wrong, with one answer to show for it."""
+        """What is wrong in each family, with one answer as an example."""
         lines = []
         for trial in self.trials:
             if found := [each for each in trial.outcomes if each.bad]:
@@ -128,26 +128,26 @@ class Report:
 
 def examine(
     families: Sequence[str] = (), device: str = "cpu", progress: Callable[[str], None] = lambda _: None
-) -> Report:
-    """Look at everything; ``progress`` is told what comes next."""
+) -> Diagnosis:
+    """Check everything; ``progress`` is called with what comes next."""
     progress("versions and devices")
-    report = Report(versions(), machine(), registration(), device=device)
+    found = Diagnosis(versions(), machine(), registration(), device=device)
     progress("private names of other libraries")
     for key, entry in NAMES.items():
         if entry.optional and version(entry.library) == "not installed":
             continue
-        report.checked += 1
+        found.checked += 1
         if reason := entry.problem():
-            report.names[key] = reason
+            found.names[key] = reason
     chosen = families or tuple(FAMILIES)
     for place, family in enumerate(chosen, 1):
         progress(f"{family} ({place} of {len(chosen)})")
-        report.trials.append(try_family(family, device))
-    return report
+        found.trials.append(try_family(family, device))
+    return found
 
 
 def _places(outcomes: Sequence[Outcome]) -> str:
-    """Parts with the positions they are about."""
+    """Parts, each with its positions."""
     parts: dict[str, list[str]] = {}
     for each in outcomes:
         parts.setdefault(each.part, []).append(each.positions or "unsteered")
@@ -178,21 +178,19 @@ def _table(trials: Sequence[Trial]) -> list[str]:
 
 
 def _worst(outcomes: Sequence[Outcome], parts: Sequence[str]) -> str:
-    """A cell: the gravest verdict on any of these parts."""
-    mine = {each.verdict for each in outcomes if each.part in parts}
-    return next(
-        (verdict for verdict in (WRONG, BROKEN, REFUSED, SLOWER) if verdict in mine), RIGHT if mine else "-"
-    )
+    """The worst verdict on any of these parts."""
+    found = {each.verdict for each in outcomes if each.part in parts}
+    return next((verdict for verdict in (WRONG, BROKEN, REFUSED, SLOWER, RIGHT) if verdict in found), "-")
 
 
-# What is installed here: versions, devices, and how lm-eval comes to know ``--model aft``.
+# What is installed: versions, devices, and how ``--model aft`` is registered with lm-eval.
 
 LIBRARIES = (
     *("torch", "transformers", "lm-eval", "datasets", "accelerate", "safetensors", "tokenizers"),
     *("huggingface_hub", "numpy", "sqlitedict", "click", "peft", "gguf", "ray", "optuna", "bitsandbytes"),
 )
 START_UP_FILES = ("lm_eval_aft.pth", "lm_eval_aft.start")
-# What a fresh interpreter knows: whether a start-up file was read, and whether lm-eval has the model.
+# Run by a fresh interpreter: was a start-up file read, and does lm-eval have the model?
 _FRESH = """
 import json, sys
 read = "lm_eval_aft.registration" in sys.modules
@@ -203,7 +201,7 @@ print(json.dumps({"start-up file read": read, "aft known": "aft" in model_regist
 
 
 def versions() -> dict[str, str]:
-    """Python, this package and the libraries it stands on."""
+    """Versions of Python, this package and the libraries it uses."""
     found = {"python": platform.python_version(), "lm-eval-aft": __version__}
     return found | {name: version(name) for name in LIBRARIES}
 
@@ -227,27 +225,26 @@ def machine() -> dict[str, str]:
 
 
 def devices() -> list[str]:
-    """Kinds of device that models can run on here."""
-    found = ["cpu"]
-    found += ["cuda"] if torch.cuda.is_available() else []
-    return found + (["mps"] if torch.backends.mps.is_available() else [])
+    """The types of device that are available."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ["cpu", *(name for name, available in there.items() if available)]
 
 
 def registration() -> dict[str, str]:
-    """How a fresh interpreter's lm-eval comes to know the model; the folders are those it reads."""
+    """How lm-eval in a fresh interpreter finds the model."""
     places = [Path(each) for each in (*site.getsitepackages(), site.getusersitepackages())]
-    lying = [str(place / name) for place in places for name in START_UP_FILES if (place / name).is_file()]
-    found = {"start-up file": ", ".join(lying) or "none: the package is not installed, or is on PYTHONPATH"}
+    files = [str(place / name) for place in places for name in START_UP_FILES if (place / name).is_file()]
+    found = {"start-up file": ", ".join(files) or "none: the package is not installed, or is on PYTHONPATH"}
     with tempfile.TemporaryDirectory() as elsewhere:
         try:
             run = subprocess.run(
                 [sys.executable, "-c", _FRESH], cwd=elsewhere, capture_output=True, text=True, timeout=120
             )
-            told: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+            answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
         except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
             return found | {"fresh interpreter": f"could not be asked ({type(error).__name__})"}
-    if told["aft known"]:
-        way = "by the start-up file" if told["start-up file read"] else "by its entry point"
+    if answer["aft known"]:
+        way = "by the start-up file" if answer["start-up file read"] else "by its entry point"
         return found | {"fresh interpreter": f"lm-eval knows --model aft, {way}"}
     hint = "use `aft lm-eval` in place of `lm_eval`, or install the package"
     return found | {"fresh interpreter": f"lm-eval does not know --model aft: {hint}"}

@@ -1,8 +1,7 @@
-"""A matrix of vectors and tasks, as Markdown, JSON, CSV and a picture."""
+"""A matrix of vectors × tasks, as Markdown, JSON, CSV and a heat map."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,12 @@ class MatrixCell:
     """One vector on one task, on the task's primary metric.
 
     Attributes:
-        vector: its name, the task it was trained on where it was trained here.
+        vector: its name; if it was trained here, that of its task.
         own: whether the vector was trained on this task.
-        placebo: a random direction; outside Holm's family.
+        placebo: whether it is a random direction, outside Holm's family.
         difference, low, high: steered minus baseline, paired, with its 95 % interval.
         p: exact; ``p_adjusted`` by Holm over all vectors and tasks of the matrix.
-        share: whether the metric is a share, shown in percent.
+        share: whether all scores are between 0 and 1, shown in percent.
     """
 
     vector: str
@@ -62,7 +61,7 @@ class MatrixCell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The outcome: vectors in rows, tasks in columns.
+    """Vectors in rows, tasks in columns.
 
     Attributes:
         family: how many cells Holm's correction covers.
@@ -85,6 +84,10 @@ class Matrix:
         """The cell of a vector and a task, if there is one."""
         return next((c for c in self.cells if (c.vector, c.task) == (vector, task)), None)
 
+    def baseline(self, task: str) -> MatrixCell | None:
+        """Any cell of a task, for what they share: metric, documents, the baseline's score."""
+        return next((cell for cell in self.cells if cell.task == task), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
@@ -104,14 +107,15 @@ def write_matrix(matrix: Matrix, folder: Path) -> list[Path]:
 
 def table(matrix: Matrix) -> tuple[list[str], list[list[str]]]:
     """Columns and lines: the baseline's scores, then each vector's differences."""
-    first = by_task(matrix)
-    scores = [
-        formatting.score(c.baseline, c.share) if (c := first.get(task)) else "–" for task in matrix.tasks
+    first = [matrix.baseline(task) for task in matrix.tasks]
+    columns = [
+        f"{task} ({formatting.metric_name(cell.metric, cell.filter)}, n = {cell.n})" if cell else task
+        for task, cell in zip(matrix.tasks, first, strict=True)
     ]
-    lines = [["baseline", *scores]]
+    lines = [["baseline", *(formatting.score(cell.baseline, cell.share) if cell else "–" for cell in first)]]
     for vector in matrix.vectors:
         lines.append([vector, *(_text(matrix.at(vector, task)) for task in matrix.tasks)])
-    return ["vector", *(_head(task, first.get(task)) for task in matrix.tasks)], lines
+    return ["vector", *columns], lines
 
 
 def to_markdown(matrix: Matrix) -> str:
@@ -133,12 +137,6 @@ def to_markdown(matrix: Matrix) -> str:
 def to_csv(matrix: Matrix) -> str:
     """One line per cell."""
     return csv_text([each.name for each in fields(MatrixCell)], map(asdict, matrix.cells))
-
-
-def _head(task: str, cell: MatrixCell | None) -> str:
-    return (
-        task if cell is None else f"{task} ({formatting.metric_name(cell.metric, cell.filter)}, n = {cell.n})"
-    )
 
 
 def _text(cell: MatrixCell | None) -> str:
@@ -166,20 +164,16 @@ def _numbers(cell: MatrixCell) -> list[str]:
     ]
 
 
-def by_task(matrix: Matrix) -> Mapping[str, MatrixCell]:
-    return {cell.task: cell for cell in reversed(matrix.cells)}
-
-
-# A matrix of vectors and tasks as a picture.
+# The heat map.
 
 
 def draw_matrix(matrix: Matrix, path: Path) -> None:
     """The heat map: blue where a vector helps, red where it harms, its own task framed.
 
-    Colours are of the difference in points, the same scale for all tasks; a metric that is no share has
-    numbers and no colour. Cells without a verdict are set in grey.
+    The colour is the difference in points, on one scale for all tasks; metrics that are not shares have
+    numbers but no colour. Cells without a verdict have grey text.
     """
-    vectors, tasks, first = matrix.vectors, matrix.tasks, by_task(matrix)
+    vectors, tasks = matrix.vectors, matrix.tasks
     shares = [abs(cell.difference) * 100 for cell in matrix.cells if cell.share]
     most = max([1.0, *shares])
     norm = TwoSlopeNorm(0.0, -most, most)
@@ -202,7 +196,7 @@ def draw_matrix(matrix: Matrix, path: Path) -> None:
                     frame, edge = ((x + 0.025, y + 0.035), 0.95, 0.93), "white" if dark else "black"
                     axes.add_patch(Rectangle(*frame, fill=False, edgecolor=edge, linewidth=2.5))
     axes.set(xlim=(0, len(tasks)), ylim=(len(vectors), 0), ylabel="vector trained on")
-    labels = [_label(task, first.get(task)) for task in tasks]
+    labels = [_label(task, matrix.baseline(task)) for task in tasks]
     axes.set_xticks([x + 0.5 for x in range(len(tasks))], labels, fontsize=9)
     axes.set_yticks([y + 0.5 for y in range(len(vectors))], vectors, fontsize=10)
     axes.xaxis.tick_top()
@@ -218,17 +212,17 @@ def draw_matrix(matrix: Matrix, path: Path) -> None:
 
 
 def _dark(shade: Any) -> bool:
-    """Whether white can be read on a colour better than black (luma, ITU-R BT.601)."""
+    """Whether white is easier to read on a colour than black (luma, ITU-R BT.601)."""
     return bool(0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] < 0.5)
 
 
 def _write_cell(axes: Any, x: int, y: int, cell: MatrixCell, dark: bool) -> None:
     """The difference and its interval."""
-    told = cell.verdict in MARKS
-    ink = "white" if dark else "black" if told else "#4b5563"
+    significant = cell.verdict in MARKS
+    ink = "white" if dark else "black" if significant else "#4b5563"
     factor, digits = (100, 1) if cell.share else (1, 3)
     number = f"{factor * cell.difference:+.{digits}f}".replace("-", "−")
-    weight = "bold" if told else "normal"
+    weight = "bold" if significant else "normal"
     axes.text(x + 0.5, y + 0.4, number, ha="center", va="center", color=ink, fontsize=12, weight=weight)
     if cell.low is not None and cell.high is not None:
         bounds = f"{factor * cell.low:+.{digits}f} to {factor * cell.high:+.{digits}f}".replace("-", "−")

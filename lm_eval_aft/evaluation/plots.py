@@ -1,7 +1,7 @@
 """Charts as inline SVG: no files, no scripts, colours from the page's style sheet.
 
-Every chart is drawn 360 units wide, so that its lettering is readable on a phone; class names carry
-the colours (``base``, ``good``, ``bad``, ``none``, ``plac``), light and dark alike.
+Every chart is 360 units wide, so that its text is readable on a phone. Colours come from class names
+(``base``, ``good``, ``bad``, ``none``, ``plac``), for light and dark mode alike.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from lm_eval_aft.evaluation.compare import VerdictRow
 
 WIDTH = 360
 ROW = 40
+
+
+def _text(kind: str, x: float | str, y: float | str, text: str, anchor: str = "") -> str:
+    anchored = f' text-anchor="{anchor}"' if anchor else ""
+    return f'<text class="{kind}" x="{x}" y="{y}"{anchored}>{escape(text)}</text>'
 
 
 def tone(row: VerdictRow) -> str:
@@ -43,8 +48,7 @@ def score_bars(rows: Sequence[VerdictRow]) -> str:
     for i, (name, value, low, high, kind) in enumerate(bars):
         y = ROW * i
         text = formatting.score(value, first.share)
-        parts.append(f'<text class="label" x="6" y="{y + 14}">{escape(_clip(name, 38))}</text>')
-        parts.append(f'<text class="value" x="{WIDTH - 6}" y="{y + 14}" text-anchor="end">{text}</text>')
+        parts += [_text("label", 6, y + 14, _clip(name, 38)), _text("value", WIDTH - 6, y + 14, text, "end")]
         parts.append(
             f'<rect class="fill {kind}" x="{x(0):.1f}" y="{y + 20}" rx="2" height="13" '
             f'width="{max(0.0, x(value) - x(0)):.1f}"/>'
@@ -73,9 +77,8 @@ def difference_plot(rows: Sequence[VerdictRow]) -> str:
     for i, row in enumerate(rows):
         y = ROW * i
         name = f"{row.task} · {row.run}" if several else row.run
-        parts.append(f'<text class="label" x="6" y="{y + 14}">{escape(_clip(name, 40))}</text>')
         text = formatting.points(row.difference, row.share)
-        parts.append(f'<text class="value" x="{WIDTH - 6}" y="{y + 14}" text-anchor="end">{text}</text>')
+        parts += [_text("label", 6, y + 14, _clip(name, 40)), _text("value", WIDTH - 6, y + 14, text, "end")]
         low = None if row.low is None else factor * row.low
         high = None if row.high is None else factor * row.high
         if low is not None and high is not None:
@@ -132,7 +135,7 @@ def _lines(
     height, left, bottom = 220, 44, 36
     points = [point for line, _, _ in series for point in line if all(map(math.isfinite, point))]
     ys = [y for _, y in points] + ([baseline] if baseline is not None else [])
-    # Diverged candidates must not flatten the rest.
+    # Diverged candidates must not compress the others.
     ceiling = max(baseline * 1.5 if baseline else 0.0, sorted(ys)[int(0.9 * (len(ys) - 1))])
     ticks = _ticks(min(ys), min(max(ys), ceiling))
     low, high = min(ticks[0], min(ys)), max(ticks[-1], min(max(ys), ceiling))
@@ -145,13 +148,17 @@ def _lines(
         return 18 + (high - min(value, high)) / ((high - low) or 1) * (height - bottom - 22)
 
     wholes = list(dict.fromkeys(round(t) for t in _ticks(first, last) if first <= round(t) <= last))
-    parts = _axes(ticks, wholes, x, y, left, height, axis)
+    parts = []
+    for tick in ticks:
+        at = f"{y(tick):.1f}"
+        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - 4}" y1="{at}" y2="{at}"/>')
+        parts.append(_text("tick", left - 6, f"{y(tick) + 4:.1f}", f"{tick:g}", "end"))
+    parts += [_text("tick", f"{x(whole):.1f}", height - 20, str(whole), "middle") for whole in wholes]
+    parts.append(_text("tick", f"{(left + WIDTH) / 2:.0f}", height - 4, axis, "middle"))
     if baseline is not None:
         at = f"{y(baseline):.1f}"
         parts.append(f'<line class="reference" x1="{left}" x2="{WIDTH - 4}" y1="{at}" y2="{at}"/>')
-        parts.append(
-            f'<text class="tick" x="{WIDTH - 6}" y="{y(baseline) - 4:.1f}" text-anchor="end">no vector</text>'
-        )
+        parts.append(_text("tick", WIDTH - 6, f"{y(baseline) - 4:.1f}", "no vector", "end"))
     for line, kind, dots in series:
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line if math.isfinite(b))
         parts.append(f'<polyline class="{kind}" points="{path}"/>')
@@ -164,28 +171,6 @@ def _lines(
     return _svg(height, label, parts)
 
 
-def _axes(
-    ticks: Sequence[float], wholes: Sequence[int], x: Any, y: Any, left: int, height: int, axis: str
-) -> list[str]:
-    """Lines across at ``ticks``, numbers below at ``wholes``, and what those are."""
-    parts = []
-    for tick in ticks:
-        parts.append(
-            f'<line class="grid" x1="{left}" x2="{WIDTH - 4}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
-    for whole in wholes:
-        parts.append(
-            f'<text class="tick" x="{x(whole):.1f}" y="{height - 20}" text-anchor="middle">{whole}</text>'
-        )
-    parts.append(
-        f'<text class="tick" x="{(left + WIDTH) / 2:.0f}" y="{height - 4}" text-anchor="middle">{axis}</text>'
-    )
-    return parts
-
-
 def _grid(
     ticks: Sequence[float], x: Any, height: float, factor: float, unit: str, signed: bool = False
 ) -> str:
@@ -195,10 +180,7 @@ def _grid(
         anchor = "start" if at < 20 else "end" if at > WIDTH - 20 else "middle"
         number = f"{factor * tick:+g}" if signed and tick else f"{factor * tick:g}"
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height}"/>')
-        parts.append(
-            f'<text class="tick" x="{at:.1f}" y="{height + 16}" text-anchor="{anchor}">'
-            f"{number.replace('-', '−')}{unit}</text>"
-        )
+        parts.append(_text("tick", f"{at:.1f}", height + 16, f"{number.replace('-', '−')}{unit}", anchor))
     return "".join(parts)
 
 

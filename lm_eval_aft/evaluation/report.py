@@ -1,4 +1,4 @@
-"""The report as plain data: computed once, rendered many ways."""
+"""Comparing runs and collecting everything a report shows, as plain data; `render` writes it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,14 @@ from lm_eval_aft.evaluation.compare import (
     require_comparable,
 )
 from lm_eval_aft.evaluation.results import AGAIN, ScoredRun, TaskRun, asked_of, discover, model_args, read_run
-from lm_eval_aft.evaluation.stats import ALPHA, mean_stderr
+from lm_eval_aft.evaluation.stats import ALPHA, BETTER, NO_DIFFERENCE, WORSE, mean_stderr
 from lm_eval_aft.evaluation.vector_info import VectorInfo, read_vector_info
-
-# Runs scored without their questions, beside the same vectors' ordinary runs: how much is answer style.
 
 ANSWER_ONLY_WORDING = (
     "The questions were removed and the options scored alone, for the baseline and for the vector. A gain "
     "that stays is answer style: the vector prefers such answers whatever is asked. These rows stand "
     "outside Holm's family; p is not adjusted."
 )
-
-
 LEADERBOARD_WORDING = (
     "Same settings as the Open LLM Leaderboard v1, not the same numbers: it ran an older version of the "
     "harness, so scores may differ by a little even for the same model."
@@ -48,18 +44,22 @@ LEADERBOARD_WORDING = (
 
 @dataclass
 class Report:
-    """Everything a reader is told, as values that JSON knows.
+    """Everything a report shows; `to_dict` gives values that JSON can hold.
 
     Attributes:
-        banner: what differs between runs compared by force.
+        banner: how runs differ that ``--force`` compared all the same.
         family: how many comparisons Holm's correction covers.
         corpus: metrics without a score per document: both values, no test.
         groups: lm-eval's group scores: both values, no test.
-        seeds: per vector and task scored with >= 3 seeds, mean difference and its interval.
-        answer_only: vectors with the questions and without them, outside Holm's family.
-        routes: routed runs split by the vector that documents got: means, no test.
+        seeds: per vector and task scored with >= 3 seeds, the mean difference and its interval.
+        answer_only: vectors with and without the questions, outside Holm's family.
+        routes: routed runs split by the vector each document got: means, no test.
+        flips: per run and task, documents whose outcome changed.
         settings: one mapping per run, field -> text.
-        datasets: task -> the dataset it reads, by its name on the Hub or its path.
+        vectors: what is known of each vector (see `VectorInfo`).
+        commands: per run, the commands that reproduce it.
+        leaderboard: the tasks of the Open LLM Leaderboard v1, and whether its settings were used.
+        datasets: task -> its dataset, a Hub name or a path.
     """
 
     title: str
@@ -94,45 +94,48 @@ def compare(baseline: str | Path, *steered: str | Path, force: bool = False, fli
     """Compare runs that lm-eval wrote with ``--log_samples``, document by document.
 
     Args:
-        baseline: a folder written by ``aft eval`` (then alone), or the baseline's result folder.
+        baseline: the baseline's result folder; or, alone, a folder written by ``aft eval``.
         steered: result folders to compare with it.
-        force: compare runs that were not asked the same, with a banner.
-        flips: how many flipped documents to tell in full, each way.
+        force: compare even runs whose settings or documents differ; the report then says so.
+        flips: how many documents won and how many lost to show in full, for each task.
 
     Raises:
         AFTError: unreadable folders, or runs that cannot be compared (each difference is named).
+
+    >>> compare("results/baseline", "results/steered/arc").rows[0].verdict  # doctest: +SKIP
+    'better'
     """
     return build_report(read_runs([Path(baseline), *map(Path, steered)]), force=force, flips=flips)
 
 
 def read_runs(folders: Sequence[Path]) -> list[ScoredRun]:
-    """Runs of one folder that holds several, or of several folders, the baseline first."""
+    """Read the runs in one folder, or one run from each of several folders; the baseline comes first."""
     if len(folders) == 1:
         return discover(folders[0])
-    names = _names(folders)
-    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-    runs[0].kind = "baseline"
-    for run in runs[1:]:
-        run.kind = "steered" if run.kind == "baseline" else run.kind
-    return runs
+    first, *others = [read_run(*each) for each in zip(folders, _names(folders), strict=True)]
+    steered = [replace(run, kind="steered") if run.kind == "baseline" else run for run in others]
+    return [replace(first, kind="baseline"), *steered]
 
 
 def build_report(
     runs: Sequence[ScoredRun], *, force: bool = False, flips: int = 20, title: str = ""
 ) -> Report:
-    """Compare every run with the first one.
+    """Compare every run with the first one; see `compare`.
 
     Raises:
         AFTError: runs that cannot be compared, unless ``force``.
     """
-    shown, (runs, bare) = runs, apart(runs)
+    shown, answer_only = runs, [run for run in runs if run.kind == "answer-only"]
+    runs = [run for run in runs if run.kind != "answer-only"]
     if not runs:
-        raise AFTError("There is no baseline that was asked the questions.", "Give its result folder first.")
-    baseline, others = runs[0], list(runs[1:])
+        raise AFTError(
+            "There is no baseline that was scored with the questions.", "Give its result folder first."
+        )
+    baseline, *others = runs
     if not others:
         raise AFTError("There is nothing to compare with the baseline.", "Give at least one steered run.")
     if len({run.name for run in runs}) < len(runs):
-        raise AFTError("Two runs have one name.", "Give every run a folder of its own name.")
+        raise AFTError("Two runs have the same name.", "Rename one of their folders.")
     banner = []
     mismatched = set()
     for run in others:
@@ -144,9 +147,10 @@ def build_report(
     vectors = {run.name: read_vector_info(run) for run in others}
     comparisons = [(run, each) for run in others for each in compare_runs(baseline, run)]
     if not comparisons:
-        raise AFTError("The runs share no metric with a score per document.", "Compare their tables by eye.")
+        raise AFTError(
+            "The runs have no metric in common that has a score per document.", "Compare their tables by eye."
+        )
     rows = judge(baseline, comparisons, vectors, mismatched)
-    plain = [asdict(row) for row in rows]
     models = sorted({str(run.any.get("model_name")) for run in runs})
     models = [Path(model).name if model.startswith((".", "/")) else model for model in models]
     return Report(
@@ -162,7 +166,7 @@ def build_report(
         corpus=corpus_scores(baseline, others, rows),
         groups=group_scores(baseline, others),
         seeds=over_seeds(rows),
-        answer_only=answer_only_rows(baseline, rows, others, bare, force),
+        answer_only=answer_only_rows(baseline, rows, others, answer_only, force),
         routes=route_rows(baseline, comparisons),
         flips=[
             flipped_documents(baseline, run, each, flips)
@@ -172,7 +176,7 @@ def build_report(
         settings=[{"run": run.name, "values": described(run)} for run in shown],
         vectors=[info.to_dict() for info in vectors.values() if info.path],
         commands=[{"run": run.name, "commands": commands(run)} for run in shown],
-        leaderboard=leaderboard_rows(baseline, [row for row in plain if row["kind"] == "steered"]),
+        leaderboard=leaderboard_rows(baseline, [asdict(row) for row in rows if row.kind == "steered"]),
         datasets={task: str(each.config.get("dataset_path") or "") for task, each in baseline.tasks.items()},
     )
 
@@ -197,54 +201,20 @@ def _names(folders: Sequence[Path]) -> list[str]:
     raise AFTError("The same folder was given twice.", "Give each run once.")
 
 
-# What a report tells besides its verdicts: warnings, scores without a test, intervals over seeds.
+# Besides verdicts: warnings, scores without a test, intervals over seeds.
 
 
 def warnings(
     baseline: ScoredRun, others: list[ScoredRun], vectors: list[VectorInfo], rows: list[VerdictRow]
 ) -> list[str]:
-    """What a reader should know before believing a row; ``vectors`` in the order of ``others``."""
+    """What a reader should know before trusting the rows; ``vectors`` in the order of ``others``."""
     found = [note for run in (baseline, *others) for note in run.notes]
-    identity = (baseline.any.get("config", {}).get("aft") or {}).get("fingerprint")
     if baseline.answer_only:
         found.append(
             "All of these runs were scored without the questions (answer_only): gains are answer style."
         )
     for run, info in zip(others, vectors, strict=True):
-        found += info.warnings
-        found += [
-            f"{run.name}: {name} was left out of routing ({why}); documents meant for it went elsewhere."
-            for name, why in ((run.routing or {}).get("left_out") or {}).items()
-        ]
-        results = run.any
-        routed = ((run.routing or {}).get("vectors") or {}).values()
-        own = (results.get("config", {}).get("aft") or {}).get("fingerprint")
-        names = [each.get("model_name") for each in (baseline.any, results)]
-        if identity and own:
-            settings = [each.get("computation") for each in (own, identity)]
-            other = None not in settings and settings[0] != settings[1]
-            if other or fingerprint_text(own) != fingerprint_text(identity):
-                found.append(f"{run.name}: its base model is not the baseline's (fingerprints differ).")
-        elif None not in names and names[0] != names[1]:
-            found.append(f"{run.name}: its base model is called {names[1]}, the baseline's {names[0]}.")
-        vectors_logged = (run.vector or {}, *routed)
-        for logged in (own for each in vectors_logged for own in each.get("tasks") or [each]):
-            task = logged.get("task")
-            if logged.get("num_fewshot") is None or task not in run.tasks:
-                continue
-            shots = run.tasks[task].results.get("n-shot", {}).get(task)
-            if shots != logged["num_fewshot"]:
-                found.append(
-                    f"{run.name}: trained on {logged['num_fewshot']}-shot prompts of {task}, "
-                    f"scored {shots}-shot."
-                )
-        if info.facts and bool(info.facts.get("chat_template")) != bool(results.get("chat_template_sha")):
-            found.append(f"{run.name}: trained with a chat template and scored without one, or the reverse.")
-        for library in ("lm_eval", "transformers"):
-            used, old = results.get(f"{library}_version"), baseline.any.get(f"{library}_version")
-            if used != old:
-                found.append(f"{run.name}: {library} {used}, baseline {old}.")
-        found += _displaced(baseline, run)
+        found += [*info.warnings, *_run_warnings(baseline, run, info)]
     for run in (baseline, *others):
         config = run.any.get("config", {})
         if config.get("use_cache") and config.get("model") != "aft":
@@ -254,8 +224,39 @@ def warnings(
     return list(dict.fromkeys([*found, *(f"{row.task}: {row.clusters}." for row in rows if row.clusters)]))
 
 
+def _run_warnings(baseline: ScoredRun, run: ScoredRun, info: VectorInfo) -> Iterator[str]:
+    """How a run differs from its baseline, or from what its vector was trained for."""
+    results, routing = run.any, run.routing or {}
+    for name, why in (routing.get("left_out") or {}).items():
+        yield (f"{run.name}: {name} was left out of routing ({why}); documents meant for it went elsewhere.")
+    theirs, ours = (each.aft.get("fingerprint") for each in (baseline, run))
+    names = [each.get("model_name") for each in (baseline.any, results)]
+    if theirs and ours:
+        settings = [each.get("computation") for each in (ours, theirs)]
+        other = None not in settings and settings[0] != settings[1]
+        if other or fingerprint_text(ours) != fingerprint_text(theirs):
+            yield f"{run.name}: its base model is not the baseline's (fingerprints differ)."
+    elif None not in names and names[0] != names[1]:
+        yield f"{run.name}: its base model is called {names[1]}, the baseline's {names[0]}."
+    vectors = (run.vector or {}, *(routing.get("vectors") or {}).values())
+    for logged in (part for each in vectors for part in each.get("tasks") or [each]):
+        task, trained = logged.get("task"), logged.get("num_fewshot")
+        if trained is None or task not in run.tasks:
+            continue
+        shots = run.tasks[task].results.get("n-shot", {}).get(task)
+        if shots != trained:
+            yield f"{run.name}: trained on {trained}-shot prompts of {task}, scored {shots}-shot."
+    if info.facts and bool(info.facts.get("chat_template")) != bool(results.get("chat_template_sha")):
+        yield f"{run.name}: trained with a chat template and scored without one, or the reverse."
+    for library in ("lm_eval", "transformers"):
+        used, old = results.get(f"{library}_version"), baseline.any.get(f"{library}_version")
+        if used != old:
+            yield f"{run.name}: {library} {used}, baseline {old}."
+    yield from _displaced(baseline, run)
+
+
 def _displaced(baseline: ScoredRun, run: ScoredRun) -> Iterator[str]:
-    """Metrics that verdicts would be on, but for documents without a finite number."""
+    """Primary metrics that were passed over because some documents have no finite score."""
     for task in run.tasks:
         sides = baseline.tasks[task], run.tasks[task]
         chosen, wanted = primary_metric(*sides), primary_metric(*sides, whole=False)
@@ -271,47 +272,39 @@ def _displaced(baseline: ScoredRun, run: ScoredRun) -> Iterator[str]:
 def corpus_scores(
     baseline: ScoredRun, others: list[ScoredRun], rows: list[VerdictRow]
 ) -> list[dict[str, Any]]:
-    """Scores without a value per document (perplexities, F1 over the corpus, ...)."""
+    """Scores without a value per document (perplexities, F1 over the corpus, ...): both values, no test."""
     tested = {(row.run, row.task, f"{row.metric},{row.filter}") for row in rows}
     found = []
     for run in others:
         for task, each in run.tasks.items():
-            before = baseline.tasks[task].results["results"].get(task, {})
-            after = each.results["results"].get(task, {})
-            for key, value in after.items():
-                if "," not in key or "_stderr," in key or (run.name, task, key) in tested:
-                    continue
-                if isinstance(value, int | float) and isinstance(before.get(key), int | float):
-                    found.append(
-                        {
-                            "run": run.name,
-                            "task": task,
-                            "metric": key,
-                            "baseline": before[key],
-                            "steered": value,
-                        }
-                    )
-    return found
+            sides = (side.results["results"].get(task, {}) for side in (baseline.tasks[task], each))
+            found += _both_scores(run.name, task, *sides)
+    return [row for row in found if (row["run"], row["task"], row["metric"]) not in tested]
 
 
 def group_scores(baseline: ScoredRun, others: list[ScoredRun]) -> list[dict[str, Any]]:
     """lm-eval's own scores of groups of tasks: both values, no test."""
-    found = []
-    for run in others:
-        before, after = _groups(baseline), _groups(run)
-        for group in (name for name in after if name in before):
-            for key, value in after[group].items():
-                if "," in key and "_stderr," not in key and isinstance(value, int | float):
-                    old = before[group].get(key)
-                    if isinstance(old, int | float):
-                        found.append(
-                            {"run": run.name, "task": group, "metric": key, "baseline": old, "steered": value}
-                        )
-    return found
+    before = _groups(baseline)
+    return [
+        row
+        for run in others
+        for group, scores in _groups(run).items()
+        for row in _both_scores(run.name, group, before.get(group, {}), scores)
+    ]
+
+
+def _both_scores(run: str, task: str, before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """The scores (keys ``metric,filter``) that both results have, without their standard errors."""
+    return [
+        {"run": run, "task": task, "metric": key, "baseline": before[key], "steered": value}
+        for key, value in after.items()
+        if "," in key and "_stderr," not in key
+        if isinstance(value, int | float) and isinstance(before.get(key), int | float)
+    ]
 
 
 def _groups(run: ScoredRun) -> dict[str, dict[str, Any]]:
-    """Group scores of all of a run's files, but for groups one of whose tasks was scored again since."""
+    """A run's group scores, without groups that have a task which was scored again later."""
     found: dict[str, dict[str, Any]] = {}
     for file, results in {each.file: each.results for each in run.tasks.values()}.items():
         below = results.get("group_subtasks") or {}
@@ -325,10 +318,10 @@ def _groups(run: ScoredRun) -> dict[str, dict[str, Any]]:
 
 
 def over_seeds(rows: list[VerdictRow]) -> list[dict[str, Any]]:
-    """Over the finalists of one vector (``NAME-seed-N``): what the method does, not one vector.
+    """The mean difference over the seeds of one vector (runs ``NAME-seed-N``), where there are at least 3.
 
-    The seeds share their documents, so the interval's half width is made of two, added as squares: over
-    seeds, and over documents.
+    The seeds share their documents, so the interval's half width has two parts, added in quadrature: one
+    over seeds (Student's t), one over documents.
     """
     from scipy.special import stdtrit
 
@@ -344,18 +337,12 @@ def over_seeds(rows: list[VerdictRow]) -> list[dict[str, Any]]:
             documents = sum((row.high or 0.0) - (row.low or 0.0) for row in own) / (2 * len(own))
             mean = sum(values) / len(values)
             half = math.hypot(float(stdtrit(len(values) - 1, 0.975)) * error, documents)
-            found.append(
-                {
-                    "run": run,
-                    "task": task,
-                    "share": share,
-                    "seeds": len(values),
-                    "mean": mean,
-                    "low": mean - half,
-                    "high": mean + half,
-                }
-            )
+            own_row = {"run": run, "task": task, "share": share, "seeds": len(values)}
+            found.append(own_row | {"mean": mean, "low": mean - half, "high": mean + half})
     return found
+
+
+# Runs scored without the questions, beside the same vectors' ordinary runs.
 
 
 @dataclass
@@ -363,9 +350,9 @@ class AnswerOnlyRow:
     """A vector on a task's primary metric, with the questions and without them.
 
     Attributes:
-        with_question: its ordinary row against the ordinary baseline.
-        without_question: the same without the questions, baseline and vector alike; kind ``answer-only``.
-        meaning: what the pair says, in one sentence.
+        with_question: its ordinary row, against the ordinary baseline.
+        without_question: the same with the questions removed from both runs; kind ``answer-only``.
+        meaning: what the pair shows, in one sentence.
     """
 
     with_question: VerdictRow
@@ -373,51 +360,50 @@ class AnswerOnlyRow:
     meaning: str
 
 
-def apart(runs: Sequence[ScoredRun]) -> tuple[list[ScoredRun], list[ScoredRun]]:
-    """The ordinary runs, and the answer-only runs that lie beside them."""
-    bare = [run for run in runs if run.kind == "answer-only"]
-    return [run for run in runs if run.kind != "answer-only"], bare
-
-
 def answer_only_rows(
     baseline: ScoredRun,
     rows: Sequence[VerdictRow],
     runs: Sequence[ScoredRun],
-    bare: Sequence[ScoredRun],
+    answer_only: Sequence[ScoredRun],
     force: bool = False,
 ) -> list[AnswerOnlyRow]:
-    """Rows for every answer-only run whose vector has an ordinary row on the same task.
+    """A row for every answer-only run whose vector has an ordinary row on the same task.
 
     Args:
-        rows: ordinary rows, judged.
-        runs: ordinary runs, the baseline apart.
-        bare: answer-only runs, their baseline among them.
-        force: compare runs that were not asked the same.
+        rows: the ordinary rows, with verdicts.
+        runs: the ordinary runs, without the baseline.
+        answer_only: the answer-only runs, their baseline among them.
+        force: compare even runs whose settings or documents differ.
 
     Raises:
-        AFTError: answer-only runs without a baseline of their own, or that differ in other settings.
+        AFTError: answer-only runs without a baseline of their own, or with other settings.
     """
-    if not bare:
+    if not answer_only:
         return []
-    bases = [run for run in bare if not (run.vector or run.vector_path)]
+    bases = [run for run in answer_only if not (run.vector or run.vector_path)]
     if len(bases) != 1:
         raise AFTError(
             f"There are {len(bases)} answer-only runs of the baseline; one is needed.",
             "Score the baseline with answer_only=true too, as `aft eval --answer-only` does.",
         )
-    if not force:
-        _require_same_questions(baseline, bases[0])
-    found = []
-    for run in (each for each in bare if each is not bases[0]):
+    (base,) = bases
+    found = [text for text in differences(baseline, base) if not text.startswith(f"{ANSWER_ONLY} ")]
+    if found and not force:
+        raise AFTError(
+            f"{base.name} cannot stand beside {baseline.name}; they differ in: {'; '.join(found)}.",
+            "Run both with the same settings, or show them anyway with --force.",
+        )
+    pairs = []
+    for run in (each for each in answer_only if each is not base):
         if not force:
-            require_comparable(bases[0], run)
+            require_comparable(base, run)
         name = _ordinary_name(run, runs)
         ordinary = {row.task: row for row in rows if row.primary and row.run == name}
-        for each in compare_runs(bases[0], run):
+        for each in compare_runs(base, run):
             if each.primary and each.task in ordinary:
-                twin, row = ordinary[each.task], make_row(bases[0], run, each, False, "")
-                found.append(AnswerOnlyRow(twin, row, meaning(twin, row)))
-    return found
+                row = make_row(base, run, each)
+                pairs.append(AnswerOnlyRow(ordinary[each.task], row, meaning(ordinary[each.task], row)))
+    return pairs
 
 
 def meaning(with_question: VerdictRow, without_question: VerdictRow) -> str:
@@ -445,34 +431,24 @@ def meaning(with_question: VerdictRow, without_question: VerdictRow) -> str:
 
 
 def _direction(row: VerdictRow) -> int:
-    """1 for better, -1 for worse, 0 for no detectable difference; by the verdict where there is one."""
-    if row.verdict in ("better", "worse", "no detectable difference"):
-        return {"better": 1, "worse": -1}.get(row.verdict, 0)
+    """1 for better, -1 for worse, 0 for no detectable difference; by the verdict if there is one."""
+    if row.verdict in (BETTER, WORSE, NO_DIFFERENCE):
+        return (row.verdict == BETTER) - (row.verdict == WORSE)
     if row.p_value >= ALPHA or not row.difference:
         return 0
     return 1 if (row.difference > 0) == row.higher_is_better else -1
 
 
 def _ordinary_name(run: ScoredRun, runs: Sequence[ScoredRun]) -> str | None:
-    """The ordinary run of the same vector; of several, the one that is called the same."""
+    """The ordinary run of the same vector; of several, the one with the same name."""
     digest, tail = (run.vector or {}).get("sha256"), run.name.partition("/")[2]
     same = [each.name for each in runs if digest and (each.vector or {}).get("sha256") == digest]
     return min(same, key=lambda name: name.partition("/")[2] != tail, default=None)
 
 
-def _require_same_questions(baseline: ScoredRun, bare: ScoredRun) -> None:
-    """Raise `AFTError` unless both baselines differ in nothing but the questions' removal."""
-    found = [text for text in differences(baseline, bare) if not text.startswith(f"{ANSWER_ONLY} ")]
-    if found:
-        raise AFTError(
-            f"{bare.name} cannot stand beside {baseline.name}; they differ in: {'; '.join(found)}.",
-            "Run both with the same settings, or show them anyway with --force.",
-        )
-
-
 # Results of a routed run, split by the vector that each document got.
 
-# A document that the run's record does not name: another process routed it, or a cache answered.
+# For documents that the run's record does not name: another process routed them, or a cache answered.
 UNKNOWN = "not recorded"
 
 
@@ -485,7 +461,7 @@ def route_rows(
         Rows ``{"run", "task", "metric", "filter", "route", "own", "n", "of", "baseline", "steered",
         "difference", "share"}``: ``route`` is a library name or ``none``; ``own`` whether that vector
         was trained on the task; ``n`` of the ``of`` documents went there; scores are means in the
-        metric's own unit, ``share`` whether that is a share. A description, not a test.
+        metric's own unit, ``share`` whether all are between 0 and 1. A description, not a test.
     """
     found = []
     for run, each in comparisons:
@@ -494,8 +470,9 @@ def route_rows(
             continue
         before = baseline.tasks[each.task].samples[each.filter]
         after = run.tasks[each.task].samples[each.filter]
+        logged = (routing.get("routes") or {}).get(each.task) or {}
+        routed = {int(doc_id): str(name) for name, ids in logged.items() for doc_id in ids}
         groups: dict[str, list[int]] = {}
-        routed = _routed(routing, each.task)
         for doc_id in each.doc_ids:
             groups.setdefault(routed.get(doc_id, UNKNOWN), []).append(doc_id)
         for name, ids in sorted(groups.items(), key=lambda group: -len(group[1])):
@@ -521,12 +498,7 @@ def route_rows(
     return found
 
 
-def _routed(routing: dict[str, Any], task: str) -> dict[int, str]:
-    routes = (routing.get("routes") or {}).get(task) or {}
-    return {int(doc_id): str(name) for name, ids in routes.items() for doc_id in ids}
-
-
-# Documents whose outcome flipped, told in full: what was asked, what was right, before and after.
+# Documents whose outcome flipped, in full: the prompt, the right answer, and both runs' answers.
 
 CONTEXT_CHARACTERS = 1500
 
@@ -534,10 +506,10 @@ CONTEXT_CHARACTERS = 1500
 def flipped_documents(
     baseline: ScoredRun, run: ScoredRun, comparison: Comparison, limit: int
 ) -> dict[str, Any]:
-    """Up to ``limit`` documents won and as many lost on a comparison's metric, with their counts."""
+    """Up to ``limit`` documents won and as many lost on a comparison's metric, and how many there are."""
     before, after = baseline.tasks[comparison.task], run.tasks[comparison.task]
 
-    def tell(ids: list[int]) -> list[dict[str, Any]]:
+    def full(ids: list[int]) -> list[dict[str, Any]]:
         try:
             return [_document(before, after, comparison, i) for i in ids[:limit]]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -554,8 +526,8 @@ def flipped_documents(
         "filter": comparison.filter,
         "won_count": len(comparison.wins),
         "lost_count": len(comparison.losses),
-        "won": tell(comparison.wins),
-        "lost": tell(comparison.losses),
+        "won": full(comparison.wins),
+        "lost": full(comparison.losses),
     }
 
 
@@ -571,32 +543,26 @@ def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: i
         "target": str(first["target"]),
     }
     if all(len(each) > 1 and isinstance(each[1], str) for each in asked):
-        return found | {"options": _options(before, comparison, asked, first, second)}
+        delimiter = str(before.config.get("target_delimiter", " "))
+        return found | {"options": _options(delimiter, comparison.metric, asked, first, second)}
     return found | {"generations": {"before": _generation(first), "after": _generation(second)}}
 
 
 def _options(
-    run: TaskRun,
-    comparison: Comparison,
-    asked: list[list[Any]],
-    first: dict[str, Any],
-    second: dict[str, Any],
+    delimiter: str, metric: str, asked: list[list[Any]], first: dict[str, Any], second: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Each option with its log-likelihoods (nats) and which one either run preferred by this metric."""
-    delimiter = str(run.config.get("target_delimiter", " "))
+    """Each option with its log-likelihoods (nats) and whether either run chose it by this metric."""
     texts = [str(each[1]).removeprefix(delimiter) for each in asked]
     # Tasks that score mutual information ask every option again without its context.
-    count = (
-        len(texts) // 2 if len(texts) % 2 == 0 and texts[: len(texts) // 2] == texts[len(texts) // 2 :] else 0
-    )
-    if count and all(each[0] != asked[0][0] for each in asked[count:]):
-        texts = texts[:count]
-    lengths = [max(1, len(text)) if comparison.metric == "acc_norm" else 1 for text in texts]
+    half = len(texts) // 2
+    if half and texts[:half] == texts[half:] and all(each[0] != asked[0][0] for each in asked[half:]):
+        texts = texts[:half]
+    lengths = [max(1, len(text)) if metric == "acc_norm" else 1 for text in texts]
     columns = []
     for sample in (first, second):
         scores = [_log_likelihood(sample, i) for i in range(len(texts))]
-        weighed = [-1e30 if s is None else s / n for s, n in zip(scores, lengths, strict=True)]
-        columns.append((scores, weighed.index(max(weighed))))
+        normalized = [-1e30 if s is None else s / n for s, n in zip(scores, lengths, strict=True)]
+        columns.append((scores, normalized.index(max(normalized))))
     target = str(first["target"])
     gold = {int(target)} if target.isdecimal() and int(target) < len(texts) else {
         i for i, text in enumerate(texts) if text.strip() == target.strip()
@@ -631,7 +597,7 @@ def _generation(sample: dict[str, Any]) -> dict[str, Any]:
     return {"text": str(texts[0]) if texts else "", "repeats": len(texts), "answer": str(answer)}
 
 
-# The exact commands that make a run again.
+# The commands that reproduce a run.
 
 
 def commands(run: ScoredRun) -> list[str]:
@@ -640,7 +606,7 @@ def commands(run: ScoredRun) -> list[str]:
         return []
     calls: dict[tuple[Path, str], list[str]] = {}
     for task, each in run.tasks.items():
-        # Tasks may have been asked with shots of their own.
+        # Tasks may have their own numbers of shots.
         calls.setdefault((each.file, str(each.results.get("n-shot", {}).get(task))), []).append(task)
     return [_command(run, tasks, shots) for (_, shots), tasks in calls.items()]
 
@@ -669,7 +635,7 @@ def _command(run: ScoredRun, tasks: list[str], shots: str) -> str:
         words += ["--system_instruction", str(results["system_instruction"])]
     if results.get("fewshot_as_multiturn"):
         words.append("--fewshot_as_multiturn")
-    elif results.get("chat_template_sha"):  # else a template turns it on
+    elif results.get("chat_template_sha"):  # otherwise a template turns it on
         words += ["--fewshot_as_multiturn", "false"]
     seeds = [config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")]
     if any(seed is not None for seed in seeds):
@@ -680,17 +646,16 @@ def _command(run: ScoredRun, tasks: list[str], shots: str) -> str:
 
 
 def _task_folders(results: dict[str, Any], tasks: list[str]) -> list[str]:
-    """Folders of task files that are not lm-eval's own; lm-eval takes one."""
-    found = []
+    """The first folder of task files that are not lm-eval's own; lm-eval takes one."""
     for task in tasks:
         source = (results.get("configs", {}).get(task, {}).get("metadata") or {}).get("config_source")
         if source and "lm_eval/tasks" not in Path(source).as_posix():
-            found.append(str(Path(source).parent))
-    return list(dict.fromkeys(found))[:1]
+            return [str(Path(source).parent)]
+    return []
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    """``key=value,key=value`` where that says it, else JSON, which lm-eval reads too."""
+    """``key=value,key=value`` if values are simple, else JSON, which lm-eval reads too."""
     if all(isinstance(value, str | int | float) and "," not in str(value) for value in values.values()):
         return ",".join(f"{key}={value}" for key, value in values.items())
     return json.dumps(values)
@@ -713,10 +678,12 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def leaderboard_rows(baseline: ScoredRun, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The three tasks' rows, whether they had the leaderboard's settings, and the calibration.
+    """The three tasks' rows, whether the leaderboard's settings were used, and the calibration.
+
+    The calibration is the baseline's score minus the published one, in percentage points.
 
     Args:
-        rows: a report's rows, as plain values.
+        rows: a report's steered rows, as plain values.
     """
     model = str(baseline.any.get("model_name") or model_args(baseline.any).get("pretrained") or "")
     published = next((v for k, v in PUBLISHED.items() if model in (k, k.split("/")[1])), {})

@@ -6,27 +6,25 @@ import hashlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft.evaluation.run import is_begun
 
-# The folders that `aft eval` writes, in the order reports tell them.
+# The folders that `aft eval` writes, in the order reports list them.
 RUN_KINDS = ("baseline", "steered", "placebo", "answer-only")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TaskRun:
-    """One task as one run answered it.
+    """The results of one task in one run.
 
     Attributes:
         results: the whole ``results_*.json`` file, decoded.
-        file: where that file lies.
-        samples_file: the samples beside it.
+        file: the path of that file.
+        samples_file: the samples file beside it.
         samples: filter -> doc_id -> sample.
     """
 
@@ -37,7 +35,7 @@ class TaskRun:
     samples: dict[str, dict[int, Sample]]
 
     def document(self, filter_name: str, doc_id: int) -> dict[str, Any]:
-        """The logged line of a document, whole."""
+        """A document's logged line, complete."""
         with self.samples_file.open("rb") as stream:
             stream.seek(self.samples[filter_name][doc_id].offset)
             return decode(stream.readline(), str(self.samples_file))
@@ -48,59 +46,72 @@ class TaskRun:
         return dict(self.results.get("configs", {}).get(self.task, {}))
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScoredRun:
-    """One model state, scored on one or more tasks (possibly by several calls of lm-eval).
+    """One model, steered or not, scored on one or more tasks (possibly by several lm-eval calls).
 
     Attributes:
-        name: how it is called in tables.
+        name: its name in tables.
         kind: ``baseline``, ``steered``, ``placebo`` or ``answer-only`` (scored without the questions,
             beside runs that were scored with them).
+        notes: warnings from reading it.
     """
 
     name: str
     kind: str
     tasks: dict[str, TaskRun]
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @property
     def any(self) -> dict[str, Any]:
-        """One of the results files, for what all of them share."""
+        """One of its results files, for what all of them share."""
         return next(iter(self.tasks.values())).results
 
     @property
+    def aft(self) -> dict[str, Any]:
+        """What ``--model aft`` logged about itself; empty for other model types."""
+        found = self.any.get("config", {}).get("aft")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def vector(self) -> dict[str, Any] | None:
-        """What steered the run, as ``--model aft`` logged it."""
-        return self.any.get("config", {}).get("aft", {}).get("vector") or None
+        """The vector that steered the run, as ``--model aft`` logged it."""
+        return self.aft.get("vector") or None
 
     @property
     def routing(self) -> dict[str, Any] | None:
         """The router that picked each document's vector, those vectors, and what it picked."""
-        found = self.any.get("config", {}).get("aft", {}).get("routing")
+        found = self.aft.get("routing")
         return found if isinstance(found, dict) and found else None
 
     @property
     def answer_only(self) -> bool:
-        """Whether the questions were taken away before scoring."""
-        return bool(self.any.get("config", {}).get("aft", {}).get("answer_only"))
+        """Whether the questions were removed before scoring."""
+        return bool(self.aft.get("answer_only"))
 
     @property
     def library(self) -> str | None:
         """The library that the vector's name was looked up in, if one was given."""
-        path = model_args(self.any).get("library")
-        return None if path in (None, "") else str(path)
+        return self._argument("library")
 
     @property
     def vector_path(self) -> str | None:
         """The vector as it was given to lm-eval."""
-        path = model_args(self.any).get("vector")
-        return None if path in (None, "") else str(path)  # lm-eval reads "3" as a number
+        return self._argument("vector")
+
+    def _argument(self, name: str) -> str | None:
+        value = model_args(self.any).get(name)
+        return None if value in (None, "") else str(value)  # lm-eval reads "3" as a number
 
 
 def read_run(path: str | Path, name: str | None = None, kind: str | None = None) -> ScoredRun:
     """Read a result folder, or one ``results_*.json`` file with its samples.
 
-    Several runs of one model in a folder count as one; of a task scored twice the newest counts.
+    Several lm-eval calls on one model count as one run; if a task was scored twice, the newest counts.
+
+    Args:
+        name: its name in tables; by default the folder's.
+        kind: one of ``RUN_KINDS``; by default read from the results.
 
     Raises:
         AFTError: no results, no samples, a damaged line (its number is named), samples that do not
@@ -108,11 +119,11 @@ def read_run(path: str | Path, name: str | None = None, kind: str | None = None)
     """
     source = Path(path)
     files = _one_group(source, group_results(find_results(source)))
-    return load_run(files, name or (source.parent if source.is_file() else source).name, kind)
+    return _load_run(files, name or (source.parent if source.is_file() else source).name, kind)
 
 
 def discover(folder: str | Path) -> list[ScoredRun]:
-    """All runs below a folder written by ``aft eval``, or holding one baseline and steered runs.
+    """Read all runs below a folder that ``aft eval`` wrote, or that holds one baseline and steered runs.
 
     Returns the baseline first, then steered runs, placebos and answer-only runs.
 
@@ -130,17 +141,10 @@ def discover(folder: str | Path) -> list[ScoredRun]:
             kinds.setdefault(key, {}).setdefault(number, []).append(file)
     runs: list[ScoredRun] = []
     for (kind, name), groups in kinds.items():
-        files = _one_group(root / name, list(groups.values()))
-        if kind:
-            runs.append(load_run(files, name, kind))
-        else:
-            run = load_run(files, "")
-            run.name = _unnamed(run, name, {each.name for each in runs})
-            runs.append(run)
+        run = _load_run(_one_group(root / name, list(groups.values())), name if kind else "", kind or None)
+        runs.append(run if kind else replace(run, name=_unnamed(run, name, {each.name for each in runs})))
     if not all(run.answer_only for run in runs):
-        for run in (each for each in runs if each.answer_only and each.kind != "answer-only"):
-            tail = run.name if run.kind == "baseline" else run.name.partition("/")[2]
-            run.kind, run.name = "answer-only", f"answer-only/{tail}"
+        runs = [_beside_questions(run) for run in runs]
     baselines = [run for run in runs if run.kind == "baseline"]
     if len(baselines) != 1 or len(runs) < 2:
         found = ", ".join(f"{run.name} ({run.kind})" for run in runs)
@@ -151,12 +155,16 @@ def discover(folder: str | Path) -> list[ScoredRun]:
     return sorted(runs, key=lambda run: RUN_KINDS.index(run.kind))
 
 
-def _one_group(place: Path, groups: Sequence[list[Path]]) -> list[Path]:
-    """The results files of the one model or vector that a place holds.
+def _beside_questions(run: ScoredRun) -> ScoredRun:
+    """The run, called answer-only if it is and its folder does not say so."""
+    if not run.answer_only or run.kind == "answer-only":
+        return run
+    tail = run.name if run.kind == "baseline" else run.name.partition("/")[2]
+    return replace(run, kind="answer-only", name=f"answer-only/{tail}")
 
-    Raises:
-        AFTError: it holds several.
-    """
+
+def _one_group(place: Path, groups: Sequence[list[Path]]) -> list[Path]:
+    """The only group of results files; an error if there are several."""
     if len(groups) > 1:
         first = "; ".join(str(files[0]) for files in groups)
         raise AFTError(
@@ -167,7 +175,7 @@ def _one_group(place: Path, groups: Sequence[list[Path]]) -> list[Path]:
 
 
 def _unnamed(run: ScoredRun, number: str, taken: set[str]) -> str:
-    """What a run is called whose folder does not say it: kind and vector, numbered where that is taken."""
+    """A name for a run whose folder gives none: kind and vector, numbered if that is taken."""
     stem = Path(run.vector_path).name.removesuffix(".safetensors") if run.vector_path else number
     if run.routing:
         stem = f"routed-{run.routing.get('router')}"
@@ -176,52 +184,57 @@ def _unnamed(run: ScoredRun, number: str, taken: set[str]) -> str:
     return next(each for each in names if each not in taken)
 
 
-def load_run(files: list[Path], name: str, kind: str | None = None) -> ScoredRun:
-    """Read results files of one model as one run; see `read_run`."""
+def _load_run(files: list[Path], name: str, kind: str | None) -> ScoredRun:
     tasks: dict[str, TaskRun] = {}
     notes = []
     for file in reversed(files):
-        results, stamp = read_results(file), file.stem.removeprefix("results_")
-        beside = {}
-        for path in sorted(file.parent.glob(f"samples_*_{stamp}.jsonl")):
-            match = re.fullmatch(rf"samples_(.+)_{re.escape(stamp)}", path.stem)
-            if match:
-                beside[match[1]] = path
-        wanted = set(results.get("configs", {}))
-        if not wanted or wanted - set(beside):
-            what = ", ".join(sorted(wanted - set(beside))) or "anything"
-            raise AFTError(f"{file} has no samples of {what} beside it.", "Run lm_eval with --log_samples.")
-        for task in sorted(wanted):
+        results, beside = read_results(file), _samples_beside(file)
+        wanted = sorted(results.get("configs", {}))
+        if lacking := [task for task in wanted if task not in beside] or ([] if wanted else ["anything"]):
+            raise AFTError(
+                f"{file} has no samples of {', '.join(lacking)} beside it.", "Run lm_eval with --log_samples."
+            )
+        for task in wanted:
             if task in tasks:
                 notes.append(f"{task} was scored more than once in {name or file.parent}: the newest counts.")
-                continue
-            tasks[task] = TaskRun(
-                task, results, file, beside[task], read_samples(beside[task], results["configs"][task])
-            )
-            _check_sums(tasks[task])
-    run = ScoredRun(name, kind or "steered", dict(sorted(tasks.items())), sorted(set(notes)))
-    if kind is None:
-        steered = run.vector or run.vector_path or run.routing or model_args(run.any).get("route")
-        run.kind = "steered" if steered else "baseline"
+            else:
+                tasks[task] = _load_task(task, results, file, beside[task])
+    run = ScoredRun(name, kind or "baseline", dict(sorted(tasks.items())), tuple(sorted(set(notes))))
+    steered = run.vector or run.vector_path or run.routing or model_args(run.any).get("route")
+    if kind is None and steered:
+        run = replace(run, kind="steered")
     if run.kind == "steered" and (run.vector or {}).get("control"):
-        run.kind = "placebo"  # whatever its folder is called
+        run = replace(run, kind="placebo")  # whatever its folder is called
     return run
 
 
-def _check_sums(run: TaskRun) -> None:
-    """Samples that do not add up to the stated score belong to another run or were cut between lines.
+def _samples_beside(file: Path) -> dict[str, Path]:
+    """The samples files of a results file, by task."""
+    tail = f"_{file.stem.removeprefix('results_')}.jsonl"
+    found = (path for path in file.parent.iterdir() if path.name.endswith(tail))
+    return {
+        path.name.removeprefix("samples_").removesuffix(tail): path
+        for path in found
+        if path.name.startswith("samples_")
+    }
 
-    Of a metric whose aggregation is not said, a sum that differs only shows that it is no mean: it
-    counts as a metric of the whole corpus.
+
+def _load_task(task: str, results: dict[str, Any], file: Path, samples_file: Path) -> TaskRun:
+    """A task's samples, checked against its scores.
+
+    Samples that do not add up to the score belong to another run, or were cut between lines. If it is not
+    known how a metric is aggregated, a differing mean only shows that the metric is not a mean: then it
+    has no score per document.
     """
-    stated = run.results["results"].get(run.task, {})
+    config, stated = results["configs"][task], results["results"].get(task, {})
+    samples = read_samples(samples_file, config)
     # Not n-samples: older versions of lm-eval count it without regard to --samples.
     expected = stated.get("sample_len")
-    means = mean_metrics(run.config)
-    for filter_name, rows in run.samples.items():
+    means = mean_metrics(config)
+    for filter_name, rows in samples.items():
         if isinstance(expected, int) and len(rows) < expected:  # metrics may have documents of their own
             raise AFTError(
-                f"{run.samples_file} holds {len(rows)} documents of filter {filter_name!r}; {run.file.name} "
+                f"{samples_file} holds {len(rows)} documents of filter {filter_name!r}; {file.name} "
                 f"counts {expected}.",
                 AGAIN,
             )
@@ -235,15 +248,27 @@ def _check_sums(run: TaskRun) -> None:
                 continue
             if means.get(metric):
                 raise AFTError(
-                    f"{run.samples_file} averages {mean:.6f} in {metric}; {run.file.name} states "
-                    f"{score:.6f}.",
+                    f"{samples_file} averages {mean:.6f} in {metric}; {file.name} states {score:.6f}.",
                     "The files belong to different runs: run the evaluation again.",
                 )
             for sample in rows.values():
                 del sample.metrics[metric]
+    return TaskRun(task, results, file, samples_file, samples)
 
 
-# The ``results_*.json`` files that lm-eval writes: found, decoded, and told apart by what they scored.
+# The ``results_*.json`` files that lm-eval writes: finding, decoding and grouping them.
+
+
+def unfinished(folder: Path) -> Path:
+    """Where the results that will become ``folder`` are written until they are complete."""
+    return folder.with_name(f".{folder.name}.scoring")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a folder of that name holds results still being written, or left by a process that died."""
+    # A leading dot alone says nothing: lm-eval calls ../models/m's folder ..__models__m.
+    return name.startswith(".") and name.endswith(".scoring")
+
 
 _MAPPINGS = (
     "config",
@@ -266,7 +291,7 @@ def find_results(source: Path) -> list[Path]:
     if source.is_file() and source.suffix == ".json":
         return [source]
     seen = source.rglob("results_*.json")
-    seen = (path for path in seen if not any(map(is_begun, path.relative_to(source).parts[:-1])))
+    seen = (path for path in seen if not any(map(is_unfinished, path.relative_to(source).parts[:-1])))
     found = sorted(seen, key=lambda path: (path.name, str(path)))
     if not found:
         raise AFTError(f"No lm-eval results below {source}.", "Give the folder named by --output_path.")
@@ -274,7 +299,7 @@ def find_results(source: Path) -> list[Path]:
 
 
 def group_results(files: list[Path]) -> list[list[Path]]:
-    """Results files by what was scored: model, its arguments, vector."""
+    """Group results files by what was scored: model, its arguments, vector."""
     groups: dict[str, list[Path]] = {}
     for file in files:
         results = read_results(file)
@@ -289,7 +314,7 @@ def read_results(file: Path) -> dict[str, Any]:
     """Decode a results file.
 
     Raises:
-        AFTError: unreadable, damaged, or not such a file.
+        AFTError: the file is unreadable, damaged, or something else.
     """
     try:
         results = decode(file.read_bytes(), str(file))
@@ -318,29 +343,29 @@ def _require_mapping(parent: dict[str, Any], key: str, file: Path) -> dict[str, 
 
 
 def model_args(results: dict[str, Any]) -> dict[str, Any]:
-    """The model arguments of a run, which lm-eval logs as a mapping or as text."""
+    """A run's model arguments, which lm-eval logs as a mapping or as text."""
     found = results.get("config", {}).get("model_args") or {}
     if isinstance(found, dict):
         return found
     return dict(part.partition("=")[::2] for part in str(found).split(",") if part)
 
 
-# One logged document per line: what a comparison keeps of lm-eval's samples files.
+# lm-eval's samples files, one logged document per line.
 
 AGAIN = "Run the evaluation again."
 
 
 @dataclass(slots=True)
 class Sample:
-    """What a comparison needs of one logged line; the rest is read again by its place in the file.
+    """What a comparison needs of one logged line; the rest is read again from the file when it is shown.
 
     Attributes:
-        prompts: digest of the contexts asked.
-        options: digest of what was scored or how it was generated.
+        prompts: digest of the contexts.
+        options: digest of the continuations that were scored, or of the generation settings.
         generates: whether ``options`` are generation settings.
         cluster: the document's ``source_id``, if it has one.
         metrics: metric -> score; corpus-level metrics (no score per document) are left out.
-        offset: byte at which the line begins.
+        offset: byte offset of the line.
     """
 
     doc_hash: str
@@ -391,7 +416,7 @@ def read_samples(path: Path, config: dict[str, Any]) -> dict[str, dict[int, Samp
 
 
 def asked_of(sample: dict[str, Any]) -> list[list[Any]]:
-    """The arguments of a logged document's requests, which lm-eval logs as mappings or as lists."""
+    """The arguments of a document's requests, which lm-eval logs as mappings or as lists."""
     logged = sample["arguments"]
     logged = logged.values() if isinstance(logged, dict) else logged
     return [list(each.values()) if isinstance(each, dict) else list(each) for each in logged]
@@ -412,13 +437,13 @@ def _score(value: Any, metric: str, per_document: dict[str, bool | None]) -> flo
 
 
 def mean_metrics(config: dict[str, Any]) -> dict[str, bool | None]:
-    """Metric -> whether the task's score is the mean over its documents; ``None`` where not said."""
-    said = {metric: entry.get("aggregation") for metric, entry in listed_metrics(config).items()}
-    return {metric: None if how is None else how in ("mean", "nanmean") for metric, how in said.items()}
+    """Metric -> whether the task's score is the mean over its documents; ``None`` if not stated."""
+    stated = {metric: entry.get("aggregation") for metric, entry in listed_metrics(config).items()}
+    return {metric: None if how is None else how in ("mean", "nanmean") for metric, how in stated.items()}
 
 
 def listed_metrics(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries of a task's ``metric_list`` by metric; none where it is damaged."""
+    """The entries of a task's ``metric_list`` by metric; none if it is damaged."""
     listed = config.get("metric_list")
     entries = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
     return {str(entry["metric"]): entry for entry in entries if "metric" in entry}
@@ -441,6 +466,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def decode(text: bytes, where: str) -> dict[str, Any]:
+    """A JSON object; ``where`` names its place in error messages."""
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -17,6 +17,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, sha256
 from lm_eval_aft._util.private_names import borrowed, require
 from lm_eval_aft.engine.routing import Routing, whole_spec
+from lm_eval_aft.evaluation.results import unfinished
 from lm_eval_aft.harness.tasks import (
     check_names,
     environment_asked_once,
@@ -36,17 +37,13 @@ if TYPE_CHECKING:
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
-# lm-eval's flags that are about what becomes of one run's results.
-UNSERVED = (
-    "predict_only",
-    "show_config",
-    "hf_hub_log_args",
-    "wandb_args",
-    "wandb_config_args",
-    "trackio_args",
+# lm-eval's flags about what is done with the results of a single run.
+UNSUPPORTED_FLAGS = (
+    *("predict_only", "show_config", "hf_hub_log_args"),
+    *("wandb_args", "wandb_config_args", "trackio_args"),
 )
 # Arguments of `AFTLM` that differ from run to run.
-OWN_ARGUMENTS = frozenset({"vector", "route", "library", "answer_only"})
+STEERING_ARGUMENTS = frozenset({"vector", "route", "library", "answer_only"})
 
 
 def evaluate_pair(
@@ -66,18 +63,17 @@ def evaluate_pair(
 ) -> list[PlannedRun]:
     """Score the baseline and every vector (and placebos, and routers) with lm-eval.
 
-    Log-likelihoods of baseline, vectors and placebos are found in one go, sharing tokens, batches and
-    the blocks below each vector's layer; generation runs once for each, and so does a router, whose
-    samples say in ``steered_by`` which vector each document got. Returns the runs, baseline first;
-    compare them with `lm_eval_aft.evaluation.results`.
+    Log-likelihoods of baseline, vectors and placebos are computed together, sharing tokens, batches and
+    the blocks below each vector's layer. Generation runs once for each of them. Each router is a run of
+    its own, whose samples say in ``steered_by`` which vector each document got.
 
-    Each run lands in ``output/<name>`` exactly as ``lm_eval --model aft --log_samples`` would
-    write it, and appears there whole or not at all. Log-softmax is taken in fp32 on every side unless
-    ``model_args`` says otherwise.
+    Each run is written to ``output/<name>`` exactly as ``lm_eval --model aft --log_samples`` would write
+    it, and appears there complete or not at all. The log-softmax is computed in float32 in every run
+    unless ``model_args`` says otherwise.
 
     Args:
         library: folder of the library that names come from; default the user's own.
-        routes: routers over it, each a run of its own, ``steered/routed-...``.
+        routes: routers over it; their runs are called ``steered/routed-...``.
         answer_only: score the baseline and every vector with the contexts removed too, as
             ``answer-only/...``, on those tasks that have options or answers to score.
         model_args: further arguments of `AFTLM`. ``coefficient`` and ``positions`` replace those of every
@@ -85,9 +81,14 @@ def evaluate_pair(
         flags: further flags of ``lm_eval run``, for example ``["--limit", "50"]``.
         resume: keep the runs that are in ``output`` already, and score the others.
 
+    Returns:
+        The runs, baseline first; `lm_eval_aft.compare(output)` compares them.
+
     Raises:
-        AFTError: bad input; an output folder that already holds such runs, or was asked something else;
-            or another process is writing there.
+        AFTError: bad input; an output folder that already holds such runs, or was started with other
+            settings; or another process is writing there.
+
+    >>> evaluate_pair("demo", "math.safetensors", ["aft_demo_math"], "results")  # doctest: +SKIP
     """
     shelf = None if library is None else str(library)
     chosen = [vectors] if isinstance(vectors, str) else vectors
@@ -99,55 +100,50 @@ def evaluate_pair(
         )
     folder = Path(output)
     arguments = {"softmax_dtype": "float32", **(model_args or {})}
-    if own := sorted(OWN_ARGUMENTS & arguments.keys()):
+    if own := sorted(STEERING_ARGUMENTS & arguments.keys()):
         raise AFTError(
-            f"{', '.join(own)} among the model arguments would be the same in every run, the baseline too.",
-            "Say what steers by --vector, --route, --library and --answer-only.",
+            f"{', '.join(own)} among the model arguments would apply to every run, the baseline included.",
+            "Use --vector, --route, --library and --answer-only instead.",
         )
-    asked = {"model": model, "model_args": arguments, "tasks": list(tasks), "flags": list(flags)}
+    settings = {"model": model, "model_args": arguments, "tasks": list(tasks), "flags": list(flags)}
     with exclusive_dir(folder):
-        missing, note = lacking(folder, runs, asked, shelf, resume)
+        missing, record = missing_runs(folder, runs, settings, shelf, resume)
         if missing:
-            _evaluate(model, arguments, missing, tasks, folder, flags, shelf, answer_only, note)
+            _evaluate(missing, folder, settings, shelf, record)
     return runs
 
 
 def _evaluate(
-    model: str,
-    arguments: dict[str, Any],
-    runs: Sequence[PlannedRun],
-    tasks: Sequence[str],
-    folder: Path,
-    flags: Sequence[str],
-    shelf: str | None,
-    answer_only: bool,
-    note: str,
+    runs: Sequence[PlannedRun], folder: Path, settings: dict[str, Any], library: str | None, record: str
 ) -> None:
-    arguments = dict(arguments)
-    config, manager = _opened(model, arguments, tasks, folder, flags)
-    if answer_only:
-        _announce(require_scorable(manager.load(list(tasks))["tasks"])[1])
+    """Load the model once and score all runs; ``record`` is written to the folder before the first."""
+    model, arguments, tasks = settings["model"], dict(settings["model_args"]), settings["tasks"]
+    config = read_flags(tasks, folder, settings["flags"])
+    # As lm-eval does: tasks that build their documents for a model are told of it.
+    config.metadata = {"pretrained": model, **arguments, **(config.metadata or {})}
+    included = [config.include_path] if config.include_path else []
+    manager = task_manager_for(tasks, included, metadata=config.metadata)
+    check_names(tasks, manager)
+    if any(run.answer_only for run in runs):
+        for task, why in require_scorable(manager.load(list(tasks))["tasks"])[1].items():
+            print(f"answer-only runs leave out {task}: {why}", flush=True)
     device = arguments.pop("device", None) or (None if config.device == "cuda:0" else config.device)
-    lm = AFTLM(
-        model,
-        **arguments,
-        batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size or 64,
-        device=device,
-    )
+    sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size or 64}
+    lm = AFTLM(model, **arguments, **sizes, device=device)
     mismatch = bool(arguments.get("allow_mismatch", False))
     replaced = {key: arguments.get(key) for key in ("coefficient", "positions")}
-    in_force, routings = [], {}
-    for run in runs:  # every vector must fit before hours are spent on the first
+    vectors, routings = [], {}
+    for run in runs:  # check that every vector fits before spending hours on the first
         lm.steer(run.vector, **replaced, allow_mismatch=mismatch)
-        in_force += [lm.vector] if lm.vector is not None else []
+        vectors += [lm.vector] if lm.vector is not None else []
         if run.route is not None:
-            routing = lm.routing_of(run.route, Library(shelf), allow_mismatch=mismatch)
+            routing = lm.routing_of(run.route, Library(library), allow_mismatch=mismatch)
             routings[run.name] = routing.adjusted(**replaced)
-    lm.score_along(in_force)
+    lm.score_along(vectors)
     if int(os.environ.get("RANK", "0")) == 0:
-        note_asked(folder, note)
-    described_once: list[str] = []
+        with replacing(folder / SETTINGS_FILE) as temporary:
+            temporary.write_text(record, encoding="utf-8")
+    environment: list[str] = []
     for run in runs:
         print(f"scoring {run.name} on {', '.join(tasks)}", flush=True)
         lm.answer_only = run.answer_only
@@ -155,33 +151,20 @@ def _evaluate(
             lm.follow(routings[run.name])
         else:
             lm.steer(run.vector, **replaced, allow_mismatch=mismatch)
-        described = {"pretrained": model, **arguments}
-        if shelf is not None and run.spec is not None:
-            described["library"] = shelf
+        logged = {"pretrained": model, **arguments}
+        if library is not None and run.spec is not None:
+            logged["library"] = library
         if run.answer_only:
-            described["answer_only"] = True
-        with environment_asked_once(described_once):
-            score(lm, run, config, manager, folder / run.name, described)
-
-
-def _opened(
-    model: str, arguments: dict[str, Any], tasks: Sequence[str], folder: Path, flags: Sequence[str]
-) -> tuple[EvaluatorConfig, TaskManager]:
-    """The flags as lm-eval reads them, and a manager that knows the tasks."""
-    config = read_flags(tasks, folder, flags)
-    # As lm-eval does: tasks that build their documents for a model are told of it.
-    config.metadata = {"pretrained": model, **arguments, **(config.metadata or {})}
-    included = [config.include_path] if config.include_path else []
-    manager = task_manager_for(tasks, included, metadata=config.metadata)
-    check_names(tasks, manager)
-    return config, manager
+            logged["answer_only"] = True
+        with environment_asked_once(environment):
+            score(lm, run, config, manager, folder / run.name, logged)
 
 
 def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) -> EvaluatorConfig:
-    """Read lm-eval's own flags with lm-eval's own parser.
+    """Parse flags of ``lm_eval run`` with lm-eval's own parser.
 
     Raises:
-        AFTError: lm-eval refuses them, or they name model arguments.
+        AFTError: lm-eval refuses them, or they set model arguments or what is done with one run's results.
     """
     with borrowed("lm-eval: lm_eval._cli.run.Run, EvaluatorConfig.from_cli"):
         from lm_eval._cli.run import Run as StockRun
@@ -197,10 +180,10 @@ def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) ->
         raise AFTError(f"lm-eval refuses these flags: {error}", "See `lm_eval run --help`.") from error
     if config.model_args:
         raise AFTError("Model arguments belong before the `--`.", "Use --model-args of `aft eval`.")
-    asked = [flag for flag in UNSERVED if getattr(config, flag, None)]
-    if asked:
+    given = [flag for flag in UNSUPPORTED_FLAGS if getattr(config, flag, None)]
+    if given:
         raise AFTError(
-            f"--{asked[0]} has no meaning for several runs at once.",
+            f"--{given[0]} has no meaning for several runs at once.",
             "Leave it out, or run `lm_eval --model aft` for each.",
         )
     return config
@@ -214,14 +197,14 @@ def score(
     folder: Path,
     model_args: dict[str, Any],
 ) -> None:
-    """Score what is in force on ``lm``, and write lm-eval's ordinary result files into ``folder``.
+    """Score ``lm`` as it is steered now, and write lm-eval's ordinary result files into ``folder``.
 
-    The folder appears whole or not at all.
+    The folder appears complete or not at all.
 
     Args:
-        run: names the vector in force, if it has a place.
-        config: the evaluation, as `read_flags` makes it.
-        model_args: what the results say the model was loaded with.
+        run: what steers the model, for the record.
+        config: the evaluation's settings, from `read_flags`.
+        model_args: the model arguments that the results record.
 
     Raises:
         AFTError: the results cannot be written.
@@ -235,15 +218,15 @@ def score(
         model_args = {**model_args, "vector": run.spec}
     if lm.routing is not None:
         model_args = {**model_args, "library": str(lm.routing.library), "route": lm.routing.spec}
-    place = begun(folder)
+    place = unfinished(folder)
     tracker = EvaluationTracker(output_path=str(place))
-    results = _evaluated(lm, _tasks(run, config, manager), config, manager, tracker)
+    results = _simple_evaluate(lm, run, config, manager, tracker)
     if results is None:  # not the main process
         return
-    shutil.rmtree(place, ignore_errors=True)  # of a process that died in here
+    shutil.rmtree(place, ignore_errors=True)  # left by a process that died
     samples = results.pop("samples")
     if lm.routing is not None:
-        _say_routes(lm.routing, results, samples)
+        _record_routes(lm.routing, results, samples)
     results["config"] |= {"model": "aft", "model_args": model_args}
     tracker.general_config_tracker.log_experiment_args(
         "aft",
@@ -255,68 +238,52 @@ def score(
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:
         tracker.save_results_samples(task_name=task, samples=samples[task])
-    if not whole(place, {task: len(samples[task]) for task in results["configs"]}):
-        # The tracker logs failures to write, and goes on.
-        raise AFTError(f"The results could not be written to {folder}.", "Check its rights and free space.")
+    if not _is_complete(place, {task: len(samples[task]) for task in results["configs"]}):
+        # The tracker only logs failures to write.
+        raise AFTError(
+            f"The results could not be written to {folder}.", "Check its permissions and free space."
+        )
     place.rename(folder)
 
 
-def _tasks(run: PlannedRun, config: EvaluatorConfig, manager: TaskManager) -> list[Any]:
-    tasks: list[Any] = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
-    if not run.answer_only:
-        return tasks
-    # The tasks themselves: by their names they would lose their group's settings.
-    loaded = manager.load(tasks)["tasks"]
-    return [loaded[name] for name in scorable(loaded)[0]]
+# Settings that `simple_evaluate` takes under the names of the flags.
+_PASSED_ON = (
+    *("num_fewshot", "batch_size", "max_batch_size", "use_cache", "limit", "samples", "check_integrity"),
+    *("write_out", "system_instruction", "apply_chat_template", "confirm_run_unsafe_code", "metadata"),
+)
+_SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
-def _evaluated(
-    lm: AFTLM, tasks: list[Any], config: EvaluatorConfig, manager: TaskManager, tracker: EvaluationTracker
+def _simple_evaluate(
+    lm: AFTLM, run: PlannedRun, config: EvaluatorConfig, manager: TaskManager, tracker: EvaluationTracker
 ) -> Any:
-    """lm-eval's results; ``None`` where another process has them."""
+    """lm-eval's results; ``None`` in other processes than the main one."""
     from lm_eval import simple_evaluate
 
-    seeds = config.seed or [None] * 4
+    tasks: list[Any] = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
+    if run.answer_only:
+        # The task objects: by their names they would lose their group's settings.
+        loaded = manager.load(tasks)["tasks"]
+        tasks = [loaded[name] for name in scorable(loaded)[0]]
     return simple_evaluate(
         model=lm,
         tasks=tasks,
-        num_fewshot=config.num_fewshot,
-        batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size,
         device=str(lm.device),
-        use_cache=config.use_cache,
-        limit=config.limit,
-        samples=config.samples,
-        cache_requests=config.cache_requests.get("cache_requests", False),
-        rewrite_requests_cache=config.cache_requests.get("rewrite_requests_cache", False),
-        delete_requests_cache=config.cache_requests.get("delete_requests_cache", False),
-        check_integrity=config.check_integrity,
-        write_out=config.write_out,
         log_samples=True,
-        system_instruction=config.system_instruction,
-        apply_chat_template=config.apply_chat_template,
         fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
         gen_kwargs=config.gen_kwargs or None,
         task_manager=manager,
         evaluation_tracker=tracker,
-        random_seed=seeds[0],
-        numpy_random_seed=seeds[1],
-        torch_random_seed=seeds[2],
-        fewshot_random_seed=seeds[3],
-        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
-        metadata=config.metadata,
+        **{name: getattr(config, name) for name in _PASSED_ON},
+        **config.cache_requests,
+        **dict(zip(_SEEDS, config.seed or [None] * 4, strict=True)),
     )
 
 
-def _announce(left_out: dict[str, str]) -> None:
-    for task, why in left_out.items():
-        print(f"answer-only runs leave out {task}: {why}", flush=True)
-
-
-def _say_routes(routing: Routing, results: dict[str, Any], samples: dict[str, Any]) -> None:
+def _record_routes(routing: Routing, results: dict[str, Any], samples: dict[str, Any]) -> None:
     """Note in every logged sample which vector it got.
 
-    The router is asked again: other processes and lm-eval's cache may have answered for it.
+    The router is asked again, since other processes and lm-eval's cache may have answered.
     """
     for task, logged in samples.items():
         for sample in logged:
@@ -325,17 +292,20 @@ def _say_routes(routing: Routing, results: dict[str, Any], samples: dict[str, An
     results["config"]["aft"]["routing"] = routing.info()
 
 
-# The model states that an evaluation scores, and what their result folders are called.
+# The runs of an evaluation, and the names of their result folders.
 
-# Characters of a run's name that come from an expression.
+# Longest name taken from an expression, in characters.
 LONGEST_LABEL = 80
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One model state to score: ``name`` is also its folder below the output.
+    """One run to score; ``name`` is also its folder below the output.
 
-    ``answer_only`` runs score the tasks that can do without their questions; see `lm_eval_aft.harness.tasks`.
+    Attributes:
+        spec: the vector as the user gave it.
+        route: the router as the user gave it.
+        answer_only: score without the questions those tasks that can be (see `lm_eval_aft.harness.tasks`).
     """
 
     name: str
@@ -362,7 +332,7 @@ def plan_runs(
         all_seeds: score every finalist of each vector folder, not only the chosen one.
         library: folder of the library that names come from.
         routes: routers over that library, as ``--model aft`` takes them.
-        answer_only: score baseline and vectors without the questions too; routers pick by the question.
+        answer_only: score baseline and vectors without the questions too (not routers, which need them).
 
     Raises:
         AFTError: a vector that cannot be read, or an unknown placebo or router.
@@ -395,22 +365,18 @@ def plan_runs(
         kind, _, rest = whole_spec(route).partition(":")
         table = "" if not rest else f"-{Path(rest).stem if Path(rest).is_file() else _label(rest)}"
         runs.append(PlannedRun(_unique(f"steered/routed-{kind}{table}", runs), route=whole_spec(route)))
-    return [*runs, *placebos, *(_bare(runs) if answer_only else [])]
-
-
-def _bare(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """The same model states, but for routers, to be scored without the questions."""
-    found: list[PlannedRun] = []
-    for run in (each for each in runs if each.route is None):
-        name = _unique(f"answer-only/{run.name.removeprefix('steered/')}", found)
-        found.append(replace(run, name=name, answer_only=True))
-    return found
+    without_questions: list[PlannedRun] = []
+    for run in [each for each in runs if answer_only and each.route is None]:
+        name = _unique(f"answer-only/{run.name.removeprefix('steered/')}", without_questions)
+        without_questions.append(replace(run, name=name, answer_only=True))
+    return [*runs, *placebos, *without_questions]
 
 
 def vector_label(spec: str) -> str:
-    """What a vector's run is called: a file's or folder's own name, else all of the spec, made a file name.
+    """The name of a vector's run: the file's or folder's name, else the whole spec made into a file name.
 
-    ``math/algebra*0.7 + logic/analogy*0.3`` becomes ``math-algebrax0.7+logic-analogyx0.3``.
+    >>> vector_label("math/algebra*0.7 + logic/analogy*0.3")
+    'math-algebrax0.7+logic-analogyx0.3'
     """
     path = Path(spec)
     try:
@@ -441,78 +407,60 @@ def _unique(name: str, runs: Sequence[PlannedRun]) -> str:
     return candidate
 
 
-# The output folder of an evaluation: what was asked of it, what it lacks, what in it is whole.
+# The output folder of an evaluation: the settings it was started with, and which runs it holds.
 
-# The note of what was asked.
-EVALUATION_SETTINGS = ".asked.json"
-
-
-def begun(folder: Path) -> Path:
-    """Where a run's results are written until they are whole; see `is_begun`."""
-    return folder.with_name(f".{folder.name}.scoring")
+SETTINGS_FILE = ".asked.json"
 
 
-def is_begun(name: str) -> bool:
-    """Whether a folder of that name holds results being written, or left by a process that died."""
-    # A leading dot alone says nothing: lm-eval calls ../models/m's folder ..__models__m.
-    return name.startswith(".") and name.endswith(".scoring")
-
-
-def lacking(
-    folder: Path, runs: Sequence[PlannedRun], asked: dict[str, Any], shelf: str | None, resume: bool
+def missing_runs(
+    folder: Path, runs: Sequence[PlannedRun], settings: dict[str, Any], library: str | None, resume: bool
 ) -> tuple[list[PlannedRun], str]:
-    """The runs that an output folder lacks, and what to note there of what was asked of it.
+    """The runs that an output folder lacks, and the text of its settings file.
 
     Raises:
-        AFTError: it holds some already and is not to be resumed, or was asked something else.
+        AFTError: it holds some already and ``resume`` is false, or they were made with other settings.
     """
-    asked = {**asked, "runs": {run.name: _depends_on(run, shelf) for run in runs}}
-    asked = json.loads(json.dumps(asked, default=str))
-    taken = [run.name for run in runs if (folder / run.name).exists()]
-    if taken and not resume:
+    settings = {**settings, "runs": {run.name: _steering_digest(run, library) for run in runs}}
+    settings = json.loads(json.dumps(settings, default=str))
+    present = [run.name for run in runs if (folder / run.name).exists()]
+    if present and not resume:
         raise AFTError(
-            f"{folder} already holds {', '.join(taken)}.",
+            f"{folder} already holds {', '.join(present)}.",
             "Choose another output folder, or keep them and score what is missing with --resume.",
         )
-    if taken:
-        before = _read_asked(folder)
-        differing = [key for key in sorted(asked) if key != "runs" and asked[key] != before.get(key)]
+    if present:
+        before = _read_settings(folder)
+        differing = [key for key in sorted(settings) if key != "runs" and settings[key] != before.get(key)]
         known = before.get("runs", {})
-        differing += [name for name in taken if asked["runs"][name] != known.get(name, "not recorded")]
+        differing += [name for name in present if settings["runs"][name] != known.get(name, "not recorded")]
         if differing:
             raise AFTError(
-                f"What is in {folder} was asked otherwise: {', '.join(differing)} differ.",
+                f"The runs in {folder} were made with other settings: {', '.join(differing)} differ.",
                 "Give the same arguments again, or choose another output folder.",
             )
-        asked["runs"] = known | asked["runs"]
-    return [run for run in runs if run.name not in taken], canonical_json(asked)
+        settings["runs"] = known | settings["runs"]
+    return [run for run in runs if run.name not in present], canonical_json(settings)
 
 
-def note_asked(folder: Path, note: str) -> None:
-    """Write what `lacking` gave."""
-    with replacing(folder / EVALUATION_SETTINGS) as temporary:
-        temporary.write_text(note, encoding="utf-8")
-
-
-def _read_asked(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / EVALUATION_SETTINGS).read_text(encoding="utf-8"))
+        found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("runs"), dict) else {}
 
 
-def _depends_on(run: PlannedRun, shelf: str | None) -> Any:
-    """What steers a run: the vector's digest; for a router its table's and the library's."""
+def _steering_digest(run: PlannedRun, library: str | None) -> Any:
+    """The vector's digest; for a router, its table's and the library's."""
     if run.route is None:
         return run.vector.digest() if run.vector else None
-    library, table = Library(shelf), Path(run.route.partition(":")[2])
-    found: dict[str, Any] = {name: sha256(library.path(name) / FILE_NAME) for name in library.names()}
+    shelf, table = Library(library), Path(run.route.partition(":")[2])
+    found: dict[str, Any] = {name: sha256(shelf.path(name) / FILE_NAME) for name in shelf.names()}
     return {"route": run.route, "table": sha256(table) if table.is_file() else None, "vectors": found}
 
 
-def whole(folder: Path, samples: dict[str, int]) -> bool:
-    """Whether a folder holds a results file and so many samples of each task, to the last byte."""
+def _is_complete(folder: Path, samples: dict[str, int]) -> bool:
+    """Whether a folder holds a results file and that many samples of each task, to the last byte."""
     found = list(folder.rglob("results_*.json"))
     try:
         for path in found:

@@ -1,4 +1,4 @@
-"""Tiny models of common families through scoring and generation, steered and not, against the plain way."""
+"""Scores and texts of tiny models, steered and not, compared with a naive computation."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.vector import SteeringVector
 
 LAYER = 1
-TOKENS = 6  # to write
-BAR = 1e-3  # nats and logits: rounding makes a thousandth of it, a vector out of place a thousand times it
+TOKENS = 6  # to generate
+# Tolerance, in nats and logits: rounding errors are a thousand times smaller, a misplaced vector's error a
+# thousand times larger.
+BAR = 1e-3
 RIGHT, SLOWER, REFUSED, WRONG, BROKEN = "right", "slower", "refused", "WRONG", "BROKEN"
 FAST = ("prefixed", "packed", "trimmed")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one part of a trial came to.
+    """The result of one part of a trial.
 
     Attributes:
         part: prefixed, packed, trimmed, resumed; log-likelihoods; generation, stock, by hand.
-        positions: of the vector, ``""`` without one or where it does not matter.
-        verdict: right; slower (left to a slower way); refused; WRONG; BROKEN (an error not meant for users).
-        why: for all but "right".
+        verdict: right; slower (a fast path was not taken); refused; WRONG; BROKEN (an unexpected error).
+        positions: those of the vector; ``""`` without one or where it does not matter.
+        why: the reason, unless "right".
     """
 
     part: str
@@ -48,13 +50,13 @@ class Outcome:
 
     @property
     def bad(self) -> bool:
-        """Whether an answer is wrong, or there is none and no word of ours why."""
+        """Whether an answer is wrong, or missing because of an unexpected error."""
         return self.verdict in (WRONG, BROKEN)
 
 
 @dataclass
 class Trial:
-    """A family's outcomes; none, and ``absent`` says why, where there is no such model."""
+    """A family's outcomes; if the model cannot be made there are none, and ``absent`` says why."""
 
     family: str
     outcomes: list[Outcome] = field(default_factory=list)
@@ -66,14 +68,14 @@ class Trial:
 
 
 def try_family(family: str, device: str = "cpu") -> Trial:
-    """Make the model, and ask it in every way."""
+    """Make a tiny model of the family and check every way of scoring and generating."""
     trial = Trial(family)
     try:
         model = tiny_model(family).to(device)
     except LookupError as error:
         trial.absent = str(error)
         return trial
-    except Exception as error:  # whatever a config or its model says no by
+    except Exception as error:  # whatever a config or a model class raises
         trial.absent = _told(error)
         return trial
     with _guarded(trial, "log-likelihoods"):
@@ -87,7 +89,7 @@ def _told(error: BaseException) -> str:
 
 @contextmanager
 def _guarded(trial: Trial, part: str, positions: str = "") -> Iterator[None]:
-    """Inside the block an error is an outcome."""
+    """Record an error in the block as an outcome."""
     try:
         yield
     except AFTError as error:
@@ -96,26 +98,21 @@ def _guarded(trial: Trial, part: str, positions: str = "") -> Iterator[None]:
         trial.note(part, BROKEN, positions, _told(error))
 
 
-class _Heard(logging.Handler):
-    """Keeps the warnings of this package."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
 @contextmanager
 def _heard() -> Iterator[list[str]]:
-    """Warnings of the package, which are not printed."""
-    ours, handler = logging.getLogger("lm_eval_aft"), _Heard()
-    before = ours.propagate
+    """Collect the package's warnings, which are not printed."""
+    ours = logging.getLogger("lm_eval_aft")
+    said: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler, before = Collector(logging.WARNING), ours.propagate
     ours.addHandler(handler)
     ours.propagate = False
     try:
-        yield handler.said
+        yield said
     finally:
         ours.removeHandler(handler)
         ours.propagate = before
@@ -132,7 +129,7 @@ class _Subject:
         self._expected: dict[str, list[float]] = {}
 
     def _long_vector(self) -> Tensor:
-        """A random direction, as long as what it is added to: whatever goes wrong with it is seen."""
+        """A random direction with the norm of the residual stream, so that misplacing it shows."""
         ids = torch.arange(4, 20, device=self.model.device)[None]
         with torch.no_grad(), capture(self.backbone, [LAYER]) as outputs:
             self.model(input_ids=ids, use_cache=False)
@@ -142,7 +139,7 @@ class _Subject:
         return found
 
     def ask(self) -> None:
-        """All parts."""
+        """Check all parts."""
         pairs = _questions()
         for positions in ("", *POSITIONS):
             with _guarded(self.trial, "log-likelihoods", positions):
@@ -210,7 +207,7 @@ class _Subject:
                 self.trial.note(path, SLOWER, "", why or "not taken")
 
     def _score_along(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """The vector's answers found while the baseline is scored, from its layer on."""
+        """Score the vector together with the baseline, from the vector's layer on."""
         steering, wanted = self._steering("all"), self._wanted(pairs, "all")
         self.lm.steer(None)
         self.lm.score_along([steering])
@@ -310,11 +307,11 @@ class _Subject:
 
 def _apart(one: float, other: float) -> float:
     difference = abs(one - other)
-    return difference if difference == difference else float("inf")  # NaN is far from everything
+    return difference if difference == difference else float("inf")  # NaN counts as wrong
 
 
 def _tied(tokens: Sequence[int], leads: Sequence[float], found: Sequence[int]) -> bool:
-    """Whether texts part at a token that rounding may choose."""
+    """Whether texts first differ at a token that rounding can decide."""
     place = next((i for i, (a, b) in enumerate(zip(tokens, found, strict=False)) if a != b), None)
     return place is not None and leads[place] < BAR
 
@@ -324,7 +321,7 @@ def _words(draw: random.Random, count: int) -> str:
 
 
 def _questions() -> list[tuple[str, str]]:
-    """Questions that begin alike, others with options, and others with one continuation each."""
+    """Questions with a shared prefix, others with several options, and others with one continuation."""
     draw = random.Random(1)
     prefix = _words(draw, 20)
     pairs = []
@@ -360,7 +357,7 @@ SIZES: dict[str, Any] = {
 }
 _GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
 _HEADS: dict[str, Any] = {**_GROUPED, "head_dim": 8}
-# What to call it -> its config's class in transformers, and settings beside SIZES.
+# Name -> its config's class in transformers, and settings besides SIZES.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _GROUPED),
     "qwen2": ("Qwen2Config", _GROUPED),
@@ -394,7 +391,7 @@ def tiny_model(family: str) -> Any:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(make(**{**SIZES, **extra}))
-    with torch.no_grad():  # fresh weights are so small that every answer looks alike
+    with torch.no_grad():  # fresh weights are so small that all answers are nearly equal
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(4)

@@ -1,18 +1,20 @@
-"""Statistics for two scores of the same documents: plain numbers in, plain numbers out."""
+"""Statistics for two scores of the same documents."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 from numpy.typing import NDArray
-from scipy.special import bdtr, gammaln, ndtr, ndtri, stdtrit
+from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 ALPHA = 0.05
 POWER = 0.8
-# Section rule for clusters: enough of them, and none that dominates.
+# Clusters are used as units if there are enough of them and none dominates.
 MIN_CLUSTERS = 50
 MAX_CLUSTER_SHARE = 0.05
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no detectable difference"
@@ -25,6 +27,9 @@ def mean_stderr(values: Sequence[float] | Floats) -> float | None:
     """Standard error of a mean, sample standard deviation over sqrt(n); ``None`` when n < 2.
 
     The same figure as ``lm_eval.api.metrics.mean_stderr``.
+
+    >>> mean_stderr([0.0, 1.0, 1.0, 0.0])
+    0.28867513459481287
     """
     array = np.asarray(values, float)
     return float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else None
@@ -35,14 +40,25 @@ def wilson_interval(successes: float, n: int, alpha: float = ALPHA) -> tuple[flo
 
     Raises:
         ValueError: n < 1.
+
+    >>> [round(bound, 4) for bound in wilson_interval(8, 10)]
+    [0.4902, 0.9433]
     """
     if n < 1:
         raise ValueError("a proportion of nothing has no interval")
-    z = float(ndtri(1 - alpha / 2))
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    bounds = scipy.stats.binomtest(int(successes), n).proportion_ci(1 - alpha, method="wilson")
+    return float(bounds.low), float(bounds.high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95 % interval of a mean score: Wilson's if all are 0 or 1, else normal; ``None`` when n < 2."""
+    if all(value in (0, 1) for value in values):
+        return wilson_interval(sum(values), len(values))
+    error = mean_stderr(values)
+    if error is None:
+        return None, None
+    mean = float(np.mean(values))
+    return mean - 1.96 * error, mean + 1.96 * error
 
 
 def bonett_price_interval(wins: int, losses: int, n: int, alpha: float = ALPHA) -> tuple[float, float] | None:
@@ -52,7 +68,7 @@ def bonett_price_interval(wins: int, losses: int, n: int, alpha: float = ALPHA) 
     (Bonett and Price 2012, Journal of Educational and Behavioral Statistics 37:479-488).
 
     Raises:
-        ValueError: counts that cannot be.
+        ValueError: impossible counts.
     """
     _check_counts(wins, losses, n)
     if n < 2:
@@ -71,20 +87,23 @@ def mcnemar_exact(wins: int, losses: int) -> float:
 
     Raises:
         ValueError: a negative count.
+
+    >>> mcnemar_exact(wins=5, losses=0)
+    0.0625
     """
     _check_counts(wins, losses)
     return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def mcnemar_power(n: int, discordance: float, difference: float, alpha: float = ALPHA) -> float:
-    """Chance that exact McNemar rejects, for a true difference among a true discordant share.
+    """Power of exact McNemar, given the true difference and the true share of discordant documents.
 
-    Sums, over the number m of discordant documents, P(m) times the chance that
+    Sums, over the number m of discordant documents, P(m) times the probability that
     Binomial(m, (discordance + difference) / (2 discordance)) falls where the test rejects
     (Duffy 1984, Biometrics 40:1005-1015). Shares are between 0 and 1.
 
     Raises:
-        ValueError: shares that cannot be.
+        ValueError: impossible shares.
     """
     if not (0 < discordance <= 1 and abs(difference) <= discordance and n >= 1):
         raise ValueError("power needs n >= 1 and |difference| <= discordance, both shares")
@@ -94,7 +113,7 @@ def mcnemar_power(n: int, discordance: float, difference: float, alpha: float = 
 def minimum_detectable_effect(
     n: int, discordance: float, alpha: float = ALPHA, power: float = POWER
 ) -> float | None:
-    """Smallest true difference that exact McNemar finds with ``power``, at this discordant share.
+    """Smallest true difference that exact McNemar detects with ``power``, at this discordant share.
 
     Solves `mcnemar_power` for the difference by bisection, to 1e-5. ``None`` when even the largest
     possible difference (every discordant document a win) would be missed more often.
@@ -119,8 +138,8 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """Percentile interval of the mean of paired differences; ``None`` when n < 2.
 
-    Documents are redrawn with replacement, both scores of a document staying together (Efron and
-    Tibshirani 1993, An Introduction to the Bootstrap, chapters 13 and 16).
+    Documents are resampled, both scores of a document staying together (Efron and Tibshirani 1993, An
+    Introduction to the Bootstrap, chapters 13 and 16).
 
     Args:
         draws: resamples; by default 9,999, fewer (at least 999) for more than 10,000 documents.
@@ -129,24 +148,26 @@ def bootstrap_interval(
     if d.size < 2:
         return None
     draws = draws or int(min(9999, max(999, 10**8 // d.size)))
-    rng = np.random.default_rng(seed)
-    step = max(1, 4_000_000 // d.size)
-    means = [
-        d[rng.integers(0, d.size, (min(step, draws - start), d.size))].mean(axis=1)
-        for start in range(0, draws, step)
-    ]
-    low, high = np.quantile(np.concatenate(means), [alpha / 2, 1 - alpha / 2])
-    return float(low), float(high)
+    bounds = scipy.stats.bootstrap(
+        (d,),
+        np.mean,
+        n_resamples=draws,
+        batch=max(1, 4_000_000 // d.size),  # bounds the memory
+        confidence_level=1 - alpha,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(bounds.low), float(bounds.high)
 
 
 def sign_flip_test(sums: Sequence[float] | Floats, seed: int = 0, draws: int = 99_999) -> float:
     """Two-sided p-value that the sum of independent units' differences is 0.
 
     Under the null each unit's sign is arbitrary: p is the share of sign patterns whose absolute sum
-    reaches the observed one (Fisher 1935, The Design of Experiments, section 21). All patterns are
-    listed for up to 16 non-zero units; else patterns are drawn and the observed one is counted among
-    them (Phipson and Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9:39). Beyond 5,000 units the sum is
-    normal for all practical purposes.
+    reaches the observed one (Fisher 1935, The Design of Experiments, section 21). Up to 16 non-zero units
+    all patterns are enumerated; beyond that, patterns are drawn at random and the observed one is counted
+    among them (Phipson and Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9:39). Beyond 5,000 units the normal
+    approximation is used.
 
     Args:
         sums: one total per unit (a document or a cluster).
@@ -155,7 +176,7 @@ def sign_flip_test(sums: Sequence[float] | Floats, seed: int = 0, draws: int = 9
     d = d[d != 0]
     if d.size == 0:
         return 1.0
-    observed = abs(d.sum()) * (1 - 1e-12)  # ties must not hang on the order of summation
+    observed = abs(d.sum()) * (1 - 1e-12)  # so that ties do not depend on the order of summation
     if d.size > 5000:
         return float(2 * ndtr(-observed / math.sqrt(float(np.square(d).sum()))))
     if d.size <= 16:
@@ -175,9 +196,9 @@ def cluster_interval(
 ) -> tuple[float, float] | None:
     """Interval of a mean whose documents come in clusters; ``None`` with fewer than 2 clusters.
 
-    Standard error from the clusters' summed deviations (Liang and Zeger 1986, Biometrika 73:13-22;
-    for evaluations Miller 2024, arXiv:2411.00640) with the factor G/(G - 1), Student t with G - 1
-    degrees of freedom.
+    Standard error from the clusters' summed deviations (Liang and Zeger 1986, Biometrika 73:13-22; for
+    evaluations Miller 2024, arXiv:2411.00640) with the factor G/(G - 1); Student's t with G - 1 degrees of
+    freedom.
     """
     d = np.asarray(differences, float)
     deviations = cluster_sums(d - d.mean(), clusters)
@@ -200,9 +221,7 @@ def usable_clusters(clusters: Sequence[Hashable | None]) -> bool:
     """Whether clusters are many (>= 50) and small (largest < 5 % of documents) enough to be units."""
     if not clusters or any(cluster is None for cluster in clusters):
         return False
-    counts: dict[Hashable, int] = {}
-    for cluster in clusters:
-        counts[cluster] = counts.get(cluster, 0) + 1
+    counts = Counter(clusters)
     return len(counts) >= MIN_CLUSTERS and max(counts.values()) < MAX_CLUSTER_SHARE * len(clusters)
 
 
@@ -211,6 +230,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Raises:
         ValueError: a value outside [0, 1].
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
     """
     if any(not 0 <= p <= 1 for p in p_values):
         raise ValueError("p-values lie between 0 and 1")
@@ -235,9 +257,10 @@ def _rejections(n: int, discordance: float, alpha: float) -> tuple[Integers, Flo
     spread = 8 * math.sqrt(n * discordance * (1 - discordance)) + 1
     first = max(0, math.floor(n * discordance - spread))
     m = np.arange(first, min(n, math.ceil(n * discordance + spread)) + 1)
-    critical = _critical(m, alpha)
+    # The largest count whose tail is below alpha / 2; -1 where there is none.
+    critical = scipy.stats.binom.ppf(alpha / 2, m, 0.5).astype(np.int64) - 1
     m, critical = m[critical >= 0], critical[critical >= 0]
-    return m, _binomial(m, n, discordance), critical
+    return m, scipy.stats.binom.pmf(m, n, discordance), critical
 
 
 def _power(table: tuple[Integers, Floats, Integers], discordance: float, difference: float) -> float:
@@ -246,45 +269,28 @@ def _power(table: tuple[Integers, Floats, Integers], discordance: float, differe
     return float(np.sum(chance * (bdtr(critical, m, 1 - share) + bdtr(critical, m, share))))
 
 
-def _critical(m: Integers, alpha: float) -> Integers:
-    """Largest count k of the rarer outcome, of m, at which exact McNemar rejects; -1 where none does."""
-    # The normal quantile lands within a step or two; the exact tail then settles it.
-    k = np.floor((m + float(ndtri(alpha / 2)) * np.sqrt(m)) / 2).astype(np.int64) + 2
-    k = np.minimum(k, m)
-    for _ in range(6):
-        k = np.where((k >= 0) & (2 * bdtr(np.maximum(k, 0), m, 0.5) >= alpha), k - 1, k)
-    return np.maximum(k, -1)
-
-
-def _binomial(k: Integers, n: int, share: float) -> Floats:
-    if share == 1:
-        return np.where(k == n, 1.0, 0.0)
-    log = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + k * math.log(share)
-    return np.asarray(np.exp(log + (n - k) * math.log1p(-share)))
-
-
 def _check_counts(wins: int, losses: int, n: int | None = None) -> None:
     if wins < 0 or losses < 0 or (n is not None and wins + losses > n):
         of = "" if n is None else f" of {n} documents"
         raise ValueError(f"{wins} wins and {losses} losses{of} cannot be")
 
 
-# Two systems' scores of the same documents, compared by the methods that suit the scores.
+# Two models' scores of the same documents, compared by the methods that suit the scores.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """Two systems' scores on the same ``n`` documents; scores are means, in the metric's unit.
+    """Two models' scores on the same ``n`` documents; scores are means, in the metric's unit.
 
     Attributes:
         n: documents.
         baseline, steered: mean scores.
         baseline_stderr, steered_stderr: standard errors of the means (``None`` when n < 2).
         difference: steered minus baseline.
-        low, high: 95 % interval of the difference (``None`` when it cannot be given).
+        low, high: 95 % interval of the difference (``None`` when n < 2).
         p_value: two-sided.
         wins, losses: documents on which steered scored higher (lower).
-        mde: smallest true difference found with 80 % power (``None`` where there is none).
+        mde: smallest true difference detected with 80 % power (``None`` where there is none).
         test, interval: names of the methods used.
         clusters: number of clusters the test and interval treat as units (``None``: documents).
     """
@@ -312,13 +318,17 @@ def compare_paired(
     clusters: Sequence[Hashable | None] | None = None,
     seed: int = 0,
 ) -> PairedComparison:
-    """Compare scores paired by position, choosing the methods by the kind of score.
+    """Compare scores paired by position, with methods that depend on the kind of score.
 
     Outcomes that are all 0 or 1: exact McNemar and Bonett-Price. Other scores: sign-flip test over
     documents and paired bootstrap. With usable clusters: sign-flip test and interval over clusters.
 
     Raises:
         ValueError: unequal lengths, nothing to compare, or a score that is not finite.
+
+    >>> found = compare_paired(baseline=[0, 0, 1, 0], steered=[1, 0, 1, 1])
+    >>> found.difference, found.wins, found.losses, found.p_value
+    (0.5, 2, 0, 0.5)
     """
     before, after = np.asarray(baseline, float), np.asarray(steered, float)
     if before.shape != after.shape:
@@ -345,6 +355,19 @@ def compare_paired(
     mde = minimum_detectable_effect(n, (wins + losses) / n) if binary and units is None else None
     low, high = bounds or (None, None)
     return PairedComparison(
-        n, float(before.mean()), float(after.mean()), mean_stderr(before), mean_stderr(after),
-        float(after.mean() - before.mean()), low, high, p, wins, losses, mde, *names, units,
-    )  # fmt: skip
+        n=n,
+        baseline=float(before.mean()),
+        steered=float(after.mean()),
+        baseline_stderr=mean_stderr(before),
+        steered_stderr=mean_stderr(after),
+        difference=float(after.mean() - before.mean()),
+        low=low,
+        high=high,
+        p_value=p,
+        wins=wins,
+        losses=losses,
+        mde=mde,
+        test=names[0],
+        interval=names[1],
+        clusters=units,
+    )

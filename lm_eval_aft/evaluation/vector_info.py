@@ -1,4 +1,4 @@
-"""What a vector folder tells a report: how the vector was chosen, and how its training went."""
+"""What a report needs to know of a vector: how it was selected, and how its training went."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Digits of lm-eval's doc_hash that a vector keeps of each selection document.
 HASH_DIGITS = 16
-# Metadata that record how a vector was chosen; one made by hand, or by another tool, has none.
+# Metadata that record how a vector was selected; one made by hand, or by another tool, has none.
 _CHOICE = ("splits", "protocol", "recipe")
 
 
@@ -26,12 +26,14 @@ class VectorInfo:
     """A vector as a report describes it.
 
     Attributes:
-        biased: chosen on the very documents reported, by its own word.
-        selection_documents: first digits of the ``doc_hash`` of each document it was chosen on.
-        baseline: selection scores of the model without a vector, if any vector was trained.
-        layers: per layer its selection scores: ``{"layer", "score", "accuracy", "chosen"}``.
-        curves: per candidate its scores by epoch:
+        facts: what the report shows of it, by name.
+        biased: its own metadata say that it was selected on evaluation documents.
+        selection_documents: first digits of the ``doc_hash`` of each document it was selected on.
+        baseline: selection scores of the model without a vector, if recorded.
+        layers: selection scores of each layer: ``{"layer", "score", "accuracy", "chosen"}``.
+        curves: scores of each candidate by epoch:
             ``{"name", "layer", "seed", "chosen", "points": [{"epoch", "score", "accuracy"}]}``.
+        command: the ``aft train`` call that trains it again.
     """
 
     run: str
@@ -47,12 +49,12 @@ class VectorInfo:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; of the selection documents only how many."""
+        """Plain values; selection documents only as a count."""
         return asdict(self) | {"selection_documents": len(self.selection_documents)}
 
 
 def read_vector_info(run: ScoredRun) -> VectorInfo:
-    """Read the vector that steered a run, where it still lies, and check that it is the same one."""
+    """Read the vector that steered a run, if it can be found, and check that it is still the same."""
     logged = run.vector or {}
     info = VectorInfo(run.name, run.vector_path, logged.get("sha256"), biased=bool(logged.get("biased")))
     if run.routing is not None:
@@ -65,19 +67,12 @@ def read_vector_info(run: ScoredRun) -> VectorInfo:
                 "if it was not chosen on these documents."
             )
         return info
-    from lm_eval_aft.library.load import folder_of, load_vector  # torch
+    from lm_eval_aft.library.load import folder_of  # torch
 
     path = folder_of(run.vector_path, run.library) or Path(run.vector_path)
-    try:
-        vector = load_vector(run.vector_path, run.library)
-    except AFTError as error:
-        info.warnings.append(f"{run.name}: {error.what} How it was chosen cannot be checked.")
-        return info
-    _as_scored(vector, logged)
-    if info.sha256 and vector.digest() != info.sha256:
-        info.warnings.append(
-            f"{run.name}: the vector at {path} is no longer the one that was scored; it is left out."
-        )
+    changed = f"the vector at {path} is no longer the one that was scored; it is left out."
+    vector = _load_as_scored(info, logged, run.vector_path, run.library, changed)
+    if vector is None:
         return info
     _fill(info, vector.metadata, list(vector.layers))
     if run.kind == "steered" and not any(vector.metadata.get(key) for key in _CHOICE):
@@ -92,43 +87,54 @@ def read_vector_info(run: ScoredRun) -> VectorInfo:
         "norm": round(vector.norm(), 4),
         "coefficient": vector.coefficient,
     }
-    if path.exists():  # not so for a sum, or a vector on the Hub
+    if path.exists():  # false for a sum of vectors, or one on the Hub
         info.path = str(path)
         _read_ledger(info, path if path.is_dir() else path.parent, vector.metadata, list(vector.layers))
     return info
 
 
-def _as_scored(vector: SteeringVector, logged: dict[str, Any]) -> None:
-    """Give a vector the coefficient and positions it was scored with, which may replace its own."""
+def _load_as_scored(
+    info: VectorInfo, logged: dict[str, Any], spec: str | Path, library: str | None, changed: str
+) -> SteeringVector | None:
+    """The vector with the coefficient and positions it was scored with; ``None``, and a warning, if it is
+    gone or is another one by now."""
+    from lm_eval_aft.library.load import load_vector  # torch
+
+    try:
+        vector = load_vector(spec, library)
+    except AFTError as error:
+        info.warnings.append(f"{info.run}: {error.what} How it was chosen cannot be checked.")
+        return None
     vector.coefficient = float(logged.get("coefficient", vector.coefficient))
     vector.positions = str(logged.get("positions", vector.positions))
+    if logged.get("sha256") and vector.digest() != logged["sha256"]:
+        info.warnings.append(f"{info.run}: {changed}")
+        return None
+    return vector
 
 
 def _add_routed(info: VectorInfo, routing: dict[str, Any]) -> None:
-    """Every vector that a router may pick: one chosen on these documents taints the run."""
-    from lm_eval_aft.library.load import load_vector  # torch
-
+    """Add what is known of every vector the router may pick: one selected on these documents is enough to
+    bias the run."""
     info.sha256 = routing.get("router_sha256")
     root = routing.get("library")
     for name, logged in (routing.get("vectors") or {}).items():
         info.biased = info.biased or bool(logged.get("biased"))
-        try:
-            vector = load_vector(Path(str(root)) / str(name))
-        except AFTError as error:
-            info.warnings.append(f"{info.run}: {error.what} How it was chosen cannot be checked.")
-            continue
-        _as_scored(vector, logged)
-        if vector.digest() != logged.get("sha256"):
-            info.warnings.append(f"{info.run}: {name} in {root} is no longer the vector that was scored.")
-            continue
-        splits = vector.metadata.get("splits") or {}
-        info.selection_documents += [str(e)[:HASH_DIGITS] for e in splits.get("selection_documents") or []]
+        changed = f"{name} in {root} is no longer the vector that was scored."
+        vector = _load_as_scored(info, logged, Path(str(root)) / str(name), None, changed)
+        if vector is not None:
+            info.selection_documents += _selection_documents(vector.metadata)
+
+
+def _selection_documents(meta: dict[str, Any]) -> list[str]:
+    found = (meta.get("splits") or {}).get("selection_documents") or []
+    return [str(each)[:HASH_DIGITS] for each in found]
 
 
 def _fill(info: VectorInfo, meta: dict[str, Any], layers: list[int]) -> None:
     protocol, splits, selection = (meta.get(key) or {} for key in ("protocol", "splits", "selection"))
     info.biased = info.biased or is_biased(meta)
-    info.selection_documents = [str(each)[:HASH_DIGITS] for each in splits.get("selection_documents") or []]
+    info.selection_documents = _selection_documents(meta)
     info.facts = {
         "task": meta.get("task"),
         "base model": (meta.get("base_model") or {}).get("name"),
@@ -159,7 +165,7 @@ def _fill(info: VectorInfo, meta: dict[str, Any], layers: list[int]) -> None:
 
 
 def _loss_text(loss: Any) -> str | None:
-    """``cross-entropy``, or with its number: ``margin (margin 1.0)``."""
+    """``cross-entropy``, or with its parameters: ``margin (margin 1.0)``."""
     if not isinstance(loss, dict):
         return None
     numbers = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in loss.items() if key != "name")
@@ -167,7 +173,7 @@ def _loss_text(loss: Any) -> str | None:
 
 
 def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: list[int]) -> None:
-    """Training curves from ``training.jsonl``; a ledger that is missing or damaged gives none."""
+    """Read training curves from ``training.jsonl``, if it is there and undamaged."""
     ledger = folder / "training.jsonl"
     if not ledger.is_file():
         return
@@ -178,16 +184,11 @@ def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: l
             if entry.get("event") == "start":
                 info.command = _training_command(entry["settings"], info.facts.get("base model"))
             elif entry.get("event") == "epoch" and entry.get("stage") not in ("search", "penalty"):
-                own = curves.setdefault(
-                    entry["candidate"],
-                    {
-                        "name": entry["candidate"],
-                        "layer": entry["layer"],
-                        "seed": entry["seed"],
-                        "points": [],
-                    },
+                name = entry["candidate"]
+                curve = {"name": name, "layer": entry["layer"], "seed": entry["seed"], "points": []}
+                curves.setdefault(name, curve)["points"].append(
+                    {key: entry[key] for key in ("epoch", "score", "accuracy")}
                 )
-                own["points"].append({key: entry[key] for key in ("epoch", "score", "accuracy")})
     except (ValueError, KeyError, TypeError) as error:
         info.warnings.append(f"{info.run}: {ledger} is damaged ({error!r}); training curves are left out.")
         return
@@ -204,24 +205,13 @@ def _training_command(settings: dict[str, Any], model: Any) -> str:
     prompts = settings.get("prompts") or {}
     words = ["aft", "train", "--model", str(model), "--task", str(settings["task"])]
     plain = (
-        "first_seed",
-        "train_docs",
-        "selection_docs",
-        "train_split",
-        "objective",
-        "metric",
-        "choice_loss",
-        "margin",
-        "label_smoothing",
-        "control",
-        "method",
-        "positions",
-        "norm_cap",
+        *("first_seed", "train_docs", "selection_docs", "train_split", "objective", "metric", "choice_loss"),
+        *("margin", "label_smoothing", "control", "method", "positions", "norm_cap"),
     )
     name = protocol.pop("name", DEFAULT_PROTOCOL)
     usual = PROTOCOLS[name].to_dict() if name in PROTOCOLS else {}
     options: dict[str, Any] = {"protocol": name}
-    # What the protocol does by itself needs no flag; its document counts are limits, not flags.
+    # The protocol's own settings need no flag; its document counts are limits, not flags.
     options |= {
         key: _flag(value)
         for key, value in protocol.items()
@@ -248,7 +238,7 @@ def _training_command(settings: dict[str, Any], model: Any) -> str:
 
 
 def _flag(value: Any) -> Any:
-    """A protocol's number as its flag takes it: lists comma-separated, 0 for "never"."""
+    """A setting as its flag takes it: lists comma-separated, 0 for "never"."""
     if isinstance(value, list):
         return ",".join(map(str, value)) or "none"
     return 0 if value is None else value

@@ -14,7 +14,7 @@ from lm_eval_aft._util.private_names import NAMES
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.evaluation import doctor as evaluation_doctor
 from lm_eval_aft.evaluation import self_check
-from lm_eval_aft.evaluation.doctor import Report
+from lm_eval_aft.evaluation.doctor import Diagnosis
 from lm_eval_aft.evaluation.self_check import (
     BROKEN,
     FAMILIES,
@@ -125,7 +125,7 @@ def test_errors_are_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
     found = verdicts(trial)
     assert found["generation", "all"] == REFUSED
     assert found["stock", "all"] == BROKEN
-    told = str(Report({"a": "1"}, {"b": "2"}, {"c": "3"}, trials=[trial]))
+    told = str(Diagnosis({"a": "1"}, {"b": "2"}, {"c": "3"}, trials=[trial]))
     assert "This cannot be. Do something else." in told
     assert "KeyError: 'oops'" in told
     assert [each for each in trial.outcomes if each.part == "generation" and each.bad] == []
@@ -135,7 +135,7 @@ def test_a_family_that_is_not_there_is_no_fault(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(FAMILIES, "new", ("NoSuchConfig", {}))
     trial = try_family("new")
     assert "NoSuchConfig" in trial.absent
-    report = Report({"a": "1"}, {"b": "2"}, {"c": "3"}, trials=[trial])
+    report = Diagnosis({"a": "1"}, {"b": "2"}, {"c": "3"}, trials=[trial])
     assert not report.bad
     assert "new: not tried, transformers has no NoSuchConfig" in str(report)
 

@@ -203,7 +203,7 @@ def test_several_runs_in_one_folder(tmp_path: Path) -> None:
     run = read_run(tmp_path / "run")
     assert sorted(run.tasks) == [TASK, "gsm8k"]
     assert sum(s.metrics["acc"] for s in run.tasks[TASK].samples["none"].values()) == 10
-    assert run.notes == ["arc_challenge was scored more than once in run: the newest counts."]
+    assert run.notes == ("arc_challenge was scored more than once in run: the newest counts.",)
     last = STAMP.replace("2026-01-01", "2026-03-01")
     write_results(tmp_path / "run", {TASK: ONES}, stamp=last, vector=steered_by())
     with pytest.raises(AFTError, match="2 different models or vectors"):
