@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -225,6 +225,13 @@ class JsonLines:
         self._drop_cut_line()
         with jsonlines.open(self.path, "a") as writer:
             writer.write(line)
+
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the whole file, at once."""
+        import jsonlines
+
+        with replacing(self.path) as temporary, jsonlines.open(temporary, "w") as writer:
+            writer.write_all(lines)
 
     def _drop_cut_line(self) -> None:
         if not self.path.exists() or not self.path.stat().st_size:

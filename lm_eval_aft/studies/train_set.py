@@ -35,7 +35,7 @@ DONE, BEGUN, WAITING = "in the library", "begun", "to do"
 
 @dataclass(frozen=True)
 class EntryStatus:
-    """How far an entry of a study is: ``state`` is `DONE`, `BEGUN` or `WAITING`."""
+    """The progress of an entry: ``state`` is `DONE`, `BEGUN` or `WAITING`."""
 
     entry: StudyEntry
     state: str
@@ -45,7 +45,7 @@ class TrainSet:
     """A study, and the library that it fills.
 
     Each vector is trained in a hidden folder of the library and moved to its place when it is finished,
-    so a run that was killed goes on where it stopped.
+    so a run that was killed resumes where it stopped.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TrainSet:
         self.ledger = JsonLines(self.folder / TRAIN_SET_LEDGER)
 
     def statuses(self) -> list[EntryStatus]:
-        """How far every entry is, in the study's order.
+        """The progress of every entry, in the study's order.
 
         Raises:
             AFTError: the library holds a vector of an entry's name that this study did not train.
@@ -77,12 +77,12 @@ class TrainSet:
         return found
 
     def check_fresh(self) -> None:
-        """Raise `AFTError` if anything of the study is there already: then it wants to be resumed."""
+        """Raise `AFTError` if anything of the study is there already and has to be resumed."""
         begun = [each.entry.name for each in self.statuses() if each.state != WAITING]
         if begun:
             raise AFTError(
-                f"The library {self.library.root} already has, or began, {', '.join(begun)}.",
-                "Go on with --resume, or choose another library.",
+                f"The library {self.library.root} already has finished or unfinished {', '.join(begun)}.",
+                "Continue with --resume, or choose another library.",
             )
 
     def train(self, *, say: Callable[[str], None] = logger.info, progress: bool = True) -> dict[str, str]:
@@ -115,7 +115,7 @@ class TrainSet:
         told = work.with_name(f"{work.name}.asked.json")
         asked = canonical_json(self._asked(entry))
         if work.exists() and not (told.is_file() and told.read_text(encoding="utf-8") == asked):
-            say(f"{entry.name}: was begun with other settings, and is begun anew.")
+            say(f"{entry.name}: was begun with other settings, and is started anew.")
             shutil.rmtree(work)
         if not (work / FILE_NAME).exists():  # finished, if it is there
             work.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class TrainSet:
             train_vector(lm, entry.plan(), work, resume=True, progress=progress)
         vector = SteeringVector.load(work)
         record = {"name": entry.name, "sha256": vector.digest(), "asked": self._asked(entry)}
-        # Before the vector moves: a line too many does no harm, a line too few would disown it.
+        # Before the vector moves: without its line it would be taken for a foreign one.
         self.ledger.append(**record)
         self.library.add(work, entry.name)
         shutil.rmtree(work, ignore_errors=True)
@@ -135,7 +135,7 @@ class TrainSet:
     def _asked(self, entry: StudyEntry) -> dict[str, Any]:
         """What the entry's vector depends on, as JSON would give it back."""
         asked: dict[str, Any] = {"model": self.model, **entry.plan().to_dict()}
-        # Where it is loaded, and how it is batched, decides nothing.
+        # Device and batch size do not change the vector.
         loaded = {key: value for key, value in self.model_args.items() if key not in ("device", "batch_size")}
         if loaded:
             asked["model_args"] = loaded
