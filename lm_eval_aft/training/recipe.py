@@ -120,7 +120,8 @@ class Protocol:
             if name in ("patience", "clip") and not value:
                 value = None
             if name in ("lr", "l2"):
-                value = (float(value),) if type(value) in (int, float) else tuple(value)
+                several = tuple(value) if isinstance(value, Iterable) else (value,)
+                value = (float(value),) if type(value) in (int, float) else several
             wanted[name] = value
         return replace(self, **wanted)
 
