@@ -12,6 +12,9 @@ MOST = 100_000  # values in a file, aliases written out
 def read_yaml(text: str, *, texts: bool = False) -> Any:
     """What a YAML text says; nothing in it is run.
 
+    >>> read_yaml("a: no"), read_yaml("a: no", texts=True)
+    ({'a': False}, {'a': 'no'})
+
     Args:
         texts: leave every scalar as the text it is, so that ``no`` and ``on`` stay words.
 

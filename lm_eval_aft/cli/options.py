@@ -23,6 +23,9 @@ from lm_eval_aft._util.process import EXIT_CODE, Terminated
 def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
     """``key=value,key=value`` as lm-eval reads it, plus the options that were given.
 
+    >>> parse_model_args("revision=main,trust_remote_code=true", device="cpu", dtype=None)
+    {'revision': 'main', 'trust_remote_code': True, 'device': 'cpu'}
+
     Raises:
         AFTError: not of that form.
     """

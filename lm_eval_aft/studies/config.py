@@ -38,7 +38,6 @@ from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_ru
 PUBLISHED = read_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+=%,-]{0,95}")
 # Arguments of ``--model aft`` that steer: in a study each cell has its own vector.
 _STEERING = ("vector", "coefficient", "positions", "route", "library", "answer_only")
 # Settings of a plan that the study itself sets.
@@ -60,7 +59,11 @@ def _as_value_error() -> Iterator[None]:
 
 
 def setting_value(key: str, value: Any) -> Any:
-    """A setting as the plan takes it: YAML reads 1e-3 as text, and a single layer as a number."""
+    """A setting as the plan takes it: YAML reads 1e-3 as text, and a single layer as a number.
+
+    >>> setting_value("lr", ["1e-3", 0.01]), setting_value("layers", 3)
+    ((0.001, 0.01), '3')
+    """
     if key == "layers":
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if isinstance(value, str) and _NUMBER.fullmatch(value):

@@ -90,6 +90,10 @@ def find_config(model: str) -> Any:
 def typical_documents(task: str, num_fewshot: int = 0, share: int = 1) -> list[Document]:
     """Documents as long as a well-known task's, see `TaskSize.documents`.
 
+    >>> context, answer = typical_documents("gsm8k", num_fewshot=5)[0].pairs[0]
+    >>> len(context), len(answer)
+    (1224, 81)
+
     Raises:
         AFTError: the task's lengths are not known here.
     """

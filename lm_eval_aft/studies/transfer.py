@@ -30,14 +30,14 @@ SHELF = "trained"  # the library's category of vectors trained here
 
 @dataclass(frozen=True)
 class Transfer:
-    """What is to be done; `run` goes on with what a former call left in ``output``.
+    """Vectors and tasks to cross; `run` continues what an earlier call left in ``output``.
 
     Attributes:
         tasks: every vector is scored on all of them.
-        train: whether vectors are trained for tasks that ``given`` has none for.
+        train: whether to train vectors for the tasks that ``given`` has none for.
         given: vectors by name, as `load_vector` takes them.
         settings: of the training, as `TrainingPlan.of` takes them.
-        placebo: random directions like each vector, scored too.
+        placebo: ``random:N`` scores N random directions like each vector too.
         flags: further flags of ``lm_eval run``.
     """
 
@@ -55,7 +55,7 @@ class Transfer:
         """Train what is missing, score what is missing, compare.
 
         Raises:
-            AFTError: bad input; other settings than those of what lies in the output; nothing to score.
+            AFTError: bad input; the output has vectors of other settings; nothing to score.
         """
         self._check()
         with exclusive_dir(self.output):
@@ -70,10 +70,10 @@ class Transfer:
             failed = TrainSet(study, library, self.model, self.model_args).train(say=say, progress=progress)
         specs = {each.task: name for name, each in entries.items() if name not in failed} | dict(self.given)
         if not specs:
-            raise AFTError("No vector could be trained: the reasons stand above.", "Check --tasks.")
+            raise AFTError("No vector could be trained: the reasons are printed above.", "Check --tasks.")
         twice = [name for name, spec in specs.items() if list(specs.values()).count(spec) > 1]
         if twice:
-            raise AFTError(f"{' and '.join(twice)} are one and the same vector.", "Name each vector once.")
+            raise AFTError(f"{' and '.join(twice)} are the same vector.", "Name each vector once.")
         loaded = {name: load_vector(spec, library) for name, spec in specs.items()}
         trained_on = {name: str(v.metadata.get("task", "")).split(",") for name, v in loaded.items()}
         digests = {name: vector.digest() for name, vector in loaded.items()}
@@ -145,7 +145,7 @@ def _matrix(
     trained_on: Mapping[str, Sequence[str]],
     failed: dict[str, str],
 ) -> Matrix:
-    """Verdicts over the whole matrix; each task's own report had its vectors alone in the family."""
+    """Verdicts Holm-adjusted over the whole matrix, not over one task's vectors as in its own report."""
     counted = [row for _, placebo, row in rows if not placebo and row.p_adjusted is not None]
     adjusted = dict(zip(map(id, counted), holm([row.p_value for row in counted]), strict=True))
     cells = []
