@@ -201,16 +201,7 @@ def train(lm: AFTLM, folder: Path, train_docs: int, selection_docs: int, layers:
     packed = getattr(engine, "packed", True)
     order = sorted(range(len(encoded)), key=lambda i: -encoded[i].tokens(packed))
     evaluation = [encoded[i] for i in order]
-    starts = Starts(
-        model=lm.model,
-        backbone=prepared.backbone,
-        method=prepared.method,
-        positions="all",
-        layers=prepared.layers,
-        train=training,
-        probe=[],
-        window=lm.max_length,
-    )
+    starts = Starts(prepared, training, [])
 
     def in_order(values: Sequence[float]) -> NDArray[Any]:
         found = np.zeros(len(order), dtype=np.asarray(values).dtype)

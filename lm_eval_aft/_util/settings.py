@@ -58,10 +58,12 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def _plain(error: ValidationError, names: list[str]) -> AFTError:
-    whats, hints = [], []
+    whats: dict[Any, str] = {}
+    hints: dict[Any, str] = {}
     for fault in error.errors(include_url=False):
         place = fault["loc"][0]
         name = names[place] if isinstance(place, int) else place
-        whats.append(f"{name}={str(fault['input'])[:80]} is invalid.")
-        hints.append(f"{name} {fault['msg'][0].lower()}{fault['msg'][1:]}.".replace("input should", "should"))
-    return AFTError(" ".join(whats), " ".join(hints))
+        whats.setdefault(name, f"{name}={str(fault['input'])[:80]} is invalid.")
+        reason = f"{name} {fault['msg'][0].lower()}{fault['msg'][1:]}."
+        hints.setdefault(name, reason.replace("input should", "should"))
+    return AFTError(" ".join(whats.values()), " ".join(hints.values()))

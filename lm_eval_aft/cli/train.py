@@ -14,6 +14,7 @@ from lm_eval_aft.cli.options import PlainCommand, ended, offline_option, parse_m
 from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 
 if TYPE_CHECKING:
+    from lm_eval_aft.harness.examples import PromptSettings
     from lm_eval_aft.steering.vector import SteeringVector
     from lm_eval_aft.training.cost import Estimate
     from lm_eval_aft.training.recipe import Stage
@@ -211,13 +212,11 @@ def _dry_run(prepared: Prepared) -> None:
         )
 
 
-# Options that commands take over from `train-vector`, and what a plan is made of from them.
-
-PROMPT_OPTIONS = ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+# Options that commands share with `train-vector`, and the plan's settings from them.
 
 
 def training_options(*names: str) -> Callable[[Any], Any]:
-    """Give a command these options of `train-vector`, in its words."""
+    """Give a command these options of `train-vector`, with the same help."""
     known = {option.name: option for option in train_vector.params}
 
     def add(command: click.Command) -> click.Command:
@@ -228,42 +227,43 @@ def training_options(*names: str) -> Callable[[Any], Any]:
 
 
 def plan_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `TrainingPlan.of` takes, from options of `train-vector`; those not given are left out.
+    """Arguments of `TrainingPlan.of` from options of `train-vector`; those not given are left out.
 
     Raises:
         AFTError: an option that cannot be read.
     """
-    from lm_eval_aft.harness.examples import PromptSettings
+    from lm_eval_aft.harness.examples import PROMPTS
     from lm_eval_aft.training.recipe import parse_numbers, parse_rungs
 
     parsers = {"lr": parse_numbers, "l2": parse_numbers, "rungs": parse_rungs}
     settings: dict[str, Any] = {
         name: parsers[name](value) if name in parsers else value
         for name, value in options.items()
-        if value is not None and name not in (*PROMPT_OPTIONS, "include_path")
+        if value is not None and name not in (*PROMPTS, "include_path")
     }
-    settings["prompts"] = PromptSettings(
-        **{name: options[name] for name in PROMPT_OPTIONS if options.get(name) is not None}
-    )
-    return settings | {"include_path": tuple(options.get("include_path") or ())}
+    include_path = tuple(options.get("include_path") or ())
+    return settings | {"prompts": _prompts(options), "include_path": include_path}
+
+
+def _prompts(options: Mapping[str, Any]) -> PromptSettings:
+    from lm_eval_aft.harness.examples import PROMPTS, PromptSettings  # torch
+
+    return PromptSettings(**{name: options[name] for name in PROMPTS if options.get(name) is not None})
 
 
 def scoring_flags(options: Mapping[str, Any]) -> list[str]:
     """The same prompts as flags of ``lm_eval run``."""
-    from lm_eval_aft.harness.examples import PromptSettings  # torch
-
-    given = {key: options[key] for key in PROMPT_OPTIONS if options.get(key) is not None}
-    flags = PromptSettings(**given).flags()
+    flags = _prompts(options).flags()
     for folder in options.get("include_path") or ():
         flags += ["--include_path", str(folder)]
     return flags
 
 
-# What train-vector prints: the plan's stages, and how a finished run came out.
+# What train-vector prints: the plan's stages, and the results of a run.
 
 
 def print_result(result: TrainingResult, model: str, include_path: tuple[str, ...]) -> None:
-    """How a run came out, and how to score its vector."""
+    """The results of a run, and how to score its vector."""
     if result.sweep is None:
         _print_rounds(result.vector.metadata["rft"])
         chose = f"layer {next(iter(result.vector.layers))}"
@@ -340,13 +340,10 @@ def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
             f"accuracy {before.accuracy:.1%} -> {score.accuracy:.1%}, {score.n} documents."
         )
     if result.screen:
+        found = result.screen.get("rank_correlation")
+        agrees = "" if found is None else f"; rank correlation with the sweep {found:+.2f}"
         click.echo(
-            f"The screen put the layers in the order {', '.join(map(str, result.screen['order']))}"
-            + (
-                f"; rank correlation with the sweep {result.screen['rank_correlation']:+.2f}."
-                if "rank_correlation" in result.screen
-                else "."
-            )
+            f"The screen put the layers in the order {', '.join(map(str, result.screen['order']))}{agrees}."
         )
     if sweep.pruned:
         click.echo(f"A negative result: {sweep.pruned}.")
@@ -370,15 +367,7 @@ def _print_calibration(vector: SteeringVector) -> None:
 def print_stages(stages: Sequence[Stage]) -> None:
     """A plan's stages as a table."""
     rows = [
-        (
-            s.name,
-            str(s.candidates),
-            str(s.train),
-            str(s.selection),
-            str(s.epochs),
-            str(s.keep),
-            str(s.documents),
-        )
+        tuple(map(str, (s.name, s.candidates, s.train, s.selection, s.epochs, s.keep, s.documents)))
         for s in stages
     ]
     columns = ("stage", "candidates", "train docs", "selection docs", "epochs", "keep", "candidate-docs")
@@ -386,7 +375,7 @@ def print_stages(stages: Sequence[Stage]) -> None:
 
 
 def print_cost(expected: Estimate, retries: bool = False) -> None:
-    """What a run would take; ``retries``: it may start some candidates again, which is not counted."""
+    """The cost of a run; ``retries``: it may start some candidates again, which is not counted."""
     aside = " (retries aside)" if retries else ""
     click.echo(
         f"At most about {duration(expected.seconds)} on this machine as it is now{aside}, "

@@ -83,7 +83,7 @@ def _paths(files: Any) -> Iterable[Path]:
 
 
 def _contents(folder: Path) -> str:
-    """A digest of a folder's files, except hidden ones, Python's caches, notes, and this package's results."""
+    """A digest of a folder's files; not of hidden ones, Python's caches, notes and this package's results."""
     return digest([[str(path.relative_to(folder)), _digest(path)] for path in _files(folder)])
 
 

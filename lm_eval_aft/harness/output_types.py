@@ -18,13 +18,7 @@ Document = dict[str, Any]
 
 
 class Options(NamedTuple):
-    """What a document is trained on.
-
-    Attributes:
-        requests: (context, continuation) strings, one per option, or the gold continuation alone.
-        gold: indices of the right ones.
-        lengths: in characters, as acc_norm counts them.
-    """
+    """What a document is trained on; see `lm_eval_aft.harness.examples.Example`."""
 
     requests: tuple[tuple[str, str], ...]
     gold: tuple[int, ...]
@@ -66,8 +60,8 @@ class OutputType(ABC):
         """Texts that duplicates of a document share.
 
         Args:
-            text: its question (an option's index, where the options stand in the contexts).
-            choices_field: what the task reads its options by, where that is not the usual field.
+            text: its question (or an option's index, where the options are in the contexts).
+            choices_field: the field that its options are read from, if not the usual one.
         """
 
 

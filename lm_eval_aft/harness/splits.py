@@ -40,6 +40,7 @@ class Splits:
         selection_documents: the first 16 digits of each one's ``doc_hash`` in lm-eval, by which a
             report recognises them.
         share: how many documents show the same few-shot examples, where prompts have any.
+        given: training examples that every seed gets, in this order, instead of drawing from the pool.
     """
 
     extractor: Extractor
@@ -50,16 +51,19 @@ class Splits:
     selection_digest: str
     selection_documents: tuple[str, ...] = ()
     share: int = 1
+    given: list[Example] | None = None
     _fewshot: list[FewshotDocument] = field(repr=False, default_factory=list)
     _built: dict[int, Example | None] = field(repr=False, default_factory=dict)
 
     @property
     def drawn(self) -> int:
         """How many training documents a seed draws, at most."""
-        return min(self.train_docs, len(self.pool))
+        return min(self.train_docs, len(self.pool)) if self.given is None else len(self.given)
 
     def train(self, seed: int) -> list[Example]:
         """The training examples that ``seed`` draws, in the order it draws them."""
+        if self.given is not None:
+            return list(self.given)
         groups = in_groups(self.pool, self.share)
         random.Random(seed).shuffle(groups)
         drawn: list[Example] = []
@@ -73,20 +77,6 @@ class Splits:
                 if len(drawn) == self.train_docs:
                     return drawn
         return drawn
-
-
-@dataclass
-class GivenSplits(Splits):
-    """Splits whose training examples are given: every seed gets all of ``made``, in this order."""
-
-    made: list[Example] = field(default_factory=list)
-
-    @property
-    def drawn(self) -> int:
-        return len(self.made)
-
-    def train(self, seed: int) -> list[Example]:
-        return list(self.made)
 
 
 @dataclass
@@ -194,8 +184,8 @@ def prompted(
     digest = hashlib.sha256("".join(key for _, _, key in chosen).encode()).hexdigest()
     if reason := NAMES[DOC_HASH].problem():
         logger.warning(
-            "lm-eval %s may hash the documents that it logs in a way that is not known here (%s): reports may "
-            "miss that this vector was chosen on a document that they contain.",
+            "lm-eval %s may hash the documents that it logs in a way that is not known here (%s): reports "
+            "may miss that this vector was chosen on a document that they contain.",
             version("lm-eval"),
             reason,
         )

@@ -224,7 +224,7 @@ def write_card(folder: Path, vector: SteeringVector, results: Sequence[dict[str,
     tasks = task_names(meta)
     data = ModelCardData(
         library_name="lm-eval-aft",
-        base_model=_hub_name(meta),
+        base_model=_model(meta) if _is_hub_name(_model(meta)) else None,
         tags=["activation-steering", "steering-vector", "lm-eval-aft", *(f"task:{task}" for task in tasks)],
         datasets=list(dict.fromkeys(r["dataset"] for r in results if _is_hub_name(r["dataset"]))) or None,
         model_name=_title(meta) if results else None,
@@ -361,13 +361,8 @@ def _model(meta: dict[str, Any]) -> str:
     return str((meta.get("base_model") or {}).get("name") or "")
 
 
-def _hub_name(meta: dict[str, Any]) -> str | None:
-    """The base model's name if it is one the Hub could know; a local path is not."""
-    name = _model(meta)
-    return name if _is_hub_name(name) else None
-
-
 def _is_hub_name(name: str | None) -> bool:
+    """Whether the Hub could know it; a local path is not such a name."""
     return bool(name) and str(name).count("/") <= 1 and not str(name).startswith((".", "/"))
 
 

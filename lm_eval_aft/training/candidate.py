@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -201,10 +201,7 @@ class Candidate:
         self.best_score = Score(**values["best_score"]) if values["best_score"] else None
 
 
-class Tick(Protocol):
-    """Called with the number of (candidate, document) pairs just finished."""
-
-    def __call__(self, done: int, /) -> None: ...
+Tick = Callable[[int], None]  # called with the number of (candidate, document) pairs just finished
 
 
 class Engine(Protocol):

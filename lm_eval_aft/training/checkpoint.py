@@ -28,7 +28,7 @@ SAVE_EVERY = 300.0  # seconds of an unfinished epoch that a crash may cost
 
 
 class RunRecorder:
-    """Records a sweep's progress in its folder and on the bar; see `lm_eval_aft.training.sweep.SweepEvents`.
+    """Records a sweep's progress in its folder and on the bar.
 
     Args:
         asked: whether the process was asked to end.
@@ -48,9 +48,11 @@ class RunRecorder:
         self._asked, self._saved_at = asked, time.monotonic()
 
     def tick(self, done: int, /) -> None:
+        """So many more (candidate, document) pairs are finished."""
         self._bar.update(done)
 
     def epoch(self, candidate: Candidate, baseline: Score) -> None:
+        """A candidate has finished an epoch, or was stopped in it."""
         self._bar.set_description(f"{candidate.stage}: layer {candidate.layer}, epoch {candidate.epoch}")
         if self._ledger is None:
             return
@@ -76,11 +78,13 @@ class RunRecorder:
         )
 
     def save(self, candidates: Iterable[Candidate]) -> None:
+        """An epoch has ended: save what the run can resume from."""
         if self._ledger and self._folder:
             save_state(self._folder, self._settings, self._ledger, candidates)
         self._saved_at = time.monotonic()
 
     def pause(self, candidates: Iterable[Candidate]) -> None:
+        """The same within an epoch, now and then; ends the run if it was asked to end."""
         asked = self._asked()
         if asked or time.monotonic() - self._saved_at > SAVE_EVERY:
             self.save(candidates)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.settings import Count, NotNegative, Number, Positive, Share, settings
@@ -28,6 +29,12 @@ def _one_of(known: Iterable[str]) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _paths(given: Any) -> Any:
+    """One folder or several, as text."""
+    folders = (given,) if isinstance(given, str | os.PathLike) else given
+    return tuple(map(str, folders)) if isinstance(folders, list | tuple) else folders
 
 
 @settings
@@ -96,7 +103,7 @@ class Protocol:
     clip: Positive | None = 1.0
     batch_size: Count = 1
     share_fewshot: Count = 1
-    rungs: tuple[Rung, ...] = ()
+    rungs: Annotated[tuple[Rung, ...], Field(strict=False)] = ()
     finalists: Count = 1
     regression: bool = False
     retries: Annotated[int, Field(ge=0)] = 0
@@ -120,8 +127,8 @@ class Protocol:
             if name in ("patience", "clip") and not value:
                 value = None
             if name in ("lr", "l2"):
-                several = tuple(value) if isinstance(value, Iterable) else (value,)
-                value = (float(value),) if type(value) in (int, float) else several
+                value = (float(value),) if type(value) in (int, float) else value
+                value = tuple(value) if isinstance(value, list) else value
             wanted[name] = value
         return replace(self, **wanted)
 
@@ -338,7 +345,7 @@ class TrainingPlan:
     calibrate: bool = False
     norm_cap: Number | None = None
     screen: str = "off"
-    include_path: tuple[str, ...] = ()
+    include_path: Annotated[tuple[str, ...], BeforeValidator(_paths)] = ()
     rft: RFTSettings | None = None
 
     def seeds(self) -> range:

@@ -34,7 +34,7 @@ from lm_eval_aft.harness.grading import (
     read_solutions,
     write_solutions,
 )
-from lm_eval_aft.harness.splits import GivenSplits
+from lm_eval_aft.harness.splits import Splits
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
 from lm_eval_aft.steering.vector import SteeringVector
@@ -192,7 +192,7 @@ class Rounds:
         selection, judged = _examples(splits.selection, list(first.values())), "samples"
         if len(selection) < SMALLEST_SHARE:
             selection, judged = splits.selection, "gold"
-        given = GivenSplits(
+        given = Splits(
             self.prepared.parts[0].splits.extractor,
             selection,
             pool=[],
@@ -200,7 +200,7 @@ class Rounds:
             counts=splits.counts,
             selection_digest=splits.selection_digest,
             selection_documents=splits.selection_documents,
-            made=made,
+            given=made,
         )
         # Only the finished vector is replaced by a control: sampling needs the real one.
         plan = replace(self.prepared.plan, control=None)

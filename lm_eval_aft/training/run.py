@@ -180,7 +180,7 @@ def run_sweep(
     bar = _progress_bar(prepared.stages(), workers, len(selection), progress)
     with bar, postponed() as asked:
         events = RunRecorder(bar, folder, settings, log, saved, asked)
-        starts = _starts(prepared, train, selection)
+        starts = Starts(prepared, train, selection[:8])
         sweep = Sweep(
             engine,
             plan.protocol,
@@ -257,25 +257,11 @@ def cost(prepared: Prepared) -> Estimate:
     selection = encode(prepared.splits.selection, lm)
     train = encode(prepared.splits.train(plan.first_seed), lm)
     engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, [*selection, *train])
-    starts = _starts(prepared, {plan.first_seed: train}, selection)
+    starts = Starts(prepared, {plan.first_seed: train}, selection[:8])
     group = [Candidate(site, 0, Recipe(), starts(site, plan.first_seed)) for site in prepared.sites]
     protocol = plan.protocol
     return estimate(
         engine, group, train, selection, prepared.stages(), protocol.batch_size, seeds=protocol.seeds
-    )
-
-
-def _starts(prepared: Prepared, train: dict[int, list[Document]], selection: Sequence[Document]) -> Starts:
-    lm, plan = prepared.lm, prepared.plan
-    return Starts(
-        model=lm.model,
-        backbone=prepared.backbone,
-        method=prepared.method,
-        positions=plan.positions,
-        layers=prepared.layers,
-        train=train,
-        probe=selection[:8],
-        window=lm.max_length,
     )
 
 

@@ -240,25 +240,18 @@ def _check_rft(plan: TrainingPlan, extractors: Sequence[Extractor]) -> None:
 # Initialization.
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Starts:
     """Makes candidates' initial interventions.
 
     Attributes:
-        layers: the layers of the run; methods that steer several at once steer all of these.
         train: training documents by seed; methods without training are computed from them.
         probe: documents on which hidden states are measured for small random vectors.
-        window: the most tokens that the model reads.
     """
 
-    model: nn.Module
-    backbone: Backbone
-    method: Method
-    positions: str
-    layers: Sequence[int]
+    prepared: Prepared
     train: Mapping[int, Sequence[Document]]
     probe: Sequence[Document]
-    window: int
     _differences: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
     def __call__(self, layer: int, seed: int, noise: int | None = None) -> Intervention:
@@ -266,27 +259,27 @@ class Starts:
 
         Random parameters are drawn from ``seed``, a retry's vectors from ``noise``.
         """
-        layers = tuple(self.layers) if self.method.together else (layer,)
+        model, backbone, method = self.prepared.lm.model, self.prepared.backbone, self.prepared.method
+        layers = tuple(self.prepared.layers) if method.together else (layer,)
         generator = torch.Generator().manual_seed(seed)
-        tensors = self.method.start(self.backbone.hidden_size, layers, generator)
-        if not self.method.trained:
+        tensors = method.start(backbone.hidden_size, layers, generator)
+        if not method.trained:
             found = self._contrast(seed)
             tensors |= {f"layers.{each}": found[each].clone() for each in layers}
         elif noise is not None:
             for place, each in enumerate(layers):
-                size = residual_norm(self.model, self.backbone, each, self.probe)
-                tensors[f"layers.{each}"] = small_random(self.backbone.hidden_size, size, noise + place)
-        parameter = next(self.model.parameters())
-        placed = {
-            name: tensor.to(parameter.device, master_dtype(parameter.dtype))
-            for name, tensor in tensors.items()
-        }
-        return Intervention(self.method, placed, positions=self.positions)
+                size = residual_norm(model, backbone, each, self.probe)
+                tensors[f"layers.{each}"] = small_random(backbone.hidden_size, size, noise + place)
+        parameter = next(model.parameters())
+        dtype = master_dtype(parameter.dtype)
+        placed = {name: tensor.to(parameter.device, dtype) for name, tensor in tensors.items()}
+        return Intervention(method, placed, positions=self.prepared.plan.positions)
 
     def _contrast(self, seed: int) -> dict[int, Tensor]:
         if seed not in self._differences:
+            lm = self.prepared.lm
             self._differences[seed] = mean_differences(
-                self.model, self.backbone, self.train[seed], self.window
+                lm.model, self.prepared.backbone, self.train[seed], lm.max_length
             )
         return self._differences[seed]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
-from typing import Protocol as Interface
 
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Tick, in_steps
+from lm_eval_aft.training.checkpoint import RunRecorder
 from lm_eval_aft.training.distributed import Workers
 from lm_eval_aft.training.recipe import Protocol, schedule
 from lm_eval_aft.training.selection import Criterion, Score, find_criterion, mean_of_seeds, median_seed
@@ -86,22 +86,6 @@ class SweepResult:
         return median_seed(self.chosen.candidates)
 
 
-class SweepEvents(Interface):
-    """Whoever wants to know how a sweep gets on."""
-
-    def tick(self, done: int, /) -> None:
-        """So many more (candidate, document) pairs are finished."""
-
-    def epoch(self, candidate: Candidate, baseline: Score) -> None:
-        """A candidate has finished an epoch, or was stopped in it."""
-
-    def save(self, candidates: Iterable[Candidate]) -> None:
-        """An epoch has ended: what the run can resume from."""
-
-    def pause(self, candidates: Iterable[Candidate]) -> None:
-        """The same within an epoch, where it need not be saved; may end the run."""
-
-
 @dataclass
 class Sweep:
     """One run of a protocol.
@@ -121,7 +105,7 @@ class Sweep:
     train: dict[int, list[Document]]
     selection: Sequence[Document]
     start: Callable[[int, int, int | None], Intervention]
-    events: SweepEvents
+    events: RunRecorder
     workers: Workers = field(default_factory=Workers)
     saved: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = field(default_factory=dict)
     candidates: dict[str, Candidate] = field(default_factory=dict)

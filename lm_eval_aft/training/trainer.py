@@ -192,7 +192,7 @@ def make_engine(
     Raises:
         AFTError: the model's attention has no gradients on its device.
     """
-    if _no_gradients(model):
+    if attention_kernel(model) == "flex_attention" and input_device(model).type == "cpu":
         raise AFTError(
             "flex attention has no gradients on a CPU.", "Load the model with attn_implementation=sdpa."
         )
@@ -244,10 +244,6 @@ def residual_norm(model: nn.Module, backbone: Backbone, layer: int, documents: S
             _run_blocks(model, batch)
         norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1))
     return float(torch.cat(norms).median())
-
-
-def _no_gradients(model: nn.Module) -> bool:
-    return attention_kernel(model) == "flex_attention" and input_device(model).type == "cpu"
 
 
 def _run_blocks(model: nn.Module, batch: Batch) -> None:

@@ -161,7 +161,7 @@ def test_a_vector_that_waits_is_moved_and_not_trained_again(
     # Sudden death has cut the ledger's last line short.
     ledger = root / ".train-set" / "ledger.jsonl"
     ledger.write_bytes(ledger.read_bytes()[:20])
-    monkeypatch.setattr(train_set, "run", interrupted)
+    monkeypatch.setattr(train_set, "train_vector", interrupted)
     assert Library.add is add
     call(quick(tmp_path), root, "--no-scores", "--resume")
     assert "already in the library" in call(quick(tmp_path), root, "--no-scores", "--resume").output

@@ -14,7 +14,7 @@ from lm_eval_aft.engine.batching import Document
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.training.candidate import Candidate, Recipe, Tick
 from lm_eval_aft.training.recipe import PROTOCOLS, Protocol, find_protocol, parse_rungs, schedule
-from lm_eval_aft.training.selection import Score
+from lm_eval_aft.training.selection import CRITERIA, Criterion, Score
 from lm_eval_aft.training.setup import small_random
 from lm_eval_aft.training.sweep import Sweep, SweepResult
 
@@ -264,6 +264,41 @@ def test_changes_and_rungs_in_writing() -> None:
 def test_recipe_is_checked() -> None:
     with pytest.raises(AFTError):
         Recipe(lr=-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"epochs": 0}, "epochs=0 is invalid.\nepochs should be greater than or equal to 1."),
+        ({"epochs": True}, "epochs=True is invalid.\nepochs should be a valid integer."),
+        ({"lr": -1.0}, "lr=-1.0 is invalid.\nlr should be greater than 0."),
+        ({"l2": float("nan")}, "l2=nan is invalid.\nl2 should be a finite number."),
+        ({"layers": 3}, "layers=3 is invalid.\nlayers should be a valid string."),
+        ({"criterion": "luck"}, "There is no criterion 'luck'.\nChoose one of: cross-entropy."),
+    ],
+    ids=str,
+)
+def test_a_bad_setting_is_told_in_one_line_each(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(AFTError) as found:
+        ADAPTIVE.changed(changes)
+    assert str(found.value) == told
+
+
+def test_numbers_stay_as_they_were_given() -> None:
+    """Digests of settings, which earlier versions have written, tell 1 from 1.0."""
+    found = ADAPTIVE.changed({"clip": 1}).to_dict()
+    assert type(found["clip"]) is int
+    assert "criterion" not in found
+
+
+def test_every_choice_follows_the_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CRITERIA, "contrary", Criterion("contrary", lambda score: (-score.score,)))
+    contrary = ADAPTIVE.changed({"criterion": "contrary"})
+    result = run(Scripted(by_layer, baseline_score=0.0), contrary)
+    assert (result.chosen.layer, result.finalist.recipe.lr) == (0, 1e-4)  # the highest cross-entropy
+    assert {candidate.best_epoch for candidate in result.chosen.candidates} == {1}
+    assert (result.chosen.improves, result.retries, result.pruned) == (True, 0, "")
+    assert contrary.to_dict()["criterion"] == "contrary"
 
 
 @dataclass
