@@ -162,9 +162,9 @@ def _executor(name: str, plan: BenchStudy, store: Store, device: str | None, ray
 
 
 def _print_report(report: BenchReport, output: Path) -> None:
-    from lm_eval_aft.studies.report import summary, tables
+    from lm_eval_aft.studies.report import study_tables, summary
 
-    for table in tables(report, brief=True):
+    for table in study_tables(report, brief=True):
         print_table(table.title, table.columns, table.lines)
     click.echo(summary(report))
     for note in report.notes:
@@ -415,10 +415,10 @@ def search(
 
 def _print_points(points: Sequence[Point], output: Path, title: str) -> None:
     """Write the whole table, print the best of it."""
-    from lm_eval_aft.studies.search import POINT_COLUMNS, SEARCH_NOTE, table, write_table
+    from lm_eval_aft.studies.search import POINT_COLUMNS, SEARCH_NOTE, search_rows, write_search_table
 
-    written = write_table(points, output, title)
-    print_table(title, POINT_COLUMNS, table(points)[:SHOWN], 0)
+    written = write_search_table(points, output, title)
+    print_table(title, POINT_COLUMNS, search_rows(points)[:SHOWN], 0)
     if len(points) > SHOWN:
         click.echo(f"... and {len(points) - SHOWN} more in {written}.")
     click.echo(SEARCH_NOTE.format(count=len(points)))

@@ -362,15 +362,15 @@ def train_set(
 
 def _score(job: TrainSet, limit: int | None, arguments: dict[str, Any], batch_size: str) -> None:
     """Score every vector on every task, and print and write the table."""
-    from lm_eval_aft.studies.train_set import CROSS_SCORES_NOTE, TABLE, cross_score, table
+    from lm_eval_aft.studies.train_set import CROSS_SCORES, CROSS_SCORES_NOTE, cross_score, cross_score_table
 
     flags = ["--batch_size", batch_size]
     rows = cross_score(
         job.study, job.library, job.model, limit=limit, model_args=arguments, flags=flags, say=click.echo
     )
-    columns, lines = table(rows)
+    columns, lines = cross_score_table(rows)
     print_table("Cross-scores", columns, lines)
-    click.echo(f"{CROSS_SCORES_NOTE}\nWritten: {job.library.root / TABLE}.md and .json")
+    click.echo(f"{CROSS_SCORES_NOTE}\nWritten: {job.library.root / CROSS_SCORES}.md and .json")
 
 
 def _print_plan(job: TrainSet) -> None:

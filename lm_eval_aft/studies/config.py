@@ -35,7 +35,7 @@ from lm_eval_aft.library.routers import read_table
 from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_rungs
 
 # The earlier study's tables.
-PUBLISHED = read_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+EARLIER_STUDY = read_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 # Arguments of ``--model aft`` that steer: in a study each cell has its own vector.
@@ -122,8 +122,8 @@ def _check_pretrained(text: str, info: ValidationInfo) -> str:
 
 
 def _check_table(name: str) -> str:
-    if name not in PUBLISHED:
-        raise ValueError(f"there is no table {name!r}; choose one of: {', '.join(PUBLISHED)}.")
+    if name not in EARLIER_STUDY:
+        raise ValueError(f"there is no table {name!r}; choose one of: {', '.join(EARLIER_STUDY)}.")
     return name
 
 

@@ -25,7 +25,7 @@ from lm_eval_aft.evaluation.formatting import (
 from lm_eval_aft.evaluation.report import over_seeds
 from lm_eval_aft.evaluation.stats import ALPHA, BETTER, WORSE, holm, mean_stderr, verdict
 from lm_eval_aft.steering.methods import DEFAULT_METHOD
-from lm_eval_aft.studies.config import PUBLISHED, BenchStudy
+from lm_eval_aft.studies.config import EARLIER_STUDY, BenchStudy
 from lm_eval_aft.studies.jobs import DONE, FAILED, PRUNED, Schedule, StudyCell, given_up
 
 
@@ -91,7 +91,7 @@ def build_study_report(study: BenchStudy, schedule: Schedule) -> BenchReport:
         contrasts=contrasts(rows, study),
         negative=_negative(rows),
         earlier=beside_earlier(rows, study),
-        earlier_note=PUBLISHED[study.earlier]["note"] if study.earlier else "",
+        earlier_note=EARLIER_STUDY[study.earlier]["note"] if study.earlier else "",
         notes=_shortened(list(notes)),
     )
 
@@ -388,7 +388,7 @@ def beside_earlier(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str,
     shared = study.recipe.get("method", DEFAULT_METHOD)
     kinds = {entry.name: entry.settings.get("method", shared) for entry in study.methods}
     found = []
-    for given in PUBLISHED[study.earlier]["figures"] if study.earlier else ():
+    for given in EARLIER_STUDY[study.earlier]["figures"] if study.earlier else ():
         quoted = {"model": "", "task": "", "method": "", "points": 0, "n": None, "note": ""} | given
         ours = [
             row
@@ -431,7 +431,7 @@ def summary(report: BenchReport) -> str:
     )
 
 
-def tables(report: BenchReport, brief: bool = False) -> list[RenderedTable]:
+def study_tables(report: BenchReport, brief: bool = False) -> list[RenderedTable]:
     """Every table of the report that has rows; ``brief``: with the columns that a terminal has room for."""
     made = [
         *_pivot_tables(report),
@@ -596,13 +596,13 @@ def _earlier(report: BenchReport) -> RenderedTable:
 
 def write_study_report(report: BenchReport, folder: Path) -> list[Path]:
     """Write ``report.md``, ``.html``, ``.json`` and ``.csv``; each appears whole or not at all."""
-    context = {"report": report, "summary": summary(report), "tables": tables(report)}
+    context = {"report": report, "summary": summary(report), "tables": study_tables(report)}
     texts = {
         suffix: render_template("lm_eval_aft.studies", f"study.{suffix}.j2", **context)
         for suffix in ("md", "html")
     }
     return write_formats(
-        texts | {"json": json_text(report.to_dict()), "csv": to_csv(report)}, folder, "report"
+        texts | {"json": json_text(report.to_dict()), "csv": study_csv(report)}, folder, "report"
     )
 
 
@@ -610,7 +610,7 @@ _CELL_COLUMNS = ("model", "task", "method", "seed", "control", "state", "why")
 _VECTOR_COLUMNS = ("sha256", "layers", "norm", "epoch", "selection_change", "retries", "pruned", "train")
 
 
-def to_csv(report: BenchReport) -> str:
+def study_csv(report: BenchReport) -> str:
     """A line for each metric of each cell, with full precision; no times, so that equal studies are equal."""
     columns = [*_CELL_COLUMNS, *(each.name for each in fields(VerdictRow) if each.name != "task")]
     rows = []

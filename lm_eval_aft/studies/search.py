@@ -310,7 +310,7 @@ def read_points(
 POINT_COLUMNS = ("layer", "depth", "lr", "l2", "epochs", "cross-entropy", "change", "accuracy", "best epoch")
 
 
-def table(points: Sequence[Point]) -> list[list[str]]:
+def search_rows(points: Sequence[Point]) -> list[list[str]]:
     """Lines in the order of `POINT_COLUMNS`, best first."""
     return [
         [
@@ -334,8 +334,8 @@ SEARCH_NOTE = (
 )
 
 
-def write_table(points: Sequence[Point], folder: Path, title: str) -> Path:
+def write_search_table(points: Sequence[Point], folder: Path, title: str) -> Path:
     """``search.md``: all points, best first."""
     note = SEARCH_NOTE.format(count=len(points))
-    text = f"# {title}\n\n{note}\n\n{markdown_table(POINT_COLUMNS, table(points))}\n"
+    text = f"# {title}\n\n{note}\n\n{markdown_table(POINT_COLUMNS, search_rows(points))}\n"
     return write_formats({"md": text}, folder, "search")[0]

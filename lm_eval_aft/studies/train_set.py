@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 # A hidden folder of the library: listings pass it over.
 FOLDER = ".train-set"
 TRAIN_SET_LEDGER = "ledger.jsonl"
-DONE, BEGUN, WAITING = "in the library", "begun", "to do"
+IN_LIBRARY, BEGUN, WAITING = "in the library", "begun", "to do"
 
 
 @dataclass(frozen=True)
 class EntryStatus:
-    """The progress of an entry: ``state`` is `DONE`, `BEGUN` or `WAITING`."""
+    """The progress of an entry: ``state`` is `IN_LIBRARY`, `BEGUN` or `WAITING`."""
 
     entry: StudyEntry
     state: str
@@ -70,7 +70,7 @@ class TrainSet:
             state = WAITING
             if entry.name in names:
                 self._require_own(entry, records.get(entry.name))
-                state = DONE
+                state = IN_LIBRARY
             elif self._work(entry).exists():
                 state = BEGUN
             found.append(EntryStatus(entry, state))
@@ -94,7 +94,7 @@ class TrainSet:
         lm: AFTLM | None = None
         for standing in self.statuses():
             entry = standing.entry
-            if standing.state == DONE:
+            if standing.state == IN_LIBRARY:
                 say(f"{entry.name}: already in the library.")
                 continue
             if lm is None:
@@ -161,7 +161,7 @@ class TrainSet:
 
 # Each vector of a study scored on each of its tasks, kept beside the vectors.
 
-TABLE = "cross-scores"
+CROSS_SCORES = "cross-scores"
 _ASKED = "asked.json"
 
 
@@ -212,7 +212,7 @@ def cross_score(
         folder = library.root / FOLDER / "scores" / task
         if not is_scored(folder, asked):
             say(f"{task}: scoring {len(names)} vectors and the baseline ...")
-            score(folder, asked, model, names, task, library, model_args, own)
+            score_vectors(folder, asked, model, names, task, library, model_args, own)
         trained_on = {each.name: each.plan().tasks for each in entries}
         report = compare(folder)
         by_run = {each["name"]: each["vector"] for each in report.runs}
@@ -227,7 +227,7 @@ def cross_score(
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def cross_score_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines of the table: a line for the baseline and each vector, a column for each task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     at = {(row["vector"], row["task"]): row for row in rows}
@@ -258,7 +258,7 @@ CROSS_SCORES_NOTE = (
 )
 
 
-def score(
+def score_vectors(
     folder: Path,
     asked: dict[str, Any],
     model: str,
@@ -297,5 +297,8 @@ def _digest(library: Library, name: str) -> str:
 
 
 def _write(root: Path, rows: Sequence[dict[str, Any]]) -> None:
-    texts = {"md": f"{markdown_table(*table(rows))}\n\n{CROSS_SCORES_NOTE}\n", "json": json_text(list(rows))}
-    write_formats(texts, root, TABLE)
+    texts = {
+        "md": f"{markdown_table(*cross_score_table(rows))}\n\n{CROSS_SCORES_NOTE}\n",
+        "json": json_text(list(rows)),
+    }
+    write_formats(texts, root, CROSS_SCORES)

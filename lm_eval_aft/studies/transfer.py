@@ -19,7 +19,7 @@ from lm_eval_aft.library.files import PART
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.studies.config import Study, StudyEntry
-from lm_eval_aft.studies.train_set import TrainSet, is_scored, score
+from lm_eval_aft.studies.train_set import TrainSet, is_scored, score_vectors
 
 _KEPT = (
     *("metric", "filter", "n", "baseline", "steered", "difference", "low", "high", "wins", "losses"),
@@ -92,7 +92,7 @@ class Transfer:
                 say(f"{task}: already scored.")
             else:
                 say(f"{task}: scoring {len(specs)} vectors and the baseline ...")
-                score(
+                score_vectors(
                     folder, asked, self.model, list(specs.values()), task, library,
                     dict(self.model_args), self.flags, self.placebo,
                 )  # fmt: skip

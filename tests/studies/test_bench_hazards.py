@@ -32,7 +32,7 @@ from lm_eval_aft.studies.jobs import (
     build_cells,
 )
 from lm_eval_aft.studies.ray import LOSSES
-from lm_eval_aft.studies.report import build_study_report, summary, tables
+from lm_eval_aft.studies.report import build_study_report, study_tables, summary
 from lm_eval_aft.studies.runner import StudyProgress
 from lm_eval_aft.training.controls import check_control, random_like
 
@@ -77,7 +77,7 @@ def schedule(folder: Path, study: BenchStudy, outcomes: Outcomes) -> Schedule:
 
 def shown(folder: Path, study: BenchStudy, outcomes: Outcomes) -> dict[str, list[list[str]]]:
     report = build_study_report(study, schedule(folder, study, outcomes))
-    return {table.title: table.lines for table in tables(report)}
+    return {table.title: table.lines for table in study_tables(report)}
 
 
 def test_a_method_is_not_judged_by_the_pairs_it_did_well_on(tmp_path: Path) -> None:
