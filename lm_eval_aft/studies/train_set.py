@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -197,7 +198,7 @@ def cross_score(
     if not entries:
         raise AFTError("No vector of the study is in the library.", "Train them first.")
     names = [entry.name for entry in entries]
-    digests = {name: _digest(library, name) for name in names}
+    digests = {name: SteeringVector.load(library.path(name)).digest() for name in names}
     rows: list[dict[str, Any]] = []
     for task, entry in study.scored_tasks().items():
         wanted = limit or (entry.limit if entry else None) or study.scores.limit
@@ -210,9 +211,7 @@ def cross_score(
         asked = {"model": model, "contents": contents, "vectors": digests}
         asked |= {"flags": own, "model_args": model_args or {}}
         folder = library.root / FOLDER / "scores" / task
-        if not is_scored(folder, asked):
-            say(f"{task}: scoring {len(names)} vectors and the baseline ...")
-            score_vectors(folder, asked, model, names, task, library, model_args, own)
+        score_vectors(folder, task, asked, library, say)
         trained_on = {each.name: each.plan().tasks for each in entries}
         report = compare(folder)
         by_run = {each["name"]: each["vector"] for each in report.runs}
@@ -259,41 +258,32 @@ CROSS_SCORES_NOTE = (
 
 
 def score_vectors(
-    folder: Path,
-    asked: dict[str, Any],
-    model: str,
-    names: Sequence[str],
-    task: str,
-    library: Library,
-    model_args: dict[str, Any] | None,
-    flags: Sequence[str],
-    placebo: str = "none",
-) -> None:
-    """Score the baseline and vectors on a task, and note in the folder what was ``asked``."""
-    how: dict[str, Any] = {
-        "placebo": placebo,
-        "library": library.root,
-        "model_args": model_args,
-        "flags": flags,
-    }
+    folder: Path, task: str, asked: dict[str, Any], library: Library, say: Callable[[str], None]
+) -> bool:
+    """Score the baseline and vectors on a task, unless the folder has these scores; whether it had not.
+
+    Args:
+        asked: ``model``, ``model_args``, ``flags`` of ``lm_eval run``, ``vectors`` (name -> digest), perhaps
+            ``placebo``, and whatever else the scores depend on; kept in the folder.
+    """
+    text = canonical_json(asked)
+    with contextlib.suppress(OSError, ValueError):
+        if (folder / _ASKED).read_text(encoding="utf-8") == text:
+            return False
+    say(f"{task}: scoring {len(asked['vectors'])} vectors and the baseline ...")
     with replacing_dir(folder) as begun:
-        evaluate_pair(model, names, [task], begun, **how)
-        (begun / _ASKED).write_text(canonical_json(asked), encoding="utf-8")
-
-
-def is_scored(folder: Path, asked: dict[str, Any]) -> bool:
-    """Whether the folder holds scores that were asked for in just this way."""
-    try:
-        found = json.loads((folder / _ASKED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(found == json.loads(canonical_json(asked)))
-
-
-def _digest(library: Library, name: str) -> str:
-    from lm_eval_aft.steering.vector import SteeringVector
-
-    return SteeringVector.load(library.path(name)).digest()
+        evaluate_pair(
+            asked["model"],
+            list(asked["vectors"]),
+            [task],
+            begun,
+            placebo=asked.get("placebo", "none"),
+            library=library.root,
+            model_args=asked["model_args"],
+            flags=asked["flags"],
+        )
+        (begun / _ASKED).write_text(text, encoding="utf-8")
+    return True
 
 
 def _write(root: Path, rows: Sequence[dict[str, Any]]) -> None:

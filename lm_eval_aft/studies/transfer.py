@@ -19,7 +19,7 @@ from lm_eval_aft.library.files import PART
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.studies.config import Study, StudyEntry
-from lm_eval_aft.studies.train_set import TrainSet, is_scored, score_vectors
+from lm_eval_aft.studies.train_set import TrainSet, score_vectors
 
 _KEPT = (
     *("metric", "filter", "n", "baseline", "steered", "difference", "low", "high", "wins", "losses"),
@@ -88,14 +88,8 @@ class Transfer:
                 "placebo": self.placebo,
             }
             folder = self.output / "scores" / task
-            if is_scored(folder, asked):
+            if not score_vectors(folder, task, asked, library, say):
                 say(f"{task}: already scored.")
-            else:
-                say(f"{task}: scoring {len(specs)} vectors and the baseline ...")
-                score_vectors(
-                    folder, asked, self.model, list(specs.values()), task, library,
-                    dict(self.model_args), self.flags, self.placebo,
-                )  # fmt: skip
             found += _rows(folder, {spec: name for name, spec in specs.items()})
         missing = {name.removeprefix(f"{SHELF}/"): why for name, why in failed.items()}
         return _matrix(self.model, self.tasks, found, trained_on, missing)
