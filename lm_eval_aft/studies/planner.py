@@ -18,12 +18,12 @@ from lm_eval_aft.studies.config import ModelEntry
 from lm_eval_aft.studies.jobs import StudyCell
 from lm_eval_aft.studies.known_models import KNOWN, OTHER_TASKS, TASK_SIZES, find_config
 from lm_eval_aft.studies.simulated_device import (
-    BlankEngine,
     Device,
+    MetaEngine,
     Roofline,
     blocks_alike,
-    may_pack_blank,
     meta_model,
+    rows_may_be_packed,
     shallower,
     shapes_only,
 )
@@ -227,7 +227,7 @@ def plan_cost(
         for given, most in ((train_docs, recipe.train_docs), (selection_docs, recipe.selection_docs))
     )
     stages = schedule(recipe, len(sites), train, selection)
-    packed = may_pack_blank(model, documents)
+    packed = rows_may_be_packed(model, documents)
     budget = budget or TOKEN_BUDGET.get(device.kind, DEFAULT_TOKEN_BUDGET)
     trial = _TrialRuns(
         make_objective(objective, None, ["acc_norm"]), how, packed, budget, device, list(documents), dtype
@@ -317,7 +317,7 @@ class _TrialRuns:
         """What the config's model takes; the last two layers show what a block above a layer adds."""
         model = meta_model(config, self.dtype)
         backbone = find_backbone(model)
-        engine = BlankEngine(model, backbone, self.objective, packed=self.packed, budget=self.budget)
+        engine = MetaEngine(model, backbone, self.objective, packed=self.packed, budget=self.budget)
         depth = len(backbone.blocks)
         every = [[self.documents[i] for i in unit] for unit in units(self.documents)]
         longest, typical = max(every, key=_tokens), every[:-1] or every
@@ -373,7 +373,7 @@ class _TrialRuns:
         rows = lay_out(documents, self.packed)
         return len(rows) * max(row.width for row in rows)
 
-    def _peak(self, engine: BlankEngine, work: Callable[[], Any]) -> int:
+    def _peak(self, engine: MetaEngine, work: Callable[[], Any]) -> int:
         engine.forget()
         with PeakMemory("meta") as memory:
             work()

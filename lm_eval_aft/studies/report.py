@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scipy.special import stdtrit
 
@@ -128,11 +128,9 @@ def _cell_row(cell: StudyCell, schedule: Schedule) -> CellRow:
 
 def _distinct(rows: Sequence[CellRow]) -> list[VerdictRow]:
     """Primary shares of the cells; a vector that several seeds came to is there once."""
-    found: dict[tuple[str, str, str, str], VerdictRow] = {}
-    for each in rows:
-        if each.row and each.row.share:
-            found.setdefault((each.model, each.task, each.method, each.vector["sha256"]), each.row)
-    return list(found.values())
+    shares = [each for each in rows if each.row and each.row.share]
+    same = _grouped(shares, lambda each: (*each.series, each.vector["sha256"]))
+    return [each.row for each, *_ in same.values() if each.row]
 
 
 def _adjust(rows: Sequence[CellRow], cells: Sequence[StudyCell]) -> int:
@@ -155,29 +153,31 @@ def _adjust(rows: Sequence[CellRow], cells: Sequence[StudyCell]) -> int:
 
 
 def _pivots(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    found = []
-    for method in dict.fromkeys(row.method for row in rows):
-        lines = []
-        for model in dict.fromkeys(row.model for row in rows):
-            line: list[dict[str, Any] | None] = []
-            for task in tasks:
-                own = [r for r in rows if (r.model, r.task, r.method) == (model, task, method)]
-                values = [row.points for row in own if row.points is not None]
-                verdicts = [row.row.verdict for row in own if row.row]
-                line.append(
-                    {
-                        "points": statistics.fmean(values) if values else None,
-                        "n": next((row.row.n for row in own if row.row), None),
-                        "seeds": len(values),
-                        "better": verdicts.count(BETTER),
-                        "worse": verdicts.count(WORSE),
-                        "states": sorted({row.state for row in own}),
-                    }
-                )
-            lines.append({"model": model, "values": line})
-        found.append({"method": method, "tasks": tasks, "lines": lines})
-    return found
+    models, tasks, methods = (
+        list(dict.fromkeys(getattr(row, part) for row in rows)) for part in ("model", "task", "method")
+    )
+    series = _grouped(rows, lambda row: row.series)
+
+    def lines(method: str) -> list[dict[str, Any]]:
+        return [
+            {"model": model, "values": [_pivot_cell(series[model, task, method]) for task in tasks]}
+            for model in models
+        ]
+
+    return [{"method": method, "tasks": tasks, "lines": lines(method)} for method in methods]
+
+
+def _pivot_cell(own: Sequence[CellRow]) -> dict[str, Any]:
+    values = [row.points for row in own if row.points is not None]
+    verdicts = [row.row.verdict for row in own if row.row]
+    return {
+        "points": statistics.fmean(values) if values else None,
+        "n": next((row.row.n for row in own if row.row), None),
+        "seeds": len(values),
+        "better": verdicts.count(BETTER),
+        "worse": verdicts.count(WORSE),
+        "states": sorted({row.state for row in own}),
+    }
 
 
 def _negative(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
@@ -199,22 +199,24 @@ def _negative(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
 
 def _shortened(notes: Iterable[str], most: int = 40) -> list[str]:
     """One line for a note that many cells share."""
-    texts: dict[str, list[str]] = {}
-    for note in notes:
-        name, _, text = note.partition(": ")
-        texts.setdefault(text, []).append(name)
-    found = [
-        f"{names[0]}: {text}" if len(names) == 1 else f"{len(names)} cells, the first {names[0]}: {text}"
-        for text, names in texts.items()
-    ]
-    return (
-        found if len(found) <= most else [*found[:most], f"... and {len(found) - most} more kinds of notes."]
-    )
+    same = _grouped(notes, lambda note: note.partition(": ")[2]).values()
+    found = [each[0] if len(each) == 1 else f"{len(each)} cells, the first {each[0]}" for each in same]
+    return found[:most] + ([f"... and {len(found) - most} more kinds of notes."] if found[most:] else [])
 
 
 # What may be claimed over cells: averages, intervals over seeds, the earlier study's figures beside ours.
 
 LEAST_SEEDS = 3
+_T = TypeVar("_T")
+_K = TypeVar("_K")
+
+
+def _grouped(items: Iterable[_T], key: Callable[[_T], _K]) -> dict[_K, list[_T]]:
+    """Items by key, in the order in which the keys first occur."""
+    found: dict[_K, list[_T]] = {}
+    for each in items:
+        found.setdefault(key(each), []).append(each)
+    return found
 
 
 @dataclass
@@ -244,6 +246,11 @@ class CellRow:
     seconds: float = 0.0
 
     @property
+    def series(self) -> tuple[str, str, str]:
+        """What it shares with the other seeds."""
+        return (self.model, self.task, self.method)
+
+    @property
     def points(self) -> float | None:
         """Difference in percentage points; ``None`` without one or where the metric is not a share."""
         return 100 * self.row.difference if self.row and self.row.share else None
@@ -252,14 +259,11 @@ class CellRow:
 def averages(rows: Sequence[CellRow], key: Callable[[CellRow], str]) -> list[dict[str, Any]]:
     """Per key the mean over model, task and method, each of them a mean over its seeds."""
     found = []
-    for name in dict.fromkeys(map(key, rows)):
-        own = [row for row in rows if key(row) == name]
-        series: dict[tuple[str, str, str], list[float]] = {}
-        for row in own:
-            series.setdefault((row.model, row.task, row.method), []).append(row.points or 0.0)
+    for name, own in _grouped(rows, key).items():
+        series = _grouped(own, lambda row: row.series).values()
         verdicts = [row.row.verdict for row in own if row.row]
         better, worse = verdicts.count(BETTER), verdicts.count(WORSE)
-        mean = statistics.fmean(statistics.fmean(values) for values in series.values())
+        mean = statistics.fmean(statistics.fmean(row.points or 0.0 for row in each) for each in series)
         found.append(
             {"name": name, "points": mean, "cells": len(own), "better": better, "worse": worse}
             | {"neither": len(own) - better - worse}
@@ -284,10 +288,7 @@ class Series:
 
 def _by_pair(rows: Sequence[CellRow], method: str) -> dict[tuple[str, str], Series]:
     """A method's series by model and task, without those whose primary metric is not a share."""
-    own: dict[tuple[str, str], list[CellRow]] = {}
-    for row in rows:
-        if row.method == method:
-            own.setdefault((row.model, row.task), []).append(row)
+    own = _grouped([row for row in rows if row.method == method], lambda row: (row.model, row.task))
     return {
         pair: Series(
             {row.seed: row.points for row in each if row.points is not None},

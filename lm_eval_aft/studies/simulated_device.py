@@ -217,14 +217,14 @@ def blocks_alike(model: nn.Module) -> bool:
     return len(set(types)) == 1 and all(each == shapes[0] for each in shapes)
 
 
-def may_pack_blank(model: nn.Module, documents: Sequence[Document]) -> bool:
+def rows_may_be_packed(model: nn.Module, documents: Sequence[Document]) -> bool:
     """Whether a model's config and the documents allow packed rows; a loaded model is tested as well."""
     if refused(model, max(document.tokens(True) for document in documents)):
         return False
     return any(document.rows(True) < document.rows(False) for document in documents)
 
 
-class BlankObjective(Objective):
+class MetaObjective(Objective):
     """An objective that does all the work and returns a meaningless score."""
 
     def __init__(self, inner: Objective) -> None:
@@ -247,13 +247,13 @@ class BlankObjective(Objective):
         return Score(0.0, 0.0, 0.0, 1.0, len(outcomes))
 
 
-class BlankEngine(Trajectory):
+class MetaEngine(Trajectory):
     """The fast engine on a meta-device model, keeping the frozen output of every block."""
 
     def __init__(
         self, model: nn.Module, backbone: Backbone, objective: Objective, *, packed: bool, budget: int
     ) -> None:
-        super().__init__(model, backbone, BlankObjective(objective), packed=packed, budget=budget)
+        super().__init__(model, backbone, MetaObjective(objective), packed=packed, budget=budget)
         self._frozen: dict[torch.Size, dict[int, Any]] = {}
         self._laid_out: dict[tuple[Document, ...], list[Batch]] = {}
         self._remembers = False
