@@ -27,6 +27,11 @@ class AFTError(click.ClickException):
         self.what = what
         self.hint = hint
 
+    @property
+    def one_line(self) -> str:
+        """Both sentences on one line, for ledgers and lists."""
+        return f"{self.what} {self.hint}".strip()
+
 
 def model_not_loaded(name: object, error: Exception) -> AFTError:
     """The error to raise when transformers cannot load a model (its name, or the model itself)."""

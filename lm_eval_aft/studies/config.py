@@ -53,7 +53,7 @@ def _as_value_error() -> Iterator[None]:
     try:
         yield
     except AFTError as error:
-        raise ValueError(f"{error.what} {error.hint}".strip()) from error
+        raise ValueError(error.one_line) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"invalid setting ({error}).") from error
 

@@ -429,7 +429,7 @@ class Session:
                     self._timed(done, "train", self._train, lm, job.cell)
                     self._timed(done, "score", self._score, lm, job.cell)
         except AFTError as error:
-            done.error = f"{error.what} {error.hint}".strip()
+            done.error = error.one_line
         except SystemExit as error:
             if error.code != 2:  # 2 is how lm-eval refuses a flag; anything else ends this process
                 raise

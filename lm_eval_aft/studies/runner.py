@@ -99,7 +99,7 @@ def _finish(schedule: Schedule, store: Store, done: Done, shown: StudyProgress) 
                     "None of the task's metrics has a value for each document.", "Choose another task."
                 )
         except AFTError as error:
-            done.error, outcome = f"{error.what} {error.hint}".strip(), None
+            done.error, outcome = error.one_line, None
             # Set aside, so that --resume makes them anew.
             for place in (store.scores(done.job.key), store.baseline(done.job.cell.baseline_key)):
                 if str(place) in done.error and place.exists():

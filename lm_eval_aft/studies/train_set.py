@@ -93,9 +93,9 @@ class TrainSet:
         """
         failed: dict[str, str] = {}
         lm: AFTLM | None = None
-        for standing in self.statuses():
-            entry = standing.entry
-            if standing.state == IN_LIBRARY:
+        for status in self.statuses():
+            entry = status.entry
+            if status.state == IN_LIBRARY:
                 say(f"{entry.name}: already in the library.")
                 continue
             if lm is None:
@@ -105,7 +105,7 @@ class TrainSet:
             try:
                 self._train(entry, lm, say, progress)
             except AFTError as error:
-                failed[entry.name] = f"{error.what} {error.hint or ''}".strip()
+                failed[entry.name] = error.one_line
                 say(f"{entry.name}: not trained. {failed[entry.name]}")
                 continue
             say(f"{entry.name}: trained in {time.monotonic() - started:.0f} s.")
@@ -113,14 +113,14 @@ class TrainSet:
 
     def _train(self, entry: StudyEntry, lm: AFTLM, say: Callable[[str], None], progress: bool) -> None:
         work = self._work(entry)
-        told = work.with_name(f"{work.name}.asked.json")
+        asked_file = work.with_name(f"{work.name}.asked.json")
         asked = canonical_json(self._asked(entry))
-        if work.exists() and not (told.is_file() and told.read_text(encoding="utf-8") == asked):
+        if work.exists() and not (asked_file.is_file() and asked_file.read_text(encoding="utf-8") == asked):
             say(f"{entry.name}: was begun with other settings, and is started anew.")
             shutil.rmtree(work)
         if not (work / FILE_NAME).exists():  # finished, if it is there
             work.parent.mkdir(parents=True, exist_ok=True)
-            told.write_text(asked, encoding="utf-8")
+            asked_file.write_text(asked, encoding="utf-8")
             train_vector(lm, entry.plan(), work, resume=True, progress=progress)
         vector = SteeringVector.load(work)
         record = {"name": entry.name, "sha256": vector.digest(), "asked": self._asked(entry)}
@@ -128,7 +128,7 @@ class TrainSet:
         self.ledger.append(**record)
         self.library.add(work, entry.name)
         shutil.rmtree(work, ignore_errors=True)
-        told.unlink(missing_ok=True)
+        asked_file.unlink(missing_ok=True)
 
     def _work(self, entry: StudyEntry) -> Path:
         return self.folder / "work" / entry.name.replace("/", ",")
