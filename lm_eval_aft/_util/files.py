@@ -222,8 +222,8 @@ class JsonLines:
 
         if not self.path.exists():
             return []
-        with jsonlines.open(self.path) as reader:
-            return list(reader.iter(type=dict, skip_invalid=True))
+        with self.path.open("rb") as stream:  # bytes: a cut may lie within a character
+            return list(jsonlines.Reader(stream).iter(type=dict, skip_invalid=True))
 
     def append(self, **line: Any) -> None:
         """Write one line at once."""
