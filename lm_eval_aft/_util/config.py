@@ -1,47 +1,19 @@
-"""Reading settings that people write: YAML without surprises, and fields of the kind they should be."""
+"""Reading YAML that people write by hand, or get from others, without its surprises."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from numbers import Integral, Real
 from typing import Any
 
 import yaml
-
-from lm_eval_aft._util.errors import AFTError
-
-_KINDS: dict[str, tuple[type, str]] = {
-    "int": (Integral, "a whole number"),
-    "float": (Real, "a number"),
-    "str": (str, "text"),
-    "bool": (bool, "true or false"),
-}
-
-
-def check_field_types(instance: Any) -> None:
-    """Check the fields that are annotated as int, float, str or bool, perhaps or None; others pass.
-
-    Raises:
-        AFTError: a value of another kind; its name and the value are told.
-    """
-    for field in fields(instance):
-        name, _, rest = str(field.type).partition(" | ")
-        if name not in _KINDS or rest not in ("", "None"):
-            continue
-        value, (kind, wanted) = getattr(instance, field.name), _KINDS[name]
-        if value is None and rest:
-            continue
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise AFTError(f"{field.name}={str(value)[:80]!r} makes no sense.", f"It should be {wanted}.")
-
-
-# Reading YAML that people write by hand, or get from others, without its surprises.
 
 MOST = 100_000  # values in a file, aliases written out
 
 
 def read_yaml(text: str, *, texts: bool = False) -> Any:
     """What a YAML text says; nothing in it is run.
+
+    >>> read_yaml("a: no"), read_yaml("a: no", texts=True)
+    ({'a': False}, {'a': 'no'})
 
     Args:
         texts: leave every scalar as the text it is, so that ``no`` and ``on`` stay words.

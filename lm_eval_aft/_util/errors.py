@@ -10,7 +10,7 @@ import click
 
 
 class AFTError(click.ClickException):
-    """Bad input, told in one message: what happened, why, and what to do.
+    """Bad input, reported in one message: what happened, why, and what to do.
 
     Click commands print it without a traceback and exit with code 1; Python callers catch it
     like any exception.
@@ -27,13 +27,18 @@ class AFTError(click.ClickException):
         self.what = what
         self.hint = hint
 
+    @property
+    def one_line(self) -> str:
+        """Both sentences on one line, for ledgers and lists."""
+        return f"{self.what} {self.hint}".strip()
+
 
 def model_not_loaded(name: object, error: Exception) -> AFTError:
-    """What to raise when transformers cannot load a model (its name, or the model itself)."""
+    """The error to raise when transformers cannot load a model (its name, or the model itself)."""
     told = repr(name) if isinstance(name, str) else type(name).__name__
     if "trust_remote_code" in str(error):
         return AFTError(
-            f"The model {told} brings code of its own, which is not run unasked.",
+            f"The model {told} brings code of its own, which is not run unless you allow it.",
             "Read that code; if you trust it, give trust_remote_code=true among the model arguments.",
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -45,10 +50,10 @@ def model_not_loaded(name: object, error: Exception) -> AFTError:
 
 
 def print_errors_plainly() -> None:
-    """Let an uncaught ``AFTError`` end a foreign program with its message alone.
+    """Let an uncaught ``AFTError`` end another program with its message alone.
 
-    The stock ``lm_eval`` command has no handler of its own, so without this a wrong vector path
-    would show forty lines of traceback before the one line that helps. Idempotent.
+    The stock ``lm_eval`` command has no handler of its own: a wrong vector path would print forty lines of
+    traceback before the one line that helps. May be called again.
     """
     if getattr(sys.excepthook, "_aft", False):
         return

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,20 @@ from lm_eval_aft._util.process import is_main_process
 
 logger = logging.getLogger(__name__)
 LOCK = ".aft.lock"
-# What file systems say that have no locks: some network mounts.
+# Errors of file systems without locks, such as some network mounts.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def exclusive_dir(folder: Path | None) -> Iterator[None]:
-    """Keep other processes of ours out of an output folder while the block runs.
+    """Keep other processes of this package out of an output folder while the block runs.
 
-    The folder is made if need be, and goes again if the block leaves nothing in it. The lock belongs to
-    the operating system: it ends with the process, however that dies, and what is left of its file
-    keeps nobody out. Of several processes that share a run only the first asks.
+    The folder is made if need be, and removed if the block leaves nothing in it. The lock belongs to the
+    operating system: it ends with the process, however that dies, and a lock file left behind keeps nobody
+    out. Of several processes that share a run only the first takes it.
 
     Raises:
-        AFTError: another process is in there, the folder is a file, or it cannot be written.
+        AFTError: another process holds the folder, it is a file, or it cannot be written.
     """
     if folder is None or not is_main_process():
         yield
@@ -57,7 +57,7 @@ def exclusive_dir(folder: Path | None) -> Iterator[None]:
         try:
             yield
         finally:
-            # While it is held: a process that has opened the same file sees that it lost its name.
+            # Removed while the lock is held: a process that has opened the same file sees that it is gone.
             with contextlib.suppress(OSError):
                 if lock.is_locked:
                     (folder / LOCK).unlink()
@@ -71,7 +71,7 @@ def exclusive_dir(folder: Path | None) -> Iterator[None]:
 def _acquire(lock: FileLock, folder: Path) -> None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it tells when it takes a lock of another kind
+            warnings.simplefilter("ignore")  # about falling back to another kind of lock
             lock.acquire(blocking=False)
     except Timeout as error:
         raise AFTError(
@@ -83,15 +83,14 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         logger.warning("%s cannot be locked (%s): let no other process write there.", folder, error.strerror)
 
 
-# Where an export goes: it appears there whole, or nothing does.
+# Files and folders that appear complete or not at all.
 
 
 @contextmanager
 def appearing(target: Path, expected_bytes: int = 0) -> Iterator[Path]:
     """Yield a path in a temporary folder beside ``target``; move it there if the block succeeds.
 
-    Whatever happens, the temporary folder goes, and so do parent folders made for it when the
-    export fails.
+    The temporary folder is removed in any case, and so are parent folders made for it if the block fails.
 
     Args:
         target: the file or folder to make.
@@ -110,7 +109,7 @@ def appearing(target: Path, expected_bytes: int = 0) -> Iterator[Path]:
             raise AFTError(
                 f"{target.parent} has {free / 1e9:.1f} GB free; "
                 f"the export needs {expected_bytes / 1e9:.1f} GB.",
-                "Free space or choose another place.",
+                "Free some space or choose another place.",
             )
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     except (OSError, AFTError) as error:
@@ -126,7 +125,9 @@ def appearing(target: Path, expected_bytes: int = 0) -> Iterator[Path]:
         (folder / target.name).rename(target)
         done = True
     except (OSError, SafetensorError) as error:
-        raise AFTError(f"Cannot write {target}: {error}.", "Free space or choose another place.") from error
+        raise AFTError(
+            f"Cannot write {target}: {error}.", "Free some space or choose another place."
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if not done:
@@ -148,7 +149,11 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def canonical_json(value: Mapping[str, Any]) -> str:
-    """JSON with sorted keys and no spaces, so that equal contents give equal bytes."""
+    """JSON with sorted keys and no spaces, so that equal contents give equal bytes.
+
+    >>> canonical_json({"b": 1, "a": [0.5]})
+    '{"a":[0.5],"b":1}'
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -169,13 +174,15 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())  # else a loss of power may leave the new name with nothing behind it
+            os.fsync(stream.fileno())  # else a loss of power may leave the new name with an empty file
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600, which would not survive sharing
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
-        raise AFTError(f"Cannot write {target}: {error}.", "Free space or choose another place.") from error
+        raise AFTError(
+            f"Cannot write {target}: {error}.", "Free some space or choose another place."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -184,3 +191,60 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing_dir(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``target``; it takes the place of what is there if the block succeeds.
+
+    What a killed process left of its folder is deleted, so keep other processes out (`exclusive_dir`).
+    """
+    begun = target.with_name(f".{target.name}.begun")
+    shutil.rmtree(begun, ignore_errors=True)
+    begun.mkdir(parents=True)
+    yield begun
+    shutil.rmtree(target, ignore_errors=True)
+    begun.rename(target)
+
+
+class JsonLines:
+    """A ledger: a file with one JSON object a line, that one process appends to.
+
+    A last line that sudden death cut short is passed over by `read` and dropped by the next `append`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; none where there is no file."""
+        import jsonlines  # not at the top: every command imports this module
+
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as stream:  # bytes: a cut may lie within a character
+            return list(jsonlines.Reader(stream).iter(type=dict, skip_invalid=True))
+
+    def append(self, **line: Any) -> None:
+        """Write one line at once."""
+        import jsonlines
+
+        self._drop_cut_line()
+        with jsonlines.open(self.path, "a") as writer:
+            writer.write(line)
+
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the whole file, at once."""
+        import jsonlines
+
+        with replacing(self.path) as temporary, jsonlines.open(temporary, "w") as writer:
+            writer.write_all(lines)
+
+    def _drop_cut_line(self) -> None:
+        if not self.path.exists() or not self.path.stat().st_size:
+            return
+        with self.path.open("rb+") as stream:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read() != b"\n":
+                stream.seek(0)
+                stream.truncate(stream.read().rfind(b"\n") + 1)

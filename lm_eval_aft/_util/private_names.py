@@ -29,29 +29,41 @@ class PrivateName:
     """One name, or a few that come and go together.
 
     Attributes:
-        library: the distribution that has it.
-        name: what it is called.
-        used_in: modules of this package, as paths below it.
+        key: ``LIBRARY: NAME``, by which `borrowed` and `require` know it.
+        places: modules of this package that use it, as paths below it, separated by spaces.
         why: what it is used for.
         when_gone: what happens without it.
         check: true where the name is there and means what it is taken for; may raise.
-        words: the identifiers with a leading underscore that this entry accounts for.
+        words: the identifiers with a leading underscore that this entry accounts for; default: those in
+            its name.
         optional: whether the library may be missing altogether.
     """
 
-    library: str
-    name: str
-    used_in: tuple[str, ...]
+    key: str
+    places: str
     why: str
     when_gone: str
     check: Callable[[], Any]
     words: tuple[str, ...] = ()
     optional: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "words", self.words or tuple(re.findall(r"\b_[a-z]\w*", self.name)))
+
     @property
-    def key(self) -> str:
-        """By which `borrowed` and `require` know it."""
-        return f"{self.library}: {self.name}"
+    def library(self) -> str:
+        """The distribution that has it."""
+        return self.key.partition(": ")[0]
+
+    @property
+    def name(self) -> str:
+        """What it is called there."""
+        return self.key.partition(": ")[2]
+
+    @property
+    def used_in(self) -> tuple[str, ...]:
+        """The modules one by one."""
+        return tuple(self.places.split())
 
     def problem(self) -> str:
         """What is wrong with the name in the library that is installed; ``""`` when nothing is."""
@@ -59,7 +71,7 @@ class PrivateName:
             fine = bool(self.check())
         except Exception as error:  # whatever looking for a name that is gone comes to
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-        return "" if fine else "it is there no longer, or not as it was"
+        return "" if fine else "it is gone, or not as it was"
 
 
 def version(library: str) -> str:
@@ -381,244 +393,121 @@ def _header_bytes() -> bool:
 
 _HF = "lm_eval.models.huggingface"
 _STUCK = "an error that names lm-eval's version, when the model is made"
-_TRIED = "the fast ways are compared with stock on first use, and left where they differ"
+_TRIED = "the fast ways are compared with stock on first use, and not used where they differ"
 
+# fmt: off
 _LIST = (
-    PrivateName(
-        "transformers",
-        "PreTrainedConfig._attn_implementation",
-        ("steering/backbone.py", "engine/compatibility.py", "training/trainer.py"),
-        "knowing whether attention takes masks of its own",
-        "rows are not packed: slower, and right",
-        lambda: hasattr(_llama_config(), "_attn_implementation"),
-        ("_attn_implementation",),
-    ),
-    PrivateName(
-        "transformers",
-        "PreTrainedModel._is_stateful",
-        ("engine/compatibility.py",),
-        "knowing blocks that carry a state along the row",
-        "rows are not packed: slower, and right",
-        _has("transformers", "PreTrainedModel._is_stateful", "MambaForCausalLM._is_stateful"),
-        ("_is_stateful",),
-    ),
-    PrivateName(
-        "transformers",
-        "PreTrainedConfig._name_or_path",
-        ("steering/fingerprint.py",),
-        "the model's name in messages",
-        "messages name the model's class",
-        lambda: hasattr(_llama_config(), "_name_or_path"),
-        ("_name_or_path",),
-    ),
-    PrivateName(
-        "transformers",
-        "the keyword of a model's cache (cache, once past_key_values)",
-        ("steering/backbone.py", "engine/scorer.py"),
+    PrivateName("transformers: PreTrainedConfig._attn_implementation",
+        "steering/backbone.py engine/compatibility.py training/trainer.py",
+        "checking whether attention accepts other masks", "rows are not packed: slower, and right",
+        lambda: hasattr(_llama_config(), "_attn_implementation")),
+    PrivateName("transformers: PreTrainedModel._is_stateful", "engine/compatibility.py",
+        "recognising blocks that carry a state along the row", "rows are not packed: slower, and right",
+        _has("transformers", "PreTrainedModel._is_stateful", "MambaForCausalLM._is_stateful")),
+    PrivateName("transformers: PreTrainedConfig._name_or_path", "steering/fingerprint.py",
+        "the model's name in messages", "messages name the model's class",
+        lambda: hasattr(_llama_config(), "_name_or_path")),
+    PrivateName("transformers: the keyword of a model's cache (cache, once past_key_values)",
+        "steering/backbone.py engine/scorer.py",
         "handing a cache of our own to a model",
-        "an error, by which scoring and generation are left to stock",
-        _cache_keyword,
-    ),
-    PrivateName(
-        "transformers",
-        "what models ask of a cache (update, get_seq_length, get_mask_sizes)",
-        ("engine/kv_cache.py",),
-        "a cache of our own, whose rows and columns are chosen",
-        _TRIED,
-        _slots_answer,
-    ),
-    PrivateName(
-        "transformers",
-        "decoder blocks called with hidden_states first",
-        ("engine/batching.py",),
+        "an error, upon which scoring and generation are left to stock",
+        _cache_keyword),
+    PrivateName("transformers: what models ask of a cache (update, get_seq_length, get_mask_sizes)",
+        "engine/kv_cache.py",
+        "a cache of our own, whose rows and columns are chosen", _TRIED,
+        _slots_answer),
+    PrivateName("transformers: decoder blocks called with hidden_states first", "engine/batching.py",
         "passes that start at a block",
-        "passes are compared with whole ones on first use, and made whole where they differ",
-        _blocks_take_hidden_states,
-    ),
-    PrivateName(
-        "transformers",
-        "pytorch_utils.Conv1D",
-        ("steering/backbone.py", "export/merged.py", "engine/precision.py"),
-        "GPT-2's linear layers",
-        "they keep their weights as they are, and exports find no place in them",
-        _has("transformers.pytorch_utils", "Conv1D"),
-    ),
-    PrivateName(
-        "transformers",
-        "cached_file(_raise_exceptions_for_...)",
-        ("export/base.py",),
+        "partial passes are compared with whole ones on first use, and not used where they differ",
+        _blocks_take_hidden_states),
+    PrivateName("transformers: pytorch_utils.Conv1D",
+        "steering/backbone.py export/merged.py engine/precision.py",
+        "GPT-2's linear layers", "their weights stay as they are, and exports have nowhere to write in them",
+        _has("transformers.pytorch_utils", "Conv1D")),
+    PrivateName("transformers: cached_file(_raise_exceptions_for_...)", "export/base.py",
         "asking for a file of a checkpoint that may not be there",
         "an error that names transformers' version",
         _cached_file_options,
-        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"),
-    ),
-    PrivateName(
-        "transformers",
-        "GenerationConfig._from_model_config",
-        ("engine/generation.py",),
+        words=("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")),
+    PrivateName("transformers: GenerationConfig._from_model_config", "engine/generation.py",
         "a setting that says nothing about greedy decoding",
         "nothing; a new such setting leaves generation to stock",
-        lambda: hasattr(importlib.import_module("transformers").GenerationConfig(), "_from_model_config"),
-        ("_from_model_config",),
-    ),
-    PrivateName(
-        "transformers",
-        "PreTrainedModel.hf_quantizer",
-        ("export/merged.py", "steering/fingerprint.py"),
-        "knowing quantised weights",
-        "told by integer weights as well; exports are compared with the hooked model in any case",
-        lambda: "hf_quantizer" in inspect.getsource(importlib.import_module("transformers.modeling_utils")),
-    ),
-    PrivateName(
-        "transformers",
-        "rope_parameters of a config",
-        ("steering/fingerprint.py", "engine/compatibility.py"),
-        "rotary positions that depend on the batch's longest row",
-        _TRIED,
-        _rope_parameters,
-    ),
-    PrivateName(
-        "accelerate",
-        "_hf_hook.execution_device of offloaded modules",
-        ("steering/backbone.py",),
-        "where inputs go when weights lie on disk",
-        "an error that names accelerate's version",
-        _execution_device,
-        ("_hf_hook",),
-    ),
-    PrivateName(
-        "accelerate",
-        "hf_device_map of dispatched models",
-        ("engine/scorer.py",),
-        "knowing models spread over devices, whose passes must not end early",
-        "told by where the weights are as well",
-        _device_map,
-    ),
-    PrivateName(
-        "torch",
-        "torch.cpu._is_amx_tile_supported",
-        ("engine/precision.py",),
-        "knowing CPUs that multiply bfloat16 natively",
-        "training in float32",
-        _has("torch", "cpu._is_amx_tile_supported"),
-        ("_is_amx_tile_supported",),
-    ),
-    PrivateName(
-        "torch",
-        "torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight",
-        ("engine/precision.py",),
+        lambda: hasattr(importlib.import_module("transformers").GenerationConfig(), "_from_model_config")),
+    PrivateName("transformers: PreTrainedModel.hf_quantizer", "export/merged.py steering/fingerprint.py",
+        "recognising quantised weights",
+        "recognised by integer weights as well; exports are compared with the hooked model in any case",
+        lambda: "hf_quantizer" in inspect.getsource(importlib.import_module("transformers.modeling_utils"))),
+    PrivateName("transformers: rope_parameters of a config",
+        "steering/fingerprint.py engine/compatibility.py",
+        "rotary positions that depend on the batch's longest row", _TRIED,
+        _rope_parameters),
+    PrivateName("accelerate: _hf_hook.execution_device of offloaded modules", "steering/backbone.py",
+        "where inputs go when weights lie on disk", "an error that names accelerate's version",
+        _execution_device),
+    PrivateName("accelerate: hf_device_map of dispatched models", "engine/scorer.py",
+        "recognising models spread over devices, whose passes must not end early",
+        "recognised by the weights' devices as well",
+        _device_map),
+    PrivateName("torch: torch.cpu._is_amx_tile_supported", "engine/precision.py",
+        "recognising CPUs that multiply bfloat16 natively", "training in float32",
+        _has("torch", "cpu._is_amx_tile_supported")),
+    PrivateName("torch: torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight", "engine/precision.py",
         "weights in the order of oneDNN's kernels",
         "tried on a small product first; weights stay in the checkpoint's order",
-        _onednn,
-        ("_linear_pointwise", "_reorder_linear_weight"),
-    ),
-    PrivateName(
-        "torch",
-        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu and its backward",
-        ("training/cost.py", "studies/simulated_device.py"),
+        _onednn),
+    PrivateName("torch: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu and its backward",
+        "training/cost.py studies/simulated_device.py",
         "counting the operations of attention on a CPU",
         "an error where operations are counted (--dry-run, --plan-for), none elsewhere",
         _attention_counted,
-        (
-            "_scaled_dot_product_flash_attention_for_cpu",
-            "_scaled_dot_product_flash_attention_for_cpu_backward",
-        ),
-    ),
-    PrivateName(
-        "torch",
-        "torch.ops.aten._scaled_dot_product_efficient_attention",
-        ("studies/simulated_device.py",),
-        "what attention on a GPU would take",
-        "an error in --plan-for",
-        _has("torch", "ops.aten._scaled_dot_product_efficient_attention"),
-        ("_scaled_dot_product_efficient_attention",),
-    ),
-    PrivateName(
-        "torch",
-        "torch.utils._python_dispatch.TorchDispatchMode, torch.utils._pytree.tree_leaves",
-        ("training/cost.py", "studies/simulated_device.py"),
-        "measuring the memory and time that operations take",
-        "an error that names torch's version",
+        words=("_scaled_dot_product_flash_attention_for_cpu",
+               "_scaled_dot_product_flash_attention_for_cpu_backward")),
+    PrivateName("torch: torch.ops.aten._scaled_dot_product_efficient_attention",
+        "studies/simulated_device.py",
+        "what attention on a GPU would take", "an error in --plan-for",
+        _has("torch", "ops.aten._scaled_dot_product_efficient_attention")),
+    PrivateName("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.utils._pytree.tree_leaves",
+        "training/cost.py studies/simulated_device.py",
+        "measuring the memory and time that operations take", "an error that names torch's version",
         _all(
             _has("torch.utils._python_dispatch", "TorchDispatchMode"),
             _has("torch.utils._pytree", "tree_leaves"),
-        ),
-        ("_python_dispatch", "_pytree"),
-    ),
-    PrivateName(
-        "torch",
-        "UntypedStorage._cdata",
-        ("training/cost.py",),
-        "telling tensors that share memory",
-        "an error in --dry-run and --plan-for",
-        lambda: isinstance(importlib.import_module("torch").ones(1).untyped_storage()._cdata, int),
-        ("_cdata",),
-    ),
-    PrivateName(
-        "torch",
-        "torch.utils.flop_counter (flop_registry, register_flop_formula, sdpa_flop_count)",
-        ("engine/precision.py", "training/cost.py"),
+        )),
+    PrivateName("torch: UntypedStorage._cdata", "training/cost.py",
+        "recognising tensors that share memory", "an error in --dry-run and --plan-for",
+        lambda: isinstance(importlib.import_module("torch").ones(1).untyped_storage()._cdata, int)),
+    PrivateName("torch: torch.utils.flop_counter (flop_registry, register_flop_formula, sdpa_flop_count)",
+        "engine/precision.py training/cost.py",
         "counting operations of kernels that PyTorch's counter does not know",
         "an error that names torch's version",
         _has(
             "torch.utils.flop_counter",
             *("flop_registry", "register_flop_formula", "sdpa_flop_count", "sdpa_backward_flop_count"),
-        ),
-    ),
-    PrivateName(
-        "torch",
-        "_orig_mod of compiled modules",
-        ("engine/precision.py",),
-        "knowing compiled models, whose layers are better left alone",
-        "layers of compiled models are changed for a pass, and compiled anew: slower, and right",
-        _compiled_module,
-        ("_orig_mod",),
-    ),
-    PrivateName(
-        "torch",
-        "torch.utils.collect_env.get_pretty_env_info",
-        ("harness/tasks.py",),
-        "describing the machine once, not for every run",
-        "it is described for every run",
-        _has("torch.utils.collect_env", "get_pretty_env_info"),
-    ),
-    PrivateName(
-        "lm-eval",
-        "HFLM._loglikelihood_tokens",
-        ("lm.py",),
-        "answering log-likelihoods",
-        f"{_STUCK}; and an error where lm-eval answers without calling it",
+        )),
+    PrivateName("torch: _orig_mod of compiled modules", "engine/precision.py",
+        "recognising compiled models, whose layers are better left alone",
+        "layers of compiled models are changed for a pass and recompiled: slower, and right",
+        _compiled_module),
+    PrivateName("torch: torch.utils.collect_env.get_pretty_env_info", "harness/tasks.py",
+        "describing the machine once, not for every run", "it is described for every run",
+        _has("torch.utils.collect_env", "get_pretty_env_info")),
+    PrivateName("lm-eval: HFLM._loglikelihood_tokens", "lm.py",
+        "answering log-likelihoods", f"{_STUCK}; and an error where lm-eval answers without calling it",
         lambda: (
             "self._loglikelihood_tokens(" in _source("lm_eval.api.model", "TemplateLM")
             and {"requests", "disable_tqdm", "override_bs"}
             <= set(_parameters(importlib.import_module(_HF).HFLM._loglikelihood_tokens))
-        ),
-        ("_loglikelihood_tokens",),
-    ),
-    PrivateName(
-        "lm-eval",
-        "HFLM._detect_batch_size, batch_schedule, batch_sizes",
-        ("engine/stock.py",),
-        "asking stock code for some of an evaluation's requests",
-        _STUCK,
-        _sets(_HF, "HFLM", "_detect_batch_size", "batch_schedule", "batch_sizes"),
-        ("_detect_batch_size",),
-    ),
-    PrivateName(
-        "lm-eval",
-        "HFLM._device",
-        ("lm.py",),
-        "where inputs go when weights lie on disk",
-        "an error, as no device is known then",
-        lambda: "returnself._device" in _source(_HF, "HFLM"),
-        ("_device",),
-    ),
-    PrivateName(
-        "lm-eval",
-        "attributes of HFLM (softmax_dtype, mixed_precision_dtype, truncation, think_end_token, ...)",
-        ("lm.py", "engine/generation.py", "training/rft.py"),
-        "scoring and generating as stock does",
-        _STUCK,
+        )),
+    PrivateName("lm-eval: HFLM._detect_batch_size, batch_schedule, batch_sizes", "engine/stock.py",
+        "asking stock code for some of an evaluation's requests", _STUCK,
+        _sets(_HF, "HFLM", "_detect_batch_size", "batch_schedule", "batch_sizes")),
+    PrivateName("lm-eval: HFLM._device", "lm.py",
+        "where inputs go when weights lie on disk", "an error, as no device is known then",
+        lambda: "returnself._device" in _source(_HF, "HFLM")),
+    PrivateName("lm-eval: attributes of HFLM "
+        "(softmax_dtype, mixed_precision_dtype, truncation, think_end_token, ...)",
+        "lm.py engine/generation.py training/rft.py",
+        "scoring and generating as stock does", _STUCK,
         _sets(
             _HF,
             "HFLM",
@@ -626,185 +515,96 @@ _LIST = (
             *("add_bos_token", "pretrained", "revision", "peft", "delta", "batch_size_per_gpu", "backend"),
             *("max_length", "max_gen_toks", "eot_token_id", "prefix_token_id", "tok_encode", "tok_decode"),
             *("tok_batch_encode", "chat_template", "apply_chat_template"),
-        ),
-    ),
-    PrivateName(
-        "lm-eval",
-        "HFLM._encode_pair",
-        ("harness/examples.py",),
-        "splitting a prompt into tokens as it is scored",
-        "an error when training",
+        )),
+    PrivateName("lm-eval: HFLM._encode_pair", "harness/examples.py",
+        "splitting a prompt into tokens as it is scored", "an error when training",
         lambda: (
             _parameters(importlib.import_module(_HF).HFLM._encode_pair)[1:] == ["context", "continuation"]
-        ),
-        ("_encode_pair",),
-    ),
-    PrivateName(
-        "lm-eval",
-        "SteeredModel._model_call",
-        ("export/steered.py",),
-        "checking an exported file through lm-eval's own model",
-        "an error in `aft export --to steered`",
-        _has("lm_eval.models.hf_steered", "SteeredModel._model_call"),
-        ("_model_call",),
-    ),
-    PrivateName(
-        "lm-eval",
-        "lm_eval.tasks._yaml_loader.load_yaml",
-        ("harness/tasks.py",),
-        "reading a task's definition without its data",
-        "an error in `aft tasks` and in studies",
+        )),
+    PrivateName("lm-eval: SteeredModel._model_call", "export/steered.py",
+        "checking an exported file through lm-eval's own model", "an error in `aft export --to steered`",
+        _has("lm_eval.models.hf_steered", "SteeredModel._model_call")),
+    PrivateName("lm-eval: lm_eval.tasks._yaml_loader.load_yaml", "harness/tasks.py",
+        "reading a task's definition without its data", "an error in `aft tasks` and in studies",
         lambda: (
             {"resolve_func", "recursive"}
             <= set(_parameters(importlib.import_module("lm_eval.tasks._yaml_loader").load_yaml))
-        ),
-        ("_yaml_loader",),
-    ),
-    PrivateName(
-        "lm-eval",
-        "lm_eval._cli.run.Run, EvaluatorConfig.from_cli",
-        ("evaluation/run.py",),
-        "reading lm-eval's flags as lm-eval does",
-        "an error in `aft eval`",
+        )),
+    PrivateName("lm-eval: lm_eval._cli.run.Run, EvaluatorConfig.from_cli", "evaluation/run.py",
+        "reading lm-eval's flags as lm-eval does", "an error in `aft eval`",
         _all(
             _has("lm_eval._cli.run", "Run.create"),
             _has("lm_eval.config.evaluate_config", "EvaluatorConfig.from_cli"),
-        ),
-        ("_cli",),
-    ),
-    PrivateName(
-        "lm-eval",
-        "ConfigurableTask._filters",
-        ("harness/grading.py",),
-        "marking the model's own answers as the task does",
-        "an error in training on own solutions",
-        _sets("lm_eval.api.task", "ConfigurableTask", "_filters"),
-        ("_filters",),
-    ),
-    PrivateName(
-        "lm-eval",
-        "lm_eval.models and lm_eval.api.registry.model_registry",
-        ("cli/main.py", "registration.py"),
-        "making `--model aft` known",
-        "lm-eval says that it knows no model aft, and `aft lm-eval` is an error",
-        _registry,
-    ),
-    PrivateName(
-        "lm-eval",
-        "CachingLM.set_cache_hook, CacheHook.dbdict",
-        ("lm.py",),
-        "keeping answers of different vectors apart in --use_cache",
-        "an error where --use_cache is given",
-        _cache_hook,
-    ),
-    PrivateName(
-        "sqlitedict",
-        "SqliteDict.tablename, conn",
-        ("lm.py",),
-        "a table for each vector in the file of --use_cache",
-        "an error where --use_cache is given",
-        _table_renamed,
-    ),
-    PrivateName(
-        "lm-eval",
-        "lm_eval.utils.env",
-        ("harness/tasks.py",),
-        "compiling prompt templates once",
-        "they are compiled for every document: slower",
-        _has("lm_eval.utils", "env.from_string"),
-    ),
-    PrivateName(
-        "lm-eval",
-        "doc_hash of logged samples (lm_eval.utils.hash_string, handle_non_serializable)",
-        ("harness/splits.py",),
-        "telling in reports that a vector was chosen on a reported document",
-        "a warning when training: reports may not tell such vectors",
-        _all(_has("lm_eval.utils", "hash_string", "handle_non_serializable"), _doc_hash),
-    ),
-    PrivateName(
-        "lm-eval",
-        "lm_eval.models.utils (handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text)",
-        ("engine/generation.py", "training/rft.py"),
+        )),
+    PrivateName("lm-eval: ConfigurableTask._filters", "harness/grading.py",
+        "grading the model's own answers as the task does", "an error in training on own solutions",
+        _sets("lm_eval.api.task", "ConfigurableTask", "_filters")),
+    PrivateName("lm-eval: lm_eval.models and lm_eval.api.registry.model_registry",
+        "cli/main.py registration.py",
+        "registering `--model aft`",
+        "lm-eval reports that it knows no model aft, and `aft lm-eval` is an error",
+        _registry),
+    PrivateName("lm-eval: CachingLM.set_cache_hook, CacheHook.dbdict", "lm.py",
+        "keeping answers of different vectors apart in --use_cache", "an error where --use_cache is given",
+        _cache_hook),
+    PrivateName("sqlitedict: SqliteDict.tablename, conn", "lm.py",
+        "a table for each vector in the file of --use_cache", "an error where --use_cache is given",
+        _table_renamed),
+    PrivateName("lm-eval: lm_eval.utils.env", "harness/tasks.py",
+        "compiling prompt templates once", "they are compiled for every document: slower",
+        _has("lm_eval.utils", "env.from_string")),
+    PrivateName("lm-eval: doc_hash of logged samples (lm_eval.utils.hash_string, handle_non_serializable)",
+        "harness/splits.py",
+        "reporting that a vector was chosen on a reported document",
+        "a warning when training: reports may not recognise such vectors",
+        _all(_has("lm_eval.utils", "hash_string", "handle_non_serializable"), _doc_hash)),
+    PrivateName("lm-eval: lm_eval.models.utils "
+        "(handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text)",
+        "engine/generation.py training/rft.py",
         "stop strings and settings of generation",
         "an error that names lm-eval's version, when the model is made",
         _has(
             "lm_eval.models.utils",
             *("handle_stop_sequences", "normalize_gen_kwargs", "postprocess_generated_text"),
-        ),
-    ),
-    PrivateName(
-        "lm-eval",
-        "TaskManager (task_index, all_tasks, all_subtasks, match_tasks, load)",
-        ("evaluation/run.py", "harness/tasks.py"),
-        "finding a task without reading all of them",
-        "an error that names lm-eval's version",
+        )),
+    PrivateName("lm-eval: TaskManager (task_index, all_tasks, all_subtasks, match_tasks, load)",
+        "evaluation/run.py harness/tasks.py",
+        "finding a task without reading all of them", "an error that names lm-eval's version",
         _sets(
             "lm_eval.tasks", "TaskManager", "task_index", "all_tasks", "all_subtasks", "match_tasks", "load"
-        ),
-    ),
-    PrivateName(
-        "lm-eval",
-        "EvaluationTracker.general_config_tracker, save_results_aggregated, save_results_samples",
-        ("evaluation/run.py",),
-        "writing result folders as lm-eval does",
-        "an error in `aft eval`",
+        )),
+    PrivateName("lm-eval: EvaluationTracker."
+        "general_config_tracker, save_results_aggregated, save_results_samples",
+        "evaluation/run.py",
+        "writing result folders as lm-eval does", "an error in `aft eval`",
         _sets(
             "lm_eval.loggers",
             "EvaluationTracker",
             *("general_config_tracker", "save_results_aggregated", "save_results_samples"),
-        ),
-    ),
-    PrivateName(
-        "lm-eval",
-        "lm_eval.__main__.cli_evaluate",
-        ("cli/main.py",),
-        "running the stock command",
-        "an error in `aft lm-eval`",
-        _has("lm_eval.__main__", "cli_evaluate"),
-    ),
-    PrivateName(
-        "peft",
-        "BeftConfig, beft_bias, lora_A and lora_B of adapted layers",
-        ("export/peft.py",),
-        "writing a vector as an adapter",
-        "an error in `aft export --to peft`",
+        )),
+    PrivateName("lm-eval: lm_eval.__main__.cli_evaluate", "cli/main.py",
+        "running the stock command", "an error in `aft lm-eval`",
+        _has("lm_eval.__main__", "cli_evaluate")),
+    PrivateName("peft: BeftConfig, beft_bias, lora_A and lora_B of adapted layers", "export/peft.py",
+        "writing a vector as an adapter", "an error in `aft export --to peft`",
         _adapters,
-        optional=True,
-    ),
-    PrivateName(
-        "huggingface_hub",
-        "constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE",
-        ("cli/options.py", "library/hub.py"),
-        "staying offline in a process that has imported it, and its local cache",
-        "an error with --offline",
-        _has("huggingface_hub.constants", "HF_HUB_OFFLINE", "HF_HUB_CACHE"),
-    ),
-    PrivateName(
-        "huggingface_hub",
-        "the base class of HfHubHTTPError",
-        ("library/hub.py",),
-        "telling failures of the network",
-        "they are told by their own messages",
-        _hub_errors,
-    ),
-    PrivateName(
-        "datasets",
-        "config.HF_HUB_OFFLINE, config.HF_DATASETS_OFFLINE",
-        ("cli/options.py",),
-        "staying offline in a process that has imported it",
-        "an error with --offline",
+        optional=True),
+    PrivateName("huggingface_hub: constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE",
+        "cli/options.py library/hub.py",
+        "staying offline in a process that has imported it, and its local cache", "an error with --offline",
+        _has("huggingface_hub.constants", "HF_HUB_OFFLINE", "HF_HUB_CACHE")),
+    PrivateName("huggingface_hub: the base class of HfHubHTTPError", "library/hub.py",
+        "recognising network failures", "they are reported with their own messages",
+        _hub_errors),
+    PrivateName("datasets: config.HF_HUB_OFFLINE, config.HF_DATASETS_OFFLINE", "cli/options.py",
+        "staying offline in a process that has imported it", "an error with --offline",
         lambda: any(
             hasattr(importlib.import_module("datasets.config"), name)
             for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-        ),
-    ),
-    PrivateName(
-        "safetensors",
-        "the bytes of a file's header",
-        ("_util/errors.py", "steering/vector_file.py"),
-        "judging a file before anything opens it",
-        "an error: the file cannot be read",
-        _header_bytes,
-    ),
+        )),
+    PrivateName("safetensors: the bytes of a file's header", "_util/errors.py steering/vector_file.py",
+        "checking a file before anything opens it", "an error: the file cannot be read",
+        _header_bytes),
 )
+# fmt: on
 NAMES = {entry.key: entry for entry in _LIST}

@@ -1,4 +1,4 @@
-"""Signals, other libraries' notices, and the time."""
+"""Signals, which process is the main one, other libraries' messages, and the time."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def postponed() -> Iterator[Callable[[], bool]]:
-    """While the block runs, SIGTERM interrupts nothing; the function that this yields tells that it came.
+    """While the block runs, SIGTERM interrupts nothing; the yielded function says whether one arrived.
 
-    The block raises `Terminated` when it has saved its work. If it ends without, this does.
+    The block should raise `Terminated` when it has saved its work; otherwise this does at its end.
     """
     came: list[int] = []
 
@@ -52,7 +52,7 @@ def postponed() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle SIGTERM, unless a program that uses us does, or this thread may not."""
+    """Handle SIGTERM, unless the calling program does, or this is not the main thread."""
     before: Any = signal.getsignal(signal.SIGTERM)
     free = before is signal.SIG_DFL or getattr(before, "_aft", False)
     if not free or threading.current_thread() is not threading.main_thread():
@@ -67,7 +67,7 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' notices and progress bars out of our output; call before heavy imports."""
+    """Keep other libraries' messages and progress bars out of the output; call before heavy imports."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -27,7 +27,7 @@ def _route_help() -> str:
 
 @click.command(
     "eval",
-    context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True},
+    context_settings={"ignore_unknown_options": True},
 )
 @offline_option
 @click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
@@ -133,7 +133,7 @@ def evaluate(
 # ``aft report``: two or more runs, compared document by document.
 
 
-@click.command("report", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("report")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-o",

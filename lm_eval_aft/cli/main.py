@@ -21,18 +21,18 @@ from lm_eval_aft.registration import MODEL_NAME
 from lm_eval_aft.steering.methods import METHODS
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("doctor")
 @click.option("--family", "families", multiple=True, help="Only this family; may repeat. Default: all.")
 @click.option("--device", default="cpu", show_default=True, help="Where the tiny models run, e.g. cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of text.")
 @click.pass_context
 def doctor(context: click.Context, families: tuple[str, ...], device: str, as_json: bool) -> None:
-    """Say what is installed, and whether steering gives the right answers with it.
+    """Print what is installed, and check that steering gives the right answers with it.
 
-    Prints versions, devices, how lm-eval comes to know `--model aft`, and which private names of other
-    libraries are not as this version needs them. Then a tiny random model of each common family is scored and
-    generates, plain and steered, and every answer is compared with passes that use no cache. Nothing is
-    downloaded; it takes about a minute on one core.
+    Prints versions, devices, how lm-eval finds `--model aft`, and which private names of other libraries are
+    not as this version needs them. Then a tiny random model of each common family is scored and generates,
+    plain and steered, and every answer is compared with passes that use no cache. Nothing is downloaded; it
+    takes about a minute on one core.
 
     \b
     fast ways  how questions were scored: prefixed and packed read a context once, trimmed computes
@@ -42,7 +42,7 @@ def doctor(context: click.Context, families: tuple[str, ...], device: str, as_js
     refused    an error says that it cannot be done
     WRONG      another answer: do not trust scores or texts of this kind with these versions
 
-    The exit code is 1 where an answer is wrong (or a part broke down), else 0: a slower way is no fault.
+    The exit code is 1 where an answer is wrong (or a part fails), else 0: a slower way is not an error.
     Paste the output into a bug report.
 
     \b
@@ -71,11 +71,11 @@ def doctor(context: click.Context, families: tuple[str, ...], device: str, as_js
     context.exit(1 if report.bad else 0)
 
 
-@click.command("methods", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("methods")
 @click.option("--hidden-size", type=click.IntRange(1), default=1024, show_default=True, help="Width d.")
 @click.option("--layers", type=click.IntRange(1), default=24, show_default=True, help="Blocks n.")
 def methods(hidden_size: int, layers: int) -> None:
-    """List the interventions that train-vector can fit: what each adds to h, and its parameters.
+    """List the interventions that train-vector can fit: what each adds to h, and how many parameters it has.
 
     \b
     Examples:
@@ -94,10 +94,10 @@ def methods(hidden_size: int, layers: int) -> None:
     ]
     title = f"Methods at hidden size d = {hidden_size}, n = {layers} layers"
     print_table(title, ("method", "adds", "parameters", "number", "can be exported"), rows)
-    click.echo("Those that add the same everywhere can be summed, and baked into plain checkpoints.")
+    click.echo("Those that add the same vector everywhere can be summed, and merged into plain checkpoints.")
 
 
-@click.command("tasks", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("tasks")
 @click.option("--trainable", is_flag=True, help="Only tasks train-vector can train on.")
 @click.option("--include-path", multiple=True, help="Folder with your own task YAMLs; may repeat.")
 @click.argument("pattern", default="*")
@@ -128,9 +128,9 @@ def tasks(trainable: bool, include_path: tuple[str, ...], pattern: str) -> None:
     print_table(f"{len(rows)} tasks", ("task", "training", "evaluation", "output type", "metrics"), rows)
 
 
-@click.command("tasks-path", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("tasks-path")
 def tasks_path_command() -> None:
-    """Print the folder of the tasks shipped here, for lm_eval's --include_path."""
+    """Print the folder of the tasks that this package ships, for lm_eval's --include_path."""
     from lm_eval_aft.harness.tasks import tasks_path
 
     click.echo(tasks_path())
@@ -143,7 +143,7 @@ def tasks_path_command() -> None:
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(arguments: tuple[str, ...]) -> None:
-    """Run lm-eval with `--model aft` known to it; all arguments are its own.
+    """Run lm-eval with `--model aft` registered; all arguments are lm-eval's own.
 
     \b
     Example:
@@ -158,7 +158,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
         from lm_eval import models  # noqa: F401 (importing it fills the table)
         from lm_eval.api.registry import model_registry
     if MODEL_NAME not in model_registry:
-        raise gone(table, "the model was not taken into the table")
+        raise gone(table, "the model is not in the table")
     saved = sys.argv
     sys.argv = ["lm_eval", *arguments]
     try:

@@ -23,6 +23,9 @@ from lm_eval_aft._util.process import EXIT_CODE, Terminated
 def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
     """``key=value,key=value`` as lm-eval reads it, plus the options that were given.
 
+    >>> parse_model_args("revision=main,trust_remote_code=true", device="cpu", dtype=None)
+    {'revision': 'main', 'trust_remote_code': True, 'device': 'cpu'}
+
     Raises:
         AFTError: not of that form.
     """
@@ -51,7 +54,7 @@ class LateHelp(click.Option):
 
 
 def ended(end: BaseException, output: Path | None = None) -> NoReturn:
-    """Tell that Ctrl-C or SIGTERM ended a command that can be resumed; exit with 130 or 143."""
+    """Report that Ctrl-C or SIGTERM ended a command that can be resumed; exit with 130 or 143."""
     terminated = isinstance(end, Terminated)
     word, where = "Terminated" if terminated else "Interrupted", f" --output {output}" if output else ""
     print(f"\n{word}. What is finished is kept: go on with --resume{where}.", file=sys.stderr, flush=True)
@@ -69,16 +72,16 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-# ``--offline``: nothing asks the network, whatever the environment says.
+# ``--offline``: no network access, whatever the environment says.
 
 # Read by huggingface_hub, transformers and datasets when they are first imported.
 _SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 
 
 def go_offline() -> None:
-    """Have models, vectors and data come from local folders and caches alone."""
+    """Read models, vectors and data from local folders and caches alone."""
     os.environ.update(dict.fromkeys(_SWITCHES, "1"))
-    # Imported already, in a notebook or a test: these are what the switches were read into.
+    # Where a library was imported before, in a notebook or a test, it has read the switches into these.
     for module, names, key in (
         (
             "huggingface_hub.constants",
@@ -109,40 +112,41 @@ offline_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_switch,
-    help="Ask nothing of the network: local folders and caches only.",
+    help="No network access: local folders and caches only.",
 )
 
 
-# Commands whose errors of the operating system end in one message, like all bad input.
+# Commands that report the operating system's errors in one message, like all bad input.
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _one_message() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (None, errno.EPIPE):  # no error of a file; a reader that went away, click's own
+        if error.errno in (None, errno.EPIPE):  # not about a file; a closed pipe is left to click
             raise
         place = str(error.filename or "a file")
         place = place if len(place) <= 200 else f"{place[:200]}..."
         raise AFTError(
-            f"{place} cannot be used: {error.strerror}.", "Check the path, its rights and the free space."
+            f"{place} cannot be used: {error.strerror}.",
+            "Check the path, its permissions and the free space.",
         ) from error
 
 
 class PlainCommand(click.Command):
-    """A command that tells them so."""
+    """A command that does."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """See `click.Command.invoke`."""
-        with _told():
+        with _one_message():
             return super().invoke(ctx)
 
 
 class PlainGroup(click.Group):
-    """A group whose commands tell them so."""
+    """A group whose commands do."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """See `click.Group.invoke`."""
-        with _told():
+        with _one_message():
             return super().invoke(ctx)

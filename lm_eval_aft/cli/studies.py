@@ -1,10 +1,10 @@
-"""``aft bench``, ``aft search`` and ``aft transfer``: many runs from one command."""
+"""``aft bench``, ``aft search`` and ``aft transfer``: many training runs from one command."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from lm_eval_aft.training.cost import Spent
 
 
-@click.command("bench", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("bench")
 @click.argument("study", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for vectors, scores, ledger, report.")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on in a folder that holds a study: what is finished and still asked for is kept.",
+    help="Continue in a folder that holds a study; finished cells that the file still asks for are kept.",
 )
 @click.option(
     "--only",
     multiple=True,
     metavar="GLOB",
-    help="Work on cells whose name MODEL/TASK/METHOD/seed-N, or a part of it, fits; may repeat.",
+    help="Run only cells whose name MODEL/TASK/METHOD/seed-N, or a part of it, matches; may repeat.",
 )
 @click.option("--dry-run", is_flag=True, help="Print cells, steps, hours and memory; run nothing.")
 @click.option(
@@ -54,12 +54,18 @@ if TYPE_CHECKING:
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="Do the work in this process, or on a Ray cluster (pip install 'lm-eval-aft[ray]').",
+    help="Run in this process, or on a Ray cluster (pip install 'lm-eval-aft[ray]').",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Ray: how many.  [default: one per slot]")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Ray: how many.  [default: as many as there is room for]"
+)
 @click.option("--ray-address", help="Ray: cluster to join (auto, ray://host:10001).  [default: a local one]")
-@click.option("--gpus-per-worker", type=float, help="Ray: GPUs of a slot, may be 0.5.  [default: 1 if any]")
-@click.option("--cpus-per-worker", type=float, default=1.0, show_default=True, help="Ray: CPUs of a slot.")
+@click.option(
+    "--gpus-per-worker", type=float, help="Ray: GPUs of each worker, may be 0.5.  [default: 1 if any]"
+)
+@click.option(
+    "--cpus-per-worker", type=float, default=1.0, show_default=True, help="Ray: CPUs of each worker."
+)
 @click.option("--ray-runtime-env", help="Ray: runtime environment, JSON or a YAML file.")
 def bench(
     study: Path,
@@ -76,9 +82,9 @@ def bench(
 
     STUDY is a YAML file; those under scripts/studies are examples. A cell trains a vector on its
     task's training split and scores it, document by document against the frozen model, on the
-    evaluation split. Each model is loaded once and each baseline scored once. What is finished is
-    kept under the address of everything it depends on, so --resume goes on after any interruption,
-    and after a change of the file only the cells that it touches are run again.
+    evaluation split. Each model is loaded once and each baseline scored once. Finished results are
+    stored under a digest of everything they depend on, so --resume continues after any interruption,
+    and after a change of the file only the cells that it affects are run again.
 
     \b
     Examples:
@@ -96,7 +102,7 @@ def bench(
       recipe: {protocol: maximum, train_docs: 100}
     """
     quiet_libraries()
-    logging.getLogger("lm_eval_aft").setLevel(logging.WARNING)  # what is said of each cell, said once each
+    logging.getLogger("lm_eval_aft").setLevel(logging.WARNING)  # a cell has one line of its own
     from lm_eval_aft.studies.config import read_bench
 
     plan = read_bench(study)
@@ -127,7 +133,7 @@ def bench(
     if failed:
         raise AFTError(
             f"{len(failed)} of {len(report.cells)} cells failed; {failed[0].name}: {failed[0].why}",
-            "The report tells all reasons; put them right and go on with --resume.",
+            "The report has all reasons; fix them and continue with --resume.",
         )
 
 
@@ -139,7 +145,7 @@ def _executor(name: str, plan: BenchStudy, store: Store, device: str | None, ray
         given = [key for key, value in ray.items() if value is not None and key != "cpus_per_worker"]
         if given:
             flag = given[0].replace("_", "-")
-            raise AFTError(f"--{flag} is for Ray.", "Add --executor ray.")
+            raise AFTError(f"--{flag} is an option for Ray.", "Add --executor ray.")
         return Local(Session(store, device=device, batch_size=plan.evaluation.batch_size, data=plan.data))
     from lm_eval_aft.studies.ray import Ray, RayOptions, read_runtime_env
 
@@ -156,9 +162,9 @@ def _executor(name: str, plan: BenchStudy, store: Store, device: str | None, ray
 
 
 def _print_report(report: BenchReport, output: Path) -> None:
-    from lm_eval_aft.studies.report import summary, tables
+    from lm_eval_aft.studies.report import study_tables, summary
 
-    for table in tables(report, brief=True):
+    for table in study_tables(report, brief=True):
         print_table(table.title, table.columns, table.lines)
     click.echo(summary(report))
     for note in report.notes:
@@ -172,33 +178,31 @@ GIB = 2**30
 
 
 @dataclass
-class _Shown:
-    """Lines of the two tables, and what the notes below them tell.
+class _PlanTables:
+    """Rows of the two tables.
 
     Attributes:
         rows: by model, task and method.
         models: by model.
         shipped: models whose shape is known here and was not read.
-        assumed: tasks whose lengths are only guessed.
     """
 
     rows: list[tuple[str, ...]] = field(default_factory=list)
     models: list[tuple[str, ...]] = field(default_factory=list)
     shipped: list[str] = field(default_factory=list)
-    assumed: set[str] = field(default_factory=set)
 
 
 def print_plan(study: BenchStudy, output: Path | None, only: Sequence[str], plan_for: str) -> None:
-    """Print what a study would do and cost; nothing is loaded, trained or written."""
+    """Print what a study would run and cost; nothing is loaded, trained or written."""
     from tqdm import tqdm
 
-    from lm_eval_aft.studies.runner import study_cells
+    from lm_eval_aft.studies.jobs import build_cells
     from lm_eval_aft.studies.simulated_device import DEVICES, this_cpu
     from lm_eval_aft.training.cost import Spent
 
-    cells = [cell for cell in study_cells(study) if cell.matches(only)]
+    cells = [cell for cell in build_cells(study) if cell.matches(only)]
     device = this_cpu() if plan_for == "cpu" else DEVICES[plan_for]
-    shots, shown, whole = _shots(study), _Shown(), Spent()
+    shots, shown, whole = _shots(study), _PlanTables(), Spent()
     kinds = dict.fromkeys((cell.model.name, cell.task.name, cell.method.name) for cell in cells)
     with tqdm(total=len(kinds), desc="planning", unit="kind", leave=False, disable=None) as bar:
         for entry in study.models:
@@ -212,8 +216,8 @@ def print_plan(study: BenchStudy, output: Path | None, only: Sequence[str], plan
     _print_notes(study, cells, _finished(cells, output), shown, device, whole)
 
 
-def _plan_model(own: Sequence[StudyCell], shots: Any, device: Device, shown: _Shown, bar: Any) -> Spent:
-    """What a model's cells and baselines take."""
+def _plan_model(own: Sequence[StudyCell], shots: Any, device: Device, shown: _PlanTables, bar: Any) -> Spent:
+    """Add a model's rows to the tables; what its cells and baselines take."""
     from lm_eval_aft.studies.planner import CostEstimator, find_shape
     from lm_eval_aft.training.cost import Spent
 
@@ -221,27 +225,24 @@ def _plan_model(own: Sequence[StudyCell], shots: Any, device: Device, shown: _Sh
     shape = find_shape(own[0].model)
     if shape.shipped:
         shown.shipped.append(name)
-    paper = CostEstimator(shape, device)
-    total, costs = Spent(), []
+    estimator = CostEstimator(shape, device)
+    total, plans = Spent(), []
     for task, method in dict.fromkeys((cell.task.name, cell.method.name) for cell in own):
         bar.set_postfix_str(f"{name}/{task}/{method}")
         same = [cell for cell in own if (cell.task.name, cell.method.name) == (task, method)]
-        cost = paper.cost(same[0], shots(same[0]))
-        spent = cost.whole * len(same)
+        plan = estimator.plan(same[0], shots(same[0]))
+        spent = estimator.spent(same[0], shots(same[0])) * len(same)
         total += spent
-        costs.append((cost, same[0]))
-        if paper.assumed(same[0]):
-            shown.assumed.add(task)
-        numbers = (f"{len(same) * n:,}" for n in (cost.candidates, cost.steps))
+        plans.append((plan, same[0]))
+        numbers = (f"{len(same) * n:,}" for n in (plan.candidates, plan.steps))
         shown.rows.append((name, task, method, str(len(same)), *numbers, *_spent(spent)))
         bar.update()
     for cell in {cell.baseline_key: cell for cell in own}.values():
-        total += paper.baseline(cell, shots(cell))
-    most, cell = max(costs, key=lambda each: each[0].peak_bytes)
-    budget = paper.fitting_budget(cell, shots(cell))
-    fits = "yes" if budget == paper.budget else f"in {budget:,} tokens" if budget else "NO"
-    memory = (most.weight_bytes, most.peak_bytes, most.weight_bytes + most.peak_bytes)
-    gibibytes = (f"{each / GIB:.1f}" for each in memory)
+        total += estimator.baseline(cell, shots(cell))
+    most, cell = max(plans, key=lambda each: each[0].peak_bytes)
+    budget = estimator.fitting_budget(cell, shots(cell))
+    fits = "yes" if budget == estimator.budget else f"in {budget:,} tokens" if budget else "NO"
+    gibibytes = (f"{each / GIB:.1f}" for each in (most.weight_bytes, most.peak_bytes, most.total_bytes))
     size, dtype = f"{most.parameters / 1e9:.3g} B", str(shape.dtype).removeprefix("torch.")
     shown.models.append((name, size, dtype, str(len(own)), *gibibytes, fits, *_spent(total)))
     return total
@@ -256,10 +257,12 @@ def _print_notes(
     study: BenchStudy,
     cells: Sequence[StudyCell],
     finished: int,
-    shown: _Shown,
+    shown: _PlanTables,
     device: Device,
     whole: Spent,
 ) -> None:
+    from lm_eval_aft.studies.known_models import TASK_SIZES
+
     baselines, (operations, hours) = len({cell.baseline_key for cell in cells}), _spent(whole)
     click.echo(
         f"{len(cells)} cells ({finished} finished), {baselines} baselines, "
@@ -268,19 +271,19 @@ def _print_notes(
         "retries aside."
     )
     click.echo(
-        f"{device.name} is taken to reach {device.flops / 1e12:.3g} TFLOP/s and "
+        f"{device.name} is assumed to reach {device.flops / 1e12:.3g} TFLOP/s and "
         f"{device.bandwidth / 1e9:.3g} GB/s; documents' lengths are those in "
-        "lm_eval_aft/studies/known_models.py. Generated answers count as if they were read, which takes as "
-        "many operations and less time. Out of memory, training goes on in passes of fewer tokens; a budget "
-        "beside `fits` is one at which it would."
+        "lm_eval_aft/studies/known_models.yaml. Generated answers are counted as if they were read, which "
+        "takes as many operations and less time. When training runs out of memory it continues with passes "
+        "of fewer tokens; `fits` gives the number of tokens at which it would fit."
     )
     if shown.shipped:
         models = ", ".join(shown.shipped)
-        click.echo(f"Not read from the Hub: shapes of {models} are numbers shipped for estimates.")
-    if shown.assumed:
-        click.echo(f"Lengths of {', '.join(sorted(shown.assumed))} are not known: taken as typical.")
+        click.echo(f"Not read from the Hub: shapes of {models} are those in the same file.")
+    if assumed := sorted({cell.task.name for cell in cells if cell.task.task not in TASK_SIZES}):
+        click.echo(f"Lengths of {', '.join(assumed)} are not known: taken as typical.")
     if study.prune:
-        click.echo("Pruning may leave out seeds of what stays behind its baseline after all retries.")
+        click.echo("Pruning may leave out seeds where no retry beats the baseline.")
 
 
 def _finished(cells: Sequence[StudyCell], output: Path | None) -> int:
@@ -288,16 +291,16 @@ def _finished(cells: Sequence[StudyCell], output: Path | None) -> int:
 
     if output is None or not (output / STUDY_LEDGER).exists():
         return 0
-    ledger = StudyLedger(output / STUDY_LEDGER, mend=False)
-    return sum(cell.key in ledger.outcomes for cell in cells)
+    outcomes = StudyLedger(output / STUDY_LEDGER).outcomes
+    return sum(cell.key in outcomes for cell in cells)
 
 
 def _shots(study: BenchStudy) -> Any:
-    """Examples in a cell's prompts: what the study says, else what the task's file says."""
+    """From a cell to the number of examples in its prompts, by the study or else the task's file."""
     from lm_eval_aft.harness.tasks import find_definition, read_definition
 
     known: dict[str, int] = {}
-    with contextlib.chdir(study.data) if study.data else contextlib.nullcontext():
+    with contextlib.chdir(study.data or "."):
         for entry in study.tasks:
             path = find_definition(entry.task, study.include_path)
             config = read_definition(path) if path else {}
@@ -309,27 +312,38 @@ def _shots(study: BenchStudy) -> Any:
 
 # ``aft search``: layer, learning rate, epochs and penalty of a vector.
 
-SHOWN = 20  # lines of the table in the terminal
+SHOWN = 20  # rows of the table in the terminal
+
+
+@contextlib.contextmanager
+def _continued_by_the_same_command() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. What is finished is kept: the same command continues.", err=True)
+        raise SystemExit(130) from None
 
 
 @training_options(
     *("train_docs", "selection_docs", "train_split", "first_seed", "num_fewshot", "apply_chat_template"),
     *("system_instruction", "metric", "method", "positions", "device", "dtype", "model_args", "include_path"),
 )
-@click.command("search", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("search")
 @click.option("--model", required=True, help="Hub name or local folder of a causal LM, or `demo`.")
 @click.option("--task", required=True, help="Harness task with a training split.")
 @click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder; what is there is kept."
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder; what it already holds is kept."
 )
 @click.option(
     "--strategy",
     type=click.Choice(["grid", "optuna"]),
     default="grid",
     show_default=True,
-    help="grid: every combination, in one sweep; optuna: --trials draws within the same bounds.",
+    help="grid: every combination, in one sweep; optuna: --trials settings within the same bounds.",
 )
-@click.option("--trials", type=click.IntRange(min=1), default=20, show_default=True, help="Of optuna.")
+@click.option(
+    "--trials", type=click.IntRange(min=1), default=20, show_default=True, help="Settings that optuna tries."
+)
 @click.option(
     "--layers",
     default="10%,20%,30%,40%,50%,60%,70%,80%,90%",
@@ -360,9 +374,9 @@ def search(
     """Search layer, learning rate, epochs and L2 penalty on the selection split.
 
     The evaluation split is never read. A grid is one sweep: all settings share the frozen passes,
-    and numbers of epochs are stops of one training. Optuna (an extra) proposes settings by TPE.
+    and all numbers of epochs are read off one training run. Optuna (an extra) proposes settings by TPE.
     Writes OUTPUT/search.jsonl (a line per setting), search.md, and OUTPUT/winner, an ordinary
-    vector folder. Called again, it goes on; optuna with more --trials too.
+    vector folder. The same command continues a search, optuna's with more --trials too.
 
     \b
     Examples:
@@ -392,11 +406,8 @@ def search(
         else:
             click.echo(f"{trials} trials of at most {max(space.epochs)} epochs, {seeds} seed(s) each.")
         return
-    try:
+    with _continued_by_the_same_command():
         points = job.run(prepared, say=click.echo)
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. What is finished is kept: the same command goes on.", err=True)
-        raise SystemExit(130) from None
     _print_points(points, output, f"{strategy} search: {model}, {task}")
     click.echo(f"The winner is {output / WINNER}. Score it:")
     click.echo(f"  aft eval --model {model} --vector {output / WINNER} --tasks {task} --output RESULTS")
@@ -404,10 +415,10 @@ def search(
 
 def _print_points(points: Sequence[Point], output: Path, title: str) -> None:
     """Write the whole table, print the best of it."""
-    from lm_eval_aft.studies.search import POINT_COLUMNS, SEARCH_NOTE, table, write_table
+    from lm_eval_aft.studies.search import POINT_COLUMNS, SEARCH_NOTE, search_rows, write_search_table
 
-    written = write_table(points, output, title)
-    print_table(title, POINT_COLUMNS, table(points)[:SHOWN], 0)
+    written = write_search_table(points, output, title)
+    print_table(title, POINT_COLUMNS, search_rows(points)[:SHOWN], 0)
     if len(points) > SHOWN:
         click.echo(f"... and {len(points) - SHOWN} more in {written}.")
     click.echo(SEARCH_NOTE.format(count=len(points)))
@@ -430,10 +441,7 @@ def _whole(text: str) -> tuple[int, ...]:
     *("apply_chat_template", "system_instruction", "metric", "method", "lr", "l2", "epochs", "patience"),
     *("batch_size", "rungs", "finalists", "retries", "device", "dtype", "model_args", "include_path"),
 )
-@click.command(
-    "transfer",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+@click.command("transfer")
 @click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
 @click.option("--tasks", required=True, help="Harness tasks, comma-separated: scored on, and trained on.")
 @click.option(
@@ -441,15 +449,15 @@ def _whole(text: str) -> tuple[int, ...]:
     "vectors",
     multiple=True,
     metavar="NAME=VECTOR",
-    help="A vector that is there already, under the name of its task; may repeat. With any of these "
-    "only the vectors given are scored, unless --train-missing.",
+    help="An existing vector, under the name of its task; may repeat. With any of these only the given "
+    "vectors are scored, unless --train-missing.",
 )
 @click.option("--train-missing", is_flag=True, help="Train vectors for the tasks that --vector leaves out.")
 @click.option(
     "--output",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder; what is there is kept.",
+    help="Folder; what it already holds is kept.",
 )
 @click.option("--placebo", default="none", show_default=True, help="random:N scores N random directions too.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
@@ -467,7 +475,7 @@ def transfer(
 
     Writes OUTPUT/transfer.png (a heat map), .md, .json and .csv: paired differences from the
     baseline with 95 % intervals, and exact tests Holm-adjusted over the whole matrix. Vectors go to
-    OUTPUT/vectors, results to OUTPUT/scores, a folder per task. Called again, it keeps what is there.
+    OUTPUT/vectors, results to OUTPUT/scores, a folder per task. The same command continues a run.
     Flags after `--` go to lm-eval unchanged.
 
     \b
@@ -497,11 +505,8 @@ def transfer(
         model, asked, output, given, plan_settings(options), arguments, placebo,
         (*scoring_flags(options), *flags), train=not given or train_missing,
     )  # fmt: skip
-    try:
+    with _continued_by_the_same_command():
         matrix = job.run(say=click.echo)
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. What is finished is kept: the same command goes on.", err=True)
-        raise SystemExit(130) from None
     written = write_matrix(matrix, output)
     columns, lines = table(matrix)
     print_table(f"Transfer: {model}", columns, lines)
@@ -512,5 +517,5 @@ def transfer(
     if matrix.failed:
         raise AFTError(
             f"No vector could be trained on {', '.join(matrix.failed)}.",
-            "The reasons stand above; the same command tries again.",
+            "The reasons are printed above; the same command tries again.",
         )

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lm_eval_aft.steering.vector import SteeringVector
     from lm_eval_aft.studies.train_set import TrainSet
 
-_SETTINGS = {"help_option_names": ["-h", "--help"]}
 library_option = click.option(
     "--library",
     type=click.Path(path_type=Path, file_okay=False),
@@ -34,7 +33,7 @@ library_option = click.option(
 )
 
 
-@click.command("push", context_settings=_SETTINGS)
+@click.command("push")
 @library_option
 @click.option("--repo", required=True, help="Repository on the Hub: OWNER/NAME.")
 @click.option(
@@ -109,7 +108,7 @@ def push(
     click.echo(f"Pushed {len(uploads)} files: {address}")
 
 
-@click.command("pull", context_settings=_SETTINGS)
+@click.command("pull")
 @library_option
 @click.option("--name", help="Library name for a single vector.  [default: OWNER/NAME or its folder]")
 @click.option(
@@ -165,7 +164,7 @@ def pull(
         click.echo(f"Left out, as no vector folder holds such files: {shown}{more}")
 
 
-@click.command("compose", context_settings=_SETTINGS)
+@click.command("compose")
 @library_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the new vector.")
 @click.option("--name", help="Put the new vector into the library under this name.")
@@ -277,7 +276,7 @@ def _write(folder: Path, vector: SteeringVector) -> None:
 # ``aft vectors train-set``: a whole library from a study file.
 
 
-@click.command("train-set", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("train-set")
 @offline_option
 @click.argument("study", type=click.Path(path_type=Path, dir_okay=False))
 @library_option
@@ -363,15 +362,15 @@ def train_set(
 
 def _score(job: TrainSet, limit: int | None, arguments: dict[str, Any], batch_size: str) -> None:
     """Score every vector on every task, and print and write the table."""
-    from lm_eval_aft.studies.train_set import CROSS_SCORES_NOTE, TABLE, cross_score, table
+    from lm_eval_aft.studies.train_set import CROSS_SCORES, CROSS_SCORES_NOTE, cross_score, cross_score_table
 
     flags = ["--batch_size", batch_size]
     rows = cross_score(
         job.study, job.library, job.model, limit=limit, model_args=arguments, flags=flags, say=click.echo
     )
-    columns, lines = table(rows)
+    columns, lines = cross_score_table(rows)
     print_table("Cross-scores", columns, lines)
-    click.echo(f"{CROSS_SCORES_NOTE}\nWritten: {job.library.root / TABLE}.md and .json")
+    click.echo(f"{CROSS_SCORES_NOTE}\nWritten: {job.library.root / CROSS_SCORES}.md and .json")
 
 
 def _print_plan(job: TrainSet) -> None:
@@ -392,7 +391,7 @@ def _print_plan(job: TrainSet) -> None:
 # ``aft vectors``: keep, find and check the vectors of a library.
 
 
-@click.group("vectors", context_settings=_SETTINGS)
+@click.group("vectors")
 def vectors() -> None:
     """A library of vectors: keep, find, check, share and add them.
 
@@ -409,7 +408,7 @@ def vectors() -> None:
     """
 
 
-@vectors.command("list", context_settings=_SETTINGS)
+@vectors.command("list")
 @library_option
 @click.option("--base-model", help="Only vectors for this model; * and ? allowed, as in 'pythia-*'.")
 @click.option("--task", help="Only vectors trained on this task; * and ? allowed.")
@@ -458,7 +457,7 @@ def list_vectors(
     click.echo(f"{len(found)} {'vector' if len(found) == 1 else 'vectors'} in {shelf.root}")
 
 
-@vectors.command("show", context_settings=_SETTINGS)
+@vectors.command("show")
 @library_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: the fields and the whole header.")
 @click.argument("name")
@@ -502,7 +501,7 @@ def show(library: Path | None, as_json: bool, name: str) -> None:
             click.echo(f"{key.replace('_', ' '):>18}  {printable(str(value))}")
 
 
-@vectors.command("add", context_settings=_SETTINGS)
+@vectors.command("add")
 @library_option
 @click.option("--name", required=True, help="What to call it: CATEGORY/NAME, as in math/word_problems.")
 @click.option("--replace", is_flag=True, help="Replace a vector of that name.")
@@ -524,7 +523,7 @@ def add(library: Path | None, name: str, replace: bool, vector: Path) -> None:
     click.echo(f"Added: {folder}")
 
 
-@vectors.command("remove", context_settings=_SETTINGS)
+@vectors.command("remove")
 @library_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.argument("names", nargs=-1, required=True)
@@ -546,7 +545,7 @@ def remove(library: Path | None, yes: bool, names: tuple[str, ...]) -> None:
         click.echo(f"Removed: {name}")
 
 
-@vectors.command("verify", context_settings=_SETTINGS)
+@vectors.command("verify")
 @library_option
 @click.argument("names", nargs=-1)
 def verify(library: Path | None, names: tuple[str, ...]) -> None:
@@ -577,7 +576,7 @@ def verify(library: Path | None, names: tuple[str, ...]) -> None:
     click.echo(f"{len(checked)} vectors, all sound.")
 
 
-@vectors.command("routes", context_settings=_SETTINGS)
+@vectors.command("routes")
 @click.argument("table", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--text", help="Say where this request would go.")
 def routes(table: Path | None, text: str | None) -> None:

@@ -26,18 +26,18 @@ from pydantic import (
     model_validator,
 )
 
-from lm_eval_aft._util.config import check_field_types, read_yaml
+from lm_eval_aft._util.config import read_yaml
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.demo import NAME as DEMO
 from lm_eval_aft.harness.examples import PROMPTS, PromptSettings
 from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.routers import read_table
-from lm_eval_aft.studies.published import TABLES
 from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_rungs
 
+# The earlier study's tables.
+EARLIER_STUDY = read_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+=%,-]{0,95}")
 # Arguments of ``--model aft`` that steer: in a study each cell has its own vector.
 _STEERING = ("vector", "coefficient", "positions", "route", "library", "answer_only")
 # Settings of a plan that the study itself sets.
@@ -53,13 +53,17 @@ def _as_value_error() -> Iterator[None]:
     try:
         yield
     except AFTError as error:
-        raise ValueError(f"{error.what} {error.hint}".strip()) from error
+        raise ValueError(error.one_line) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"invalid setting ({error}).") from error
 
 
 def setting_value(key: str, value: Any) -> Any:
-    """A setting as the plan takes it: YAML reads 1e-3 as text, and a single layer as a number."""
+    """A setting as the plan takes it: YAML reads 1e-3 as text, and a single layer as a number.
+
+    >>> setting_value("lr", ["1e-3", 0.01]), setting_value("layers", 3)
+    ((0.001, 0.01), '3')
+    """
     if key == "layers":
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if isinstance(value, str) and _NUMBER.fullmatch(value):
@@ -118,8 +122,8 @@ def _check_pretrained(text: str, info: ValidationInfo) -> str:
 
 
 def _check_table(name: str) -> str:
-    if name not in TABLES:
-        raise ValueError(f"there is no table {name!r}; choose one of: {', '.join(TABLES)}.")
+    if name not in EARLIER_STUDY:
+        raise ValueError(f"there is no table {name!r}; choose one of: {', '.join(EARLIER_STUDY)}.")
     return name
 
 
@@ -285,9 +289,7 @@ class BenchStudy(_Strict):
 
 def _take_prompts(settings: dict[str, Any]) -> PromptSettings:
     """Remove the prompt settings and return them."""
-    prompts = PromptSettings(**{key: settings.pop(key) for key in PROMPTS if key in settings})
-    check_field_types(prompts)
-    return prompts
+    return PromptSettings(**{key: settings.pop(key) for key in PROMPTS if key in settings})
 
 
 def read_bench(path: Path) -> BenchStudy:

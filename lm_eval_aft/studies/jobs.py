@@ -1,4 +1,4 @@
-"""The cells of a study: what each depends on, what is left to do, and doing it."""
+"""The cells of a study: what each depends on, which jobs are left, and doing one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jsonlines
-
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import LOCK, exclusive_dir
+from lm_eval_aft._util.files import LOCK, JsonLines, exclusive_dir
 from lm_eval_aft.evaluation.compare import compare_runs, judge, require_comparable
 from lm_eval_aft.evaluation.report import warnings
 from lm_eval_aft.evaluation.results import ScoredRun, read_run
@@ -31,7 +30,7 @@ from lm_eval_aft.training.recipe import TrainingPlan
 if TYPE_CHECKING:
     from lm_eval_aft.lm import AFTLM
 
-# Part of every address: to be raised when the same settings no longer mean the same result.
+# Part of every key: to be raised when the same settings no longer give the same result.
 CELL_FORMAT = "aft-bench/1"
 
 
@@ -40,9 +39,9 @@ class StudyCell:
     """One model, task, method and seed.
 
     Attributes:
-        vector_key: address of the vector: model, task and training plan.
-        baseline_key: address of the baseline's scores: model, task, prompts and limit.
-        key: address of the cell's result: both of these, and the number of placebos.
+        vector_key: digest of what the vector depends on: model, task and training plan.
+        baseline_key: digest of what the baseline's scores depend on: model, task, prompts and limit.
+        key: digest of what the cell's result depends on: both of these, and the number of placebos.
     """
 
     model: ModelEntry
@@ -57,21 +56,21 @@ class StudyCell:
 
     @property
     def name(self) -> str:
-        """What it is called, and what ``--only`` looks at."""
+        """What ``--only`` is matched against."""
         return f"{self.model.name}/{self.task.name}/{self.method.name}/seed-{self.seed}"
 
     @property
     def series(self) -> tuple[str, str, str]:
-        """What its sisters of other seeds share with it."""
+        """What it shares with the other seeds."""
         return (self.model.name, self.task.name, self.method.name)
 
     @property
     def control(self) -> bool:
-        """Whether it is a placebo by design, which no verdict is asked of."""
+        """Whether it is a placebo by design, which gets no verdict."""
         return self.plan.control is not None
 
     def matches(self, patterns: Sequence[str]) -> bool:
-        """Whether its name, or one part of it, fits one of the patterns; without patterns, yes."""
+        """Whether its name, or one part of it, matches one of the patterns; without patterns, yes."""
         texts = [self.name, *self.name.split("/")]
         return not patterns or any(fnmatchcase(text, pattern) for pattern in patterns for text in texts)
 
@@ -79,27 +78,24 @@ class StudyCell:
 def build_cells(study: BenchStudy) -> list[StudyCell]:
     """Every cell of the study, model by model, task by task.
 
-    To be called in the study's ``data`` folder: what lies there belongs to the tasks' identities.
+    Looked up from the study's ``data`` folder, as what lies there belongs to the tasks' identities.
 
     Raises:
         AFTError: a task that the harness does not have.
     """
-    models = {entry.name: model_identity(entry.pretrained, entry.model_args) for entry in study.models}
-    tasks = {entry.name: task_identity(entry.task, study.include_path) for entry in study.tasks}
-    _require_known(study, [entry.task for entry in study.tasks if "config" not in tasks[entry.name]])
-    cells = []
-    for model in study.models:
-        for task in study.tasks:
-            for method in study.methods:
-                for seed in study.seeds:
-                    plan = study.plan(model, task, method, seed)
-                    made = {key: value for key, value in plan.to_dict().items() if key != "include_path"}
-                    about = [CELL_FORMAT, models[model.name], tasks[task.name]]
-                    vector_key = digest([*about, made])
-                    baseline_key = digest([*about, task.limit, asdict(plan.prompts)])
-                    key = digest([vector_key, baseline_key, study.evaluation.placebos])
-                    own = (model, task, method, seed, plan, study.evaluation.placebos)
-                    cells.append(StudyCell(*own, vector_key, baseline_key, key))
+    with contextlib.chdir(study.data or "."):
+        models = {entry.name: model_identity(entry.pretrained, entry.model_args) for entry in study.models}
+        tasks = {entry.name: task_identity(entry.task, study.include_path) for entry in study.tasks}
+        _require_known(study, [entry.task for entry in study.tasks if "config" not in tasks[entry.name]])
+    cells, placebos = [], study.evaluation.placebos
+    for model, task, method, seed in product(study.models, study.tasks, study.methods, study.seeds):
+        plan = study.plan(model, task, method, seed)
+        made = {key: value for key, value in plan.to_dict().items() if key != "include_path"}
+        about = [CELL_FORMAT, models[model.name], tasks[task.name]]
+        vector_key = digest([*about, made])
+        baseline_key = digest([*about, task.limit, asdict(plan.prompts)])
+        key = digest([vector_key, baseline_key, placebos])
+        cells.append(StudyCell(model, task, method, seed, plan, placebos, vector_key, baseline_key, key))
     return cells
 
 
@@ -108,14 +104,14 @@ def _require_known(study: BenchStudy, unknown: list[str]) -> None:
         return
     from lm_eval_aft.harness.tasks import check_names, full_index
 
-    check_names(unknown, full_index(study.include_path))  # tells the nearest names
+    check_names(unknown, full_index(study.include_path))  # its error names the nearest tasks
     raise AFTError(
         f"{', '.join(unknown)}: a group of tasks, or one without a file of its own.",
         "A cell is trained and scored on one plain task: name its members one by one.",
     )
 
 
-# The folder of a study: finished vectors and scores by their addresses, work in progress, one ledger.
+# The folder of a study: finished vectors and scores by their keys, work in progress, one ledger.
 
 STUDY_LEDGER = "ledger.jsonl"
 
@@ -123,8 +119,8 @@ STUDY_LEDGER = "ledger.jsonl"
 class Store:
     """Where a study's results lie.
 
-    ``vectors/KEY``, ``baselines/KEY`` and ``scores/KEY`` are whole or not there: they are made under
-    ``work/`` and renamed. The keys are those of `lm_eval_aft.studies.jobs.StudyCell`.
+    ``vectors/KEY``, ``baselines/KEY`` and ``scores/KEY``, with the keys of `StudyCell`, are complete or not
+    there: they are made under ``work/`` and renamed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -160,7 +156,7 @@ class Store:
         made.rename(place)
 
     def set_aside(self, place: Path) -> None:
-        """Take something damaged out of the way, to ``errors``."""
+        """Move something damaged to ``errors``."""
         aside = self.root / "errors" / f"{place.parent.name}-{place.name}"
         aside.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
@@ -168,11 +164,11 @@ class Store:
 
     @contextmanager
     def opened(self, resume: bool) -> Iterator[StudyLedger]:
-        """The study's ledger, for this process alone.
+        """The study's ledger, while other processes are kept out of the folder.
 
         Raises:
             AFTError: the folder holds a study and ``resume`` is not set, or something else; or another
-                process is at it.
+                process works in it.
         """
         path = self.root / STUDY_LEDGER
         foreign = self.root.is_dir() and any(each.name != LOCK for each in self.root.iterdir())
@@ -184,49 +180,44 @@ class Store:
         if path.exists() and not resume:
             raise AFTError(
                 f"The output folder {self.root} holds a study already.",
-                "Go on with --resume (what is finished is kept, also where the study file was changed), or "
-                "choose another folder.",
+                "Continue with --resume (what is finished is kept, also where the study file was changed), "
+                "or choose another folder.",
             )
         with exclusive_dir(self.root):
             path.touch()
             yield StudyLedger(path)
 
 
-class StudyLedger:
-    """``ledger.jsonl``: one line per finished cell, and what else happened; written by one process."""
+class StudyLedger(JsonLines):
+    """``ledger.jsonl``: one line per finished cell, and what else happened.
 
-    def __init__(self, path: Path, mend: bool = True) -> None:
-        self.path = path
-        if mend:
-            self._mend()
+    Attributes:
+        outcomes: lines of finished cells, by key.
+        failures: lines of jobs that failed and were not finished since, by key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self.outcomes: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, dict[str, Any]] = {}
-        with jsonlines.open(path) as reader:
-            for line in reader.iter(type=dict, skip_invalid=True):
-                self._read(line)
+        for line in self.read():
+            self._note(line)
 
     def append(self, **line: Any) -> None:
         """Add one line."""
-        with jsonlines.open(self.path, "a") as writer:
-            writer.write(line)
-        self._read(line)
+        super().append(**line)
+        self._note(line)
 
-    def _read(self, line: dict[str, Any]) -> None:
+    def _note(self, line: dict[str, Any]) -> None:
+        key = str(line.get("key"))
         if line.get("event") == "cell":
-            self.outcomes[str(line.get("key"))] = line
-            self.failures.pop(str(line.get("key")), None)
+            self.outcomes[key] = line
+            self.failures.pop(key, None)
         elif line.get("event") == "failed":
-            self.failures[str(line.get("key"))] = line
-
-    def _mend(self) -> None:
-        """Drop a last line that sudden death cut short: the next one would be glued to it."""
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            with self.path.open("r+b") as stream:
-                stream.truncate(data.rfind(b"\n") + 1)
+            self.failures[key] = line
 
 
-# What is left to do, in which order, and who may do it now.
+# Which jobs are left, in which order, and which can start now.
 
 TO_DO, RUNNING, DONE, FAILED, PRUNED, LEFT_OUT = "to do", "running", "done", "failed", "pruned", "left out"
 
@@ -235,11 +226,12 @@ class Schedule:
     """The jobs of a study.
 
     A baseline is one job for all cells that share it, and comes before them. With pruning, a method's
-    other seeds wait for its first one on the same model and task: were they given to workers at once,
-    what is pruned would hang on who is faster.
+    other seeds wait for its first one on the same model and task; else which of them are pruned would
+    depend on which worker is faster.
 
     Attributes:
-        states: cell name -> how far it is.
+        states: cell name -> one of the states above.
+        errors: why baselines failed, by key.
     """
 
     def __init__(
@@ -260,7 +252,7 @@ class Schedule:
             self.states[cell.name] = DONE if known else TO_DO if cell.matches(only) else LEFT_OUT
         self.jobs = self._jobs()
         self.running: list[Job] = []
-        self.errors: dict[str, str] = {}  # of baselines, by key
+        self.errors: dict[str, str] = {}
         self._settle_pruned()
 
     def _jobs(self) -> list[Job]:
@@ -270,17 +262,17 @@ class Schedule:
                 continue
             if not self.store.baseline(cell.baseline_key).exists():
                 jobs.setdefault(cell.baseline_key, Job("baseline", cell.baseline_key, cell))
-            # Two names for one and the same setting are one job.
+            # Two names for the same settings are one job.
             jobs.setdefault(cell.key, Job("cell", cell.key, cell))
         return list(jobs.values())
 
     @property
     def open(self) -> bool:
-        """Whether anything is to be done or being done."""
+        """Whether any job is left or running."""
         return bool(self.jobs or self.running)
 
     def take(self, model: str = "") -> Job | None:
-        """A job that can be done now, of this model if there is one; else of the model fewest work on."""
+        """A job that can start now, of this model if possible, else of the model with fewest workers."""
         ready = [job for job in self.jobs if self._ready(job)]
         if not ready:
             return None
@@ -293,13 +285,13 @@ class Schedule:
         return chosen
 
     def give_back(self, job: Job) -> None:
-        """Whoever had this job is gone: it is to be done again."""
+        """The worker of this job is lost: it has to be done again."""
         self.running.remove(job)
         self.jobs.insert(0, job)
         self._mark(job, TO_DO)
 
     def finish(self, done: Done, outcome: dict[str, Any] | None) -> None:
-        """Note how a job ended; ``outcome`` is a cell's, see `lm_eval_aft.studies.jobs`."""
+        """Note how a job ended; ``outcome`` is a cell's, see `assess`."""
         job = done.job
         self.running.remove(job)
         common = {"name": job.name, "key": job.key, "seconds": done.seconds, "worker": done.worker}
@@ -347,7 +339,7 @@ class Schedule:
             lead = self._leads[cell.series]
             if cell is lead or self.states[cell.name] not in (TO_DO, LEFT_OUT):
                 continue
-            if cell.control:  # one that fails behaves as a placebo should
+            if cell.control:  # a placebo that is no better than the baseline does what it should
                 continue
             if given_up(self.ledger.outcomes.get(lead.key)):
                 self.states[cell.name] = PRUNED
@@ -361,21 +353,21 @@ class Schedule:
 
 
 def given_up(outcome: dict[str, Any] | None) -> str:
-    """Why a cell's model and task were given up in training, or ``""``."""
+    """Why training gave up a cell's model and task, or ``""``."""
     return str(((outcome or {}).get("vector") or {}).get("pruned") or "")
 
 
-# What one worker does: it holds a model, trains cells and scores them.
+# What one worker does: it keeps a model loaded, trains cells and scores them.
 
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of work: a baseline to score, or a cell to train and score.
+    """A baseline to score, or a cell to train and score.
 
     Attributes:
         kind: ``baseline`` or ``cell``.
-        key: its address.
-        cell: the cell; of a baseline, the first that needs it.
+        key: the cell's key or baseline key.
+        cell: the cell; for a baseline, the first that needs it.
     """
 
     kind: str
@@ -384,10 +376,9 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What progress calls it."""
-        if self.kind == "cell":
-            return self.cell.name
-        return f"{self.cell.model.name}/{self.cell.task.name}/baseline"
+        """What messages call it."""
+        cell = self.cell
+        return cell.name if self.kind == "cell" else f"{cell.model.name}/{cell.task.name}/baseline"
 
 
 @dataclass
@@ -395,10 +386,10 @@ class Done:
     """How a job ended.
 
     Attributes:
-        error: why it failed, in words; ``""`` when it did not.
-        trace: where in the code, for errors nobody foresaw.
+        error: why it failed; ``""`` when it did not.
+        trace: the traceback of an unexpected error.
         seconds: by part: ``load``, ``train``, ``score``.
-        worker: who did it.
+        worker: name of the worker that did it.
         files: what it made, where the worker's disk is not the driver's: path in the store -> contents.
     """
 
@@ -411,7 +402,7 @@ class Done:
 
 
 class Session:
-    """One model in memory at a time, and the work done with it.
+    """Does jobs with one model in memory at a time.
 
     Attributes:
         loads: how many models were loaded so far.
@@ -427,10 +418,10 @@ class Session:
         self._known: list[str] = []  # what lm-eval's results say of this machine
 
     def do(self, job: Job) -> Done:
-        """Carry out a job; what goes wrong is told in the answer."""
+        """Do a job; errors are reported in the answer."""
         done = Done(job)
         try:
-            with contextlib.chdir(self.data) if self.data else contextlib.nullcontext():
+            with contextlib.chdir(self.data or "."):
                 lm = self._timed(done, "load", self.model, job.cell)
                 if job.kind == "baseline":
                     self._timed(done, "score", self._baseline, lm, job)
@@ -438,12 +429,12 @@ class Session:
                     self._timed(done, "train", self._train, lm, job.cell)
                     self._timed(done, "score", self._score, lm, job.cell)
         except AFTError as error:
-            done.error = f"{error.what} {error.hint}".strip()
+            done.error = error.one_line
         except SystemExit as error:
             if error.code != 2:  # 2 is how lm-eval refuses a flag; anything else ends this process
                 raise
             done.error = f"lm-eval refused its settings (exit status {error.code})."
-        except Exception as error:  # one cell's trouble must not end a long study
+        except Exception as error:  # one failing cell must not end a long study
             done.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             done.trace = traceback.format_exc()
         return done
@@ -457,7 +448,7 @@ class Session:
             done.seconds[part] = round(time.monotonic() - started, 2)
 
     def model(self, cell: StudyCell) -> AFTLM:
-        """The cell's model; another one leaves memory first."""
+        """The cell's model; another one is unloaded first."""
         from lm_eval_aft.lm import AFTLM
 
         entry = cell.model
@@ -475,8 +466,7 @@ class Session:
         return self._lm
 
     def _train(self, lm: AFTLM, cell: StudyCell) -> None:
-        """Train in a folder that a killed run goes on from; the finished one gets its place."""
-        from lm_eval_aft.steering.vector_file import FILE_NAME
+        """Train in a folder that a killed run resumes from, and move the finished one to its place."""
         from lm_eval_aft.training.run import run
         from lm_eval_aft.training.setup import prepare
 
@@ -492,25 +482,19 @@ class Session:
     def _baseline(self, lm: AFTLM, job: Job) -> None:
         from lm_eval_aft.evaluation.run import PlannedRun
 
-        place = self.store.baseline(job.key)
-        if not place.exists():
-            self._scored(
-                lm, job.cell, [(PlannedRun("baseline"), ".")], self.store.work("baseline", job.key), place
-            )
+        runs = [(PlannedRun("baseline"), ".")]
+        self._scored(lm, job.cell, runs, self.store.work("baseline", job.key), self.store.baseline(job.key))
 
     def _score(self, lm: AFTLM, cell: StudyCell) -> None:
-        """The steered run, and random directions beside it where the study wants some."""
+        """The steered run, and random directions beside it where the study asks for some."""
         from lm_eval_aft.evaluation.run import plan_runs
 
-        place = self.store.scores(cell.key)
-        if place.exists():
-            return
         spec = str(self.store.vector(cell.vector_key))
         placebo = f"random:{cell.placebos}" if cell.placebos else "none"
         states = plan_runs([spec], placebo)[1:]
         folders = ["steered", *(f"placebo/random-{i}" for i in range(cell.placebos))]
         runs = list(zip(states, folders, strict=True))
-        self._scored(lm, cell, runs, self.store.work("scores", cell.key), place)
+        self._scored(lm, cell, runs, self.store.work("scores", cell.key), self.store.scores(cell.key))
 
     def _scored(
         self, lm: AFTLM, cell: StudyCell, runs: Sequence[tuple[Any, str]], work: Path, place: Path
@@ -518,6 +502,8 @@ class Session:
         from lm_eval_aft.evaluation.run import read_flags, score
         from lm_eval_aft.harness.tasks import environment_asked_once, task_manager_for
 
+        if place.exists():
+            return
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         task = cell.task.task
@@ -526,7 +512,7 @@ class Session:
         described = {"pretrained": cell.model.pretrained, "softmax_dtype": "float32", **cell.model.model_args}
         for run, folder in runs:
             lm.steer(run.vector)
-            # A bar for each of a study's thousand parts would hide how the whole goes.
+            # A progress bar for each of a study's thousand jobs would hide the study's own.
             with contextlib.redirect_stderr(io.StringIO()), environment_asked_once(self._known):
                 score(lm, run, config, manager, work / folder, described)
         lm.steer(None)
@@ -543,17 +529,17 @@ def flags_of(plan: TrainingPlan, limit: int | None, batch_size: str) -> list[str
     return flags
 
 
-# How a finished cell came out: its scores against its baseline's, and what its vector is.
+# The result of a finished cell: its scores against its baseline's, and what its vector is.
 
 
 def assess(cell: StudyCell, store: Store) -> dict[str, Any]:
     """Compare a cell's scores with its baseline's, document by document.
 
-    Returns plain values: ``rows`` (see `lm_eval_aft.evaluation.compare.VerdictRow`; p-values not
-    yet adjusted for the other cells), ``vector`` (what it is and how it was chosen), ``notes``.
+    Returns plain values: ``rows`` (`VerdictRow`; p-values not yet adjusted for the other cells), ``vector``
+    (what it is and how it was chosen), ``notes``.
 
     Raises:
-        AFTError: scores or vector damaged or missing, or runs that were not asked the same.
+        AFTError: scores or vector damaged or missing, or runs that are not comparable.
     """
     baseline = read_run(store.baseline(cell.baseline_key), "baseline", "baseline")
     place = store.scores(cell.key)

@@ -16,21 +16,14 @@ from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.methods import DEFAULT_METHOD, Method, find_method
 from lm_eval_aft.studies.config import ModelEntry
 from lm_eval_aft.studies.jobs import StudyCell
-from lm_eval_aft.studies.known_models import (
-    KNOWN,
-    LENGTHS,
-    Lengths,
-    find_config,
-    typical_documents,
-    with_examples,
-)
+from lm_eval_aft.studies.known_models import KNOWN, OTHER_TASKS, TASK_SIZES, find_config
 from lm_eval_aft.studies.simulated_device import (
-    BlankEngine,
     Device,
+    MetaEngine,
     Roofline,
-    blank_model,
     blocks_alike,
-    may_pack_blank,
+    meta_model,
+    rows_may_be_packed,
     shallower,
     shapes_only,
 )
@@ -43,87 +36,53 @@ from lm_eval_aft.training.trainer import DEFAULT_TOKEN_BUDGET, TOKEN_BUDGET, mas
 LEAST_BUDGET = 512  # tokens; less than that is one document a pass
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a cell costs.
-
-    Attributes:
-        candidates: candidates trained, over all stages.
-        steps: optimiser steps of all candidates together.
-        training, scoring: the baseline's scoring is not counted here.
-        parameters, weight_bytes: the model's.
-        peak_bytes: memory above the weights, at the longest documents.
-    """
-
-    candidates: int
-    steps: int
-    training: Spent
-    scoring: Spent
-    parameters: int
-    weight_bytes: int
-    peak_bytes: int
-
-    @property
-    def whole(self) -> Spent:
-        """Training and scoring."""
-        return self.training + self.scoring
-
-
 class CostEstimator:
-    """Costs of one model's cells on some device."""
+    """Costs of one model's cells on a device.
+
+    ``shots`` is the number of examples in a cell's prompts.
+    """
 
     def __init__(self, shape: Shape, device: Device, budget: int | None = None) -> None:
         self.shape, self.device = shape, device
         self.budget = budget or TOKEN_BUDGET.get(device.kind, DEFAULT_TOKEN_BUDGET)
         self._plans: dict[tuple[str, int, str, Protocol], PlanCost] = {}
 
-    def cost(self, cell: StudyCell, shots: int) -> Cost:
-        """One cell's."""
-        plan = self._plan(cell, shots)
-        return Cost(
-            sum(stage.candidates for stage in plan.stages),
-            plan.steps,
-            Spent(plan.estimate.seconds, plan.estimate.flops),
-            self.baseline(cell, shots) * (1 + cell.placebos),
-            plan.parameters,
-            plan.weight_bytes,
-            plan.estimate.peak_bytes,
-        )
+    def spent(self, cell: StudyCell, shots: int) -> Spent:
+        """Training and scoring of one cell, without its baseline's scoring."""
+        estimate = self.plan(cell, shots).estimate
+        scored = self.baseline(cell, shots) * (1 + cell.placebos)
+        return Spent(estimate.seconds, estimate.flops) + scored
 
     def baseline(self, cell: StudyCell, shots: int) -> Spent:
         """Scoring a cell's baseline, or one vector."""
-        _, available = SIZES.get(cell.task.task, UNKNOWN_SIZES)
-        return self._plan(cell, shots).scored * min(cell.task.limit or available, available)
-
-    @staticmethod
-    def assumed(cell: StudyCell) -> bool:
-        """Whether the lengths of its task's documents are only guessed."""
-        return not lengths_known(cell.task.task)
+        available = TASK_SIZES.get(cell.task.task, OTHER_TASKS).evaluation
+        return self.plan(cell, shots).scored * min(cell.task.limit or available, available)
 
     def fitting_budget(self, cell: StudyCell, shots: int) -> int | None:
-        """Tokens a pass may have for a cell to fit the device, halved as training does; ``None`` for none."""
-        plan, budget = self._plan(cell, shots), self.budget
+        """Tokens of a pass at which a cell fits the device, halved as training does; ``None``: never."""
+        plan, budget = self.plan(cell, shots), self.budget
         if plan.fits:
             return budget
-        # Memory grows with the tokens at most in proportion: what is left of it says where to begin.
+        # Memory grows at most in proportion to the tokens: what is left of it says where to begin.
         share = max(0.0, self.device.memory - plan.weight_bytes) / plan.estimate.peak_bytes
         while budget >= LEAST_BUDGET and share < 1:
             budget, share = budget // 2, share * 2
         while budget >= LEAST_BUDGET:
-            if CostEstimator(self.shape, self.device, budget)._plan(cell, shots).fits:
+            if CostEstimator(self.shape, self.device, budget).plan(cell, shots).fits:
                 return budget
             budget //= 2
         return None
 
-    def _plan(self, cell: StudyCell, shots: int) -> PlanCost:
+    def plan(self, cell: StudyCell, shots: int) -> PlanCost:
+        """What training one cell takes."""
         wanted, task = cell.plan, cell.task.task
-        available, _ = SIZES.get(task, UNKNOWN_SIZES)
-        selection = wanted.selection_docs or min(wanted.protocol.selection_docs, available // 2)
-        train = wanted.train_docs or min(wanted.protocol.train_docs, available - selection)
+        size = TASK_SIZES.get(task, OTHER_TASKS)
+        selection = wanted.selection_docs or min(wanted.protocol.selection_docs, size.train // 2)
+        train = wanted.train_docs or min(wanted.protocol.train_docs, size.train - selection)
         protocol = replace(wanted.protocol, train_docs=train, selection_docs=selection)
         key = (task, shots, wanted.method, protocol)
         if key not in self._plans:
-            documents = typical(task, shots, protocol.share_fewshot)
+            documents = size.documents(shots, protocol.share_fewshot)
             chosen_from = max(len(document.pairs) for document in documents)
             self._plans[key] = plan_cost(
                 self.shape.config,
@@ -138,20 +97,7 @@ class CostEstimator:
         return self._plans[key]
 
 
-# A model's shape without its weights, and the lengths of its documents: what estimates start from.
-
-# Documents in the training and evaluation splits, with the data of the Hub.
-SIZES = {
-    "hellaswag": (39905, 10042),
-    "arc_challenge": (1119, 1172),
-    "arc_easy": (2251, 2376),
-    "gsm8k": (7473, 1319),
-    "aft_demo_choice": (2600, 1100),
-    "aft_demo_math": (2600, 1100),
-}
-UNKNOWN_SIZES = (1000, 1000)
-# Lengths taken for any other task; see `lm_eval_aft.studies.known_models.LENGTHS`.
-_UNKNOWN: tuple[tuple[Lengths, ...], int] = (((70, (15,) * 4), (180, (50,) * 4)), 90)
+# A model's shape without its weights: what estimates start from.
 
 
 @dataclass(frozen=True)
@@ -160,7 +106,7 @@ class Shape:
 
     Attributes:
         config: a transformers config.
-        shipped: whether it is made of numbers shipped for estimates, not read from the model's own.
+        shipped: whether the config is made of the numbers in ``known_models.yaml``, not the model's own.
         dtype: what the weights would be loaded in.
     """
 
@@ -169,8 +115,8 @@ class Shape:
     dtype: torch.dtype
 
     def model(self) -> nn.Module:
-        """The model on the meta device: shapes, and no numbers."""
-        return blank_model(self.config, self.dtype)
+        """The model on the meta device."""
+        return meta_model(self.config, self.dtype)
 
 
 def find_shape(entry: ModelEntry) -> Shape:
@@ -189,33 +135,14 @@ def find_shape(entry: ModelEntry) -> Shape:
     return Shape(config, shipped, found)
 
 
-def lengths_known(task: str) -> bool:
-    """Whether the lengths of a task's documents are, and not only guessed."""
-    return task in LENGTHS
-
-
-def typical(task: str, shots: int, share: int) -> list[Document]:
-    """Documents of typical lengths with so many examples in the prompt, ``share`` of them with the same.
-
-    Very long ones come last.
-    """
-    if lengths_known(task):
-        return typical_documents(task, shots, share)
-    lengths, example = _UNKNOWN
-    return with_examples(lengths, shots * example, share)
-
-
-# What a training plan would cost on a model that is only a config, on a device that is not there.
+# What a training plan would cost for a model known by its config alone, on a simulated device.
 #
-# The engine itself runs, on the meta device: tensors with shapes and without contents. What it allocates
-# and computes is counted by the same code that a dry run uses on a loaded model; only the clock is
-# replaced, by `lm_eval_aft.studies.simulated_device`. Blocks being alike, a few of them tell what all of them
-# take.
+# The engine itself runs, with a model on the meta device. What it allocates and computes is counted by the
+# same code that a dry run uses on a loaded model; only the clock is replaced, by `simulated_device`. As all
+# blocks are alike, two small depths tell what every depth takes.
 
-# A candidate's own numbers: the vector, its gradient, two moments, the best so far.
-COPIES = 5
-# Blocks of the models that are run in place of deeper ones.
-FEW, MORE = 3, 5
+COPIES = 5  # of a candidate's numbers: the vector, its gradient, two moments, the best so far
+FEW, MORE = 3, 5  # blocks of the models that are run in place of deeper ones
 
 
 @dataclass(frozen=True)
@@ -227,7 +154,7 @@ class PlanCost:
         parameters: of the model; ``weight_bytes`` is what they take.
         packed: whether a question's options would share a row.
         steps: optimiser steps, over all candidates.
-        scored: reading one document, its continuations scored: what an evaluation costs for each.
+        scored: scoring one document's continuations.
     """
 
     device: Device
@@ -240,9 +167,19 @@ class PlanCost:
     scored: Spent
 
     @property
+    def candidates(self) -> int:
+        """Candidates trained, over all stages."""
+        return sum(stage.candidates for stage in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory above the weights, at the longest documents."""
+        return self.estimate.peak_bytes
+
+    @property
     def total_bytes(self) -> int:
         """Weights and everything above them; a GPU's own context (about half a GB) comes on top."""
-        return self.weight_bytes + self.estimate.peak_bytes
+        return self.weight_bytes + self.peak_bytes
 
     @property
     def fits(self) -> bool:
@@ -270,18 +207,18 @@ def plan_cost(
         protocol: by name, or one that was changed.
         documents: of typical lengths, the longest last; it decides the memory, the others the time.
             Those of one group (showing the same examples) share rows and steps, as in training.
-            See `lm_eval_aft.studies.known_models.typical_documents`.
+            `TaskSize.documents` makes some.
         train_docs, selection_docs: as the task has them; default: as many as the protocol wants.
         budget: most tokens of a pass; default: what suits the device.
 
     Raises:
-        AFTError: an unknown protocol, method or objective; layers that the model has not.
+        AFTError: an unknown protocol, method or objective; layers that the model does not have.
     """
     recipe = find_protocol(protocol) if isinstance(protocol, str) else protocol
     how = find_method(method)
     if not how.trained:
         recipe = recipe.without_training()
-    model = blank_model(config, dtype)
+    model = meta_model(config, dtype)
     depth, width = len(find_backbone(model).blocks), find_backbone(model).hidden_size
     layers = parse_layers(recipe.layers, depth)
     sites = layers[:1] if how.together else layers
@@ -290,9 +227,9 @@ def plan_cost(
         for given, most in ((train_docs, recipe.train_docs), (selection_docs, recipe.selection_docs))
     )
     stages = schedule(recipe, len(sites), train, selection)
-    packed = may_pack_blank(model, documents)
+    packed = rows_may_be_packed(model, documents)
     budget = budget or TOKEN_BUDGET.get(device.kind, DEFAULT_TOKEN_BUDGET)
-    trial = _Trial(
+    trial = _TrialRuns(
         make_objective(objective, None, ["acc_norm"]), how, packed, budget, device, list(documents), dtype
     )
     depths = (FEW, MORE) if depth > MORE and blocks_alike(model) else (depth,)
@@ -308,17 +245,13 @@ def plan_cost(
         sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers())),
         packed,
         tuple(stages),
-        _steps(stages, recipe.batch_size) if how.trained else 0,
+        sum(s.candidates * s.epochs * -(-s.train // recipe.batch_size) for s in stages) if how.trained else 0,
         whole.scored,
     )
 
 
-def _steps(stages: Sequence[Stage], batch_size: int) -> int:
-    return sum(stage.candidates * stage.epochs * -(-stage.train // batch_size) for stage in stages)
-
-
 @dataclass(frozen=True)
-class _Found:
+class _Measured:
     """What a model of some depth takes.
 
     Attributes:
@@ -340,12 +273,12 @@ class _Found:
     kept: tuple[float, float]
     graph: float = 0.0
 
-    def deeper(self, other: _Found, blocks: int, more: int) -> _Found:
-        """Carried on by ``more`` blocks, from one with so many ``blocks`` more than this."""
+    def deeper(self, other: _Measured, blocks: int, more: int) -> _Measured:
+        """Extrapolated to ``more`` blocks than this has, from a model with ``blocks`` more."""
         factor = more / blocks
         passes = zip((*self.shared, self.scored), (*other.shared, other.scored), strict=True)
         first, second, scored = (a + b.without(a) * factor for a, b in passes)
-        return _Found(
+        return _Measured(
             (first, second),
             scored,
             self.train,
@@ -357,20 +290,20 @@ class _Found:
         )
 
     def rates(self, above: float) -> Rates:
-        """What documents cost when candidates have so many blocks above their layer, on average."""
+        """What documents cost when candidates have that many blocks above their layer, on average."""
         train, selection = (last + block * above for last, block in (self.train, self.selection))
         return Rates(self.shared[0], train, self.shared[1], selection)
 
     def peak(self, below: int, unkept: int) -> float:
-        """Bytes when the lowest layer has so many blocks below, and so many blocks' outputs are not kept."""
+        """Bytes with ``below`` blocks under the lowest layer; ``unkept`` blocks' outputs are dropped."""
         return max(
             self.step - below * self.graph - unkept * self.kept[0], self.judging - unkept * self.kept[1]
         )
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """Runs models of some depth on a few documents."""
+class _TrialRuns:
+    """Runs shallow models on a few documents."""
 
     objective: Objective
     method: Method
@@ -380,17 +313,17 @@ class _Trial:
     documents: Sequence[Document]
     dtype: torch.dtype
 
-    def run(self, config: Any, batch_size: int, selection: int) -> _Found:
-        """What the config's model takes; the last two layers tell what a block above a layer adds."""
-        model = blank_model(config, self.dtype)
+    def run(self, config: Any, batch_size: int, selection: int) -> _Measured:
+        """What the config's model takes; the last two layers show what a block above a layer adds."""
+        model = meta_model(config, self.dtype)
         backbone = find_backbone(model)
-        engine = BlankEngine(model, backbone, self.objective, packed=self.packed, budget=self.budget)
+        engine = MetaEngine(model, backbone, self.objective, packed=self.packed, budget=self.budget)
         depth = len(backbone.blocks)
         every = [[self.documents[i] for i in unit] for unit in units(self.documents)]
         longest, typical = max(every, key=_tokens), every[:-1] or every
 
         def together(unit: Sequence[Document]) -> list[Document]:
-            """As many like these as are judged in one pass."""
+            """As many groups like this one as are judged in one pass."""
             rows = engine.budget // self._places(unit)
             return _alike(unit, max(1, min(selection // len(unit), rows)))
 
@@ -427,7 +360,7 @@ class _Trial:
         width = backbone.hidden_size * self.dtype.itemsize
         kept = tuple(float(min(engine.budget, self._places(many)) * width) for many in (few, most))
         train, selected = ((a, b.without(a)) for a, b in zip(last, before, strict=True))
-        return _Found(shared, scored, train, selected, step, judging, (kept[0], kept[1]))
+        return _Measured(shared, scored, train, selected, step, judging, (kept[0], kept[1]))
 
     def _candidate(self, backbone: Backbone, layer: int) -> Candidate:
         layers = tuple(range(len(backbone.blocks))) if self.method.together else (layer,)
@@ -436,11 +369,11 @@ class _Trial:
         return Candidate(layer, 0, Recipe(), Intervention(self.method, placed))
 
     def _places(self, documents: Sequence[Document]) -> int:
-        """Tokens, padding included, of the rows that documents take."""
+        """Tokens of the documents' rows, padding included."""
         rows = lay_out(documents, self.packed)
         return len(rows) * max(row.width for row in rows)
 
-    def _peak(self, engine: BlankEngine, work: Callable[[], Any]) -> int:
+    def _peak(self, engine: MetaEngine, work: Callable[[], Any]) -> int:
         engine.forget()
         with PeakMemory("meta") as memory:
             work()
@@ -450,11 +383,12 @@ class _Trial:
     def _spent(self, work: Callable[[], Any]) -> Spent:
         with Roofline(self.device) as roofline:
             work()
-        return Spent(roofline.spent.seconds, roofline.spent.flops)
+        spent: Spent = roofline.spent
+        return spent
 
 
 def _alike(unit: Sequence[Document], times: int) -> list[Document]:
-    """So many groups like this one, or documents like these."""
+    """That many copies of a group of documents."""
     return [d if d.group is None else replace(d, group=k) for k in range(times) for d in unit]
 
 

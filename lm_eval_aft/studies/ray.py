@@ -1,7 +1,7 @@
-"""A study's jobs on a Ray cluster: one actor for each worker, holding a model; jobs are its tasks.
+"""A study's jobs on a Ray cluster: each worker is an actor that keeps a model loaded.
 
-The driver alone writes the ledger. Where a worker sees the driver's folder it works there, and a job that
-dies goes on from its last epoch elsewhere; where it does not, its files come back through Ray's object store.
+The driver alone writes the ledger. A worker that can reach the driver's folder works there, so that another
+can resume its job from the last epoch; the files of any other come back through Ray's object store.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.studies.jobs import Done, Job, Schedule, Session, Store
 
 logger = logging.getLogger(__name__)
-SEEN = ".seen"  # holds a word by which a worker knows the driver's folder
+SEEN = ".seen"  # holds a token by which a worker recognises the driver's folder
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class RayOptions:
 
     Attributes:
         address: as `ray.init` takes it; ``None`` starts a cluster on this machine.
-        workers: how many actors; ``None``: as many as the cluster has slots for.
-        gpus, cpus: what each takes; fractions share a GPU. ``gpus`` of ``None``: 1 where there are any.
+        workers: how many actors; ``None``: as many as the cluster has room for.
+        gpus, cpus: of each worker; fractions share a GPU. ``gpus`` of ``None``: 1 where there are any.
         runtime_env: as `ray.init` takes it.
-        shared: whether workers may work in the driver's folder where they see it.
+        shared: whether workers may work in the driver's folder where they can reach it.
     """
 
     address: str | None = None
@@ -62,31 +62,31 @@ def read_runtime_env(text: str | None) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise AFTError(f"The runtime environment {text!r} cannot be read: {error}.") from error
     if not isinstance(found, dict):
-        raise AFTError(f"The runtime environment {text!r} is no mapping.", "See Ray's `runtime_env`.")
+        raise AFTError(f"The runtime environment {text!r} is not a mapping.", "See Ray's `runtime_env`.")
     return found
 
 
 class Worker:
     """What runs inside an actor."""
 
-    def __init__(self, root: str, word: str, settings: dict[str, Any], shared: bool) -> None:
+    def __init__(self, root: str, token: str, settings: dict[str, Any], shared: bool) -> None:
         from lm_eval_aft._util.process import quiet_libraries
 
         quiet_libraries()
         logging.getLogger("lm_eval_aft").setLevel(logging.WARNING)
         place = Path(root)
-        self.sees = shared and _reads(place / SEEN) == word
+        self.sees = shared and _reads(place / SEEN) == token
         self._own = None if self.sees else tempfile.TemporaryDirectory(prefix="aft-bench-")
         self.store = Store(place if self._own is None else Path(self._own.name))
         self.session = Session(self.store, **settings)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def ready(self) -> str:
-        """Its name, once it is there."""
+        """Its name, once it has started."""
         return self.name
 
     def do(self, job: Job, files: dict[str, bytes]) -> Done:
-        """Carry out a job; ``files`` of the driver's store that it can go on from."""
+        """Do a job; ``files`` are those of the driver's store that it can start from."""
         if not self.sees:
             _unpack(files, self.store.root)
         done = self.session.do(job)
@@ -102,11 +102,11 @@ class Worker:
 
 
 class Ray:
-    """Jobs on a Ray cluster; lost workers are replaced and their jobs done again."""
+    """Runs jobs on a Ray cluster; lost workers are replaced and their jobs done again."""
 
     def __init__(self, store: Store, settings: dict[str, Any], options: RayOptions) -> None:
         self.store, self.settings, self.options = store, settings, options
-        self._word = secrets.token_hex(8)
+        self._token = secrets.token_hex(8)
         self._losses: dict[str, int] = {}
 
     def run(self, schedule: Schedule, begin: Callable[[Job], None], finish: Callable[[Done], None]) -> None:
@@ -117,7 +117,7 @@ class Ray:
         ours = not ray.is_initialized()
         if ours:
             self._connect(ray)
-        (self.store.root / SEEN).write_text(self._word, encoding="utf-8")
+        (self.store.root / SEEN).write_text(self._token, encoding="utf-8")
         try:
             self._run(ray, schedule, begin, finish)
         finally:
@@ -128,7 +128,7 @@ class Ray:
     def _connect(self, ray: Any) -> None:
         address = self.options.address or os.environ.get("RAY_ADDRESS")
         own: dict[str, Any] = {"address": address}
-        if address is None:  # a cluster of this machine, with room for the workers asked for
+        if address is None:  # a cluster on this machine, with room for the workers asked for
             wanted = math.ceil((self.options.workers or 1) * self.options.cpus)
             own = {
                 "address": "local",
@@ -150,26 +150,28 @@ class Ray:
     def _run(
         self, ray: Any, schedule: Schedule, begin: Callable[[Job], None], finish: Callable[[Done], None]
     ) -> None:
-        crew = Crew(ray, self._maker(ray))
+        idle = IdleActors(ray, self._maker(ray))
         models: dict[Any, str] = {}
         tasks: dict[Any, tuple[Any, Job]] = {}
         for _ in range(self._slots(ray, len(schedule.jobs))):
-            crew.start()
+            idle.start()
         try:
             while schedule.open:
-                for actor in list(crew.free):
+                for actor in list(idle.free):
                     job = schedule.take(models.get(actor, ""))
                     if job is None:
                         break
-                    crew.free.remove(actor)
+                    idle.free.remove(actor)
                     models[actor] = job.cell.model.name
                     begin(job)
                     tasks[actor.do.remote(job, self._files(job))] = (actor, job)
-                if not tasks and not crew.coming:
-                    raise AFTError("Jobs are left that nobody can begin.", "This is a fault: report it.")
-                (reference,), _ = ray.wait([*tasks, *crew.coming], num_returns=1)
-                if reference in crew.coming:
-                    crew.arrived(reference, alone=not tasks)
+                if not tasks and not idle.coming:
+                    raise AFTError(
+                        "Jobs are left that no worker can start.", "This is a bug: please report it."
+                    )
+                (reference,), _ = ray.wait([*tasks, *idle.coming], num_returns=1)
+                if reference in idle.coming:
+                    idle.arrived(reference, alone=not tasks)
                     continue
                 actor, job = tasks.pop(reference)
                 try:
@@ -178,24 +180,24 @@ class Ray:
                     models.pop(actor, None)
                     with contextlib.suppress(ray.exceptions.RayError):
                         ray.kill(actor)
-                    crew.start()
+                    idle.start()
                     self._lost(schedule, job, error, finish)
                     continue
-                crew.free.append(actor)
+                idle.free.append(actor)
                 if done.files is not None:
                     self._keep(done.files)
                     done.files = None
                 finish(done)
         finally:
-            for actor in (*crew.free, *crew.coming.values(), *(actor for actor, _ in tasks.values())):
+            for actor in (*idle.free, *idle.coming.values(), *(actor for actor, _ in tasks.values())):
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.kill(actor)
 
     def _maker(self, ray: Any) -> Callable[[], Any]:
-        # Lost actors are replaced by hand: their job is known here, and is not to be run twice.
+        # Lost actors are replaced by hand: their job is known here, and must not be run twice.
         resources = {"num_cpus": self.options.cpus, "num_gpus": self._gpus(ray)}
         remote = ray.remote(Worker).options(**resources, max_restarts=0)
-        arguments = (str(self.store.root), self._word, self.settings, self.options.shared)
+        arguments = (str(self.store.root), self._token, self.settings, self.options.shared)
         return lambda: remote.remote(*arguments)
 
     def _gpus(self, ray: Any) -> float:
@@ -204,7 +206,7 @@ class Ray:
         return 1.0 if ray.cluster_resources().get("GPU") else 0.0
 
     def _slots(self, ray: Any, jobs: int) -> int:
-        """Workers wanted: as many as the cluster has room for, unless fewer were asked for."""
+        """How many workers to start: as many as the cluster has room for, unless fewer were asked for."""
         there, gpus, cpus = ray.cluster_resources(), self._gpus(ray), self.options.cpus
         room = [there.get("CPU", 0) / cpus] if cpus else []
         room += [there.get("GPU", 0) / gpus] if gpus else []
@@ -222,16 +224,16 @@ class Ray:
         if self._losses[job.key] < LOSSES:
             schedule.give_back(job)
         else:
-            finish(Done(job, f"{LOSSES} workers were lost over it, the last with {type(error).__name__}."))
+            finish(Done(job, f"{LOSSES} workers died while doing it, the last with {type(error).__name__}."))
 
     def _files(self, job: Job) -> dict[str, bytes]:
-        """A finished vector that only wants scoring, for workers that do not see it."""
+        """A finished vector that is still to be scored, for workers that cannot reach it."""
         if job.kind != "cell" or not self.store.trained(job.cell.vector_key):
             return {}
         return _pack(self.store.vector(job.cell.vector_key), self.store.root)
 
     def _keep(self, files: dict[str, bytes]) -> None:
-        """Files of a worker, each folder moved to its place whole."""
+        """Store a worker's files; each folder appears complete."""
         (self.store.root / "work").mkdir(exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix="ray-", dir=self.store.root / "work"))
         _unpack(files, work)
@@ -266,17 +268,17 @@ def _unpack(files: dict[str, bytes], root: Path) -> None:
         path.write_bytes(data)
 
 
-LOSSES = 3  # workers lost over one job, or while starting, before it is given up
+LOSSES = 3  # workers that may die over one job, or while starting, before it is given up
 
 
-class Crew:
+class IdleActors:
     """Ray's actors that have no job.
 
-    A job given to one that the cluster has no room for would wait for ever, while others are idle.
+    Only started ones get a job: one that the cluster has no room for would keep it waiting for ever.
 
     Attributes:
-        free: those that are there.
-        coming: those that are not yet, by the reference that tells when they are.
+        free: those that have started.
+        coming: those that have not, by the reference that resolves when they have.
     """
 
     def __init__(self, ray: Any, make: Callable[[], Any]) -> None:
@@ -286,15 +288,15 @@ class Crew:
         self._failed_starts = 0
 
     def start(self) -> None:
-        """Ask for one more."""
+        """Start one more."""
         actor = self._make()
         self.coming[actor.ready.remote()] = actor
 
     def arrived(self, reference: Any, alone: bool) -> None:
-        """One that was coming is there, or never will be; ``alone``: nobody else is at work.
+        """An actor has started or failed to; ``alone``: no other is at work.
 
         Raises:
-            AFTError: it failed to start, as all did before.
+            AFTError: it failed to start, as all others did.
         """
         actor = self.coming.pop(reference)
         try:

@@ -1,35 +1,37 @@
-"""The report of a study: every cell, averages and intervals over cells, as data and as rendered tables."""
+"""The report of a study: every cell, averages and intervals over cells, as data, tables and files."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scipy.special import stdtrit
 
 from lm_eval_aft import __version__
+from lm_eval_aft._util.process import now
 from lm_eval_aft.evaluation import formatting, plots
 from lm_eval_aft.evaluation.compare import SELECTED, VerdictRow
-from lm_eval_aft.evaluation.formatting import json_text, write_formats
+from lm_eval_aft.evaluation.formatting import (
+    RenderedTable,
+    csv_text,
+    json_text,
+    render_template,
+    write_formats,
+)
 from lm_eval_aft.evaluation.report import over_seeds
 from lm_eval_aft.evaluation.stats import ALPHA, BETTER, WORSE, holm, mean_stderr, verdict
 from lm_eval_aft.steering.methods import DEFAULT_METHOD
-from lm_eval_aft.studies.config import BenchStudy
-from lm_eval_aft.studies.jobs import DONE, PRUNED, Schedule, StudyCell, given_up
-from lm_eval_aft.studies.published import NOTES, TABLES
+from lm_eval_aft.studies.config import EARLIER_STUDY, BenchStudy
+from lm_eval_aft.studies.jobs import DONE, FAILED, PRUNED, Schedule, StudyCell, given_up
 
 
 @dataclass
 class BenchReport:
-    """Everything a reader is told.
+    """Everything in the report.
 
     Attributes:
         family: how many comparisons Holm's correction covers.
@@ -38,7 +40,7 @@ class BenchReport:
         seeds: per model, task and method with at least 3 seeds, the mean and its interval.
         methods: per method the mean over its models and tasks, seed by seed, with an interval.
         contrasts: methods against the first one, seed by seed.
-        negative: pairs of model and task that were given up.
+        negative: models and tasks that were given up.
         earlier: the earlier study's figures beside ours.
     """
 
@@ -69,14 +71,14 @@ class BenchReport:
 
 
 def build_study_report(study: BenchStudy, schedule: Schedule) -> BenchReport:
-    """The report of what is in the ledger, for the study as it is now."""
+    """The report of what the ledger has of the study as it is now."""
     rows = [_cell_row(cell, schedule) for cell in schedule.cells]
     family = _adjust(rows, schedule.cells)
     judged = [row for row in rows if row.points is not None and not row.control]
     notes = dict.fromkeys(f"{row.name}: {note}" for row in rows for note in row.notes)
     return BenchReport(
         title=f"Study {study.name}",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         version=__version__,
         cells=rows,
         family=family,
@@ -89,7 +91,7 @@ def build_study_report(study: BenchStudy, schedule: Schedule) -> BenchReport:
         contrasts=contrasts(rows, study),
         negative=_negative(rows),
         earlier=beside_earlier(rows, study),
-        earlier_note=NOTES.get(study.earlier, ""),
+        earlier_note=EARLIER_STUDY[study.earlier]["note"] if study.earlier else "",
         notes=_shortened(list(notes)),
     )
 
@@ -99,10 +101,11 @@ def _cell_row(cell: StudyCell, schedule: Schedule) -> CellRow:
     outcome = schedule.ledger.outcomes.get(cell.key) if state == DONE else None
     own = (cell.name, cell.model.name, cell.task.name, cell.method.name, cell.seed, cell.control)
     if outcome is None:
-        why = str(schedule.ledger.failures.get(cell.key, {}).get("error", "")) if state == "failed" else ""
-        if state == PRUNED:
-            why = "its first seed was no better than the baseline after all retries"
-        return CellRow(*own, state, why)
+        whys = {
+            FAILED: str(schedule.ledger.failures.get(cell.key, {}).get("error", "")),
+            PRUNED: "its first seed was no better than the baseline after all retries",
+        }
+        return CellRow(*own, state, whys.get(state, ""))
     rows = [VerdictRow(**each) for each in outcome["rows"]]
     for row in rows:
         own_name = "" if cell.task.name == cell.task.task else f"{cell.task.name}/"
@@ -124,16 +127,14 @@ def _cell_row(cell: StudyCell, schedule: Schedule) -> CellRow:
 
 
 def _distinct(rows: Sequence[CellRow]) -> list[VerdictRow]:
-    """Primary shares of the cells, one and the same vector of several seeds once."""
-    found: dict[tuple[str, str, str, str], VerdictRow] = {}
-    for each in rows:
-        if each.row and each.row.share:
-            found.setdefault((each.model, each.task, each.method, each.vector["sha256"]), each.row)
-    return list(found.values())
+    """Primary shares of the cells; a vector that several seeds came to is there once."""
+    shares = [each for each in rows if each.row and each.row.share]
+    same = _grouped(shares, lambda each: (*each.series, each.vector["sha256"]))
+    return [each.row for each, *_ in same.values() if each.row]
 
 
 def _adjust(rows: Sequence[CellRow], cells: Sequence[StudyCell]) -> int:
-    """Holm over all cells; one and the same vector on the same documents is one comparison."""
+    """Holm over all cells; the same vector on the same documents is one comparison."""
     same: dict[tuple[str, str], list[VerdictRow]] = {}
     for each, cell in zip(rows, cells, strict=True):
         row = each.row
@@ -152,29 +153,31 @@ def _adjust(rows: Sequence[CellRow], cells: Sequence[StudyCell]) -> int:
 
 
 def _pivots(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    found = []
-    for method in dict.fromkeys(row.method for row in rows):
-        lines = []
-        for model in dict.fromkeys(row.model for row in rows):
-            line: list[dict[str, Any] | None] = []
-            for task in tasks:
-                own = [r for r in rows if (r.model, r.task, r.method) == (model, task, method)]
-                values = [row.points for row in own if row.points is not None]
-                verdicts = [row.row.verdict for row in own if row.row]
-                line.append(
-                    {
-                        "points": statistics.fmean(values) if values else None,
-                        "n": next((row.row.n for row in own if row.row), None),
-                        "seeds": len(values),
-                        "better": verdicts.count(BETTER),
-                        "worse": verdicts.count(WORSE),
-                        "states": sorted({row.state for row in own}),
-                    }
-                )
-            lines.append({"model": model, "values": line})
-        found.append({"method": method, "tasks": tasks, "lines": lines})
-    return found
+    models, tasks, methods = (
+        list(dict.fromkeys(getattr(row, part) for row in rows)) for part in ("model", "task", "method")
+    )
+    series = _grouped(rows, lambda row: row.series)
+
+    def lines(method: str) -> list[dict[str, Any]]:
+        return [
+            {"model": model, "values": [_pivot_cell(series[model, task, method]) for task in tasks]}
+            for model in models
+        ]
+
+    return [{"method": method, "tasks": tasks, "lines": lines(method)} for method in methods]
+
+
+def _pivot_cell(own: Sequence[CellRow]) -> dict[str, Any]:
+    values = [row.points for row in own if row.points is not None]
+    verdicts = [row.row.verdict for row in own if row.row]
+    return {
+        "points": statistics.fmean(values) if values else None,
+        "n": next((row.row.n for row in own if row.row), None),
+        "seeds": len(values),
+        "better": verdicts.count(BETTER),
+        "worse": verdicts.count(WORSE),
+        "states": sorted({row.state for row in own}),
+    }
 
 
 def _negative(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
@@ -182,45 +185,47 @@ def _negative(rows: Sequence[CellRow]) -> list[dict[str, Any]]:
     gave_up = [row for row in rows if row.state == DONE and row.why]
     found = []
     for row in gave_up:
-        sisters = [each for each in rows if (each.model, each.task) == (row.model, row.task)]
-        finished = [each for each in sisters if each.state == DONE]
+        pair = [each for each in rows if (each.model, each.task) == (row.model, row.task)]
+        finished = [each for each in pair if each.state == DONE]
         lost = {e.method for e in finished} - {each.method for each in finished if not each.why}
-        pruned = [each.name for each in sisters if each.state == PRUNED and each.method == row.method]
+        pruned = [each.name for each in pair if each.state == PRUNED and each.method == row.method]
         found.append(
             {"name": row.name, "model": row.model, "task": row.task, "method": row.method, "why": row.why}
             | {"points": row.points, "selection_change": row.vector.get("selection_change")}
-            | {"pruned": pruned, "whole_pair": lost >= {e.method for e in sisters if not e.control}}
+            | {"pruned": pruned, "whole_pair": lost >= {e.method for e in pair if not e.control}}
         )
     return found
 
 
 def _shortened(notes: Iterable[str], most: int = 40) -> list[str]:
-    """One line for what is said of many cells."""
-    texts: dict[str, list[str]] = {}
-    for note in notes:
-        name, _, text = note.partition(": ")
-        texts.setdefault(text, []).append(name)
-    found = [
-        f"{names[0]}: {text}" if len(names) == 1 else f"{len(names)} cells, the first {names[0]}: {text}"
-        for text, names in texts.items()
-    ]
-    return (
-        found if len(found) <= most else [*found[:most], f"... and {len(found) - most} more kinds of notes."]
-    )
+    """One line for a note that many cells share."""
+    same = _grouped(notes, lambda note: note.partition(": ")[2]).values()
+    found = [each[0] if len(each) == 1 else f"{len(each)} cells, the first {each[0]}" for each in same]
+    return found[:most] + ([f"... and {len(found) - most} more kinds of notes."] if found[most:] else [])
 
 
-# What may be said over cells: averages, intervals over seeds, the earlier study's figures beside ours.
+# What may be claimed over cells: averages, intervals over seeds, the earlier study's figures beside ours.
 
 LEAST_SEEDS = 3
+_T = TypeVar("_T")
+_K = TypeVar("_K")
+
+
+def _grouped(items: Iterable[_T], key: Callable[[_T], _K]) -> dict[_K, list[_T]]:
+    """Items by key, in the order in which the keys first occur."""
+    found: dict[_K, list[_T]] = {}
+    for each in items:
+        found.setdefault(key(each), []).append(each)
+    return found
 
 
 @dataclass
 class CellRow:
-    """A cell's line in the table.
+    """A cell's row of the report.
 
     Attributes:
         state: ``done``, ``failed``, ``pruned``, ``to do`` or ``left out`` (by ``--only``).
-        why: why it failed or was pruned; of a finished cell, why its training gave up.
+        why: why it failed or was pruned; for a finished cell, why its training gave up.
         row: its primary metric, the p-value adjusted over all cells; ``None`` unless it is done.
         others: its other metrics and its placebos, outside Holm's family.
         vector: what the vector is and how it was chosen.
@@ -241,22 +246,24 @@ class CellRow:
     seconds: float = 0.0
 
     @property
+    def series(self) -> tuple[str, str, str]:
+        """What it shares with the other seeds."""
+        return (self.model, self.task, self.method)
+
+    @property
     def points(self) -> float | None:
-        """Difference in percentage points; ``None`` where there is none or the metric is no share."""
+        """Difference in percentage points; ``None`` without one or where the metric is not a share."""
         return 100 * self.row.difference if self.row and self.row.share else None
 
 
 def averages(rows: Sequence[CellRow], key: Callable[[CellRow], str]) -> list[dict[str, Any]]:
     """Per key the mean over model, task and method, each of them a mean over its seeds."""
     found = []
-    for name in dict.fromkeys(map(key, rows)):
-        own = [row for row in rows if key(row) == name]
-        series: dict[tuple[str, str, str], list[float]] = {}
-        for row in own:
-            series.setdefault((row.model, row.task, row.method), []).append(row.points or 0.0)
+    for name, own in _grouped(rows, key).items():
+        series = _grouped(own, lambda row: row.series).values()
         verdicts = [row.row.verdict for row in own if row.row]
         better, worse = verdicts.count(BETTER), verdicts.count(WORSE)
-        mean = statistics.fmean(statistics.fmean(values) for values in series.values())
+        mean = statistics.fmean(statistics.fmean(row.points or 0.0 for row in each) for each in series)
         found.append(
             {"name": name, "points": mean, "cells": len(own), "better": better, "worse": worse}
             | {"neither": len(own) - better - worse}
@@ -280,11 +287,8 @@ class Series:
 
 
 def _by_pair(rows: Sequence[CellRow], method: str) -> dict[tuple[str, str], Series]:
-    """A method's series by model and task; without those whose primary metric is no share."""
-    own: dict[tuple[str, str], list[CellRow]] = {}
-    for row in rows:
-        if row.method == method:
-            own.setdefault((row.model, row.task), []).append(row)
+    """A method's series by model and task, without those whose primary metric is not a share."""
+    own = _grouped([row for row in rows if row.method == method], lambda row: (row.model, row.task))
     return {
         pair: Series(
             {row.seed: row.points for row in each if row.points is not None},
@@ -304,16 +308,16 @@ def _error(row: VerdictRow) -> float:
 def _over_seeds(
     series: Sequence[Mapping[int, float]], seeds: Sequence[int], vectors: int, error: float
 ) -> dict[str, Any]:
-    """Mean over pairs seed by seed, then over seeds with its 95 % interval, where a claim may be made.
+    """Mean over pairs of model and task, seed by seed, with its 95 % interval where a claim may be made.
 
-    The seeds share their documents, so a t interval over seeds alone would miss what these documents
-    have by chance: half widths over seeds and over documents are added as squares.
-    ``why`` says why no claim may be made. Pairs that were pruned are those that did badly: a mean without
-    them would say nothing of the method, so each counts with the seeds that it has.
+    The seeds share their documents, so a t interval over seeds alone would miss the sampling of documents:
+    half widths over seeds and over documents are added in quadrature.
+    ``why`` says why no claim may be made. Pruned pairs are those that did badly: a mean without them would
+    say nothing about the method, so each pair counts with the seeds that it has.
 
     Args:
         series: points by seed, of each pair that has any.
-        vectors: most different ones that a pair's seeds came to.
+        vectors: the most distinct vectors among a pair's seeds.
         error: standard error of the mean over documents.
     """
     whole = [each for each in series if all(seed in each for seed in seeds)]
@@ -333,8 +337,8 @@ def _over_seeds(
 def _documents(rows: Sequence[CellRow], method: str) -> float:
     """Standard error over documents of a method's mean over models and tasks.
 
-    Models answer a task's documents alike, so their errors are not taken to cancel; those of different
-    tasks are.
+    Models answer a task's documents alike, so their errors are taken as correlated; those of different
+    tasks as independent.
     """
     errors: dict[str, list[float]] = {}
     for (_, task), each in _by_pair(rows, method).items():
@@ -345,7 +349,7 @@ def _documents(rows: Sequence[CellRow], method: str) -> float:
 
 
 def method_means(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]]:
-    """Each method over its models and tasks: what the method does, not one vector."""
+    """Each method's mean over its models and tasks, as a claim about the method and not one vector."""
     found = []
     for method in study.methods:
         series = _by_pair(rows, method.name).values()
@@ -385,37 +389,27 @@ def beside_earlier(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str,
     shared = study.recipe.get("method", DEFAULT_METHOD)
     kinds = {entry.name: entry.settings.get("method", shared) for entry in study.methods}
     found = []
-    for quoted in TABLES.get(study.earlier, ()):
+    for given in EARLIER_STUDY[study.earlier]["figures"] if study.earlier else ():
+        quoted = {"model": "", "task": "", "method": "", "points": 0, "n": None, "note": ""} | given
         ours = [
             row
             for row in rows
             if not row.control
             and row.points is not None
-            and kinds[row.method] == quoted.method
-            and quoted.model in ("", pretrained[row.model])
-            and quoted.task in ("", harness[row.task])
+            and kinds[row.method] == quoted["method"]
+            and quoted["model"] in ("", pretrained[row.model])
+            and quoted["task"] in ("", harness[row.task])
         ]
         values = [row.points for row in ours if row.points is not None]
         found.append(
-            asdict(quoted)
+            quoted
             | {"ours": statistics.fmean(values) if values else None, "best": max(values, default=None)}
             | {"cells": len(values), "our_n": sorted({row.row.n for row in ours if row.row})}
         )
     return found
 
 
-# A study's report as tables of texts: one place, so that every format shows the same.
-
-
-@dataclass
-class RenderedTable:
-    """A table as texts. ``tones`` gives the lines of an HTML table their colours."""
-
-    title: str
-    columns: list[str]
-    lines: list[list[str]]
-    intro: str = ""
-    tones: list[str] = field(default_factory=list)
+# The report as tables of finished texts, the same for every format.
 
 
 def summary(report: BenchReport) -> str:
@@ -426,7 +420,7 @@ def summary(report: BenchReport) -> str:
     better, worse = (sum(row.verdict == word for row in rows) for word in ("better", "worse"))
     open_cells = sum(cell.state not in (DONE, PRUNED) and not cell.control for cell in report.cells)
     provisional = (
-        f" Verdicts are provisional: {open_cells} cells are not finished, and will count in that family."
+        f" Verdicts are provisional: {open_cells} cells are not finished, and will count among them."
         if open_cells
         else ""
     )
@@ -434,12 +428,12 @@ def summary(report: BenchReport) -> str:
         f"{len(report.cells)} cells: {told}. Of {len(rows)} vectors judged, {better} did better than the "
         f"frozen model, {worse} worse, and {len(rows) - better - worse} showed no detectable difference. A "
         f"verdict needs a Holm-adjusted p below {report.alpha} over all {report.family} comparisons of this "
-        f"study; it speaks of one vector. Placebos and secondary metrics stand outside.{provisional}"
+        f"study; it is about one vector. Placebos and secondary metrics are not among them.{provisional}"
     )
 
 
-def tables(report: BenchReport, brief: bool = False) -> list[RenderedTable]:
-    """Every table of the report, those with nothing to show left out; ``brief``: as a terminal has room."""
+def study_tables(report: BenchReport, brief: bool = False) -> list[RenderedTable]:
+    """Every table of the report that has rows; ``brief``: with the columns that a terminal has room for."""
     made = [
         *_pivot_tables(report),
         _brief(_cells(report)) if brief else _cells(report),
@@ -552,9 +546,9 @@ def _methods(report: BenchReport) -> RenderedTable:
         lines.append([name, str(row["pairs"]), str(row["seeds"]), _points(row["mean"]), interval])
     columns = ["method", "models × tasks", "seeds", "mean difference (points)", "95 % interval"]
     intro = (
-        "What may be said of a method: the mean over models and tasks, seed by seed, and its interval over "
-        "seeds and documents; models and tasks are these. Where seeds were pruned, failed or are to be done, "
-        "each model and task counts with those it has, and there is no interval."
+        "What may be claimed about a method: the mean over these models and tasks, seed by seed, with its "
+        "interval over seeds and documents. Where seeds were pruned, failed or are still to be done, each "
+        "model and task counts with those it has, and there is no interval."
     )
     return RenderedTable("Methods", columns, lines, intro)
 
@@ -588,88 +582,42 @@ def _earlier(report: BenchReport) -> RenderedTable:
         n = " or ".join(map(str, row["our_n"]))
         ours = "–" if row["ours"] is None else f"{_points(row['ours'])} (n = {n}, {row['cells']} cells)"
         best = _points(row["best"])
-        lines.append(
-            [
-                row["model"] or "any",
-                row["task"] or "any",
-                row["method"],
-                theirs,
-                ours,
-                best,
-                row["note"] or "–",
-            ]
-        )
+        model, task, note = row["model"] or "any", row["task"] or "any", row["note"] or "–"
+        lines.append([model, task, row["method"], theirs, ours, best, note])
     columns = ["model", "task", "method", "earlier study", "here, mean", "here, best cell", "its note"]
     intro = (
-        "The earlier study chose its vectors on documents it reported, so its figures are not results by the "
-        f"rules kept here; points against its own baselines. {report.earlier_note}"
+        "The earlier study chose its vectors on documents that it reported, so by the rules of this report "
+        f"its figures are not results. Points are against its own baselines. {report.earlier_note}"
     )
     return RenderedTable("The earlier study's figures", columns, lines, intro)
 
 
-# A study's report as Markdown, HTML, JSON and CSV. No number is computed here.
+# A study's report as files. No number is computed here.
 
 
 def write_study_report(report: BenchReport, folder: Path) -> list[Path]:
     """Write ``report.md``, ``.html``, ``.json`` and ``.csv``; each appears whole or not at all."""
+    context = {"report": report, "summary": summary(report), "tables": study_tables(report)}
     texts = {
-        "md": to_markdown(report),
-        "html": to_html(report),
-        "json": to_json(report),
-        "csv": to_csv(report),
+        suffix: render_template("lm_eval_aft.studies", f"study.{suffix}.j2", **context)
+        for suffix in ("md", "html")
     }
-    return write_formats(texts, folder, "report")
-
-
-def to_json(report: BenchReport) -> str:
-    """Everything, with full precision."""
-    return json_text(report.to_dict())
-
-
-_FACTS = ("sha256", "layers", "norm", "epoch", "selection_change", "retries", "pruned", "train")
-
-
-def to_csv(report: BenchReport) -> str:
-    """A line for each metric of each cell, with full precision; no times, so that equal studies are equal."""
-    stream = io.StringIO()
-    own = ["model", "task", "method", "seed", "control", "state", "why"]
-    names = [each.name for each in fields(VerdictRow) if each.name != "task"]
-    writer = csv.DictWriter(stream, [*own, *names, *_FACTS], lineterminator="\n")
-    writer.writeheader()
-    for each in report.cells:
-        told = {key: getattr(each, key) for key in own}
-        facts = {key: each.vector.get(key) for key in _FACTS}
-        for row in [each.row, *each.others] if each.row else [None]:
-            values = {key: value for key, value in asdict(row).items() if key != "task"} if row else {}
-            writer.writerow(told | values | facts)
-    return stream.getvalue()
-
-
-def to_markdown(report: BenchReport) -> str:
-    """Tables to paste into a paper's appendix."""
-    return str(_template("study.md.j2", False).render(**_context(report)))
-
-
-def to_html(report: BenchReport) -> str:
-    """One page that needs nothing else."""
-    style = (Path(plots.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
-    return str(_template("study.html.j2", True).render(**_context(report), style=style))
-
-
-def _context(report: BenchReport) -> dict[str, Any]:
-    return {"report": report, "summary": summary(report), "tables": tables(report)}
-
-
-@cache
-def _template(name: str, escaped: bool) -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("lm_eval_aft.studies"),
-        autoescape=escaped,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    return write_formats(
+        texts | {"json": json_text(report.to_dict()), "csv": study_csv(report)}, folder, "report"
     )
-    return environment.get_template(name)
+
+
+_CELL_COLUMNS = ("model", "task", "method", "seed", "control", "state", "why")
+_VECTOR_COLUMNS = ("sha256", "layers", "norm", "epoch", "selection_change", "retries", "pruned", "train")
+
+
+def study_csv(report: BenchReport) -> str:
+    """A line for each metric of each cell, with full precision; no times, so that equal studies are equal."""
+    columns = [*_CELL_COLUMNS, *(each.name for each in fields(VerdictRow) if each.name != "task")]
+    rows = []
+    for each in report.cells:
+        own = {key: getattr(each, key) for key in _CELL_COLUMNS}
+        vector = {key: each.vector.get(key) for key in _VECTOR_COLUMNS}
+        for row in [each.row, *each.others] if each.row else [None]:
+            rows.append((asdict(row) if row else {}) | own | vector)
+    return csv_text([*columns, *_VECTOR_COLUMNS], rows)

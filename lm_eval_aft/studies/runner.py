@@ -29,17 +29,10 @@ from lm_eval_aft.studies.jobs import (
     Schedule,
     Session,
     Store,
-    StudyCell,
     assess,
     build_cells,
 )
 from lm_eval_aft.studies.report import BenchReport, build_study_report, write_study_report
-
-
-def study_cells(study: BenchStudy) -> list[StudyCell]:
-    """The study's cells, looked up from its ``data`` folder."""
-    with contextlib.chdir(study.data) if study.data else contextlib.nullcontext():
-        return build_cells(study)
 
 
 def run_study(
@@ -52,17 +45,17 @@ def run_study(
     only: Sequence[str] = (),
     progress: StudyProgress | None = None,
 ) -> BenchReport:
-    """Do what is left of a study, and write its report into the store's folder.
+    """Run the cells of a study that are not finished, and write its report into the store's folder.
 
     Args:
         source: the study's file; a copy of it is kept beside the results.
-        only: patterns of cells to work on; what others were found to be is kept in the report.
+        only: patterns of cells to work on; finished others stay in the report.
 
     Raises:
-        AFTError: the folder cannot be used, no cell fits ``only``, or no worker can be had. Cells that
-            fail do not stop the others; they are in the report, with the reason.
+        AFTError: the folder cannot be used, no cell matches ``only``, or no worker can be started. Cells
+            that fail do not stop the others; they are in the report, with the reason.
     """
-    cells = study_cells(study)
+    cells = build_cells(study)
     if not any(cell.matches(only) for cell in cells):
         raise AFTError(
             f"No cell of the study fits {', '.join(only)}.",
@@ -78,7 +71,7 @@ def run_study(
         with shown.over(schedule):
             executor.run(schedule, shown.begin, lambda done: _finish(schedule, store, done, shown))
         if all(state in (DONE, PRUNED) for state in schedule.states.values()):
-            shutil.rmtree(store.root / "work", ignore_errors=True)  # else somebody may go on from there
+            shutil.rmtree(store.root / "work", ignore_errors=True)  # else a later call may resume from it
         report = build_study_report(study, schedule)
         write_study_report(report, store.root)
     return report
@@ -86,13 +79,13 @@ def run_study(
 
 @contextlib.contextmanager
 def _writing(store: Store) -> Iterator[None]:
-    """A full or read-only disk ends a study in one message; what is finished stays."""
+    """A full or read-only disk ends a study with one message; what is finished stays."""
     try:
         yield
     except OSError as error:
         raise AFTError(
             f"Cannot write into {store.root}: {error.strerror or error}.",
-            "Make room or choose another folder, and go on with --resume.",
+            "Free some space or choose another folder, and continue with --resume.",
         ) from error
 
 
@@ -106,8 +99,8 @@ def _finish(schedule: Schedule, store: Store, done: Done, shown: StudyProgress) 
                     "None of the task's metrics has a value for each document.", "Choose another task."
                 )
         except AFTError as error:
-            done.error, outcome = f"{error.what} {error.hint}".strip(), None
-            # Not to be found damaged again: with --resume they are made anew.
+            done.error, outcome = error.one_line, None
+            # Set aside, so that --resume makes them anew.
             for place in (store.scores(done.job.key), store.baseline(done.job.cell.baseline_key)):
                 if str(place) in done.error and place.exists():
                     store.set_aside(place)
@@ -121,7 +114,7 @@ def _finish(schedule: Schedule, store: Store, done: Done, shown: StudyProgress) 
 
 
 def _recover(schedule: Schedule, store: Store) -> None:
-    """Take up cells that were scored just before a sudden death, and not yet written down."""
+    """Enter cells in the ledger that were scored just before a killed run could."""
     for job in [job for job in schedule.jobs if job.kind == "cell"]:
         whole = store.scores(job.key).exists() and store.baseline(job.cell.baseline_key).exists()
         if whole and store.trained(job.cell.vector_key):
@@ -132,7 +125,7 @@ def _recover(schedule: Schedule, store: Store) -> None:
                 schedule.finish(Done(job), outcome)
 
 
-# Who does a study's work: this process, or workers of a Ray cluster (`lm_eval_aft.studies.ray`).
+# What does a study's jobs: this process, or workers of a Ray cluster (`lm_eval_aft.studies.ray`).
 
 
 class Executor(Protocol):
@@ -142,12 +135,12 @@ class Executor(Protocol):
         """Do every job; ``begin`` and ``finish`` are called in the process that calls this.
 
         Raises:
-            AFTError: no worker can be had, or they keep dying.
+            AFTError: no worker can be started, or they keep dying.
         """
 
 
 class Local:
-    """One job after the other, in this process."""
+    """Does one job after the other in this process."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -161,15 +154,11 @@ class Local:
             finish(self.session.do(job))
 
 
-# What a running study shows: a table that stays up to date in a terminal, a line per cell elsewhere.
+# What a running study prints: a live table in a terminal, a line per cell elsewhere.
 
 
 class StudyProgress:
-    """Shows how far a study is.
-
-    Args:
-        quiet: show nothing.
-    """
+    """Shows the progress of a study; with ``quiet``, nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -210,7 +199,7 @@ class StudyProgress:
         print(f"[{self._settled()}/{len(self._asked())}] {done.job.name}: {told}", flush=True)
 
     def table(self) -> Table:
-        """Models × tasks: cells settled of all, with what runs now."""
+        """Models × tasks: settled cells of all, and what runs now."""
         schedule = self._schedule
         assert schedule is not None
         tasks = list(dict.fromkeys(cell.task.name for cell in schedule.cells))
@@ -248,7 +237,7 @@ class StudyProgress:
             self._live.update(self.table())
 
     def _asked(self) -> list[str]:
-        """The states of the cells that are to be done now, or were before."""
+        """The states of all cells but those that ``--only`` leaves out."""
         states = self._schedule.states.values() if self._schedule else ()
         return [state for state in states if state != LEFT_OUT]
 

@@ -1,18 +1,17 @@
-"""Hyper-parameter search for one vector, on the selection split alone: layer, learning rate, epochs, L2."""
+"""Hyper-parameter search for one vector on the selection split: layer, learning rate, epochs, L2."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jsonlines
-
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import LOCK, canonical_json, exclusive_dir, replacing
+from lm_eval_aft._util.files import LOCK, JsonLines, canonical_json, exclusive_dir, replacing_dir
+from lm_eval_aft.evaluation.formatting import markdown_table, write_formats
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.training.checkpoint import TRAINING_LEDGER
@@ -57,7 +56,7 @@ class Space:
             )
 
     def protocol(self, seeds: int, batch_size: int) -> Protocol:
-        """The grid as a recipe: every setting to the end, so that each number of epochs is met on the way."""
+        """The grid as a recipe: every setting trained to the end, which passes each number of epochs."""
         return Protocol(
             "search",
             self.layers,
@@ -72,7 +71,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Search:
-    """What is to be done; `run` goes on with what a former call left in ``output``.
+    """A search; `run` continues what an earlier call left in ``output``.
 
     Attributes:
         trials: how many settings Optuna tries.
@@ -96,7 +95,7 @@ class Search:
         """The grid's plan with model and documents; Optuna's trials are parts of it.
 
         Raises:
-            AFTError: bad input, or a folder that something else was searched in.
+            AFTError: bad input, or a folder of another search.
         """
         if self.strategy not in STRATEGIES:
             raise AFTError(f"There is no strategy {self.strategy!r}.", f"Use {' or '.join(STRATEGIES)}.")
@@ -132,23 +131,23 @@ class Search:
         return points
 
     def _claim(self, plan: TrainingPlan) -> None:
-        """Refuse a folder that holds something else, or a search with other settings."""
+        """Refuse a folder that holds anything but this search with these settings."""
         if not self.output.exists() or not any(each.name != LOCK for each in self.output.iterdir()):
             return
         try:
             there = (self.output / SEARCH_SETTINGS).read_text(encoding="utf-8")
         except OSError:
             raise AFTError(
-                f"{self.output} is not empty, and no search began it.", "Choose another."
+                f"{self.output} is not empty, and holds no search.", "Choose another folder."
             ) from None
         if there != self._asked(plan):
             raise AFTError(
                 f"The search in {self.output} had other settings.",
-                "Go on with the same flags, or choose another folder.",
+                "Use the same flags to continue it, or choose another folder.",
             )
 
     def _asked(self, plan: TrainingPlan) -> str:
-        # More trials than before are more of the same.
+        # The number of trials is left out: more of them continue the search.
         asked = {"model": self.model, "strategy": self.strategy, "plan": plan.to_dict()}
         return canonical_json(asked | {"space": asdict(self.space), "model_args": dict(self.model_args)})
 
@@ -161,7 +160,7 @@ def _grid(search: Search, prepared: Prepared, say: Callable[[str], None], progre
     depth = len(prepared.backbone.blocks)
     criterion = find_criterion(prepared.plan.protocol.criterion)
     points = read_points(folder, sorted(set(search.space.epochs)), depth, criterion=criterion)
-    write_ledger(points, search.output / SEARCH_LEDGER)
+    JsonLines(search.output / SEARCH_LEDGER).write(map(asdict, points))
     return points
 
 
@@ -169,8 +168,8 @@ def _draw(search: Search, prepared: Prepared, say: Callable[[str], None], progre
     """Optuna's trials one by one. What it proposes next follows from the ledger alone, so a run resumes."""
     optuna, space = _optuna(), search.space
     sites = parse_layers(space.layers, len(prepared.backbone.blocks))
-    points = read_ledger(search.output / SEARCH_LEDGER)
-    write_ledger(points, search.output / SEARCH_LEDGER)  # without what was cut short
+    ledger = JsonLines(search.output / SEARCH_LEDGER)
+    points = [Point(**{**line, "best_epoch": tuple(line["best_epoch"])}) for line in ledger.read()]
     ranges = optuna.distributions
     wanted = {
         "layer": ranges.IntDistribution(min(sites), max(sites)),
@@ -187,8 +186,7 @@ def _draw(search: Search, prepared: Prepared, say: Callable[[str], None], progre
         trial = study.ask(wanted)
         point = _trial(search, prepared, number, dict(trial.params), progress)
         study.tell(trial, point.score)
-        with jsonlines.open(search.output / SEARCH_LEDGER, "a") as writer:
-            writer.write(asdict(point))
+        ledger.append(**asdict(point))
         points.append(point)
         say(
             f"trial {number}: layer {point.layer}, lr {point.lr:.2g}, l2 {point.l2:g}, "
@@ -196,11 +194,8 @@ def _draw(search: Search, prepared: Prepared, say: Callable[[str], None], progre
         )
     criterion = find_criterion(prepared.plan.protocol.criterion)
     best = min(points, key=lambda point: point.order(criterion))
-    begun = search.output / f".{WINNER}.begun"
-    for old in (begun, search.output / WINNER):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(_folder(search, best.trial or 0), begun)
-    begun.rename(search.output / WINNER)
+    with replacing_dir(search.output / WINNER) as folder:
+        shutil.copytree(_folder(search, best.trial or 0), folder, dirs_exist_ok=True)
     return points
 
 
@@ -237,12 +232,12 @@ def _optuna() -> Any:
     return optuna
 
 
-# Settings tried in a search, and what they came to on the selection split.
+# Settings tried in a search, and their scores on the selection split.
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting and what it came to on the selection split.
+    """One setting and its score on the selection split.
 
     Attributes:
         depth: the layer as a share of the depth, 0 the first block and 1 the last.
@@ -279,11 +274,10 @@ def read_points(
     Settings in which a seed diverged are left out.
     """
     found: dict[tuple[int, float, float], dict[int, list[dict[str, Any]]]] = {}
-    with jsonlines.open(folder / TRAINING_LEDGER) as reader:
-        for line in reader.iter(type=dict, skip_invalid=True):
-            if line.get("event") == "epoch" and line["stage"] == "final":
-                setting = (line["layer"], line["lr"], line["l2"])
-                found.setdefault(setting, {}).setdefault(line["seed"], []).append(line)
+    for line in JsonLines(folder / TRAINING_LEDGER).read():
+        if line.get("event") == "epoch" and line["stage"] == "final":
+            setting = (line["layer"], line["lr"], line["l2"])
+            found.setdefault(setting, {}).setdefault(line["seed"], []).append(line)
     seeds = max((len(by_seed) for by_seed in found.values()), default=0)
     points = []
     for (layer, lr, l2), by_seed in found.items():
@@ -313,25 +307,10 @@ def read_points(
     return points
 
 
-def write_ledger(points: Iterable[Point], path: Path) -> None:
-    """One line per setting."""
-    with replacing(path) as temporary, jsonlines.open(temporary, "w") as writer:
-        writer.write_all(asdict(point) for point in points)
-
-
-def read_ledger(path: Path) -> list[Point]:
-    """Settings written one by one; a line cut short by sudden death is passed over."""
-    if not path.exists():
-        return []
-    with jsonlines.open(path) as reader:
-        lines = list(reader.iter(type=dict, skip_invalid=True))
-    return [Point(**{**line, "best_epoch": tuple(line["best_epoch"])}) for line in lines]
-
-
 POINT_COLUMNS = ("layer", "depth", "lr", "l2", "epochs", "cross-entropy", "change", "accuracy", "best epoch")
 
 
-def table(points: Sequence[Point]) -> list[list[str]]:
+def search_rows(points: Sequence[Point]) -> list[list[str]]:
     """Lines in the order of `POINT_COLUMNS`, best first."""
     return [
         [
@@ -350,22 +329,13 @@ def table(points: Sequence[Point]) -> list[list[str]]:
 
 
 SEARCH_NOTE = (
-    "On the selection split, carved from the training split: these numbers chose the vector and are no "
-    "results. The best of {count} looks better than it is; score the winner on the evaluation split."
+    "Scores on the selection split, taken from the training split: these numbers chose the vector and are "
+    "not results. The best of {count} looks better than it is; score the winner on the evaluation split."
 )
 
 
-def write_table(points: Sequence[Point], folder: Path, title: str) -> Path:
+def write_search_table(points: Sequence[Point], folder: Path, title: str) -> Path:
     """``search.md``: all points, best first."""
-    rows = [POINT_COLUMNS, ["---"] * len(POINT_COLUMNS), *table(points)]
-    lines = [
-        f"# {title}",
-        "",
-        SEARCH_NOTE.format(count=len(points)),
-        "",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-    path = folder / "search.md"
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return path
+    note = SEARCH_NOTE.format(count=len(points))
+    text = f"# {title}\n\n{note}\n\n{markdown_table(POINT_COLUMNS, search_rows(points))}\n"
+    return write_formats({"md": text}, folder, "search")[0]

@@ -8,6 +8,7 @@ doi:10.1145/1498765.1498785).
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +39,7 @@ with borrowed("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.util
 
 @dataclass(frozen=True)
 class Device:
-    """What an accelerator (or this machine's CPU) reaches in practice.
+    """The speed and memory that an accelerator (or this machine's CPU) reaches in practice.
 
     Attributes:
         kind: ``cuda`` or ``cpu``: whose attention kernels are used.
@@ -59,8 +60,8 @@ class Device:
 def gpu(name: str, tflops: float, gigabytes_a_second: float, gigabytes: float) -> Device:
     """A GPU from its data sheet (dense bfloat16, fp32 accumulation).
 
-    Six tenths of the arithmetic and eight tenths of the bandwidth are taken to be reached, and 10
-    microseconds an operation, as eager PyTorch commonly does: assumptions, not measurements.
+    Assumes, without measuring, that eager PyTorch reaches 60 % of the arithmetic and 80 % of the bandwidth
+    and issues an operation in 10 microseconds.
     """
     return Device(name, "cuda", 0.6e12 * tflops, 0.8e9 * gigabytes_a_second, 1e9 * gigabytes, overhead=10e-6)
 
@@ -72,9 +73,9 @@ DEVICES = {
 
 
 def this_cpu(dtype: torch.dtype = torch.float32) -> Device:
-    """This machine's processor with as many threads as torch now uses, measured in about a second.
+    """This machine's processor with torch's current number of threads, measured in about a second.
 
-    Its memory bandwidth is that of a copy out of cache.
+    Its memory bandwidth is that of a copy too large for the cache.
     """
     a, b = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
     big, small = torch.ones(2**24), torch.ones(4)
@@ -82,11 +83,12 @@ def this_cpu(dtype: torch.dtype = torch.float32) -> Device:
     copy = _best(lambda: big.clone(), 5)
     issue = _best(lambda: [small.add(1) for _ in range(1000)], 5) / 1000
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[1] / product
-    return Device("this CPU", "cpu", flops, 2 * big.nbytes / copy, _installed(), issue)
+    installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return Device("this CPU", "cpu", flops, 2 * big.nbytes / copy, installed, issue)
 
 
 def _best(work: Callable[[], Any], rounds: int) -> float:
-    """Least process CPU time of several rounds: others' work on the same cores does not count."""
+    """Least process CPU time of several rounds, so that other processes on the same cores do not count."""
     taken = []
     for _ in range(rounds):
         started = time.process_time()
@@ -95,20 +97,14 @@ def _best(work: Callable[[], Any], rounds: int) -> float:
     return max(min(taken), 1e-9)
 
 
-def _installed() -> float:
-    import os
-
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-# They read of their first argument only what they return.
+# Of their first argument these read only what they return.
 _PICKING = ("embedding", "index", "index_select", "gather")
 
 
 class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up, inside a ``with`` block, what the operations would take on a device: ``spent``.
+    """Inside a ``with`` block, adds up in ``spent`` what the operations would take on a device.
 
-    Tensors may be on the meta device: only shapes count. What runs on the CPU for a GPU is free.
+    Tensors may be on the meta device, as only shapes count. What runs on the CPU for a GPU is free.
     """
 
     def __init__(self, device: Device) -> None:
@@ -133,7 +129,7 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _size(tensors: list[Tensor]) -> int:
-    """Bytes behind tensors; an expanded one has only those of what it repeats."""
+    """Bytes of the tensors' storage; an expanded tensor has only those of what it repeats."""
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
 
 
@@ -141,8 +137,8 @@ def _size(tensors: list[Tensor]) -> int:
 def shapes_only(kind: str) -> Iterator[None]:
     """Inside the block, attention on the meta device uses the kernels of a ``cuda`` or ``cpu`` device.
 
-    Left alone it would write out every pair of tokens, which those kernels do not. And where code asks
-    whether all of something holds (finite gradients, rows that are one sequence), the answer is yes.
+    By default it would allocate a score for every pair of tokens, which those kernels do not. And where code
+    asks whether something holds for all of a tensor (finite gradients, for example), the answer is yes.
     """
     require(COUNTED_ATTENTION)
     with _Kernels(kind):
@@ -157,9 +153,10 @@ class _Kernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
             return True
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return _attention(self._kind, *args, **(kwargs or {}))
+        given = kwargs or {}
+        if func is F.scaled_dot_product_attention and (args[0] if args else given["query"]).is_meta:
+            return _attention(self._kind, *args, **given)
+        return func(*args, **given)  # attention on a real device: the check that `Roofline` makes
 
 
 def _attention(
@@ -191,11 +188,11 @@ def _attention(
     return result
 
 
-# Models with shapes and without contents, and the engine on them: what a run does, not what it finds.
+# Models on the meta device, and the engine on them: all of a run's work, without its values.
 
 
-def blank_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal LM that a transformers config describes, on the meta device: shapes without contents."""
+def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The causal LM that a transformers config describes, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -204,7 +201,7 @@ def blank_model(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def shallower(config: Any, depth: int) -> Any:
-    """The same config with only so many blocks."""
+    """The same config with ``depth`` blocks."""
     cut = copy.deepcopy(config)
     text = cut.get_text_config()
     text.num_hidden_layers = depth
@@ -220,15 +217,15 @@ def blocks_alike(model: nn.Module) -> bool:
     return len(set(types)) == 1 and all(each == shapes[0] for each in shapes)
 
 
-def may_pack_blank(model: nn.Module, documents: Sequence[Document]) -> bool:
-    """Whether a model's config and the documents allow packed rows; a loaded model is tried as well."""
+def rows_may_be_packed(model: nn.Module, documents: Sequence[Document]) -> bool:
+    """Whether a model's config and the documents allow packed rows; a loaded model is tested as well."""
     if refused(model, max(document.tokens(True) for document in documents)):
         return False
     return any(document.rows(True) < document.rows(False) for document in documents)
 
 
-class BlankObjective(Objective):
-    """An objective that computes everything and knows nothing of the outcome."""
+class MetaObjective(Objective):
+    """An objective that does all the work and returns a meaningless score."""
 
     def __init__(self, inner: Objective) -> None:
         self._inner = inner
@@ -240,7 +237,7 @@ class BlankObjective(Objective):
 
     def outcomes(self, logits: Tensor, batch: Batch) -> list[NDArray[np.float64]]:
         """Zeros, after all the work."""
-        # The last thing an objective does is to copy the contents out, and there are none.
+        # The last thing an objective does is to copy values to the CPU, and meta tensors have none.
         with suppress(NotImplementedError):
             self._inner.outcomes(logits, batch)
         return [np.zeros(1) for _ in batch.documents]
@@ -250,26 +247,26 @@ class BlankObjective(Objective):
         return Score(0.0, 0.0, 0.0, 1.0, len(outcomes))
 
 
-class BlankEngine(Trajectory):
-    """The fast engine on a blank model, keeping the frozen output of every block."""
+class MetaEngine(Trajectory):
+    """The fast engine on a meta-device model, keeping the frozen output of every block."""
 
     def __init__(
         self, model: nn.Module, backbone: Backbone, objective: Objective, *, packed: bool, budget: int
     ) -> None:
-        super().__init__(model, backbone, BlankObjective(objective), packed=packed, budget=budget)
+        super().__init__(model, backbone, MetaObjective(objective), packed=packed, budget=budget)
         self._frozen: dict[torch.Size, dict[int, Any]] = {}
         self._laid_out: dict[tuple[Document, ...], list[Batch]] = {}
         self._remembers = False
 
     def lay_out(self, documents: Sequence[Document]) -> int:
-        """Make the batches of these documents, once and for all; the bytes of the largest."""
+        """Make the batches of these documents once and keep them; the bytes of the largest."""
         key = tuple(documents)
         if key not in self._laid_out:
             self._laid_out[key] = list(super().batches(documents))
         return max(sum(t.nbytes for t in batch.inputs.values()) for batch in self._laid_out[key])
 
     def batches(self, documents: Sequence[Document]) -> Iterator[Batch]:
-        """As the engine's, made beforehand: how long that takes tells nothing about the device."""
+        """As the engine's, made beforehand, so that making them is not counted as the device's time."""
         self.lay_out(documents)
         return iter(self._laid_out[tuple(documents)])
 
@@ -281,12 +278,12 @@ class BlankEngine(Trajectory):
         return self._frozen[shape]
 
     def forget(self) -> None:
-        """Let go of the outputs of frozen passes."""
+        """Drop the outputs of frozen passes."""
         self._frozen = {}
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """Inside the block, frozen passes over as many tokens as one before take nothing."""
+        """Inside the block, a frozen pass over rows of a shape seen before costs nothing."""
         self._remembers = True
         yield
         self._remembers = False

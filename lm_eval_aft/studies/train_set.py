@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -11,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonlines
-
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import canonical_json, replacing
+from lm_eval_aft._util.files import JsonLines, canonical_json, replacing_dir
 from lm_eval_aft.evaluation import formatting
+from lm_eval_aft.evaluation.formatting import json_text, markdown_table, write_formats
 from lm_eval_aft.evaluation.report import compare
 from lm_eval_aft.evaluation.run import evaluate_pair
 from lm_eval_aft.harness.identity import contents_digest
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 # A hidden folder of the library: listings pass it over.
 FOLDER = ".train-set"
 TRAIN_SET_LEDGER = "ledger.jsonl"
-DONE, BEGUN, WAITING = "in the library", "begun", "to do"
+IN_LIBRARY, BEGUN, WAITING = "in the library", "begun", "to do"
 
 
 @dataclass(frozen=True)
 class EntryStatus:
-    """How far an entry of a study is: ``state`` is `DONE`, `BEGUN` or `WAITING`."""
+    """The progress of an entry: ``state`` is `IN_LIBRARY`, `BEGUN` or `WAITING`."""
 
     entry: StudyEntry
     state: str
@@ -46,7 +46,7 @@ class TrainSet:
     """A study, and the library that it fills.
 
     Each vector is trained in a hidden folder of the library and moved to its place when it is finished,
-    so a run that was killed goes on where it stopped.
+    so a run that was killed resumes where it stopped.
     """
 
     def __init__(
@@ -57,32 +57,33 @@ class TrainSet:
         self.model = model
         self.model_args = dict(model_args or {})
         self.folder = library.root / FOLDER
+        self.ledger = JsonLines(self.folder / TRAIN_SET_LEDGER)
 
     def statuses(self) -> list[EntryStatus]:
-        """How far every entry is, in the study's order.
+        """The progress of every entry, in the study's order.
 
         Raises:
             AFTError: the library holds a vector of an entry's name that this study did not train.
         """
-        ledger, found = self._ledger(), []
-        names = set(self.library.names())
+        records = {str(record.get("name")): record for record in self.ledger.read()}
+        names, found = set(self.library.names()), []
         for entry in self.study.entries:
             state = WAITING
             if entry.name in names:
-                self._require_own(entry, ledger.get(entry.name))
-                state = DONE
+                self._require_own(entry, records.get(entry.name))
+                state = IN_LIBRARY
             elif self._work(entry).exists():
                 state = BEGUN
             found.append(EntryStatus(entry, state))
         return found
 
     def check_fresh(self) -> None:
-        """Raise `AFTError` if anything of the study is there already: then it wants to be resumed."""
+        """Raise `AFTError` if anything of the study is there already and has to be resumed."""
         begun = [each.entry.name for each in self.statuses() if each.state != WAITING]
         if begun:
             raise AFTError(
-                f"The library {self.library.root} already has, or began, {', '.join(begun)}.",
-                "Go on with --resume, or choose another library.",
+                f"The library {self.library.root} already has finished or unfinished {', '.join(begun)}.",
+                "Continue with --resume, or choose another library.",
             )
 
     def train(self, *, say: Callable[[str], None] = logger.info, progress: bool = True) -> dict[str, str]:
@@ -92,9 +93,9 @@ class TrainSet:
         """
         failed: dict[str, str] = {}
         lm: AFTLM | None = None
-        for standing in self.statuses():
-            entry = standing.entry
-            if standing.state == DONE:
+        for status in self.statuses():
+            entry = status.entry
+            if status.state == IN_LIBRARY:
                 say(f"{entry.name}: already in the library.")
                 continue
             if lm is None:
@@ -104,7 +105,7 @@ class TrainSet:
             try:
                 self._train(entry, lm, say, progress)
             except AFTError as error:
-                failed[entry.name] = f"{error.what} {error.hint or ''}".strip()
+                failed[entry.name] = error.one_line
                 say(f"{entry.name}: not trained. {failed[entry.name]}")
                 continue
             say(f"{entry.name}: trained in {time.monotonic() - started:.0f} s.")
@@ -112,29 +113,22 @@ class TrainSet:
 
     def _train(self, entry: StudyEntry, lm: AFTLM, say: Callable[[str], None], progress: bool) -> None:
         work = self._work(entry)
-        told = work.with_name(f"{work.name}.asked.json")
+        asked_file = work.with_name(f"{work.name}.asked.json")
         asked = canonical_json(self._asked(entry))
-        if work.exists() and not (told.is_file() and told.read_text(encoding="utf-8") == asked):
-            say(f"{entry.name}: was begun with other settings, and is begun anew.")
+        if work.exists() and not (asked_file.is_file() and asked_file.read_text(encoding="utf-8") == asked):
+            say(f"{entry.name}: was begun with other settings, and is started anew.")
             shutil.rmtree(work)
         if not (work / FILE_NAME).exists():  # finished, if it is there
             work.parent.mkdir(parents=True, exist_ok=True)
-            told.write_text(asked, encoding="utf-8")
+            asked_file.write_text(asked, encoding="utf-8")
             train_vector(lm, entry.plan(), work, resume=True, progress=progress)
         vector = SteeringVector.load(work)
         record = {"name": entry.name, "sha256": vector.digest(), "asked": self._asked(entry)}
-        # Before the vector moves: a line too many does no harm, a line too few would disown it.
-        self._append(record)
+        # Before the vector moves: without its line it would be taken for a foreign one.
+        self.ledger.append(**record)
         self.library.add(work, entry.name)
         shutil.rmtree(work, ignore_errors=True)
-        told.unlink(missing_ok=True)
-
-    def _append(self, record: dict[str, Any]) -> None:
-        """A line of the ledger, below a last one that sudden death may have cut short."""
-        path = self.folder / TRAIN_SET_LEDGER
-        cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(("\n" if cut else "") + json.dumps(record) + "\n")
+        asked_file.unlink(missing_ok=True)
 
     def _work(self, entry: StudyEntry) -> Path:
         return self.folder / "work" / entry.name.replace("/", ",")
@@ -142,7 +136,7 @@ class TrainSet:
     def _asked(self, entry: StudyEntry) -> dict[str, Any]:
         """What the entry's vector depends on, as JSON would give it back."""
         asked: dict[str, Any] = {"model": self.model, **entry.plan().to_dict()}
-        # Where it is loaded, and how it is batched, decides nothing.
+        # Device and batch size do not change the vector.
         loaded = {key: value for key, value in self.model_args.items() if key not in ("device", "batch_size")}
         if loaded:
             asked["model_args"] = loaded
@@ -165,20 +159,10 @@ class TrainSet:
                 f"Remove it with `aft vectors remove {entry.name}`, or choose another library.",
             )
 
-    def _ledger(self) -> dict[str, dict[str, Any]]:
-        """The last record of every name; a line cut short by sudden death is passed over."""
-        found: dict[str, dict[str, Any]] = {}
-        path = self.folder / TRAIN_SET_LEDGER
-        if path.exists():
-            with jsonlines.open(path) as reader:
-                for record in reader.iter(type=dict, skip_invalid=True):
-                    found[str(record.get("name"))] = record
-        return found
-
 
 # Each vector of a study scored on each of its tasks, kept beside the vectors.
 
-TABLE = "cross-scores"
+CROSS_SCORES = "cross-scores"
 _ASKED = "asked.json"
 
 
@@ -214,7 +198,7 @@ def cross_score(
     if not entries:
         raise AFTError("No vector of the study is in the library.", "Train them first.")
     names = [entry.name for entry in entries]
-    digests = {name: _digest(library, name) for name in names}
+    digests = {name: SteeringVector.load(library.path(name)).digest() for name in names}
     rows: list[dict[str, Any]] = []
     for task, entry in study.scored_tasks().items():
         wanted = limit or (entry.limit if entry else None) or study.scores.limit
@@ -227,9 +211,7 @@ def cross_score(
         asked = {"model": model, "contents": contents, "vectors": digests}
         asked |= {"flags": own, "model_args": model_args or {}}
         folder = library.root / FOLDER / "scores" / task
-        if not is_scored(folder, asked):
-            say(f"{task}: scoring {len(names)} vectors and the baseline ...")
-            score(folder, asked, model, names, task, library, model_args, own)
+        score_vectors(folder, task, asked, library, say)
         trained_on = {each.name: each.plan().tasks for each in entries}
         report = compare(folder)
         by_run = {each["name"]: each["vector"] for each in report.runs}
@@ -244,7 +226,7 @@ def cross_score(
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def cross_score_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines of the table: a line for the baseline and each vector, a column for each task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     at = {(row["vector"], row["task"]): row for row in rows}
@@ -275,59 +257,38 @@ CROSS_SCORES_NOTE = (
 )
 
 
-def score(
-    folder: Path,
-    asked: dict[str, Any],
-    model: str,
-    names: Sequence[str],
-    task: str,
-    library: Library,
-    model_args: dict[str, Any] | None,
-    flags: Sequence[str],
-    placebo: str = "none",
-) -> None:
-    """Score the baseline and vectors on a task, and note in the folder what was ``asked``.
+def score_vectors(
+    folder: Path, task: str, asked: dict[str, Any], library: Library, say: Callable[[str], None]
+) -> bool:
+    """Score the baseline and vectors on a task, unless the folder has these scores; whether it had not.
 
-    Into a folder of another name first: what has its place is whole.
+    Args:
+        asked: ``model``, ``model_args``, ``flags`` of ``lm_eval run``, ``vectors`` (name -> digest), perhaps
+            ``placebo``, and whatever else the scores depend on; kept in the folder.
     """
-    begun = folder.with_name(f".{folder.name}.begun")
-    for old in (begun, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    begun.mkdir(parents=True)
-    evaluate_pair(
-        model,
-        names,
-        [task],
-        begun,
-        placebo=placebo,
-        library=library.root,
-        model_args=model_args,
-        flags=flags,
-    )
-    (begun / _ASKED).write_text(canonical_json(asked), encoding="utf-8")
-    begun.rename(folder)
-
-
-def is_scored(folder: Path, asked: dict[str, Any]) -> bool:
-    """Whether the folder holds scores that were asked for in just this way."""
-    try:
-        found = json.loads((folder / _ASKED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(found == json.loads(canonical_json(asked)))
-
-
-def _digest(library: Library, name: str) -> str:
-    from lm_eval_aft.steering.vector import SteeringVector
-
-    return SteeringVector.load(library.path(name)).digest()
+    text = canonical_json(asked)
+    with contextlib.suppress(OSError, ValueError):
+        if (folder / _ASKED).read_text(encoding="utf-8") == text:
+            return False
+    say(f"{task}: scoring {len(asked['vectors'])} vectors and the baseline ...")
+    with replacing_dir(folder) as begun:
+        evaluate_pair(
+            asked["model"],
+            list(asked["vectors"]),
+            [task],
+            begun,
+            placebo=asked.get("placebo", "none"),
+            library=library.root,
+            model_args=asked["model_args"],
+            flags=asked["flags"],
+        )
+        (begun / _ASKED).write_text(text, encoding="utf-8")
+    return True
 
 
 def _write(root: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns, lines = table(rows)
-    text = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    text += [f"| {' | '.join(line)} |" for line in lines]
-    with replacing(root / f"{TABLE}.md") as temporary:
-        temporary.write_text("\n".join([*text, "", CROSS_SCORES_NOTE, ""]), encoding="utf-8")
-    with replacing(root / f"{TABLE}.json") as temporary:
-        temporary.write_text(json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    texts = {
+        "md": f"{markdown_table(*cross_score_table(rows))}\n\n{CROSS_SCORES_NOTE}\n",
+        "json": json_text(list(rows)),
+    }
+    write_formats(texts, root, CROSS_SCORES)

@@ -19,7 +19,7 @@ from lm_eval_aft.library.files import PART
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.studies.config import Study, StudyEntry
-from lm_eval_aft.studies.train_set import TrainSet, is_scored, score
+from lm_eval_aft.studies.train_set import TrainSet, score_vectors
 
 _KEPT = (
     *("metric", "filter", "n", "baseline", "steered", "difference", "low", "high", "wins", "losses"),
@@ -30,14 +30,14 @@ SHELF = "trained"  # the library's category of vectors trained here
 
 @dataclass(frozen=True)
 class Transfer:
-    """What is to be done; `run` goes on with what a former call left in ``output``.
+    """Vectors and tasks to cross; `run` continues what an earlier call left in ``output``.
 
     Attributes:
         tasks: every vector is scored on all of them.
-        train: whether vectors are trained for tasks that ``given`` has none for.
+        train: whether to train vectors for the tasks that ``given`` has none for.
         given: vectors by name, as `load_vector` takes them.
         settings: of the training, as `TrainingPlan.of` takes them.
-        placebo: random directions like each vector, scored too.
+        placebo: ``random:N`` scores N random directions like each vector too.
         flags: further flags of ``lm_eval run``.
     """
 
@@ -55,7 +55,7 @@ class Transfer:
         """Train what is missing, score what is missing, compare.
 
         Raises:
-            AFTError: bad input; other settings than those of what lies in the output; nothing to score.
+            AFTError: bad input; the output has vectors of other settings; nothing to score.
         """
         self._check()
         with exclusive_dir(self.output):
@@ -70,10 +70,10 @@ class Transfer:
             failed = TrainSet(study, library, self.model, self.model_args).train(say=say, progress=progress)
         specs = {each.task: name for name, each in entries.items() if name not in failed} | dict(self.given)
         if not specs:
-            raise AFTError("No vector could be trained: the reasons stand above.", "Check --tasks.")
+            raise AFTError("No vector could be trained: the reasons are printed above.", "Check --tasks.")
         twice = [name for name, spec in specs.items() if list(specs.values()).count(spec) > 1]
         if twice:
-            raise AFTError(f"{' and '.join(twice)} are one and the same vector.", "Name each vector once.")
+            raise AFTError(f"{' and '.join(twice)} are the same vector.", "Name each vector once.")
         loaded = {name: load_vector(spec, library) for name, spec in specs.items()}
         trained_on = {name: str(v.metadata.get("task", "")).split(",") for name, v in loaded.items()}
         digests = {name: vector.digest() for name, vector in loaded.items()}
@@ -88,14 +88,8 @@ class Transfer:
                 "placebo": self.placebo,
             }
             folder = self.output / "scores" / task
-            if is_scored(folder, asked):
+            if not score_vectors(folder, task, asked, library, say):
                 say(f"{task}: already scored.")
-            else:
-                say(f"{task}: scoring {len(specs)} vectors and the baseline ...")
-                score(
-                    folder, asked, self.model, list(specs.values()), task, library,
-                    dict(self.model_args), self.flags, self.placebo,
-                )  # fmt: skip
             found += _rows(folder, {spec: name for name, spec in specs.items()})
         missing = {name.removeprefix(f"{SHELF}/"): why for name, why in failed.items()}
         return _matrix(self.model, self.tasks, found, trained_on, missing)
@@ -145,7 +139,7 @@ def _matrix(
     trained_on: Mapping[str, Sequence[str]],
     failed: dict[str, str],
 ) -> Matrix:
-    """Verdicts over the whole matrix; each task's own report had its vectors alone in the family."""
+    """Verdicts Holm-adjusted over the whole matrix, not over one task's vectors as in its own report."""
     counted = [row for _, placebo, row in rows if not placebo and row.p_adjusted is not None]
     adjusted = dict(zip(map(id, counted), holm([row.p_value for row in counted]), strict=True))
     cells = []

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import jsonlines
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import LOCK, canonical_json, replacing
+from lm_eval_aft._util.files import LOCK, JsonLines, canonical_json, replacing
 from lm_eval_aft._util.process import Terminated, now
 from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.training.candidate import Candidate
@@ -188,17 +187,16 @@ STATE = "state.safetensors"
 State = tuple[dict[str, Tensor], dict[str, Any]]  # as `Candidate.restore` takes it
 
 
-class TrainingLedger:
+class TrainingLedger(JsonLines):
     """``training.jsonl`` of a run folder: one line per event, written at once."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / TRAINING_LEDGER
+        super().__init__(folder / TRAINING_LEDGER)
         self.lines = 0
 
-    def append(self, **entry: Any) -> None:
+    def append(self, **line: Any) -> None:
         """Add one line."""
-        with jsonlines.open(self.path, "a") as writer:
-            writer.write(entry)
+        super().append(**line)
         self.lines += 1
 
     def sync(self) -> None:

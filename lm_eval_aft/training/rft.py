@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import jsonlines
 import torch
 from lm_eval.api.instance import Instance
 from torch import Tensor
@@ -152,8 +151,7 @@ class Rounds:
             "documents": digest(asked),
         }
         self._ledger, _ = open_run(self.folder, self._run_settings, self._resume)
-        with jsonlines.open(self._ledger.path) as reader:
-            lines = list(reader.iter(type=dict))
+        lines = self._ledger.read()
         self._ledger.lines = len(lines)
         self._noted = {(line["event"], line.get("round")) for line in lines}
 

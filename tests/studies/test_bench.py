@@ -260,7 +260,7 @@ def test_an_output_folder_is_not_mixed_up(write: Callable[..., Path], tmp_path: 
         ),
         (
             {"methods": [{"name": "x", "first_seed": 3}]},
-            r"methods\[0\]: the study itself sets first_seed",
+            r"methods\[0\]: remove first_seed: the study itself sets this",
         ),
         (
             {"methods": [{"name": "x y"}]},

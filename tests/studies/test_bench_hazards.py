@@ -32,7 +32,7 @@ from lm_eval_aft.studies.jobs import (
     build_cells,
 )
 from lm_eval_aft.studies.ray import LOSSES
-from lm_eval_aft.studies.report import build_study_report, summary, tables
+from lm_eval_aft.studies.report import build_study_report, study_tables, summary
 from lm_eval_aft.studies.runner import StudyProgress
 from lm_eval_aft.training.controls import check_control, random_like
 
@@ -44,9 +44,12 @@ FOUR = "tasks: [{task: aft_demo_choice, name: a, limit: 100}, {task: aft_demo_ch
 def outcome(difference: float, *, sha: str, given_up: str = "", task: str = "t") -> dict[str, Any]:
     """A cell that came out so, as the ledger keeps it."""
     row = VerdictRow(
-        "steered", "steered", task, "acc", "none", True, True, True, True, 1000, 0.5, 0.01, 0.47, 0.53,
-        0.5 + difference, 0.01, 0.47, 0.53, difference, difference - 0.02, difference + 0.02, 10, 5, 0.2,
-        None, "", 0.03, "McNemar", "BP", "",
+        run="steered", kind="steered", task=task, metric="acc", filter="none", primary=True, family=True,
+        higher_is_better=True, share=True, n=1000, baseline=0.5, baseline_stderr=0.01, baseline_low=0.47,
+        baseline_high=0.53, steered=0.5 + difference, steered_stderr=0.01, steered_low=0.47,
+        steered_high=0.53,
+        difference=difference, low=difference - 0.02, high=difference + 0.02, wins=10, losses=5, p_value=0.2,
+        p_adjusted=None, verdict="", mde=0.03, test="McNemar", interval="BP", clusters="",
     )  # fmt: skip
     vector = {"sha256": sha, "layers": [2], "pruned": given_up, "selection_change": -0.1}
     return {"rows": [asdict(row)], "vector": vector, "notes": []}
@@ -74,7 +77,7 @@ def schedule(folder: Path, study: BenchStudy, outcomes: Outcomes) -> Schedule:
 
 def shown(folder: Path, study: BenchStudy, outcomes: Outcomes) -> dict[str, list[list[str]]]:
     report = build_study_report(study, schedule(folder, study, outcomes))
-    return {table.title: table.lines for table in tables(report)}
+    return {table.title: table.lines for table in study_tables(report)}
 
 
 def test_a_method_is_not_judged_by_the_pairs_it_did_well_on(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.studies.config import read_bench
-from lm_eval_aft.studies.known_models import KNOWN, find_config
-from lm_eval_aft.studies.planner import CostEstimator, Shape, find_shape, plan_cost, typical
-from lm_eval_aft.studies.runner import study_cells
+from lm_eval_aft.studies.jobs import build_cells
+from lm_eval_aft.studies.known_models import KNOWN, find_config, typical_documents
+from lm_eval_aft.studies.planner import CostEstimator, Shape, find_shape, plan_cost
 from lm_eval_aft.studies.simulated_device import Device
 from lm_eval_aft.training.cost import flops_of
 from lm_eval_aft.training.objectives import make_objective
@@ -85,18 +85,18 @@ def test_a_shipped_study_passes_its_dry_run_offline(study: str) -> None:
 def test_what_does_not_fit_is_planned_in_smaller_passes(tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text("models: [demo]\ntasks: [arc_easy]\nmethods: [static]\nrecipe: {protocol: rapid}\n")
-    (cell,) = study_cells(read_bench(study))[:1]
+    (cell,) = build_cells(read_bench(study))[:1]
     shape = find_shape(cell.model)
     roomy = Device("a GPU", "cuda", 1e14, 1e12, 1e12, 1e-5)
     whole = CostEstimator(shape, roomy)
     assert whole.fitting_budget(cell, 0) == DEFAULT_TOKEN_BUDGET
-    cost = whole.cost(cell, 0)
+    cost = whole.plan(cell, 0)
     above = cost.peak_bytes
     small = replace(roomy, memory=cost.weight_bytes + above / 5)
     budget = CostEstimator(shape, small).fitting_budget(cell, 0)
     assert budget is not None
     assert DEFAULT_TOKEN_BUDGET / 16 <= budget <= DEFAULT_TOKEN_BUDGET / 4
-    assert CostEstimator(shape, small, budget).cost(cell, 0).peak_bytes <= above / 5
+    assert CostEstimator(shape, small, budget).plan(cell, 0).peak_bytes <= above / 5
     assert CostEstimator(shape, replace(roomy, memory=cost.weight_bytes)).fitting_budget(cell, 0) is None
 
 
@@ -146,7 +146,7 @@ def test_the_families_of_the_hub_studies_run(
 def test_scoring_on_paper_makes_the_operations_that_a_real_model_makes(family: str) -> None:
     model = tiny_model(family, layers=6)
     packed = family != "mistral-window"
-    documents = typical("arc_easy", 0, 1)
+    documents = typical_documents("arc_easy", 0, 1)
     objective = make_objective("choice", "acc", ["acc"])
     engine = Trajectory(model, find_backbone(model), objective, packed=packed, budget=1024)
     cpu = Device("a CPU", "cpu", 1e10, 1e10, 1e10, 1e-6)

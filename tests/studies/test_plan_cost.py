@@ -14,7 +14,7 @@ from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.studies.known_models import KNOWN, documents_of, find_config, typical_documents
 from lm_eval_aft.studies.planner import plan_cost
-from lm_eval_aft.studies.simulated_device import DEVICES, Device, blank_model, blocks_alike, shallower
+from lm_eval_aft.studies.simulated_device import DEVICES, Device, blocks_alike, meta_model, shallower
 from lm_eval_aft.training.candidate import Candidate, Recipe
 from lm_eval_aft.training.cost import PeakMemory, Rates, Spent, flops_of
 from lm_eval_aft.training.objectives import Choice
@@ -130,11 +130,11 @@ def test_blocks_that_differ_are_all_run() -> None:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64
     )
-    model: Any = blank_model(config, torch.float32)
+    model: Any = meta_model(config, torch.float32)
     assert blocks_alike(model)
     model.model.layers[3].mlp.up_proj = torch.nn.Linear(32, 128, device="meta")
     assert not blocks_alike(model)
-    assert len(find_backbone(blank_model(shallower(config, 3), torch.float32)).blocks) == 3
+    assert len(find_backbone(meta_model(shallower(config, 3), torch.float32)).blocks) == 3
 
 
 # Parameters in millions as the models' pages give them.
@@ -154,7 +154,7 @@ PUBLISHED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_known_models_have_their_published_size(name: str) -> None:
-    model = blank_model(find_config(name), torch.bfloat16)
+    model = meta_model(find_config(name), torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PUBLISHED[name], abs=0.06)
 
 

@@ -143,7 +143,7 @@ def test_a_vector_that_waits_is_not_taken_for_one_of_other_settings(
         patched.setattr(Library, "add", full)
         call(quick(tmp_path), root, "--no-scores", code=1)
     told = call(quick(tmp_path, train_docs=20), root, "--no-scores", "--resume").output
-    assert "begun with other settings, and is begun anew" in told
+    assert "begun with other settings, and is started anew" in told
     assert load_vector("k/facts", Library(root)).metadata["splits"]["train"] == 20
 
 
