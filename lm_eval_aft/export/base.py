@@ -21,8 +21,8 @@ from lm_eval_aft._util.private_names import require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
-from lm_eval_aft.steering.fingerprint import check_fingerprint
-from lm_eval_aft.steering.hooks import add_at, check_fits
+from lm_eval_aft.steering.fingerprint import check_fingerprint, compare_fingerprints, fingerprint
+from lm_eval_aft.steering.hooks import add_all, check_fits
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import MAX_HEADER, is_biased, parse_entry
@@ -61,30 +61,10 @@ class Base:
         return self.model.config
 
     def release(self) -> None:
-        """Forget the model, so that another one can be loaded in its place."""
+        """Drop the model, so that another one can be loaded in its place."""
         self.model = None
         self.backbone = Backbone(self.backbone.name, [], self.backbone.hidden_size)
         gc.collect()
-
-    def steered(self, deltas: dict[int, Tensor]) -> Steered:
-        """Context in which each ``deltas[L]``, shape ``(hidden_size,)``, is added after block L."""
-        return Steered([(self.backbone.blocks[layer], delta) for layer, delta in deltas.items()])
-
-
-class Steered:
-    """``with Steered(pairs):`` adds each tensor to its module's output inside the block."""
-
-    def __init__(self, pairs: list[tuple[nn.Module, Tensor]]) -> None:
-        self._pairs = pairs
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Steered:
-        self._handles = [add_at(module, delta) for module, delta in self._pairs]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
 
 
 def load_base(name: str, revision: str | None = None, blocks: str | None = None) -> Base:
@@ -163,18 +143,18 @@ def check_vector(vector: SteeringVector, base: Base, *, allow_mismatch: bool = F
     check_constant(vector)
     check_fits(vector, base.backbone)
     check_fingerprint(vector.metadata, base.model, base.tokenizer, allow_mismatch=allow_mismatch)
-    deltas = {layer: values * vector.coefficient for layer, values in vector.layers.items()}
-    if not all(bool(torch.isfinite(delta).all()) for delta in deltas.values()):
+    shifts = {layer: values * vector.coefficient for layer, values in vector.layers.items()}
+    if not all(bool(torch.isfinite(delta).all()) for delta in shifts.values()):
         raise AFTError(
             f"The vector times its coefficient {vector.coefficient:g} overflows float32.",
             "Give a smaller --coefficient.",
         )
-    if not any(bool(delta.any()) for delta in deltas.values()):
+    if not any(bool(delta.any()) for delta in shifts.values()):
         raise AFTError(
             f"The vector times its coefficient {vector.coefficient:g} is 0: it would change nothing.",
             "Check the vector's norm, or give a larger --coefficient.",
         )
-    return deltas
+    return shifts
 
 
 def check_constant(vector: SteeringVector) -> None:
@@ -198,7 +178,20 @@ def check_constant(vector: SteeringVector) -> None:
         )
 
 
-ExportProgress = Callable[[str], None]
+@dataclass(frozen=True)
+class ExportJob:
+    """What is to be exported where.
+
+    Attributes:
+        shifts: what is added after each block: fp32, shape ``(hidden_size,)``, coefficient included.
+        progress: called with a word on each stage as it starts.
+    """
+
+    base: Base
+    vector: SteeringVector
+    shifts: dict[int, Tensor]
+    target: Path
+    progress: Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -242,14 +235,8 @@ def record(vector: SteeringVector, added: dict[int, Tensor]) -> str:
     Raises:
         AFTError: the metadata are no JSON.
     """
-    header = {
-        **vector.metadata,
-        **{key: getattr(vector, key) for key in _ATTRIBUTES if key != "layers"},
-        "layers": list(vector.layers),
-        _VALUES: _sketch(added),
-    }
     try:
-        return canonical_json(header)
+        return canonical_json({**vector.header(), _VALUES: _sketch(added)})
     except (TypeError, ValueError) as error:
         raise AFTError(f"The vector's metadata cannot be written as JSON: {error}.") from error
 
@@ -306,6 +293,38 @@ def restore(vector: SteeringVector, text: object, where: str) -> list[str]:
         found.pop(key, None)
     vector.metadata = {**found, **vector.metadata}
     return [f"{where} says how the vector was made", *cautions(vector)]
+
+
+def identity(base: Base) -> dict[str, Any]:
+    """The entries of a vector's metadata that say which model it is for."""
+    return {
+        "base_model": {"name": base.name, "revision": base.revision},
+        "num_hidden_layers": len(base.backbone.blocks),
+        "fingerprint": fingerprint(base.model, base.tokenizer),
+    }
+
+
+def assign_model(vector: SteeringVector, identity: dict[str, Any]) -> list[str]:
+    """Make an imported vector one for this model; return a note where its record names another.
+
+    Raises:
+        AFTError: the fingerprint in its record is damaged.
+    """
+    recorded = vector.metadata.get("fingerprint")
+    trained_on = (vector.metadata.get("base_model") or {}).get("name")
+    vector.metadata |= identity
+    if recorded is None:
+        return []
+    try:
+        differences = compare_fingerprints(recorded, identity["fingerprint"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AFTError(
+            f"The fingerprint in the vector's record is damaged ({error!r}).", "Export it again."
+        ) from error
+    if not differences:
+        return []
+    vector.metadata["imported_from"]["trained_on"] = trained_on
+    return [f"it was trained on {trained_on!r}, not on this model: {', '.join(differences)} differ"]
 
 
 def cautions(vector: SteeringVector) -> list[str]:
@@ -404,6 +423,12 @@ def probe_logits(model: Any, prompts: list[Tensor]) -> list[Tensor]:
     Computed in float32 whatever the dtype of the weights, so that the comparison can be strict.
     """
     return [forward_in_float32(model, ids, **_keep(model)).logits[:, -_SHOWN:] for ids in prompts]
+
+
+def hooked_logits(base: Base, shifts: dict[int, Tensor], prompts: list[Tensor]) -> list[Tensor]:
+    """`probe_logits` of the base model with each ``shifts[L]``, ``(hidden_size,)``, added after block L."""
+    with add_all(base.backbone, shifts):
+        return probe_logits(base.model, prompts)
 
 
 def forward_in_float32(model: Any, ids: Tensor, **options: Any) -> Any:
@@ -528,19 +553,25 @@ def _distance(one: list[Tensor], other: list[Tensor]) -> float:
 
 # The README.md beside an exported checkpoint or adapter.
 
-_RELATION = {"merged": "finetune", "peft": "adapter"}
-_LIBRARY = {"merged": "transformers", "peft": "peft"}
 
-
-def write_export_card(folder: Path, kind: str, base: Base, vector: SteeringVector, notes: list[str]) -> None:
-    """Write ``folder/README.md``: base model, the vector's identity, how it was stored and checked.
+def write_export_card(
+    folder: Path,
+    base: Base,
+    vector: SteeringVector,
+    notes: list[str],
+    *,
+    stored: str,
+    library_name: str,
+    base_model_relation: str,
+) -> None:
+    """Write ``folder/README.md``: base model, the vector's identity, how it was ``stored`` and checked.
 
     A placebo, or a vector chosen on evaluation documents, is said to be one.
     """
     data = ModelCardData(
         base_model=base.name,
-        base_model_relation=_RELATION[kind],
-        library_name=_LIBRARY[kind],
+        base_model_relation=base_model_relation,
+        library_name=library_name,
         tags=["activation-steering"],
     )
     layers, tasks = ", ".join(map(str, vector.layers)), task_names(vector.metadata)
@@ -550,7 +581,7 @@ def write_export_card(folder: Path, kind: str, base: Base, vector: SteeringVecto
         "",
         *(line for caution in cautions(vector) for line in (f"**{_sentence(caution)}.**", "")),
         f"`{base.name}`{at} with one constant vector added to the residual stream after block {layers}, "
-        f"{'folded into its weights' if kind == 'merged' else 'as a PEFT adapter'} by `aft export`.",
+        f"{stored} by `aft export`.",
         "",
         f"- Vector: SHA-256 `{vector.digest()}`, norm {vector.norm():.4g}, coefficient {vector.coefficient:g}"
         + (f", trained on {', '.join(f'`{task}`' for task in tasks)}" if tasks else ""),

@@ -7,6 +7,7 @@ output of block N, counted from 0, and refuses N = 0. repeng writes the same fil
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -17,7 +18,16 @@ from torch import Tensor
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import appearing
-from lm_eval_aft.export.base import Base, Export, ExportProgress, record
+from lm_eval_aft.export.base import (
+    Export,
+    ExportJob,
+    assign_model,
+    identity,
+    load_base,
+    record,
+    restore,
+)
+from lm_eval_aft.steering.hooks import check_fits
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import MAX_HEADER, check_lengths
 
@@ -34,35 +44,23 @@ _HINTS = {
 }
 
 
-def check_layers(deltas: dict[int, Tensor]) -> None:
-    """Raise `AFTError` for a vector at layer 0, which the format cannot express."""
-    if 0 in deltas:
-        raise AFTError(
-            "A llama.cpp control vector cannot act after block 0: it counts blocks from 0 and its loader "
-            "refuses direction.0.",
-            "Use --to merged, and convert the merged checkpoint to GGUF.",
-        )
-
-
-def export_gguf(
-    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: ExportProgress
-) -> Export:
+def export_gguf(job: ExportJob) -> Export:
     """Write a control vector file; it is read back by the gguf package and compared bit by bit.
 
     Raises:
-        AFTError: a vector at layer 0, gguf is missing, or the file does not read back equal.
+        AFTError: gguf is missing, or the file does not read back equal.
     """
+    base, shifts, progress = job.base, job.shifts, job.progress
     gguf = _library()
-    check_layers(deltas)
-    hint, own = model_hint(gguf, base.config.model_type), record(vector, deltas)
-    with appearing(target, 10**6) as file:
+    hint, own = model_hint(gguf, base.config.model_type), record(job.vector, shifts)
+    with appearing(job.target, 10**6) as file:
         progress("writing")
         writer = gguf.GGUFWriter(file, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
         # The number of directions, as llama.cpp's generator and repeng write it.
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(deltas))
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(shifts))
         writer.add_string(RECORD, own)
-        for layer, delta in deltas.items():
+        for layer, delta in shifts.items():
             writer.add_tensor(f"direction.{layer}", delta.contiguous().numpy())
         try:
             writer.write_header_to_file()
@@ -72,15 +70,40 @@ def export_gguf(
             writer.close()
         progress("reading back")
         layers, described = read_gguf(file)
-        wanted = {"model_hint": hint, "layer_count": len(deltas), "aft": own}
-        same = layers.keys() == deltas.keys() and all(torch.equal(layers[n], deltas[n]) for n in deltas)
+        wanted = {"model_hint": hint, "layer_count": len(shifts), "aft": own}
+        same = layers.keys() == shifts.keys() and all(torch.equal(layers[n], shifts[n]) for n in shifts)
         if not same or described != wanted:
             raise AFTError("The control vector was deleted: it does not read back as it was written.")
     notes = [
-        f"written as {', '.join(f'direction.{n}' for n in deltas)}, model hint {hint}; read back equal",
+        f"written as {', '.join(f'direction.{n}' for n in shifts)}, model hint {hint}; read back equal",
         "its logits were not compared, as that takes llama.cpp (--control-vector-scaled FILE:1 there)",
     ]
-    return Export(target, "gguf", None, notes)
+    return Export(job.target, "gguf", None, notes)
+
+
+def import_gguf(
+    source: Path, model: str | None, revision: str | None, progress: Callable[[str], None]
+) -> tuple[SteeringVector, list[str]]:
+    """The vector in a control vector file, and notes; without a model it carries no fingerprint.
+
+    Raises:
+        AFTError: as `read_gguf`; its record is damaged, or it does not fit the model.
+    """
+    layers, described = read_gguf(source)
+    own = described.pop("aft", None)
+    vector = SteeringVector(layers, metadata={"imported_from": {"format": "gguf", **described}})
+    notes = [f"directions for blocks {', '.join(map(str, layers))}, hidden size {vector.hidden_size}"]
+    notes += restore(vector, own, f"{RECORD} in {source.name}")
+    if model is None:
+        if "fingerprint" not in vector.metadata:
+            notes.append(
+                "no --model was given: the vector carries no fingerprint and fits any model of its width"
+            )
+        return vector, notes
+    progress(f"loading {model}")
+    base = load_base(model, revision)
+    check_fits(vector, base.backbone)
+    return vector, notes + assign_model(vector, identity(base))
 
 
 def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,32 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import appearing
 from lm_eval_aft._util.private_names import gone
 from lm_eval_aft.export.base import (
+    RECORD_NAME,
     Agreement,
     Base,
     Export,
-    ExportProgress,
+    ExportJob,
+    assign_model,
     compare_logits,
+    hooked_logits,
+    identity,
+    load_base,
     probe_logits,
     probe_prompts,
+    read_record,
     require_agreement,
+    restore,
     write_export_card,
     write_record,
 )
-from lm_eval_aft.export.merged import find_bias_slots, module_of, no_slot, refuse_mixture
-from lm_eval_aft.export.rewritings import HOOK_INSTEAD
+from lm_eval_aft.export.merged import find_bias_slots, module_of, require_slots
 from lm_eval_aft.steering.vector import SteeringVector
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def export_peft(
-    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: ExportProgress
-) -> Export:
+def export_peft(job: ExportJob) -> Export:
     """Write an adapter folder that ``PeftModel.from_pretrained`` and lm-eval's ``peft=`` load.
 
     The vector becomes the bias of a BEFT adapter on the Linear that writes into the residual stream;
@@ -49,25 +53,20 @@ def export_peft(
     Raises:
         AFTError: peft is missing, no Linear can stand for the vector, or the check fails.
     """
+    base, shifts, progress = job.base, job.shifts, job.progress
     peft = _library()
     progress("looking for a place")
-    refuse_mixture(base.config)
-    slots = find_bias_slots(base.model, base.backbone, min(deltas))
-    if not slots:
-        raise AFTError(no_slot(base.model), HOOK_INSTEAD)
-    slot = slots[0]
-    names = {layer: f"{base.backbone.name}.{layer}.{slot.name}" for layer in deltas}
-    linear = all(isinstance(module_of(base.backbone, layer, slot), nn.Linear) for layer in deltas)
+    slot = require_slots(base, min(shifts))[0]
+    names = {layer: f"{base.backbone.name}.{layer}.{slot.name}" for layer in shifts}
+    linear = all(isinstance(module_of(base.backbone, layer, slot), nn.Linear) for layer in shifts)
     progress("base model's logits")
     prompts = probe_prompts(base.config)
-    plain = probe_logits(base.model, prompts)
-    with base.steered(deltas):
-        steered = probe_logits(base.model, prompts)
-    with appearing(target, 10**6) as folder, _quietly():
+    plain, steered = probe_logits(base.model, prompts), hooked_logits(base, shifts, prompts)
+    with appearing(job.target, 10**6) as folder, _quietly():
         progress("writing")
         config = _config(peft, sorted(names.values()), linear)
         model = peft.get_peft_model(base.model, config)
-        values = {names[layer]: delta / slot.scale for layer, delta in deltas.items()}
+        values = {names[layer]: delta / slot.scale for layer, delta in shifts.items()}
         try:
             _fill(model.base_model.model, values, linear)
         except (AttributeError, KeyError, TypeError) as error:
@@ -84,12 +83,48 @@ def export_peft(
         loaded.unload()
         kind = "a BEFT adapter" if linear else "a LoRA adapter (zero matrices, lora_bias)"
         notes = [f"{kind} on {', '.join(names.values())}"]
-        write_record(folder, vector, deltas)
-        write_export_card(folder, "peft", base, vector, [*notes, str(agreement)])
-    return Export(target, "peft", agreement, notes)
+        write_record(folder, job.vector, shifts)
+        write_export_card(
+            folder,
+            base,
+            job.vector,
+            [*notes, str(agreement)],
+            stored="as a PEFT adapter",
+            library_name="peft",
+            base_model_relation="adapter",
+        )
+    return Export(job.target, "peft", agreement, notes)
 
 
-def import_peft(base: Base, folder: Path, progress: ExportProgress) -> tuple[dict[int, Tensor], Agreement]:
+def import_peft(
+    source: Path, model: str | None, revision: str | None, progress: Callable[[str], None]
+) -> tuple[SteeringVector, list[str]]:
+    """The vector in an adapter folder, and notes; ``model`` defaults to the one its config names.
+
+    Raises:
+        AFTError: not an adapter that adds constants, pickled, damaged, or for another model.
+    """
+    config = read_config(source)
+    read_biases(source)  # before a model is loaded for nothing
+    own = read_record(source)
+    if model is None:
+        model, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
+    if not model:
+        raise AFTError("The adapter does not name its base model.", "Give --model.")
+    progress(f"loading {model}")
+    base = load_base(model, revision)
+    known = identity(base)  # before peft wraps the Linears
+    shifts, agreement = read_adapter(base, source, progress)
+    described = {"format": "peft", "peft_type": config["peft_type"]}
+    vector = SteeringVector(shifts, metadata={"imported_from": described})
+    notes = [f"{config['peft_type']} on blocks {', '.join(map(str, shifts))}", str(agreement)]
+    notes += restore(vector, own, RECORD_NAME)
+    return vector, notes + assign_model(vector, known)
+
+
+def read_adapter(
+    base: Base, folder: Path, progress: Callable[[str], None]
+) -> tuple[dict[int, Tensor], Agreement]:
     """Read a BEFT adapter, or a LoRA with zero matrices and biases, as what it adds after blocks.
 
     Returns:
@@ -102,7 +137,7 @@ def import_peft(base: Base, folder: Path, progress: ExportProgress) -> tuple[dic
     peft = _library()
     biases = read_biases(folder)
     progress("looking for a place")
-    deltas: dict[int, Tensor] = {}
+    shifts: dict[int, Tensor] = {}
     for module, bias in biases.items():
         inner = module.removeprefix(f"{base.backbone.name}.")
         index, _, name = inner.partition(".")
@@ -119,12 +154,10 @@ def import_peft(base: Base, folder: Path, progress: ExportProgress) -> tuple[dic
             )
         if bias.shape != (base.backbone.hidden_size,):
             raise AFTError(f"The adapter's bias on {module} has shape {tuple(bias.shape)}.")
-        deltas[layer] = deltas.get(layer, torch.zeros_like(bias)) + bias * slots[name].scale
+        shifts[layer] = shifts.get(layer, torch.zeros_like(bias)) + bias * slots[name].scale
     progress("comparing logits")
     prompts = probe_prompts(base.config)
-    plain = probe_logits(base.model, prompts)
-    with base.steered(deltas):
-        steered = probe_logits(base.model, prompts)
+    plain, steered = probe_logits(base.model, prompts), hooked_logits(base, shifts, prompts)
     with _quietly():
         try:
             loaded = peft.PeftModel.from_pretrained(base.model, str(folder)).eval()
@@ -135,7 +168,7 @@ def import_peft(base: Base, folder: Path, progress: ExportProgress) -> tuple[dic
             ) from error
         agreement = compare_logits(plain, probe_logits(loaded, prompts), steered)
         loaded.unload()
-    return deltas, require_agreement(agreement, "vector")
+    return shifts, require_agreement(agreement, "vector")
 
 
 def _library() -> Any:

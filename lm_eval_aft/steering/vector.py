@@ -18,7 +18,14 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, replacing
 from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.methods import METHODS
-from lm_eval_aft.steering.vector_file import FILE_NAME, FORMAT, is_biased, layer_index, read_tensors
+from lm_eval_aft.steering.vector_file import (
+    FILE_NAME,
+    FORMAT,
+    is_biased,
+    layer_index,
+    read_tensors,
+    unknown_method,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,9 +81,9 @@ class SteeringVector:
         """The vector with these tensors, named as in a file, and these other attributes.
 
         Raises:
-            AFTError: what they make is no vector.
+            AFTError: they do not make a vector.
         """
-        layers, extra = _sorted_out(tensors, "vector")
+        layers, extra = _split_tensors(tensors, "vector")
         return cls(layers, extra=extra, **fields)
 
     def norm(self) -> float:
@@ -94,16 +101,30 @@ class SteeringVector:
             sha.update(values.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
+    def header(self) -> dict[str, Any]:
+        """What the file's header says: the metadata and the vector's own attributes."""
+        return {
+            **self.metadata,
+            "method": self.method,
+            "layers": list(self.layers),
+            "coefficient": self.coefficient,
+            "positions": self.positions,
+            "hidden_size": self.hidden_size,
+        }
+
     def adjusted(self, coefficient: Any = None, positions: str | None = None) -> SteeringVector:
-        """This vector with another coefficient or positions; ``None`` leaves them.
+        """This vector with another coefficient or positions; ``None`` keeps its own.
 
         Raises:
-            AFTError: a coefficient that is no finite number, or unknown positions.
+            AFTError: a coefficient that is not a finite number, or unknown positions.
+
+        >>> SteeringVector({3: torch.ones(2)}).adjusted(0.5).coefficient
+        0.5
         """
         try:
             factor = self.coefficient if coefficient is None else float(coefficient)
         except (TypeError, ValueError):
-            raise AFTError(f"coefficient={coefficient!r} is no number.", "Give one, as in 0.5.") from None
+            raise AFTError(f"coefficient={coefficient!r} is not a number.", "Give one, as in 0.5.") from None
         return replace(self, coefficient=factor, positions=positions or self.positions)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -112,21 +133,13 @@ class SteeringVector:
         The file appears whole or not at all.
 
         Raises:
-            AFTError: the place cannot be written, or the metadata are nothing a file can hold.
+            AFTError: the file cannot be written, or the metadata are not JSON.
         """
         target = Path(path)
         if target.suffix != ".safetensors":
             target = target / FILE_NAME
-        header = {
-            **self.metadata,
-            "method": self.method,
-            "layers": list(self.layers),
-            "coefficient": self.coefficient,
-            "positions": self.positions,
-            "hidden_size": self.hidden_size,
-        }
         try:
-            entry = canonical_json(header)
+            entry = canonical_json(self.header())
             entry.encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise AFTError(
@@ -153,26 +166,16 @@ class SteeringVector:
                 "Give a .safetensors file or a folder that holds vector.safetensors.",
             )
         tensors, metadata = read_tensors(source)
-        layers, extra = _sorted_out(tensors, str(source))
-        header = {k: metadata.pop(k, None) for k in ("method", "coefficient", "positions", "layers")}
-        hidden_size = metadata.pop("hidden_size", None)
-        if not layers:
-            raise AFTError(f"{source} holds no layers.", "Train or download the vector again.")
-        if header["layers"] != sorted(layers):
-            raise AFTError(f"{source} declares layers {header['layers']} but holds {sorted(layers)}.")
-        if any(tensor.shape != (hidden_size,) for tensor in layers.values()):
-            shapes = sorted({tuple(tensor.shape) for tensor in layers.values()})
-            raise AFTError(
-                f"{source} declares hidden_size {hidden_size} but holds tensors of shape {shapes}."
-            )
+        del metadata["layers"], metadata["hidden_size"]
+        header = {key: metadata.pop(key, None) for key in ("method", "coefficient", "positions")}
         coefficient = header["coefficient"]
         if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
             raise AFTError(f"{source} declares coefficient {coefficient!r}, which is not a number.")
         if abs(coefficient) > sys.float_info.max:  # an integer may be
             raise AFTError(f"{source} declares a coefficient that is too large.")
         vector = cls.__new__(cls)
-        vector.layers = {k: layers[k].to(torch.float32) for k in sorted(layers)}
-        vector.extra = {k: extra[k].to(torch.float32) for k in sorted(extra)}
+        layers, vector.extra = _split_tensors(tensors, str(source))
+        vector.layers = dict(sorted(layers.items()))
         vector.coefficient = float(coefficient)
         vector.positions, vector.method, vector.metadata = header["positions"], header["method"], metadata
         vector._check(str(source))
@@ -182,10 +185,7 @@ class SteeringVector:
         if not self.layers:
             raise AFTError(f"{name} has no layers.")
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise AFTError(
-                f"{name} uses method {self.method!r}; this version knows {', '.join(METHODS)}.",
-                "A newer lm-eval-aft may have written it: upgrade.",
-            )
+            raise unknown_method(name, self.method)
         if not isinstance(self.positions, str) or self.positions not in POSITIONS:
             raise AFTError(
                 f"{name} uses positions {self.positions!r}; this version knows {', '.join(POSITIONS)}."
@@ -197,8 +197,8 @@ class SteeringVector:
                 raise AFTError(f"{name} has layer {layer}; layers are numbered from 0.")
             if values.ndim != 1 or values.shape[0] != self.hidden_size or not len(values):
                 raise AFTError(
-                    f"{name} has shape {tuple(values.shape)} at layer {layer}; one axis of at least one "
-                    "number, as long at every layer, is wanted."
+                    f"{name} has shape {tuple(values.shape)} at layer {layer}; expected "
+                    "(hidden_size,), the same at every layer."
                 )
             if not bool(torch.isfinite(values).all()):
                 raise AFTError(
@@ -220,24 +220,24 @@ class SteeringVector:
                 raise AFTError(f"{name} holds NaN or infinite values in {key}.", "Train it again.")
 
 
-def _sorted_out(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """Tensors of a file as layers and the method's own."""
+def _split_tensors(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Tensors of a file, in fp32, as layers and the method's own."""
     layers, extra = {}, {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         layer = layer_index(key)
         if layer is not None:
-            layers[layer] = tensor
+            layers[layer] = tensor.to(torch.float32)
         elif key.partition(".")[0] == "method":
-            extra[key] = tensor
+            extra[key] = tensor.to(torch.float32)
         else:
             raise AFTError(f"{name} holds a tensor named {key[:80]!r}, which no vector of {FORMAT} has.")
     return layers, extra
 
 
 def describe_vector(vector: SteeringVector) -> dict[str, Any]:
-    """A vector as results files name it: what it does, what it was made from and on, where it came from."""
+    """A vector as result files describe it: what it does, what it was trained on, where it came from."""
     meta = vector.metadata
-    # Of a mixture, what each task's prompts were like.
+    # Trained on several tasks: the prompts of each.
     several = [each for each in meta.get("tasks") or () if isinstance(each, Mapping)]
     mixed = [{key: each.get(key) for key in ("task", "num_fewshot")} for each in several]
     return {
@@ -250,7 +250,7 @@ def describe_vector(vector: SteeringVector) -> dict[str, Any]:
         "task": meta.get("task"),
         "num_fewshot": meta.get("num_fewshot"),
         "control": meta.get("control"),
-        # Chosen on evaluation documents, by its own word: no report may take it for a result.
+        # Chosen on evaluation documents, by its own metadata: no report may take it for a result.
         "biased": is_biased(meta),
         "base_model": meta.get("base_model"),
         # A sum's operands, and the repository and commit a vector was fetched from.
