@@ -1,4 +1,4 @@
-"""``aft export`` and ``aft import``: vectors for other tools, and from them."""
+"""``aft export`` and ``aft import``: vectors for other tools and from them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Examples:
 """
 
 
-@click.command("export", help=_export_help(), context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("export", help=_export_help())
 @offline_option
 @click.argument("vector")
 @click.option(
@@ -99,7 +99,7 @@ def export(
     click.echo(f"Wrote {made.path}")
 
 
-@click.command("import", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("import")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Vector folder to make.")
 @click.option("--model", help="The model it is for.  [default: the one an adapter names; none for .gguf]")

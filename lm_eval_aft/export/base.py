@@ -1,9 +1,10 @@
-"""What every export needs: its base model, the check of its logits, its card, and the vector's own record."""
+"""What every export needs: the base model, the comparison of logits, the model card, the vector's record."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,10 +40,10 @@ _MAY_BE_MISSING = "transformers: cached_file(_raise_exceptions_for_...)"
 class Base:
     """A causal LM on the CPU in its own dtype.
 
-    Weights read from safetensors stay memory-mapped, so loading costs memory only as they are used.
+    Weights read from safetensors stay memory-mapped: they take memory only once they are used.
 
     Attributes:
-        name: what the user called it; ``path`` is where it was loaded from.
+        name: as the user gave it; ``path`` is where it was loaded from.
         model: the transformers model in evaluation mode; ``None`` once released.
         tokenizer: its tokenizer, or ``None`` for a checkpoint without one.
         backbone: its decoder blocks.
@@ -77,7 +78,7 @@ def load_base(name: str, revision: str | None = None, blocks: str | None = None)
 
     path = resolve_pretrained(name)
     try:
-        # Left open, transformers would ask the terminal whether to run a stranger's code.
+        # Unset, transformers would ask on the terminal whether to run a stranger's code.
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype="auto", trust_remote_code=False
         ).eval()
@@ -88,7 +89,7 @@ def load_base(name: str, revision: str | None = None, blocks: str | None = None)
 
 
 def _tokenizer(name: str, path: str, revision: str | None) -> Any:
-    """The tokenizer, or ``None`` for a bare checkpoint, whose weights can be exported all the same."""
+    """The tokenizer, or ``None`` for a checkpoint without one, whose weights can still be exported."""
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
@@ -105,7 +106,7 @@ def _tokenizer(name: str, path: str, revision: str | None) -> Any:
             ]
         except OSError as unknown:
             raise AFTError(
-                f"Whether {name!r} has a tokenizer cannot be told: {str(unknown).splitlines()[0][:300]}",
+                f"Cannot tell whether {name!r} has a tokenizer: {str(unknown).splitlines()[0][:300]}",
                 "Give a folder that holds the whole model, or work online.",
             ) from error
         if there:
@@ -202,7 +203,7 @@ class Export:
         path: the file or folder that was written.
         kind: ``merged``, ``peft``, ``gguf`` or ``steered``.
         agreement: the comparison of logits; ``None`` where the format has no loader to ask.
-        notes: what people should know, one sentence each.
+        notes: what users should know, one sentence each.
     """
 
     path: Path
@@ -211,10 +212,9 @@ class Export:
     notes: list[str]
 
 
-# The vector's own record in what is exported, so that it comes back with an import.
+# The vector's own record in what is exported, so that an import restores it.
 #
-# Without it a vector chosen on evaluation documents, or a placebo, would return as one of which nothing is
-# known.
+# Without it, a placebo or a vector chosen on evaluation documents would come back as an ordinary vector.
 
 # Beside an adapter or a merged checkpoint; in a GGUF file it is a string.
 RECORD_NAME = "aft.json"
@@ -230,7 +230,7 @@ def record(vector: SteeringVector, added: dict[int, Tensor]) -> str:
 
     Args:
         added: what the export adds after each block; the record keeps a sketch of it, by which an import
-            knows that it belongs to what lies beside it.
+            recognises the values it belongs to.
 
     Raises:
         AFTError: the metadata are no JSON.
@@ -239,11 +239,6 @@ def record(vector: SteeringVector, added: dict[int, Tensor]) -> str:
         return canonical_json({**vector.header(), _VALUES: _sketch(added)})
     except (TypeError, ValueError) as error:
         raise AFTError(f"The vector's metadata cannot be written as JSON: {error}.") from error
-
-
-def write_record(folder: Path, vector: SteeringVector, added: dict[int, Tensor]) -> None:
-    """Write the record into a folder; see `record`."""
-    (folder / RECORD_NAME).write_text(record(vector, added), encoding="utf-8")
 
 
 def read_record(folder: Path) -> str | None:
@@ -264,11 +259,11 @@ def read_record(folder: Path) -> str | None:
 
 
 def restore(vector: SteeringVector, text: object, where: str) -> list[str]:
-    """Give an imported vector the metadata of its record, if that belongs to it; return notes.
+    """Give an imported vector the metadata of its record, if they belong together; return notes.
 
     Args:
         text: the record, or ``None`` where there is none.
-        where: what people know it as.
+        where: its name in messages.
 
     Raises:
         AFTError: the record is damaged.
@@ -328,7 +323,7 @@ def assign_model(vector: SteeringVector, identity: dict[str, Any]) -> list[str]:
 
 
 def cautions(vector: SteeringVector) -> list[str]:
-    """What nobody should overlook who uses the vector or reads its scores, one phrase each."""
+    """Warnings for whoever uses the vector or reads its scores, one phrase each."""
     meta = vector.metadata
     found = []
     if meta.get("control"):
@@ -367,7 +362,7 @@ def _belongs(recorded: Any, present: dict[str, Any]) -> bool:
     return True
 
 
-# Does an export compute what the hook computes? Logits on probe prompts, in float32 arithmetic.
+# Comparing an export with the hooked model: logits on probe prompts, in float32 arithmetic.
 
 # Largest difference of two logits, relative to the largest logit where that is above 1.
 TOLERANCE = 1e-5
@@ -383,7 +378,7 @@ class Agreement:
     Attributes:
         difference: largest absolute difference between the export and the hooked model.
         bound: what it had to stay within.
-        effect: largest absolute change that the vector makes: what would be seen if it were missing.
+        effect: largest absolute change that the vector makes: the difference if it were missing.
         probes: number of prompts.
     """
 
@@ -439,8 +434,8 @@ def forward_in_float32(model: Any, ids: Tensor, **options: Any) -> Any:
     except RuntimeError:
         if all(not _coarse(module) for module in model.modules()):
             raise
-    # Mamba's blocks read weights of modules that they do not call, which no hook can widen. A copy keeps
-    # the hooks that steer.
+    # Mamba's blocks read weights of modules that they do not call, which no hook can widen. The copy keeps
+    # the steering hooks.
     return copy.deepcopy(model).float()(input_ids=ids, use_cache=False, **options)
 
 
@@ -463,7 +458,7 @@ def require_agreement(agreement: Agreement, what: str) -> Agreement:
     if not agreement.difference <= agreement.bound:  # NaN must fail
         raise AFTError(
             f"The {what} was deleted: it does not compute what the vector does ({agreement}).",
-            "This is a fault of the export, not of the vector: please report it with the model's name.",
+            "This is a bug in the export, not in the vector: please report it with the model's name.",
         )
     if agreement.effect <= agreement.bound:
         raise AFTError(
@@ -523,7 +518,7 @@ def _linear_in_pieces(module: nn.Linear) -> Any:
     rows = max(1, _CHUNK // module.in_features)
 
     def forward(inputs: Tensor) -> Tensor:
-        # One buffer for all pieces: freed one by one, they would leave the heap in tatters.
+        # One buffer for all pieces: allocated one by one, they would fragment the heap.
         buffer = torch.empty(rows, module.in_features)
         output = torch.empty(*inputs.shape[:-1], module.out_features)
         for start in range(0, module.out_features, rows):
@@ -536,12 +531,9 @@ def _linear_in_pieces(module: nn.Linear) -> Any:
 
 
 def _keep(model: Any) -> dict[str, int]:
-    import inspect
-
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return (
-        {"logits_to_keep": _SHOWN} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
-    )
+    known = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return {"logits_to_keep": _SHOWN} if known else {}
 
 
 def _distance(one: list[Tensor], other: list[Tensor]) -> float:
@@ -554,23 +546,22 @@ def _distance(one: list[Tensor], other: list[Tensor]) -> float:
 # The README.md beside an exported checkpoint or adapter.
 
 
-def write_export_card(
-    folder: Path,
-    base: Base,
-    vector: SteeringVector,
-    notes: list[str],
-    *,
-    stored: str,
-    library_name: str,
-    base_model_relation: str,
+def write_card(
+    job: ExportJob, folder: Path, notes: list[str], *, stored: str, library_name: str, relation: str
 ) -> None:
-    """Write ``folder/README.md``: base model, the vector's identity, how it was ``stored`` and checked.
+    """Write the vector's record and ``README.md``: base model, vector, how it was ``stored`` and checked.
 
     A placebo, or a vector chosen on evaluation documents, is said to be one.
+
+    Args:
+        library_name: what loads the folder.
+        relation: to the base model, as the Hub names relations.
     """
+    base, vector = job.base, job.vector
+    (folder / RECORD_NAME).write_text(record(vector, job.shifts), encoding="utf-8")
     data = ModelCardData(
         base_model=base.name,
-        base_model_relation=base_model_relation,
+        base_model_relation=relation,
         library_name=library_name,
         tags=["activation-steering"],
     )

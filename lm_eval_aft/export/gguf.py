@@ -1,4 +1,4 @@
-"""The vector as a llama.cpp control vector, and control vectors made by others as vectors.
+"""Vectors as llama.cpp control vectors, and control vectors made by other tools as vectors.
 
 llama.cpp (``common_control_vector_load`` and ``llama_adapter_cvec``) adds tensor ``direction.N`` to the
 output of block N, counted from 0, and refuses N = 0. repeng writes the same files.
@@ -32,7 +32,7 @@ from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import MAX_HEADER, check_lengths
 
 ARCHITECTURE = "controlvector"
-RECORD = f"{ARCHITECTURE}.aft"  # ours: the vector's record; other readers pass over it
+RECORD = f"{ARCHITECTURE}.aft"  # our own key: the vector's record; other readers ignore it
 _MOST_BLOCKS = 10_000
 # Where llama.cpp calls a family by another family's name.
 _HINTS = {
@@ -114,7 +114,7 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
             directions of one width.
     """
     gguf = _library()
-    check_header(path)  # the package believes whatever lengths a file declares
+    check_header(path)  # the package trusts the lengths that a file declares
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -152,7 +152,7 @@ def _directions(path: Path, tensors: list[tuple[str, str, Any]]) -> dict[int, Te
         if len(index) > len(str(_MOST_BLOCKS)) or int(index) >= _MOST_BLOCKS:
             raise AFTError(f"{path} holds {name[:40]!r}; no model has that many blocks.")
         if kind != "F32" or data.ndim != 1:
-            raise AFTError(f"{path} holds {name} as {kind} of {data.ndim} axes; F32 of one axis is wanted.")
+            raise AFTError(f"{path} holds {name} as {kind} of {data.ndim} axes; expected F32 of one axis.")
         if int(index) in layers:
             raise AFTError(f"{path} holds {name} twice.")
         layers[int(index)] = torch.from_numpy(data.astype(np.float32))
@@ -183,17 +183,17 @@ def _library() -> Any:
     return gguf
 
 
-# The lengths that a GGUF file declares, held against the file before a reader believes them.
+# The lengths that a GGUF file declares, compared with the file before any reader trusts them.
 
-# A control vector has a handful of entries and a tensor per block. The gguf package makes Python objects
-# of each element of an array, so that a small file could fill the memory.
+# A control vector has a handful of entries and one tensor per block. The gguf package makes a Python object
+# of every array element, so that a small file could fill the memory.
 _MOST = 10_000
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a scalar type
 _STRING, _ARRAY = 8, 9
 
 
 def check_header(path: Path) -> None:
-    """Walk the counts and entries of a GGUF file.
+    """Check the counts and entries of a GGUF file's header.
 
     Raises:
         AFTError: it declares more than it holds or than a control vector can have, or nests arrays.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import appearing
 from lm_eval_aft.export.base import (
-    Agreement,
     Base,
     Export,
     ExportJob,
@@ -26,8 +25,7 @@ from lm_eval_aft.export.base import (
     probe_prompts,
     require_agreement,
     source_file,
-    write_export_card,
-    write_record,
+    write_card,
 )
 from lm_eval_aft.export.rewritings import (
     HOOK_INSTEAD,
@@ -50,14 +48,12 @@ _ROUNDED = 2.0**-22  # below, float32's own
 def export_merged(job: ExportJob) -> Export:
     """Write a checkpoint that plain transformers loads and that computes what the steered model does.
 
-    A bias of 16 bits rounds the vector. The check is against what the dtype stores; how far that is from
-    the vector itself is measured and told beside.
-
-    The base model is released before the export is loaded for its check, so memory holds one of them
-    at a time.
+    A 16-bit bias rounds the vector. The check is against the rounded vector; its distance from the vector
+    itself is reported in the notes. The base model is released before the export is loaded, so that only one
+    of them is in memory at a time.
 
     Raises:
-        AFTError: the family has no place for the vector; rounding moves it too far; the place cannot be
+        AFTError: the family has no place for the vector; rounding moves it too far; ``target`` cannot be
             written; the check fails.
     """
     base, shifts, progress = job.base, job.shifts, job.progress
@@ -65,7 +61,13 @@ def export_merged(job: ExportJob) -> Export:
     plan = plan_merge(base.model, require_slots(base, min(shifts)))
     model, stored = build(base, plan, shifts)
     rounding, dtype = _relative_error(stored, shifts), str(model.dtype).removeprefix("torch.")
-    _refuse_rounded_away(rounding, dtype)
+    if not rounding <= MOST_ROUNDING:
+        raise AFTError(
+            f"Rounding to {dtype}, the checkpoint's dtype, would move the vector by {_percent(rounding)} of "
+            "its norm: its entries are too small beside the biases they are added to. "
+            f"{_percent(MOST_ROUNDING)} is the limit.",
+            "Use --to peft, or save the base model in float32 and give that folder as --model.",
+        )
     progress("base model's logits")
     prompts = probe_prompts(base.config)
     plain, steered = probe_logits(base.model, prompts), hooked_logits(base, stored, prompts)
@@ -84,40 +86,19 @@ def export_merged(job: ExportJob) -> Export:
         _check_tokenizer(tokenizer, folder)
         notes = [f"{plan.route}; dtype {dtype}"]
         if rounding > _ROUNDED:
-            notes.append(_rounding_told(rounding, dtype, compare_logits(plain, exact, exported)))
+            unrounded = compare_logits(plain, exact, exported)
+            notes.append(
+                f"rounding to {dtype} moved the vector by {_percent(rounding)} of its norm: from the vector "
+                f"before rounding, logits differ by at most {unrounded.difference:.1e} (the vector itself "
+                f"changes them by {unrounded.effect:.1e}); the check below is against the vector as rounded"
+            )
         if tokenizer is None:
             notes.append(f"no tokenizer was found with {base.name}, so the checkpoint has none")
         if plan.caution:
             notes.append(plan.caution)
-        write_record(folder, job.vector, shifts)
-        write_export_card(
-            folder,
-            base,
-            job.vector,
-            [*notes, str(agreement)],
-            stored="folded into its weights",
-            library_name="transformers",
-            base_model_relation="finetune",
-        )
+        how = {"stored": "folded into its weights", "library_name": "transformers", "relation": "finetune"}
+        write_card(job, folder, [*notes, str(agreement)], **how)
     return Export(job.target, "merged", agreement, notes)
-
-
-def _refuse_rounded_away(rounding: float, dtype: str) -> None:
-    if not rounding <= MOST_ROUNDING:
-        raise AFTError(
-            f"Rounding to {dtype}, the checkpoint's dtype, would move the vector by {_percent(rounding)} of "
-            "its norm: its entries are too small beside the biases they are added to. "
-            f"{_percent(MOST_ROUNDING)} is the limit.",
-            "Use --to peft, or save the base model in float32 and give that folder as --model.",
-        )
-
-
-def _rounding_told(rounding: float, dtype: str, unrounded: Agreement) -> str:
-    return (
-        f"rounding to {dtype} moved the vector by {_percent(rounding)} of its norm: from the vector before "
-        f"rounding, logits differ by at most {unrounded.difference:.1e} (the vector itself changes them by "
-        f"{unrounded.effect:.1e}); the check below is against the vector as rounded"
-    )
 
 
 def _percent(share: float) -> str:
@@ -125,10 +106,10 @@ def _percent(share: float) -> str:
 
 
 def build(base: Base, plan: Plan, shifts: dict[int, Tensor]) -> tuple[Any, dict[int, Tensor]]:
-    """The export as a model that shares the base's weights, and what it really adds after each block.
+    """The export as a model that shares the base's weights, and what it actually adds after each block.
 
-    The vector is rounded once, when it is stored; what is returned is the stored bias less the one
-    that was there, in fp32, so that rounding is not mistaken for a fault.
+    The latter is the stored bias minus the original one, in fp32: rounded once, when it was stored, so that
+    rounding is not mistaken for an error of the export.
     """
     dtype = base.model.dtype
     model = skeleton(plan.config, dtype)
@@ -183,7 +164,7 @@ def _reloaded_logits(folder: Path, prompts: list[Tensor]) -> list[Tensor]:
 
 
 def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """The export must read text as the base model does, though its architecture may be another."""
+    """Raise `AFTError` unless the export tokenizes text as the base model does."""
     if tokenizer is None:
         return
     from transformers import AutoTokenizer
@@ -205,9 +186,9 @@ def _relative_error(stored: dict[int, Tensor], shifts: dict[int, Tensor]) -> flo
     return math.sqrt(off / max(norm, 1e-300))
 
 
-# Where a plain checkpoint can keep the vector: a bias that is there, a switch, or another architecture.
+# Where a plain checkpoint can keep the vector: an existing bias, a config switch, or another architecture.
 #
-# Biases and switches are found by structure, whatever the family; only rewritings are a table. Nothing here
+# Biases and switches are found by structure, whatever the family; only rewritings are a table. None of this
 # is trusted: every export is reloaded and compared with the hooked model.
 
 # Config switches that give a family's Linears biases. Those other than ours become zeros.
@@ -280,7 +261,7 @@ def require_slots(base: Base, layer: int) -> list[BiasSlot]:
     )
 
 
-# Where in a block a bias equals the vector: the Linear that writes into the residual stream last.
+# Where in a block a bias equals the vector: the last Linear that writes into the residual stream.
 
 _TRIED = 3  # candidates of one block
 _TOLERANCE = 1e-4  # relative to the probe; where it is wrong it is wrong by about 1

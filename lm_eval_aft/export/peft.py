@@ -34,8 +34,7 @@ from lm_eval_aft.export.base import (
     read_record,
     require_agreement,
     restore,
-    write_export_card,
-    write_record,
+    write_card,
 )
 from lm_eval_aft.export.merged import find_bias_slots, module_of, require_slots
 from lm_eval_aft.steering.vector import SteeringVector
@@ -83,16 +82,8 @@ def export_peft(job: ExportJob) -> Export:
         loaded.unload()
         kind = "a BEFT adapter" if linear else "a LoRA adapter (zero matrices, lora_bias)"
         notes = [f"{kind} on {', '.join(names.values())}"]
-        write_record(folder, job.vector, shifts)
-        write_export_card(
-            folder,
-            base,
-            job.vector,
-            [*notes, str(agreement)],
-            stored="as a PEFT adapter",
-            library_name="peft",
-            base_model_relation="adapter",
-        )
+        how = {"stored": "as a PEFT adapter", "library_name": "peft", "relation": "adapter"}
+        write_card(job, folder, [*notes, str(agreement)], **how)
     return Export(job.target, "peft", agreement, notes)
 
 
@@ -149,8 +140,8 @@ def read_adapter(
         if name not in slots:
             raise AFTError(
                 f"The adapter's bias on {module} does not move the output of block {layer} by a constant, so "
-                "it is no steering vector.",
-                f"Here only {', '.join(slots) or 'no Linear'} would do.",
+                "it is not a steering vector.",
+                f"In this block only {', '.join(slots) or 'no Linear'} would do.",
             )
         if bias.shape != (base.backbone.hidden_size,):
             raise AFTError(f"The adapter's bias on {module} has shape {tuple(bias.shape)}.")
@@ -161,7 +152,7 @@ def read_adapter(
     with _quietly():
         try:
             loaded = peft.PeftModel.from_pretrained(base.model, str(folder)).eval()
-        except Exception as error:  # a stranger's config, whose every entry peft may stumble over
+        except Exception as error:  # a stranger's config: peft may fail on any entry
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise AFTError(
                 f"peft cannot load the adapter in {folder}: {reason}.", "Save it again."
@@ -211,20 +202,20 @@ def _fill(model: nn.Module, values: dict[str, Tensor], linear: bool) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json``, with those of its entries that an import uses known to be sound.
+    """``adapter_config.json``, with the entries that an import uses checked.
 
     Raises:
-        AFTError: missing, damaged, or of a kind that is no constant.
+        AFTError: missing, damaged, or of an adapter that adds no constant.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise AFTError(f"{folder} is no PEFT adapter: it has no adapter_config.json.")
+        raise AFTError(f"{folder} is not a PEFT adapter: it has no adapter_config.json.")
     try:
         config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AFTError(f"{file} cannot be read: {error}.", "Download it again.") from error
     if not isinstance(config, dict):
-        raise AFTError(f"{file} is no mapping.", "Download it again.")
+        raise AFTError(f"{file} is not a mapping.", "Download it again.")
     kind = config.get("peft_type")
     if kind not in ("BEFT", "LORA"):
         raise AFTError(
@@ -233,7 +224,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), str | None):
-            raise AFTError(f"{file} has {config[key]!r:.80} for {key}; a text is wanted.", "Correct it.")
+            raise AFTError(f"{file} has {config[key]!r:.80} for {key}; expected text.", "Correct it.")
     if kind == "LORA":
         _scaling(config, file)
     return config
@@ -245,7 +236,7 @@ def _scaling(config: dict[str, Any], file: Path) -> float:
         value = config.get(key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and 0 < value < 1e9):  # type: ignore[operator]
-            raise AFTError(f"{file} has {value!r:.80} for {key}; a number above 0 is wanted.", "Correct it.")
+            raise AFTError(f"{file} has {value!r:.80} for {key}; expected a number above 0.", "Correct it.")
     if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise AFTError("DoRA adapters and LoRA adapters with rank patterns are not read.")
     rank = float(config["r"])

@@ -1,4 +1,4 @@
-"""The vector as the ``.pt`` file that lm-eval's own ``--model steered`` reads."""
+"""Vectors as the ``.pt`` file that lm-eval's own ``--model steered`` reads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def export_steered(job: ExportJob) -> Export:
         for layer, delta in shifts.items()
     }
     progress("base model's logits")
-    # Short ones: lm-eval's call returns the logits of every position.
+    # Only the short ones: lm-eval's call returns the logits of every position.
     prompts = probe_prompts(base.config)[:1]
     with torch.no_grad():
         plain = [base.model(input_ids=ids, use_cache=False).logits for ids in prompts]
@@ -51,7 +51,7 @@ def export_steered(job: ExportJob) -> Export:
             steered = [base.model(input_ids=ids, use_cache=False).logits for ids in prompts]
     with appearing(job.target, 10**6) as file:
         progress("writing")
-        # Not straight into the file: on a full disk torch says RuntimeError, or nothing at all (before 2.10).
+        # Not straight into the file: on a full disk torch raises RuntimeError, or nothing before 2.10.
         buffer = BytesIO()
         torch.save(content, buffer)
         file.write_bytes(buffer.getvalue())
