@@ -238,14 +238,14 @@ def resolve(target: str, names: Iterable[str]) -> str:
 
 
 def task_table(entries: Sequence[Entry]) -> dict[str, str | None]:
-    """Each task of the library's vectors -> the vector trained on it alone.
+    """Each task -> the vector that was trained on it alone.
 
     Raises:
         AFTError: two vectors for one task, or none for any.
     """
     table: dict[str, str | None] = {}
     for entry in entries:
-        # Composed, of several tasks or made by hand: no task is its own.
+        # Composed, trained on several tasks or made by hand: it belongs to no one task.
         if len(entry.tasks) != 1 or entry.recipe is not None:
             continue
         task = entry.tasks[0]
@@ -266,7 +266,7 @@ def default_table() -> str:
 
 
 def read_table(path: Path) -> str:
-    """The text of a table's file; raises `AFTError` where it cannot be read or is far too long."""
+    """The text of a table's file; raises `AFTError` if it cannot be read or is far too long."""
     try:
         if path.stat().st_size > 4 * _MAX_TABLE:
             raise AFTError(f"The table {path} is too long.")
@@ -280,7 +280,7 @@ def parse_keyword_table(text: str) -> KeywordRouter:
     """Read a keyword table: ``rules`` (each ``vector`` and ``words``) and ``else``.
 
     Raises:
-        AFTError: not YAML, or not such a table; the place is named.
+        AFTError: not YAML, or not such a table; the message names the place.
     """
     table = _mapping(text, "keyword table", ("rules", "else"))
     rules = table.get("rules")
@@ -304,7 +304,7 @@ def parse_task_table(text: str) -> tuple[dict[str, str | None], str | None]:
     """Read a task table: ``tasks`` (task name or pattern -> vector) and ``else``.
 
     Raises:
-        AFTError: not YAML, or not such a table; the place is named.
+        AFTError: not YAML, or not such a table; the message names the place.
     """
     table = _mapping(text, "task table", ("tasks", "else"))
     tasks = table.get("tasks")
@@ -351,11 +351,11 @@ def _resolve(target: str | None, names: Sequence[str]) -> str | None:
     return None if target is None else resolve(target, names)
 
 
-# What a prompt asks: its last part, without the examples, instructions and passages before it.
+# The question in a prompt: its last part, without the examples, instructions and passages before it.
 
 # Shorter texts (labels, numbers, names) could stand anywhere in a prompt.
 _SHORTEST = 8
-# Texts from here on hardly stand in another document's example by chance.
+# Texts of this length hardly occur in another document's example by chance.
 _TELLING = 24
 
 
