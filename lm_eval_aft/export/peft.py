@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from lm_eval_aft.export.merged import find_bias_slots, module_of, require_slots
 from lm_eval_aft.steering.vector import SteeringVector
 
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.(beft_bias|lora_A\.weight|lora_B\.weight|lora_B\.bias)")
 
 
 def export_peft(job: ExportJob) -> Export:
@@ -61,7 +61,8 @@ def export_peft(job: ExportJob) -> Export:
     progress("base model's logits")
     prompts = probe_prompts(base.config)
     plain, steered = probe_logits(base.model, prompts), hooked_logits(base, shifts, prompts)
-    with appearing(job.target, 10**6) as folder, _quietly():
+    # "no bias term, cannot merge": nothing is merged by peft.
+    with appearing(job.target, 10**6) as folder, warnings.catch_warnings(action="ignore"):
         progress("writing")
         config = _config(peft, sorted(names.values()), linear)
         model = peft.get_peft_model(base.model, config)
@@ -96,8 +97,7 @@ def import_peft(
         AFTError: not an adapter that adds constants, pickled, damaged, or for another model.
     """
     config = read_config(source)
-    read_biases(source)  # before a model is loaded for nothing
-    own = read_record(source)
+    biases, own = read_biases(source), read_record(source)
     if model is None:
         model, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
     if not model:
@@ -105,7 +105,7 @@ def import_peft(
     progress(f"loading {model}")
     base = load_base(model, revision)
     known = identity(base)  # before peft wraps the Linears
-    shifts, agreement = read_adapter(base, source, progress)
+    shifts, agreement = read_adapter(base, source, biases, progress)
     described = {"format": "peft", "peft_type": config["peft_type"]}
     vector = SteeringVector(shifts, metadata={"imported_from": described})
     notes = [f"{config['peft_type']} on blocks {', '.join(map(str, shifts))}", str(agreement)]
@@ -114,19 +114,18 @@ def import_peft(
 
 
 def read_adapter(
-    base: Base, folder: Path, progress: Callable[[str], None]
+    base: Base, folder: Path, biases: dict[str, Tensor], progress: Callable[[str], None]
 ) -> tuple[dict[int, Tensor], Agreement]:
-    """Read a BEFT adapter, or a LoRA with zero matrices and biases, as what it adds after blocks.
+    """What an adapter adds after blocks, given what `read_biases` found.
 
     Returns:
         0-based block -> fp32 tensor of shape ``(hidden_size,)``, and the comparison of its logits with
         the adapter's own.
 
     Raises:
-        AFTError: not such an adapter, on Linears that do not write into the residual stream, pickled.
+        AFTError: it acts on Linears that do not write into the residual stream, or peft cannot load it.
     """
     peft = _library()
-    biases = read_biases(folder)
     progress("looking for a place")
     shifts: dict[int, Tensor] = {}
     for module, bias in biases.items():
@@ -149,7 +148,7 @@ def read_adapter(
     progress("comparing logits")
     prompts = probe_prompts(base.config)
     plain, steered = probe_logits(base.model, prompts), hooked_logits(base, shifts, prompts)
-    with _quietly():
+    with warnings.catch_warnings(action="ignore"):
         try:
             loaded = peft.PeftModel.from_pretrained(base.model, str(folder)).eval()
         except Exception as error:  # a stranger's config: peft may fail on any entry
@@ -257,19 +256,12 @@ def read_biases(folder: Path) -> dict[str, Tensor]:
         raise AFTError(f"{folder} cannot be read: {error}.", "Download it again.") from error
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        module, known, rest = _split(name)
-        if not known:
+        found = _TENSOR.fullmatch(name)
+        if found is None:
             raise AFTError(f"The adapter holds {name}, which is not a constant that it adds.")
-        parts[module][rest] = tensor
+        parts[found[1]][found[2]] = tensor
     scaling = _scaling(config, folder / "adapter_config.json") if config["peft_type"] == "LORA" else 1.0
-    return {module: _constant(module, found, scaling) for module, found in parts.items()}
-
-
-def _split(name: str) -> tuple[str, bool, str]:
-    for rest in ("beft_bias", "lora_A.weight", "lora_B.weight", "lora_B.bias"):
-        if name.startswith(_PREFIX) and name.endswith(f".{rest}"):
-            return name.removeprefix(_PREFIX).removesuffix(f".{rest}"), True, rest
-    return name, False, ""
+    return {module: _constant(module, part, scaling) for module, part in parts.items()}
 
 
 def _constant(module: str, found: dict[str, Tensor], scaling: float) -> Tensor:
@@ -284,11 +276,3 @@ def _constant(module: str, found: dict[str, Tensor], scaling: float) -> Tensor:
             "Only constants can become a vector.",
         )
     return found["lora_B.bias"].reshape(-1) * scaling
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    # "no bias term, cannot merge": we do not merge through peft.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

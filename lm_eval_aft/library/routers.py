@@ -7,13 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import yaml
-
-from lm_eval_aft._util.config import read_yaml
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.library.entry import Entry
 from lm_eval_aft.library.files import PART, is_name, suggestion
@@ -262,7 +258,7 @@ def task_table(entries: Sequence[Entry]) -> dict[str, str | None]:
 
 def default_table() -> str:
     """The text of the keyword table that comes with the package."""
-    return files("lm_eval_aft.library").joinpath("keywords.yaml").read_text(encoding="utf-8")
+    return Path(__file__).with_name("keywords.yaml").read_text(encoding="utf-8")
 
 
 def read_table(path: Path) -> str:
@@ -323,6 +319,10 @@ def _each(names: Iterable[str | None]) -> list[str]:
 def _mapping(text: str, what: str, keys: tuple[str, ...]) -> dict[Any, Any]:
     if len(text) > _MAX_TABLE:
         raise AFTError(f"The {what} is longer than {_MAX_TABLE:,} characters.")
+    import yaml  # here, so that listing the routers for --help does not wait for it
+
+    from lm_eval_aft._util.config import read_yaml
+
     try:
         table = read_yaml(text, texts=True)
     except yaml.YAMLError as error:

@@ -295,7 +295,7 @@ def test_remove_verify_and_compose_commands(library: Library, tmp_path: Path) ->
     assert load_vector(out).digest() == load_vector("mix/abc", library).digest()
     assert list(load_vector(out).layers) == [1, 2]
     assert "mix/abc" in run("list", *where).output
-    assert "there already" in run("compose", *where, "math/a", "-o", out, code=1).output
+    assert "exists already" in run("compose", *where, "math/a", "-o", out, code=1).output
     assert "Nothing to do" in run("compose", *where, "math/a", code=1).output
     assert "share a layer" in run("compose", *where, "math/a + math/c", "--report").output
     (library.root / "math/b/vector.safetensors").write_bytes(b"")
