@@ -49,7 +49,7 @@ class _Sum:
         return _Sum(self.constant * factor, weights)
 
     def plus(self, other: _Sum) -> _Sum:
-        names = [*self.weights, *(n for n in other.weights if n not in self.weights)]
+        names = dict.fromkeys([*self.weights, *other.weights])
         weights = {n: self.weights.get(n, []) + other.weights.get(n, []) for n in names}
         return _Sum(self.constant + other.constant, weights)
 

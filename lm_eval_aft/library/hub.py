@@ -170,7 +170,11 @@ def pull(
         ready = []
         for place in chosen:
             folder = stack.enter_context(library.temporary(f"{remote.repo}/{place}".rstrip("/")))
-            _download(remote, place, folder, revision, endpoint)
+            for file in sorted(remote.vectors[place], key=lambda each: each != FILE_NAME):  # the vector first
+                cached = cached_file(remote, str(PurePosixPath(place) / file), revision, endpoint)
+                copy_file(cached, folder / file, limit(file) or 0)
+                if file.endswith(".safetensors"):
+                    read_header(folder / file)
             check_folder(folder)
             record = {
                 "repo": remote.repo,
@@ -212,15 +216,6 @@ def fetch(
     found = SteeringVector.load(file)
     found.metadata["hub"] = {"repo": repo, "vector": places[0] or None, "commit": remote.commit}
     return found
-
-
-def _download(remote: Remote, place: str, folder: Path, revision: str | None, endpoint: str | None) -> None:
-    names = remote.vectors[place]
-    for name in sorted(names, key=lambda n: n != FILE_NAME):  # the vector first: it decides
-        cached = cached_file(remote, str(PurePosixPath(place) / name), revision, endpoint)
-        copy_file(cached, folder / name, limit(name) or 0)
-        if name.endswith(".safetensors"):
-            read_header(folder / name)
 
 
 # What a repository on the Hugging Face Hub holds, judged by its file names before anything is fetched.

@@ -243,7 +243,7 @@ class Library:
 
     def _folders(self) -> Iterator[tuple[str, Path]]:
         try:
-            categories = [c for c in os.scandir(self.root) if _is_plain_folder(c)]
+            categories = [c for c in os.scandir(self.root) if c.is_dir(follow_symlinks=False)]
         except FileNotFoundError:
             return
         except OSError as error:
@@ -252,7 +252,7 @@ class Library:
             with contextlib.suppress(OSError):  # removed, or not for us
                 for each in os.scandir(category.path):
                     name = f"{category.name}/{each.name}"
-                    if not (is_name(name) and _is_plain_folder(each)):
+                    if not (is_name(name) and each.is_dir(follow_symlinks=False)):
                         continue
                     if os.path.lexists(f"{each.path}/{FILE_NAME}"):
                         yield name, Path(each.path)
@@ -279,10 +279,6 @@ def _drop(aside: Path) -> None:
     with contextlib.suppress(OSError):
         aside.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def _is_plain_folder(each: os.DirEntry[str]) -> bool:
-    return each.is_dir(follow_symlinks=False)
 
 
 def _taken(root: Path, name: str) -> AFTError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,11 +59,13 @@ class SteeringVector:
         try:  # 2 and 2.0 are one coefficient, and must give one digest
             self.coefficient = float(self.coefficient)
         except (TypeError, ValueError, OverflowError) as error:
-            told = str(self.coefficient)[:80]
-            raise AFTError(f"vector has coefficient {told}, which is not a finite number.") from error
+            told, reason = str(self.coefficient)[:80], "not a finite number"
+            if isinstance(error, OverflowError):
+                reason = "too large"
+            raise AFTError(f"vector has coefficient {told}, which is {reason}.") from error
         self.layers = {int(k): v.detach().to("cpu", torch.float32) for k, v in sorted(self.layers.items())}
         self.extra = {k: v.detach().to("cpu", torch.float32) for k, v in sorted(self.extra.items())}
-        self._check("vector")
+        self._check()
 
     @property
     def hidden_size(self) -> int:
@@ -83,7 +84,16 @@ class SteeringVector:
         Raises:
             AFTError: they do not make a vector.
         """
-        layers, extra = _split_tensors(tensors, "vector")
+        layers: dict[int, Tensor] = {}
+        extra: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            layer = layer_index(key)
+            if layer is not None:
+                layers[layer] = tensor
+            elif key.partition(".")[0] == "method":
+                extra[key] = tensor
+            else:
+                raise AFTError(f"vector holds a tensor named {key[:80]!r}, which no vector of {FORMAT} has.")
         return cls(layers, extra=extra, **fields)
 
     def norm(self) -> float:
@@ -167,71 +177,48 @@ class SteeringVector:
             )
         tensors, metadata = read_tensors(source)
         del metadata["layers"], metadata["hidden_size"]
-        header = {key: metadata.pop(key, None) for key in ("method", "coefficient", "positions")}
-        coefficient = header["coefficient"]
+        fields = {key: metadata.pop(key, None) for key in ("method", "coefficient", "positions")}
+        coefficient = fields["coefficient"]
         if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
             raise AFTError(f"{source} declares coefficient {coefficient!r}, which is not a number.")
-        if abs(coefficient) > sys.float_info.max:  # an integer may be
-            raise AFTError(f"{source} declares a coefficient that is too large.")
-        vector = cls.__new__(cls)
-        layers, vector.extra = _split_tensors(tensors, str(source))
-        vector.layers = dict(sorted(layers.items()))
-        vector.coefficient = float(coefficient)
-        vector.positions, vector.method, vector.metadata = header["positions"], header["method"], metadata
-        vector._check(str(source))
-        return vector
+        try:
+            return cls.from_tensors(tensors, metadata=metadata, **fields)
+        except AFTError as error:
+            raise AFTError(f"{source}{error.what.removeprefix('vector')}", error.hint) from error
 
-    def _check(self, name: str) -> None:
+    def _check(self) -> None:
+        """Raise `AFTError` for anything that makes no vector; every message begins with "vector"."""
         if not self.layers:
-            raise AFTError(f"{name} has no layers.")
+            raise AFTError("vector has no layers.")
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise unknown_method(name, self.method)
+            raise unknown_method("vector", self.method)
         if not isinstance(self.positions, str) or self.positions not in POSITIONS:
             raise AFTError(
-                f"{name} uses positions {self.positions!r}; this version knows {', '.join(POSITIONS)}."
+                f"vector uses positions {self.positions!r}; this version knows {', '.join(POSITIONS)}."
             )
         if not math.isfinite(self.coefficient):
-            raise AFTError(f"{name} has coefficient {self.coefficient}, which is not a finite number.")
+            raise AFTError(f"vector has coefficient {self.coefficient}, which is not a finite number.")
         for layer, values in self.layers.items():
             if layer < 0:
-                raise AFTError(f"{name} has layer {layer}; layers are numbered from 0.")
+                raise AFTError(f"vector has layer {layer}; layers are numbered from 0.")
             if values.ndim != 1 or values.shape[0] != self.hidden_size or not len(values):
                 raise AFTError(
-                    f"{name} has shape {tuple(values.shape)} at layer {layer}; expected "
-                    "(hidden_size,), the same at every layer."
+                    f"vector has shape {tuple(values.shape)} at layer {layer}; expected (hidden_size,), the "
+                    "same at every layer."
                 )
-            if not bool(torch.isfinite(values).all()):
-                raise AFTError(
-                    f"{name} holds NaN or infinite values at layer {layer}.",
-                    "The training run diverged or the file is damaged: train it again.",
-                )
-        self._check_method(name)
-
-    def _check_method(self, name: str) -> None:
         method = METHODS[self.method]
         wanted = method.extra(self.hidden_size)
-        if {key: tuple(values.shape) for key, values in self.extra.items()} != wanted:
-            held = {key: tuple(values.shape) for key, values in self.extra.items()}
-            raise AFTError(f"{name} uses method {self.method!r} but holds {held} where it needs {wanted}.")
+        held = {key: tuple(values.shape) for key, values in self.extra.items()}
+        if held != wanted:
+            raise AFTError(f"vector uses method {self.method!r} but holds {held} where it needs {wanted}.")
         if not method.constant and len(self.layers) > 1:
-            raise AFTError(f"{name} steers {len(self.layers)} layers; the method {self.method!r} steers one.")
-        for key, values in self.extra.items():
+            raise AFTError(f"vector steers {len(self.layers)} layers; the method {self.method!r} steers one.")
+        for key, values in self.tensors.items():
             if not bool(torch.isfinite(values).all()):
-                raise AFTError(f"{name} holds NaN or infinite values in {key}.", "Train it again.")
-
-
-def _split_tensors(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """Tensors of a file, in fp32, as layers and the method's own."""
-    layers, extra = {}, {}
-    for key, tensor in sorted(tensors.items()):
-        layer = layer_index(key)
-        if layer is not None:
-            layers[layer] = tensor.to(torch.float32)
-        elif key.partition(".")[0] == "method":
-            extra[key] = tensor.to(torch.float32)
-        else:
-            raise AFTError(f"{name} holds a tensor named {key[:80]!r}, which no vector of {FORMAT} has.")
-    return layers, extra
+                raise AFTError(
+                    f"vector holds NaN or infinite values in {key}.",
+                    "The training run diverged or the file is damaged: train it again.",
+                )
 
 
 def describe_vector(vector: SteeringVector) -> dict[str, Any]:
