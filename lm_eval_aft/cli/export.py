@@ -1,4 +1,4 @@
-"""``aft export`` and ``aft import``: vectors for other tools, and from them."""
+"""``aft export`` and ``aft import``: vectors for other tools and from them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,55 @@ import click
 
 from lm_eval_aft._util.process import quiet_libraries
 from lm_eval_aft.cli.options import offline_option
+from lm_eval_aft.export.formats import FORMATS, export_vector, import_vector
 
 
-@click.command("export", context_settings={"help_option_names": ["-h", "--help"]})
+def _output_help() -> str:
+    folders = [each.name for each in FORMATS.values() if not each.suffixes]
+    files = [each.suffixes[0] for each in FORMATS.values() if each.suffixes]
+    return f"Folder to make ({', '.join(folders)}), or {' or '.join(files)} file."
+
+
+def _export_help() -> str:
+    width = max(map(len, FORMATS)) + 2
+    lines = [
+        f"{'' if i else each.name:{width}}{line}"
+        for each in FORMATS.values()
+        for i, line in enumerate(each.description.splitlines())
+    ]
+    return _HELP.format("\n".join(lines))
+
+
+_HELP = """Write VECTOR in a format that other tools read, and check that it does the same there.
+
+\b
+{}
+
+The result is loaded again and its logits are compared with the steered model's (merged and
+steered: with the vector as the checkpoint's dtype rounds it); one that does not agree is deleted.
+A .gguf file is read back instead. merged, peft and gguf keep the vector's own record of how it
+was made and chosen, which `aft import` reads.
+
+\b
+Examples:
+  aft export arc --to merged --output pythia-arc
+  aft export demo-results/vector --model demo --to peft -o adapter
+  aft export arc --model Qwen/Qwen2-0.5B --to gguf -o arc.gguf
+  lm_eval --model hf --model_args pretrained=pythia-arc --tasks arc_challenge
+"""
+
+
+@click.command("export", help=_export_help())
 @offline_option
 @click.argument("vector")
 @click.option(
     "--to",
     "kind",
     required=True,
-    type=click.Choice(["merged", "peft", "gguf", "steered"]),
-    help="merged: a plain checkpoint. peft: an adapter. gguf: llama.cpp's. steered: lm-eval's own.",
+    type=click.Choice(list(FORMATS)),
+    help=" ".join(f"{each.name}: {each.summary}." for each in FORMATS.values()),
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder to make (merged, peft), or .gguf or .pt file.",
-)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=_output_help())
 @click.option("--model", help="Hub name or local folder of the base model.  [default: the vector's own]")
 @click.option("--revision", help="The base model's revision on the Hub.")
 @click.option("--coefficient", type=float, help="Replaces the vector's own coefficient.")
@@ -45,31 +75,7 @@ def export(
     allow_mismatch: bool,
     blocks: str | None,
 ) -> None:
-    """Write VECTOR in a format that other tools read, and prove that it does the same there.
-
-    \b
-    merged   a checkpoint with the vector folded into a bias: no code, no hook, no extra time.
-             Families without such a bias are rewritten as one that has it, or refused.
-             A 16-bit bias rounds the vector: by how much is told, and above 5 % of its norm
-             it is refused.
-    peft     a folder for PeftModel.from_pretrained and `lm_eval --model hf ... peft=`
-    gguf     a llama.cpp control vector, for any block but the first
-    steered  the .pt file for `lm_eval --model steered --model_args ...,steer_path=`
-
-    The result is loaded again and its logits are compared with the steered model's (merged and
-    steered: with the vector as the checkpoint's dtype rounds it); one that does not agree is deleted.
-    A .gguf file is read back instead. merged, peft and gguf keep the vector's own record of how it
-    was made and chosen, which `aft import` reads.
-
-    \b
-    Examples:
-      aft export arc --to merged --output pythia-arc
-      aft export demo-results/vector --model demo --to peft -o adapter
-      aft export arc --model Qwen/Qwen2-0.5B --to gguf -o arc.gguf
-      lm_eval --model hf --model_args pretrained=pythia-arc --tasks arc_challenge
-    """
     quiet_libraries()
-    from lm_eval_aft.export.formats import export_vector
     from lm_eval_aft.library.load import load_vector
 
     found = load_vector(vector)
@@ -93,7 +99,7 @@ def export(
     click.echo(f"Wrote {made.path}")
 
 
-@click.command("import", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("import")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Vector folder to make.")
 @click.option("--model", help="The model it is for.  [default: the one an adapter names; none for .gguf]")
@@ -110,8 +116,6 @@ def import_(source: Path, output: Path, model: str | None, revision: str | None)
       aft import adapter -o vector
     """
     quiet_libraries()
-    from lm_eval_aft.export.formats import import_vector
-
     with _stages() as progress:
         path, notes = import_vector(source, output, model=model, revision=revision, progress=progress)
     for note in notes:

@@ -33,16 +33,33 @@ library_option = click.option(
 )
 
 
-@click.command("push")
+@click.group("vectors")
+def vectors() -> None:
+    """A library of vectors: keep, find, check, share and add them.
+
+    A library is a folder of vector folders, CATEGORY/NAME. Every command that takes a vector takes a
+    name from the library, a path, a Hub id, or an expression.
+
+    \b
+    Examples:
+      aft vectors add runs/gsm8k --name math/word_problems
+      aft vectors list --category math
+      aft vectors compose "math/word_problems*0.7 + logic/analogy*0.3" -o both
+      aft vectors train-set scripts/studies/library.yaml --model M --dry-run
+      aft eval --model M --vector math/word_problems --tasks gsm8k --output results
+    """
+
+
+@vectors.command("push")
 @library_option
 @click.option("--repo", required=True, help="Repository on the Hub: OWNER/NAME.")
 @click.option(
-    "--as-library", is_flag=True, help="Put a single vector in a folder too, as in a repository of many."
+    "--as-library", is_flag=True, help="Put even a single vector into a folder, as in a repository of many."
 )
 @click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
-@click.option("--revision", help="Branch to push to; made if it is not there.  [default: main]")
+@click.option("--revision", help="Branch to push to, created if necessary.  [default: main]")
 @click.option("--message", help="Commit message.")
-@click.option("--dry-run", is_flag=True, help="Print what would be uploaded, and ask nobody.")
+@click.option("--dry-run", is_flag=True, help="Print what would be uploaded; no network.")
 @click.argument("vectors", nargs=-1, required=True)
 def push(
     library: Path | None,
@@ -56,9 +73,9 @@ def push(
 ) -> None:
     """Upload vectors to the Hugging Face Hub.
 
-    VECTORS go there with their model cards, in one commit. One vector becomes the repository
-    itself; several become a library, each in its folder CATEGORY/NAME. The training ledger goes
-    along: look at the dry run first. The token is that of `hf auth login` or HF_TOKEN.
+    VECTORS are uploaded with their model cards in one commit. One vector becomes the repository
+    itself; several become a library, each in its folder CATEGORY/NAME. The training ledger is
+    included: look at the dry run first. The token is that of `hf auth login` or HF_TOKEN.
 
     \b
     Examples:
@@ -80,7 +97,7 @@ def push(
         planned = []
         for name in vectors:
             given = Path(name)
-            # A folder that holds no vector hides no library name.
+            # A folder without a vector does not hide a library name.
             is_path = holds_vector(given) or (given.exists() and not is_name(name))
             folder = given if is_path else shelf.path(name)
             place = _place(name, folder) if several else ""
@@ -108,13 +125,13 @@ def push(
     click.echo(f"Pushed {len(uploads)} files: {address}")
 
 
-@click.command("pull")
+@vectors.command("pull")
 @library_option
 @click.option("--name", help="Library name for a single vector.  [default: OWNER/NAME or its folder]")
 @click.option(
     "--vector", "wanted", multiple=True, help="Only this vector of a library repository; may repeat."
 )
-@click.option("--revision", help="Branch, tag or commit; the commit it stands for is recorded.")
+@click.option("--revision", help="Branch, tag or commit; its commit is recorded.")
 @click.option("--replace", is_flag=True, help="Replace vectors of these names.")
 @click.option("--dry-run", is_flag=True, help="Print what would be fetched.")
 @click.argument("repo")
@@ -130,9 +147,8 @@ def pull(
     """Fetch vectors from the Hugging Face Hub.
 
     The vectors of REPO, OWNER/NAME, go into the library. Only vectors, cards, ledgers and sweep
-    pictures are fetched; everything is checked before it is put in its place, and nothing from the
-    repository is ever run. With HF_HUB_OFFLINE=1 what was fetched before is taken from the Hub's
-    local cache.
+    plots are fetched; everything is checked before it is added, and nothing from the repository is
+    ever run. With HF_HUB_OFFLINE=1, earlier downloads are taken from the Hub's local cache.
 
     \b
     Examples:
@@ -164,20 +180,19 @@ def pull(
         click.echo(f"Left out, as no vector folder holds such files: {shown}{more}")
 
 
-@click.command("compose")
+@vectors.command("compose")
 @library_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the new vector.")
 @click.option("--name", help="Put the new vector into the library under this name.")
-@click.option("--report", is_flag=True, help="Print how far the vectors pull the same way at each layer.")
+@click.option("--report", is_flag=True, help="Print the cosine similarity of the vectors at each layer.")
 @click.argument("expression")
 def compose(
     library: Path | None, output: Path | None, name: str | None, report: bool, expression: str
 ) -> None:
     """Add vectors to each other.
 
-    EXPRESSION names them, with their weights. Vectors at one layer are added there, others stay at
-    their own layers. Only vectors of one base model can be added. A minus needs a space before it.
-    The recipe is kept in the new vector.
+    EXPRESSION names them with their weights. They are added layer by layer. Only vectors of one base
+    model can be added. A minus needs a space before it. The new vector records the expression.
 
     \b
     Examples:
@@ -198,7 +213,7 @@ def compose(
     if report:
         _print_conflicts(conflicts(operands))
     with ExitStack() as stack:
-        if name is not None:  # enters the library as the block ends, if the other place could be written
+        if name is not None:  # added to the library at the end of the block, once -o could be written
             _write(stack.enter_context(shelf.adding(name)), vector)
         if output is not None:
             _write_whole(output, vector)
@@ -210,7 +225,7 @@ def compose(
 
 def _quiet() -> None:
     quiet_libraries()
-    # Its client tells every attempt; we tell how it ended.
+    # Its client logs every attempt; we report the outcome.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
@@ -242,9 +257,9 @@ def _check_places(output: Path | None, shelf: Library, name: str | None) -> None
     if output is None:
         return
     if output.suffix == ".safetensors":
-        raise AFTError(f"{output} would be a folder, named like a file.", "Give a name without .safetensors.")
+        raise AFTError(f"{output} names a file; a folder is written.", "Give a name without .safetensors.")
     if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
-        raise AFTError(f"{output} is there already.", "Choose another folder.")
+        raise AFTError(f"{output} exists already.", "Choose another folder.")
 
 
 def _write_whole(output: Path, vector: SteeringVector) -> None:
@@ -256,8 +271,8 @@ def _write_whole(output: Path, vector: SteeringVector) -> None:
         with TemporaryDirectory(prefix=".aft-compose-", dir=beside) as place:
             folder = Path(place) / "vector"
             _write(folder, vector)
-            if beside == target:  # may be somebody's working directory: it stays the one it is
-                for each in sorted(folder.iterdir()):  # the vector last: a folder that has one is finished
+            if beside == target:  # perhaps somebody's working directory: it is not replaced
+                for each in sorted(folder.iterdir()):  # the vector last: a folder that has one is complete
                     each.rename(target / each.name)
             else:
                 folder.rename(target)
@@ -270,18 +285,15 @@ def _write(folder: Path, vector: SteeringVector) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     write_card(folder, vector)
-    vector.save(folder)  # last: a folder that has one is finished
+    vector.save(folder)  # last: a folder that has one is complete
 
 
-# ``aft vectors train-set``: a whole library from a study file.
-
-
-@click.command("train-set")
+@vectors.command("train-set")
 @offline_option
 @click.argument("study", type=click.Path(path_type=Path, dir_okay=False))
 @library_option
 @click.option("--model", help="Hub name or local folder of the base model.  [default: the study's]")
-@click.option("--resume", is_flag=True, help="Go on with what a former call began.")
+@click.option("--resume", is_flag=True, help="Continue an earlier run.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; train nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task in the cross-scores.")
 @click.option("--no-scores", is_flag=True, help="Train only; no cross-scores.")
@@ -309,8 +321,8 @@ def train_set(
     STUDY is a YAML file: `vectors` maps CATEGORY/NAME to a task, or to a mapping with the task and any
     setting of `aft train` (protocol, seeds, train_docs, ...; limit for its scores); `defaults` holds
     for all; `unavailable` says what is missing for others. A vector is trained on its task's training
-    split and scored on the evaluation splits; scores land in the library as cross-scores.md and
-    .json. Ctrl-C or a crash loses little: --resume goes on.
+    split and scored on the evaluation splits; scores are written to the library as cross-scores.md
+    and .json. After Ctrl-C or a crash, --resume continues.
 
     \b
     Examples:
@@ -356,7 +368,7 @@ def train_set(
     if failed:
         raise AFTError(
             f"{len(failed)} of {len(plan.entries)} vectors were not trained: {', '.join(failed)}.",
-            "The reasons stand above; put them right and go on with --resume.",
+            "The reasons are above; fix them and continue with --resume.",
         )
 
 
@@ -388,32 +400,12 @@ def _print_plan(job: TrainSet) -> None:
         click.echo(f"{name}: not trainable. {needs}")
 
 
-# ``aft vectors``: keep, find and check the vectors of a library.
-
-
-@click.group("vectors")
-def vectors() -> None:
-    """A library of vectors: keep, find, check, share and add them.
-
-    A library is a folder of vector folders, CATEGORY/NAME. Every command that takes a vector takes a
-    name from the library, a path, a Hub id, or an expression.
-
-    \b
-    Examples:
-      aft vectors add runs/gsm8k --name math/word_problems
-      aft vectors list --category math
-      aft vectors compose "math/word_problems*0.7 + logic/analogy*0.3" -o both
-      aft vectors train-set scripts/studies/library.yaml --model M --dry-run
-      aft eval --model M --vector math/word_problems --tasks gsm8k --output results
-    """
-
-
 @vectors.command("list")
 @library_option
 @click.option("--base-model", help="Only vectors for this model; * and ? allowed, as in 'pythia-*'.")
 @click.option("--task", help="Only vectors trained on this task; * and ? allowed.")
 @click.option("--category", help="Only this category; * and ? allowed.")
-@click.option("--fits", "model", help="Only vectors that fit this model: reads its config and tokenizer.")
+@click.option("--fits", "model", help="Only vectors that fit this model; reads its config and tokenizer.")
 @click.option("--weights", is_flag=True, help="With --fits: load the model and compare the weights too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every field.")
 def list_vectors(
@@ -428,7 +420,7 @@ def list_vectors(
     """List the library's vectors.
 
     `selection` is the change against the baseline on the selection split, cross-entropy in nats,
-    which is what the vector was chosen by: it is not a result. `evaluation` holds the results of the
+    which the vector was chosen by: it is not a result. `evaluation` holds the results of the
     vector's card, in percentage points with their 95 % interval (`aft report --card` fills the card).
 
     \b
@@ -449,7 +441,7 @@ def list_vectors(
         click.echo(as_json_text([entry.to_dict() for entry in found]))
         return
     if not found:
-        what = "is empty" if not everything else f"has {len(everything)} vectors, none of that kind"
+        what = "is empty" if not everything else f"has {len(everything)} vectors, none of which match"
         click.echo(f"The library {shelf.root} {what}.")
         return
     columns = ("name", "width", "layers", "task", "base model", "selection", "evaluation", "made")
@@ -509,7 +501,7 @@ def show(library: Path | None, as_json: bool, name: str) -> None:
 def add(library: Path | None, name: str, replace: bool, vector: Path) -> None:
     """Copy a vector into the library.
 
-    VECTOR is a vector folder or a .safetensors file. It is checked first, and appears whole or not
+    VECTOR is a vector folder or a .safetensors file. It is checked first and added as a whole or not
     at all; several processes may add at once.
 
     \b
@@ -537,7 +529,7 @@ def remove(library: Path | None, yes: bool, names: tuple[str, ...]) -> None:
     from lm_eval_aft.library.store import Library
 
     shelf = Library(library)
-    folders = [shelf.path(name) for name in names]  # all must be there before the first goes
+    folders = [shelf.path(name) for name in names]  # all must exist before the first is deleted
     if not yes:
         click.confirm(f"Delete {', '.join(map(str, folders))}?", abort=True)
     for name in names:
@@ -549,10 +541,10 @@ def remove(library: Path | None, yes: bool, names: tuple[str, ...]) -> None:
 @library_option
 @click.argument("names", nargs=-1)
 def verify(library: Path | None, names: tuple[str, ...]) -> None:
-    """Check every file of vectors.
+    """Check every file of the named vectors, or of all.
 
-    Of the named vectors, or of all: readable, finite numbers, and as they were pulled. Exits with 1
-    if one is damaged.
+    Files must be readable and unchanged since they were pulled, numbers finite. Exits with 1 if a
+    vector is damaged.
 
     \b
     Example:
@@ -578,11 +570,11 @@ def verify(library: Path | None, names: tuple[str, ...]) -> None:
 
 @vectors.command("routes")
 @click.argument("table", required=False, type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--text", help="Say where this request would go.")
+@click.option("--text", help="Print the vector that this request would get.")
 def routes(table: Path | None, text: str | None) -> None:
     """Print or check a keyword table.
 
-    Without TABLE prints the one that comes with the package; TABLE, your own, is checked.
+    Without TABLE, prints the one that comes with the package; your own TABLE is checked.
 
     \b
     Examples:
@@ -625,12 +617,9 @@ def _fitting(shelf: Library, entries: Sequence[Entry], model: str, weights: bool
         click.echo(f"Do not fit: {told}.", err=True)
     if not identity.weights:
         click.echo(
-            "Config and tokenizer compared, weights not: --weights tells fine-tuned copies apart.", err=True
+            "Only config and tokenizer were compared; --weights tells fine-tuned copies apart.", err=True
         )
     return found
-
-
-# Vectors of a library as lines of text that a terminal can show.
 
 
 def cells(entry: Entry) -> list[str]:
@@ -663,7 +652,7 @@ def print_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 
 
 def as_json_text(value: Any) -> str:
-    """JSON that steers no terminal: of what cannot be printed only the line breaks between fields stay."""
+    """JSON that is safe for a terminal: everything unprintable but the line breaks is escaped."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
@@ -671,7 +660,3 @@ def as_json_text(value: Any) -> str:
 def result_text(row: dict[str, str]) -> str:
     """A row of a card's results table in one line."""
     return f"{row['task']} {row['metric']} {row['difference']} {row['95 % interval']}"
-
-
-for _command in (push, pull, compose, train_set):
-    vectors.add_command(_command)

@@ -1,9 +1,10 @@
-"""What every export needs: its base model, the check of its logits, its card, and the vector's own record."""
+"""What every export needs: the base model, the comparison of logits, the model card, the vector's record."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from lm_eval_aft._util.private_names import require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
-from lm_eval_aft.steering.fingerprint import check_fingerprint
-from lm_eval_aft.steering.hooks import add_at, check_fits
+from lm_eval_aft.steering.fingerprint import check_fingerprint, compare_fingerprints, fingerprint
+from lm_eval_aft.steering.hooks import add_all, check_fits
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import MAX_HEADER, is_biased, parse_entry
@@ -39,10 +40,10 @@ _MAY_BE_MISSING = "transformers: cached_file(_raise_exceptions_for_...)"
 class Base:
     """A causal LM on the CPU in its own dtype.
 
-    Weights read from safetensors stay memory-mapped, so loading costs memory only as they are used.
+    Weights read from safetensors stay memory-mapped: they take memory only once they are used.
 
     Attributes:
-        name: what the user called it; ``path`` is where it was loaded from.
+        name: as the user gave it; ``path`` is where it was loaded from.
         model: the transformers model in evaluation mode; ``None`` once released.
         tokenizer: its tokenizer, or ``None`` for a checkpoint without one.
         backbone: its decoder blocks.
@@ -61,30 +62,10 @@ class Base:
         return self.model.config
 
     def release(self) -> None:
-        """Forget the model, so that another one can be loaded in its place."""
+        """Drop the model, so that another one can be loaded in its place."""
         self.model = None
         self.backbone = Backbone(self.backbone.name, [], self.backbone.hidden_size)
         gc.collect()
-
-    def steered(self, deltas: dict[int, Tensor]) -> Steered:
-        """Context in which each ``deltas[L]``, shape ``(hidden_size,)``, is added after block L."""
-        return Steered([(self.backbone.blocks[layer], delta) for layer, delta in deltas.items()])
-
-
-class Steered:
-    """``with Steered(pairs):`` adds each tensor to its module's output inside the block."""
-
-    def __init__(self, pairs: list[tuple[nn.Module, Tensor]]) -> None:
-        self._pairs = pairs
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Steered:
-        self._handles = [add_at(module, delta) for module, delta in self._pairs]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
 
 
 def load_base(name: str, revision: str | None = None, blocks: str | None = None) -> Base:
@@ -97,7 +78,7 @@ def load_base(name: str, revision: str | None = None, blocks: str | None = None)
 
     path = resolve_pretrained(name)
     try:
-        # Left open, transformers would ask the terminal whether to run a stranger's code.
+        # Unset, transformers would ask on the terminal whether to run a stranger's code.
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype="auto", trust_remote_code=False
         ).eval()
@@ -108,7 +89,7 @@ def load_base(name: str, revision: str | None = None, blocks: str | None = None)
 
 
 def _tokenizer(name: str, path: str, revision: str | None) -> Any:
-    """The tokenizer, or ``None`` for a bare checkpoint, whose weights can be exported all the same."""
+    """The tokenizer, or ``None`` for a checkpoint without one, whose weights can still be exported."""
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
@@ -125,7 +106,7 @@ def _tokenizer(name: str, path: str, revision: str | None) -> Any:
             ]
         except OSError as unknown:
             raise AFTError(
-                f"Whether {name!r} has a tokenizer cannot be told: {str(unknown).splitlines()[0][:300]}",
+                f"Cannot tell whether {name!r} has a tokenizer: {str(unknown).splitlines()[0][:300]}",
                 "Give a folder that holds the whole model, or work online.",
             ) from error
         if there:
@@ -163,18 +144,18 @@ def check_vector(vector: SteeringVector, base: Base, *, allow_mismatch: bool = F
     check_constant(vector)
     check_fits(vector, base.backbone)
     check_fingerprint(vector.metadata, base.model, base.tokenizer, allow_mismatch=allow_mismatch)
-    deltas = {layer: values * vector.coefficient for layer, values in vector.layers.items()}
-    if not all(bool(torch.isfinite(delta).all()) for delta in deltas.values()):
+    shifts = {layer: values * vector.coefficient for layer, values in vector.layers.items()}
+    if not all(bool(torch.isfinite(delta).all()) for delta in shifts.values()):
         raise AFTError(
             f"The vector times its coefficient {vector.coefficient:g} overflows float32.",
             "Give a smaller --coefficient.",
         )
-    if not any(bool(delta.any()) for delta in deltas.values()):
+    if not any(bool(delta.any()) for delta in shifts.values()):
         raise AFTError(
             f"The vector times its coefficient {vector.coefficient:g} is 0: it would change nothing.",
             "Check the vector's norm, or give a larger --coefficient.",
         )
-    return deltas
+    return shifts
 
 
 def check_constant(vector: SteeringVector) -> None:
@@ -198,7 +179,20 @@ def check_constant(vector: SteeringVector) -> None:
         )
 
 
-ExportProgress = Callable[[str], None]
+@dataclass(frozen=True)
+class ExportJob:
+    """What is to be exported where.
+
+    Attributes:
+        shifts: what is added after each block: fp32, shape ``(hidden_size,)``, coefficient included.
+        progress: called with a word on each stage as it starts.
+    """
+
+    base: Base
+    vector: SteeringVector
+    shifts: dict[int, Tensor]
+    target: Path
+    progress: Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -209,7 +203,7 @@ class Export:
         path: the file or folder that was written.
         kind: ``merged``, ``peft``, ``gguf`` or ``steered``.
         agreement: the comparison of logits; ``None`` where the format has no loader to ask.
-        notes: what people should know, one sentence each.
+        notes: what users should know, one sentence each.
     """
 
     path: Path
@@ -218,10 +212,9 @@ class Export:
     notes: list[str]
 
 
-# The vector's own record in what is exported, so that it comes back with an import.
+# The vector's own record in what is exported, so that an import restores it.
 #
-# Without it a vector chosen on evaluation documents, or a placebo, would return as one of which nothing is
-# known.
+# Without it, a placebo or a vector chosen on evaluation documents would come back as an ordinary vector.
 
 # Beside an adapter or a merged checkpoint; in a GGUF file it is a string.
 RECORD_NAME = "aft.json"
@@ -237,26 +230,15 @@ def record(vector: SteeringVector, added: dict[int, Tensor]) -> str:
 
     Args:
         added: what the export adds after each block; the record keeps a sketch of it, by which an import
-            knows that it belongs to what lies beside it.
+            recognises the values it belongs to.
 
     Raises:
         AFTError: the metadata are no JSON.
     """
-    header = {
-        **vector.metadata,
-        **{key: getattr(vector, key) for key in _ATTRIBUTES if key != "layers"},
-        "layers": list(vector.layers),
-        _VALUES: _sketch(added),
-    }
     try:
-        return canonical_json(header)
+        return canonical_json({**vector.header(), _VALUES: _sketch(added)})
     except (TypeError, ValueError) as error:
         raise AFTError(f"The vector's metadata cannot be written as JSON: {error}.") from error
-
-
-def write_record(folder: Path, vector: SteeringVector, added: dict[int, Tensor]) -> None:
-    """Write the record into a folder; see `record`."""
-    (folder / RECORD_NAME).write_text(record(vector, added), encoding="utf-8")
 
 
 def read_record(folder: Path) -> str | None:
@@ -277,11 +259,11 @@ def read_record(folder: Path) -> str | None:
 
 
 def restore(vector: SteeringVector, text: object, where: str) -> list[str]:
-    """Give an imported vector the metadata of its record, if that belongs to it; return notes.
+    """Give an imported vector the metadata of its record, if they belong together; return notes.
 
     Args:
         text: the record, or ``None`` where there is none.
-        where: what people know it as.
+        where: its name in messages.
 
     Raises:
         AFTError: the record is damaged.
@@ -308,8 +290,40 @@ def restore(vector: SteeringVector, text: object, where: str) -> list[str]:
     return [f"{where} says how the vector was made", *cautions(vector)]
 
 
+def identity(base: Base) -> dict[str, Any]:
+    """The entries of a vector's metadata that say which model it is for."""
+    return {
+        "base_model": {"name": base.name, "revision": base.revision},
+        "num_hidden_layers": len(base.backbone.blocks),
+        "fingerprint": fingerprint(base.model, base.tokenizer),
+    }
+
+
+def assign_model(vector: SteeringVector, identity: dict[str, Any]) -> list[str]:
+    """Make an imported vector one for this model; return a note where its record names another.
+
+    Raises:
+        AFTError: the fingerprint in its record is damaged.
+    """
+    recorded = vector.metadata.get("fingerprint")
+    trained_on = (vector.metadata.get("base_model") or {}).get("name")
+    vector.metadata |= identity
+    if recorded is None:
+        return []
+    try:
+        differences = compare_fingerprints(recorded, identity["fingerprint"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AFTError(
+            f"The fingerprint in the vector's record is damaged ({error!r}).", "Export it again."
+        ) from error
+    if not differences:
+        return []
+    vector.metadata["imported_from"]["trained_on"] = trained_on
+    return [f"it was trained on {trained_on!r}, not on this model: {', '.join(differences)} differ"]
+
+
 def cautions(vector: SteeringVector) -> list[str]:
-    """What nobody should overlook who uses the vector or reads its scores, one phrase each."""
+    """Warnings for whoever uses the vector or reads its scores, one phrase each."""
     meta = vector.metadata
     found = []
     if meta.get("control"):
@@ -348,7 +362,7 @@ def _belongs(recorded: Any, present: dict[str, Any]) -> bool:
     return True
 
 
-# Does an export compute what the hook computes? Logits on probe prompts, in float32 arithmetic.
+# Comparing an export with the hooked model: logits on probe prompts, in float32 arithmetic.
 
 # Largest difference of two logits, relative to the largest logit where that is above 1.
 TOLERANCE = 1e-5
@@ -364,7 +378,7 @@ class Agreement:
     Attributes:
         difference: largest absolute difference between the export and the hooked model.
         bound: what it had to stay within.
-        effect: largest absolute change that the vector makes: what would be seen if it were missing.
+        effect: largest absolute change that the vector makes: the difference if it were missing.
         probes: number of prompts.
     """
 
@@ -406,6 +420,12 @@ def probe_logits(model: Any, prompts: list[Tensor]) -> list[Tensor]:
     return [forward_in_float32(model, ids, **_keep(model)).logits[:, -_SHOWN:] for ids in prompts]
 
 
+def hooked_logits(base: Base, shifts: dict[int, Tensor], prompts: list[Tensor]) -> list[Tensor]:
+    """`probe_logits` of the base model with each ``shifts[L]``, ``(hidden_size,)``, added after block L."""
+    with add_all(base.backbone, shifts):
+        return probe_logits(base.model, prompts)
+
+
 def forward_in_float32(model: Any, ids: Tensor, **options: Any) -> Any:
     """``model``'s output for ``ids``, computed in float32; on a copy where it cannot be done in place."""
     try:
@@ -414,8 +434,8 @@ def forward_in_float32(model: Any, ids: Tensor, **options: Any) -> Any:
     except RuntimeError:
         if all(not _coarse(module) for module in model.modules()):
             raise
-    # Mamba's blocks read weights of modules that they do not call, which no hook can widen. A copy keeps
-    # the hooks that steer.
+    # Mamba's blocks read weights of modules that they do not call, which no hook can widen. The copy keeps
+    # the steering hooks.
     return copy.deepcopy(model).float()(input_ids=ids, use_cache=False, **options)
 
 
@@ -438,7 +458,7 @@ def require_agreement(agreement: Agreement, what: str) -> Agreement:
     if not agreement.difference <= agreement.bound:  # NaN must fail
         raise AFTError(
             f"The {what} was deleted: it does not compute what the vector does ({agreement}).",
-            "This is a fault of the export, not of the vector: please report it with the model's name.",
+            "This is a bug in the export, not in the vector: please report it with the model's name.",
         )
     if agreement.effect <= agreement.bound:
         raise AFTError(
@@ -498,7 +518,7 @@ def _linear_in_pieces(module: nn.Linear) -> Any:
     rows = max(1, _CHUNK // module.in_features)
 
     def forward(inputs: Tensor) -> Tensor:
-        # One buffer for all pieces: freed one by one, they would leave the heap in tatters.
+        # One buffer for all pieces: allocated one by one, they would fragment the heap.
         buffer = torch.empty(rows, module.in_features)
         output = torch.empty(*inputs.shape[:-1], module.out_features)
         for start in range(0, module.out_features, rows):
@@ -511,12 +531,9 @@ def _linear_in_pieces(module: nn.Linear) -> Any:
 
 
 def _keep(model: Any) -> dict[str, int]:
-    import inspect
-
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return (
-        {"logits_to_keep": _SHOWN} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
-    )
+    known = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return {"logits_to_keep": _SHOWN} if known else {}
 
 
 def _distance(one: list[Tensor], other: list[Tensor]) -> float:
@@ -528,19 +545,24 @@ def _distance(one: list[Tensor], other: list[Tensor]) -> float:
 
 # The README.md beside an exported checkpoint or adapter.
 
-_RELATION = {"merged": "finetune", "peft": "adapter"}
-_LIBRARY = {"merged": "transformers", "peft": "peft"}
 
-
-def write_export_card(folder: Path, kind: str, base: Base, vector: SteeringVector, notes: list[str]) -> None:
-    """Write ``folder/README.md``: base model, the vector's identity, how it was stored and checked.
+def write_card(
+    job: ExportJob, folder: Path, notes: list[str], *, stored: str, library_name: str, relation: str
+) -> None:
+    """Write the vector's record and ``README.md``: base model, vector, how it was ``stored`` and checked.
 
     A placebo, or a vector chosen on evaluation documents, is said to be one.
+
+    Args:
+        library_name: what loads the folder.
+        relation: to the base model, as the Hub names relations.
     """
+    base, vector = job.base, job.vector
+    (folder / RECORD_NAME).write_text(record(vector, job.shifts), encoding="utf-8")
     data = ModelCardData(
         base_model=base.name,
-        base_model_relation=_RELATION[kind],
-        library_name=_LIBRARY[kind],
+        base_model_relation=relation,
+        library_name=library_name,
         tags=["activation-steering"],
     )
     layers, tasks = ", ".join(map(str, vector.layers)), task_names(vector.metadata)
@@ -550,7 +572,7 @@ def write_export_card(folder: Path, kind: str, base: Base, vector: SteeringVecto
         "",
         *(line for caution in cautions(vector) for line in (f"**{_sentence(caution)}.**", "")),
         f"`{base.name}`{at} with one constant vector added to the residual stream after block {layers}, "
-        f"{'folded into its weights' if kind == 'merged' else 'as a PEFT adapter'} by `aft export`.",
+        f"{stored} by `aft export`.",
         "",
         f"- Vector: SHA-256 `{vector.digest()}`, norm {vector.norm():.4g}, coefficient {vector.coefficient:g}"
         + (f", trained on {', '.join(f'`{task}`' for task in tasks)}" if tasks else ""),

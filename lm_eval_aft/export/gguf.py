@@ -1,4 +1,4 @@
-"""The vector as a llama.cpp control vector, and control vectors made by others as vectors.
+"""Vectors as llama.cpp control vectors, and control vectors made by other tools as vectors.
 
 llama.cpp (``common_control_vector_load`` and ``llama_adapter_cvec``) adds tensor ``direction.N`` to the
 output of block N, counted from 0, and refuses N = 0. repeng writes the same files.
@@ -7,6 +7,7 @@ output of block N, counted from 0, and refuses N = 0. repeng writes the same fil
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -17,12 +18,21 @@ from torch import Tensor
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import appearing
-from lm_eval_aft.export.base import Base, Export, ExportProgress, record
+from lm_eval_aft.export.base import (
+    Export,
+    ExportJob,
+    assign_model,
+    identity,
+    load_base,
+    record,
+    restore,
+)
+from lm_eval_aft.steering.hooks import check_fits
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import MAX_HEADER, check_lengths
 
 ARCHITECTURE = "controlvector"
-RECORD = f"{ARCHITECTURE}.aft"  # ours: the vector's record; other readers pass over it
+RECORD = f"{ARCHITECTURE}.aft"  # our own key: the vector's record; other readers ignore it
 _MOST_BLOCKS = 10_000
 # Where llama.cpp calls a family by another family's name.
 _HINTS = {
@@ -34,35 +44,23 @@ _HINTS = {
 }
 
 
-def check_layers(deltas: dict[int, Tensor]) -> None:
-    """Raise `AFTError` for a vector at layer 0, which the format cannot express."""
-    if 0 in deltas:
-        raise AFTError(
-            "A llama.cpp control vector cannot act after block 0: it counts blocks from 0 and its loader "
-            "refuses direction.0.",
-            "Use --to merged, and convert the merged checkpoint to GGUF.",
-        )
-
-
-def export_gguf(
-    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: ExportProgress
-) -> Export:
+def export_gguf(job: ExportJob) -> Export:
     """Write a control vector file; it is read back by the gguf package and compared bit by bit.
 
     Raises:
-        AFTError: a vector at layer 0, gguf is missing, or the file does not read back equal.
+        AFTError: gguf is missing, or the file does not read back equal.
     """
+    base, shifts, progress = job.base, job.shifts, job.progress
     gguf = _library()
-    check_layers(deltas)
-    hint, own = model_hint(gguf, base.config.model_type), record(vector, deltas)
-    with appearing(target, 10**6) as file:
+    hint, own = model_hint(gguf, base.config.model_type), record(job.vector, shifts)
+    with appearing(job.target, 10**6) as file:
         progress("writing")
         writer = gguf.GGUFWriter(file, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", hint)
         # The number of directions, as llama.cpp's generator and repeng write it.
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(deltas))
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(shifts))
         writer.add_string(RECORD, own)
-        for layer, delta in deltas.items():
+        for layer, delta in shifts.items():
             writer.add_tensor(f"direction.{layer}", delta.contiguous().numpy())
         try:
             writer.write_header_to_file()
@@ -72,15 +70,40 @@ def export_gguf(
             writer.close()
         progress("reading back")
         layers, described = read_gguf(file)
-        wanted = {"model_hint": hint, "layer_count": len(deltas), "aft": own}
-        same = layers.keys() == deltas.keys() and all(torch.equal(layers[n], deltas[n]) for n in deltas)
+        wanted = {"model_hint": hint, "layer_count": len(shifts), "aft": own}
+        same = layers.keys() == shifts.keys() and all(torch.equal(layers[n], shifts[n]) for n in shifts)
         if not same or described != wanted:
             raise AFTError("The control vector was deleted: it does not read back as it was written.")
     notes = [
-        f"written as {', '.join(f'direction.{n}' for n in deltas)}, model hint {hint}; read back equal",
+        f"written as {', '.join(f'direction.{n}' for n in shifts)}, model hint {hint}; read back equal",
         "its logits were not compared, as that takes llama.cpp (--control-vector-scaled FILE:1 there)",
     ]
-    return Export(target, "gguf", None, notes)
+    return Export(job.target, "gguf", None, notes)
+
+
+def import_gguf(
+    source: Path, model: str | None, revision: str | None, progress: Callable[[str], None]
+) -> tuple[SteeringVector, list[str]]:
+    """The vector in a control vector file, and notes; without a model it carries no fingerprint.
+
+    Raises:
+        AFTError: as `read_gguf`; its record is damaged, or it does not fit the model.
+    """
+    layers, described = read_gguf(source)
+    own = described.pop("aft", None)
+    vector = SteeringVector(layers, metadata={"imported_from": {"format": "gguf", **described}})
+    notes = [f"directions for blocks {', '.join(map(str, layers))}, hidden size {vector.hidden_size}"]
+    notes += restore(vector, own, f"{RECORD} in {source.name}")
+    if model is None:
+        if "fingerprint" not in vector.metadata:
+            notes.append(
+                "no --model was given: the vector carries no fingerprint and fits any model of its width"
+            )
+        return vector, notes
+    progress(f"loading {model}")
+    base = load_base(model, revision)
+    check_fits(vector, base.backbone)
+    return vector, notes + assign_model(vector, identity(base))
 
 
 def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
@@ -91,7 +114,7 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
             directions of one width.
     """
     gguf = _library()
-    check_header(path)  # the package believes whatever lengths a file declares
+    check_header(path)  # the package trusts the lengths that a file declares
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -129,7 +152,7 @@ def _directions(path: Path, tensors: list[tuple[str, str, Any]]) -> dict[int, Te
         if len(index) > len(str(_MOST_BLOCKS)) or int(index) >= _MOST_BLOCKS:
             raise AFTError(f"{path} holds {name[:40]!r}; no model has that many blocks.")
         if kind != "F32" or data.ndim != 1:
-            raise AFTError(f"{path} holds {name} as {kind} of {data.ndim} axes; F32 of one axis is wanted.")
+            raise AFTError(f"{path} holds {name} as {kind} of {data.ndim} axes; expected F32 of one axis.")
         if int(index) in layers:
             raise AFTError(f"{path} holds {name} twice.")
         layers[int(index)] = torch.from_numpy(data.astype(np.float32))
@@ -160,17 +183,17 @@ def _library() -> Any:
     return gguf
 
 
-# The lengths that a GGUF file declares, held against the file before a reader believes them.
+# The lengths that a GGUF file declares, compared with the file before any reader trusts them.
 
-# A control vector has a handful of entries and a tensor per block. The gguf package makes Python objects
-# of each element of an array, so that a small file could fill the memory.
+# A control vector has a handful of entries and one tensor per block. The gguf package makes a Python object
+# of every array element, so that a small file could fill the memory.
 _MOST = 10_000
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a scalar type
 _STRING, _ARRAY = 8, 9
 
 
 def check_header(path: Path) -> None:
-    """Walk the counts and entries of a GGUF file.
+    """Check the counts and entries of a GGUF file's header.
 
     Raises:
         AFTError: it declares more than it holds or than a control vector can have, or nests arrays.

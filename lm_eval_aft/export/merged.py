@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import appearing
 from lm_eval_aft.export.base import (
-    Agreement,
     Base,
     Export,
-    ExportProgress,
+    ExportJob,
     compare_logits,
     forward_in_float32,
+    hooked_logits,
     probe_logits,
     probe_prompts,
     require_agreement,
     source_file,
-    write_export_card,
-    write_record,
+    write_card,
 )
 from lm_eval_aft.export.rewritings import (
     HOOK_INSTEAD,
@@ -39,7 +38,6 @@ from lm_eval_aft.export.rewritings import (
 )
 from lm_eval_aft.steering.backbone import Backbone, Conv1D
 from lm_eval_aft.steering.hooks import add_at, hidden_states
-from lm_eval_aft.steering.vector import SteeringVector
 
 SHARD_SIZE = "5GB"
 # The share of the vector's norm that rounding to the checkpoint's dtype may move it by.
@@ -47,40 +45,35 @@ MOST_ROUNDING = 0.05
 _ROUNDED = 2.0**-22  # below, float32's own
 
 
-def export_merged(
-    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: ExportProgress
-) -> Export:
+def export_merged(job: ExportJob) -> Export:
     """Write a checkpoint that plain transformers loads and that computes what the steered model does.
 
-    A bias of 16 bits rounds the vector. The check is against what the dtype stores; how far that is from
-    the vector itself is measured and told beside.
-
-    The base model is released before the export is loaded for its check, so memory holds one of them
-    at a time.
-
-    Args:
-        deltas: what is added after each block: fp32, shape ``(hidden_size,)``, coefficient included.
+    A 16-bit bias rounds the vector. The check is against the rounded vector; its distance from the vector
+    itself is reported in the notes. The base model is released before the export is loaded, so that only one
+    of them is in memory at a time.
 
     Raises:
-        AFTError: the family has no place for the vector; rounding moves it too far; the place cannot be
+        AFTError: the family has no place for the vector; rounding moves it too far; ``target`` cannot be
             written; the check fails.
     """
+    base, shifts, progress = job.base, job.shifts, job.progress
     progress("looking for a place")
-    plan = plan_merge(base.model, find_bias_slots(base.model, base.backbone, min(deltas)))
-    model, stored = build(base, plan, deltas)
-    rounding, dtype = _relative_error(stored, deltas), str(model.dtype).removeprefix("torch.")
-    _refuse_rounded_away(rounding, dtype)
+    plan = plan_merge(base.model, require_slots(base, min(shifts)))
+    model, stored = build(base, plan, shifts)
+    rounding, dtype = _relative_error(stored, shifts), str(model.dtype).removeprefix("torch.")
+    if not rounding <= MOST_ROUNDING:
+        raise AFTError(
+            f"Rounding to {dtype}, the checkpoint's dtype, would move the vector by {_percent(rounding)} of "
+            "its norm: its entries are too small beside the biases they are added to. "
+            f"{_percent(MOST_ROUNDING)} is the limit.",
+            "Use --to peft, or save the base model in float32 and give that folder as --model.",
+        )
     progress("base model's logits")
     prompts = probe_prompts(base.config)
-    plain = probe_logits(base.model, prompts)
-    with base.steered(stored):
-        steered = probe_logits(base.model, prompts)
-    exact = steered
-    if rounding > _ROUNDED:
-        with base.steered(deltas):
-            exact = probe_logits(base.model, prompts)
+    plain, steered = probe_logits(base.model, prompts), hooked_logits(base, stored, prompts)
+    exact = hooked_logits(base, shifts, prompts) if rounding > _ROUNDED else steered
     size = sum(parameter.nbytes for parameter in model.parameters())
-    with appearing(target, size) as folder:
+    with appearing(job.target, size) as folder:
         progress("writing")
         _save(base, model, folder)
         tokenizer = base.tokenizer
@@ -93,43 +86,30 @@ def export_merged(
         _check_tokenizer(tokenizer, folder)
         notes = [f"{plan.route}; dtype {dtype}"]
         if rounding > _ROUNDED:
-            notes.append(_rounding_told(rounding, dtype, compare_logits(plain, exact, exported)))
+            unrounded = compare_logits(plain, exact, exported)
+            notes.append(
+                f"rounding to {dtype} moved the vector by {_percent(rounding)} of its norm: from the vector "
+                f"before rounding, logits differ by at most {unrounded.difference:.1e} (the vector itself "
+                f"changes them by {unrounded.effect:.1e}); the check below is against the vector as rounded"
+            )
         if tokenizer is None:
             notes.append(f"no tokenizer was found with {base.name}, so the checkpoint has none")
         if plan.caution:
             notes.append(plan.caution)
-        write_record(folder, vector, deltas)
-        write_export_card(folder, "merged", base, vector, [*notes, str(agreement)])
-    return Export(target, "merged", agreement, notes)
-
-
-def _refuse_rounded_away(rounding: float, dtype: str) -> None:
-    if not rounding <= MOST_ROUNDING:
-        raise AFTError(
-            f"Rounding to {dtype}, the checkpoint's dtype, would move the vector by {_percent(rounding)} of "
-            "its norm: its entries are too small beside the biases they are added to. "
-            f"{_percent(MOST_ROUNDING)} is the limit.",
-            "Use --to peft, or save the base model in float32 and give that folder as --model.",
-        )
-
-
-def _rounding_told(rounding: float, dtype: str, unrounded: Agreement) -> str:
-    return (
-        f"rounding to {dtype} moved the vector by {_percent(rounding)} of its norm: from the vector before "
-        f"rounding, logits differ by at most {unrounded.difference:.1e} (the vector itself changes them by "
-        f"{unrounded.effect:.1e}); the check below is against the vector as rounded"
-    )
+        how = {"stored": "folded into its weights", "library_name": "transformers", "relation": "finetune"}
+        write_card(job, folder, [*notes, str(agreement)], **how)
+    return Export(job.target, "merged", agreement, notes)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
 
 
-def build(base: Base, plan: Plan, deltas: dict[int, Tensor]) -> tuple[Any, dict[int, Tensor]]:
-    """The export as a model that shares the base's weights, and what it really adds after each block.
+def build(base: Base, plan: Plan, shifts: dict[int, Tensor]) -> tuple[Any, dict[int, Tensor]]:
+    """The export as a model that shares the base's weights, and what it actually adds after each block.
 
-    The vector is rounded once, when it is stored; what is returned is the stored bias less the one
-    that was there, in fp32, so that rounding is not mistaken for a fault.
+    The latter is the stored bias minus the original one, in fp32: rounded once, when it was stored, so that
+    rounding is not mistaken for an error of the export.
     """
     dtype = base.model.dtype
     model = skeleton(plan.config, dtype)
@@ -139,7 +119,7 @@ def build(base: Base, plan: Plan, deltas: dict[int, Tensor]) -> tuple[Any, dict[
         if name not in state and name.endswith(".bias"):
             state[name] = torch.zeros(tensor.shape, dtype=dtype)
     stored = {}
-    for layer, delta in deltas.items():
+    for layer, delta in shifts.items():
         name = f"{base.backbone.name}.{layer}.{plan.slot}.bias"
         if name not in wanted:
             raise AFTError(f"The export has no {name}: blocks of this model differ in structure.")
@@ -154,7 +134,7 @@ def build(base: Base, plan: Plan, deltas: dict[int, Tensor]) -> tuple[Any, dict[
         state[name] = after
         stored[layer] = (after.float() - before) * plan.scale
         if plan.centred:
-            stored[layer] = stored[layer] + deltas[layer].mean()
+            stored[layer] = stored[layer] + shifts[layer].mean()
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
         raise AFTError(
@@ -184,7 +164,7 @@ def _reloaded_logits(folder: Path, prompts: list[Tensor]) -> list[Tensor]:
 
 
 def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """The export must read text as the base model does, though its architecture may be another."""
+    """Raise `AFTError` unless the export tokenizes text as the base model does."""
     if tokenizer is None:
         return
     from transformers import AutoTokenizer
@@ -200,15 +180,15 @@ def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _relative_error(stored: dict[int, Tensor], deltas: dict[int, Tensor]) -> float:
-    off = sum(float((stored[layer] - deltas[layer]).double().square().sum()) for layer in deltas)
-    norm = sum(float(delta.double().square().sum()) for delta in deltas.values())
+def _relative_error(stored: dict[int, Tensor], shifts: dict[int, Tensor]) -> float:
+    off = sum(float((stored[layer] - shifts[layer]).double().square().sum()) for layer in shifts)
+    norm = sum(float(delta.double().square().sum()) for delta in shifts.values())
     return math.sqrt(off / max(norm, 1e-300))
 
 
-# Where a plain checkpoint can keep the vector: a bias that is there, a switch, or another architecture.
+# Where a plain checkpoint can keep the vector: an existing bias, a config switch, or another architecture.
 #
-# Biases and switches are found by structure, whatever the family; only rewritings are a table. Nothing here
+# Biases and switches are found by structure, whatever the family; only rewritings are a table. None of this
 # is trusted: every export is reloaded and compared with the hooked model.
 
 # Config switches that give a family's Linears biases. Those other than ours become zeros.
@@ -219,18 +199,15 @@ def plan_merge(model: Any, slots: list[BiasSlot]) -> Plan:
     """Find a place for the vector in a plain checkpoint.
 
     Args:
-        slots: what `find_bias_slots` found in the vector's first block.
+        slots: what `require_slots` found in the vector's first block.
 
     Raises:
         AFTError: there is none, with the reason and what to use instead.
     """
     config = model.config
     family = config.model_type
-    refuse_mixture(config)
     if getattr(model, "hf_quantizer", None) is not None:
         raise AFTError("A quantised model cannot take a merged vector.", "Merge into the original weights.")
-    if not slots:
-        raise AFTError(no_slot(model), HOOK_INSTEAD)
     names = set(model.state_dict())
     for slot in slots:
         if any(name.endswith(f".{slot.name}.bias") for name in names):
@@ -241,7 +218,7 @@ def plan_merge(model: Any, slots: list[BiasSlot]) -> Plan:
                 continue
             changed = copy.deepcopy(config)
             setattr(changed, switch, True)
-            new = set(parameter_names(changed)) - names
+            new = set(skeleton(changed).state_dict()) - names
             ours = any(name.endswith(f".{slot.name}.bias") for name in new)
             if ours and all(name.endswith(".bias") for name in new):
                 route = (
@@ -256,37 +233,35 @@ def plan_merge(model: Any, slots: list[BiasSlot]) -> Plan:
     )
 
 
-def parameter_names(config: Any) -> list[str]:
-    """Names of the tensors that a checkpoint of this config holds; nothing is allocated."""
-    return list(skeleton(config).state_dict())
+def require_slots(base: Base, layer: int) -> list[BiasSlot]:
+    """The slots of block ``layer``, at least one; see `find_bias_slots`.
 
-
-def refuse_mixture(config: Any) -> None:
-    """Raise `AFTError` for a mixture of experts, which has no one Linear that writes for every token."""
-    text = config.get_text_config()
+    Raises:
+        AFTError: no bias of the block can stand for the vector, with the reason.
+    """
+    family, text = base.config.model_type, base.config.get_text_config()
     for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if (getattr(text, key, None) or 0) > 1:
             raise AFTError(
-                f"{config.model_type} is a mixture of experts ({key}={getattr(text, key)}): each token "
+                f"{family} is a mixture of experts ({key}={getattr(text, key)}): each token "
                 "passes through other Linears, weighted by a router, so no bias equals the vector.",
                 HOOK_INSTEAD,
             )
-
-
-def no_slot(model: Any) -> str:
-    """Why no bias of a block can stand for the vector."""
-    family = model.config.model_type
-    if family == "opt" and not model.config.do_layer_norm_before:
+    slots = find_bias_slots(base.model, base.backbone, layer)
+    if slots:
+        return slots
+    if family == "opt" and not base.config.do_layer_norm_before:
         where = "normalises the residual stream itself after each sublayer"
     else:
         where = "normalises, gates or scales what its last Linear writes before adding it"
-    return (
+    raise AFTError(
         f"No bias in a block of {family} equals the vector: the block {where} (post-norm), so a constant "
-        "before it does not stay a constant."
+        "before it does not stay a constant.",
+        HOOK_INSTEAD,
     )
 
 
-# Where in a block a bias equals the vector: the Linear that writes into the residual stream last.
+# Where in a block a bias equals the vector: the last Linear that writes into the residual stream.
 
 _TRIED = 3  # candidates of one block
 _TOLERANCE = 1e-4  # relative to the probe; where it is wrong it is wrong by about 1

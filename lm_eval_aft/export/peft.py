@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,31 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import appearing
 from lm_eval_aft._util.private_names import gone
 from lm_eval_aft.export.base import (
+    RECORD_NAME,
     Agreement,
     Base,
     Export,
-    ExportProgress,
+    ExportJob,
+    assign_model,
     compare_logits,
+    hooked_logits,
+    identity,
+    load_base,
     probe_logits,
     probe_prompts,
+    read_record,
     require_agreement,
-    write_export_card,
-    write_record,
+    restore,
+    write_card,
 )
-from lm_eval_aft.export.merged import find_bias_slots, module_of, no_slot, refuse_mixture
-from lm_eval_aft.export.rewritings import HOOK_INSTEAD
+from lm_eval_aft.export.merged import find_bias_slots, module_of, require_slots
 from lm_eval_aft.steering.vector import SteeringVector
 
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.(beft_bias|lora_A\.weight|lora_B\.weight|lora_B\.bias)")
 
 
-def export_peft(
-    base: Base, vector: SteeringVector, deltas: dict[int, Tensor], target: Path, progress: ExportProgress
-) -> Export:
+def export_peft(job: ExportJob) -> Export:
     """Write an adapter folder that ``PeftModel.from_pretrained`` and lm-eval's ``peft=`` load.
 
     The vector becomes the bias of a BEFT adapter on the Linear that writes into the residual stream;
@@ -49,25 +52,21 @@ def export_peft(
     Raises:
         AFTError: peft is missing, no Linear can stand for the vector, or the check fails.
     """
+    base, shifts, progress = job.base, job.shifts, job.progress
     peft = _library()
     progress("looking for a place")
-    refuse_mixture(base.config)
-    slots = find_bias_slots(base.model, base.backbone, min(deltas))
-    if not slots:
-        raise AFTError(no_slot(base.model), HOOK_INSTEAD)
-    slot = slots[0]
-    names = {layer: f"{base.backbone.name}.{layer}.{slot.name}" for layer in deltas}
-    linear = all(isinstance(module_of(base.backbone, layer, slot), nn.Linear) for layer in deltas)
+    slot = require_slots(base, min(shifts))[0]
+    names = {layer: f"{base.backbone.name}.{layer}.{slot.name}" for layer in shifts}
+    linear = all(isinstance(module_of(base.backbone, layer, slot), nn.Linear) for layer in shifts)
     progress("base model's logits")
     prompts = probe_prompts(base.config)
-    plain = probe_logits(base.model, prompts)
-    with base.steered(deltas):
-        steered = probe_logits(base.model, prompts)
-    with appearing(target, 10**6) as folder, _quietly():
+    plain, steered = probe_logits(base.model, prompts), hooked_logits(base, shifts, prompts)
+    # "no bias term, cannot merge": nothing is merged by peft.
+    with appearing(job.target, 10**6) as folder, warnings.catch_warnings(action="ignore"):
         progress("writing")
         config = _config(peft, sorted(names.values()), linear)
         model = peft.get_peft_model(base.model, config)
-        values = {names[layer]: delta / slot.scale for layer, delta in deltas.items()}
+        values = {names[layer]: delta / slot.scale for layer, delta in shifts.items()}
         try:
             _fill(model.base_model.model, values, linear)
         except (AttributeError, KeyError, TypeError) as error:
@@ -84,25 +83,51 @@ def export_peft(
         loaded.unload()
         kind = "a BEFT adapter" if linear else "a LoRA adapter (zero matrices, lora_bias)"
         notes = [f"{kind} on {', '.join(names.values())}"]
-        write_record(folder, vector, deltas)
-        write_export_card(folder, "peft", base, vector, [*notes, str(agreement)])
-    return Export(target, "peft", agreement, notes)
+        how = {"stored": "as a PEFT adapter", "library_name": "peft", "relation": "adapter"}
+        write_card(job, folder, [*notes, str(agreement)], **how)
+    return Export(job.target, "peft", agreement, notes)
 
 
-def import_peft(base: Base, folder: Path, progress: ExportProgress) -> tuple[dict[int, Tensor], Agreement]:
-    """Read a BEFT adapter, or a LoRA with zero matrices and biases, as what it adds after blocks.
+def import_peft(
+    source: Path, model: str | None, revision: str | None, progress: Callable[[str], None]
+) -> tuple[SteeringVector, list[str]]:
+    """The vector in an adapter folder, and notes; ``model`` defaults to the one its config names.
+
+    Raises:
+        AFTError: not an adapter that adds constants, pickled, damaged, or for another model.
+    """
+    config = read_config(source)
+    biases, own = read_biases(source), read_record(source)
+    if model is None:
+        model, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
+    if not model:
+        raise AFTError("The adapter does not name its base model.", "Give --model.")
+    progress(f"loading {model}")
+    base = load_base(model, revision)
+    known = identity(base)  # before peft wraps the Linears
+    shifts, agreement = read_adapter(base, source, biases, progress)
+    described = {"format": "peft", "peft_type": config["peft_type"]}
+    vector = SteeringVector(shifts, metadata={"imported_from": described})
+    notes = [f"{config['peft_type']} on blocks {', '.join(map(str, shifts))}", str(agreement)]
+    notes += restore(vector, own, RECORD_NAME)
+    return vector, notes + assign_model(vector, known)
+
+
+def read_adapter(
+    base: Base, folder: Path, biases: dict[str, Tensor], progress: Callable[[str], None]
+) -> tuple[dict[int, Tensor], Agreement]:
+    """What an adapter adds after blocks, given what `read_biases` found.
 
     Returns:
         0-based block -> fp32 tensor of shape ``(hidden_size,)``, and the comparison of its logits with
         the adapter's own.
 
     Raises:
-        AFTError: not such an adapter, on Linears that do not write into the residual stream, pickled.
+        AFTError: it acts on Linears that do not write into the residual stream, or peft cannot load it.
     """
     peft = _library()
-    biases = read_biases(folder)
     progress("looking for a place")
-    deltas: dict[int, Tensor] = {}
+    shifts: dict[int, Tensor] = {}
     for module, bias in biases.items():
         inner = module.removeprefix(f"{base.backbone.name}.")
         index, _, name = inner.partition(".")
@@ -114,28 +139,26 @@ def import_peft(base: Base, folder: Path, progress: ExportProgress) -> tuple[dic
         if name not in slots:
             raise AFTError(
                 f"The adapter's bias on {module} does not move the output of block {layer} by a constant, so "
-                "it is no steering vector.",
-                f"Here only {', '.join(slots) or 'no Linear'} would do.",
+                "it is not a steering vector.",
+                f"In this block only {', '.join(slots) or 'no Linear'} would do.",
             )
         if bias.shape != (base.backbone.hidden_size,):
             raise AFTError(f"The adapter's bias on {module} has shape {tuple(bias.shape)}.")
-        deltas[layer] = deltas.get(layer, torch.zeros_like(bias)) + bias * slots[name].scale
+        shifts[layer] = shifts.get(layer, torch.zeros_like(bias)) + bias * slots[name].scale
     progress("comparing logits")
     prompts = probe_prompts(base.config)
-    plain = probe_logits(base.model, prompts)
-    with base.steered(deltas):
-        steered = probe_logits(base.model, prompts)
-    with _quietly():
+    plain, steered = probe_logits(base.model, prompts), hooked_logits(base, shifts, prompts)
+    with warnings.catch_warnings(action="ignore"):
         try:
             loaded = peft.PeftModel.from_pretrained(base.model, str(folder)).eval()
-        except Exception as error:  # a stranger's config, whose every entry peft may stumble over
+        except Exception as error:  # a stranger's config: peft may fail on any entry
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise AFTError(
                 f"peft cannot load the adapter in {folder}: {reason}.", "Save it again."
             ) from error
         agreement = compare_logits(plain, probe_logits(loaded, prompts), steered)
         loaded.unload()
-    return deltas, require_agreement(agreement, "vector")
+    return shifts, require_agreement(agreement, "vector")
 
 
 def _library() -> Any:
@@ -178,20 +201,20 @@ def _fill(model: nn.Module, values: dict[str, Tensor], linear: bool) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json``, with those of its entries that an import uses known to be sound.
+    """``adapter_config.json``, with the entries that an import uses checked.
 
     Raises:
-        AFTError: missing, damaged, or of a kind that is no constant.
+        AFTError: missing, damaged, or of an adapter that adds no constant.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise AFTError(f"{folder} is no PEFT adapter: it has no adapter_config.json.")
+        raise AFTError(f"{folder} is not a PEFT adapter: it has no adapter_config.json.")
     try:
         config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AFTError(f"{file} cannot be read: {error}.", "Download it again.") from error
     if not isinstance(config, dict):
-        raise AFTError(f"{file} is no mapping.", "Download it again.")
+        raise AFTError(f"{file} is not a mapping.", "Download it again.")
     kind = config.get("peft_type")
     if kind not in ("BEFT", "LORA"):
         raise AFTError(
@@ -200,7 +223,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), str | None):
-            raise AFTError(f"{file} has {config[key]!r:.80} for {key}; a text is wanted.", "Correct it.")
+            raise AFTError(f"{file} has {config[key]!r:.80} for {key}; expected text.", "Correct it.")
     if kind == "LORA":
         _scaling(config, file)
     return config
@@ -212,7 +235,7 @@ def _scaling(config: dict[str, Any], file: Path) -> float:
         value = config.get(key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and 0 < value < 1e9):  # type: ignore[operator]
-            raise AFTError(f"{file} has {value!r:.80} for {key}; a number above 0 is wanted.", "Correct it.")
+            raise AFTError(f"{file} has {value!r:.80} for {key}; expected a number above 0.", "Correct it.")
     if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise AFTError("DoRA adapters and LoRA adapters with rank patterns are not read.")
     rank = float(config["r"])
@@ -233,19 +256,12 @@ def read_biases(folder: Path) -> dict[str, Tensor]:
         raise AFTError(f"{folder} cannot be read: {error}.", "Download it again.") from error
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        module, known, rest = _split(name)
-        if not known:
+        found = _TENSOR.fullmatch(name)
+        if found is None:
             raise AFTError(f"The adapter holds {name}, which is not a constant that it adds.")
-        parts[module][rest] = tensor
+        parts[found[1]][found[2]] = tensor
     scaling = _scaling(config, folder / "adapter_config.json") if config["peft_type"] == "LORA" else 1.0
-    return {module: _constant(module, found, scaling) for module, found in parts.items()}
-
-
-def _split(name: str) -> tuple[str, bool, str]:
-    for rest in ("beft_bias", "lora_A.weight", "lora_B.weight", "lora_B.bias"):
-        if name.startswith(_PREFIX) and name.endswith(f".{rest}"):
-            return name.removeprefix(_PREFIX).removesuffix(f".{rest}"), True, rest
-    return name, False, ""
+    return {module: _constant(module, part, scaling) for module, part in parts.items()}
 
 
 def _constant(module: str, found: dict[str, Tensor], scaling: float) -> Tensor:
@@ -260,11 +276,3 @@ def _constant(module: str, found: dict[str, Tensor], scaling: float) -> Tensor:
             "Only constants can become a vector.",
         )
     return found["lora_B.bias"].reshape(-1) * scaling
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    # "no bias term, cannot merge": we do not merge through peft.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -1,4 +1,4 @@
-"""Families whose checkpoints have no bias for a vector, rewritten as one that computes the same and has it.
+"""Rewriting families without a bias for the vector as an equivalent family that has one.
 
 Each rewriting reads the base config, refuses what the target cannot express, and converts tensors
 without loss. None is trusted: every export is reloaded and compared with the hooked model.
@@ -225,9 +225,9 @@ class Plan:
         slot: the Linear that gets the bias, by its name inside a block *of the export*.
         scale: how far a block's output moves per unit of that bias.
         convert: the base model's tensors to the export's; biases that are missing become zeros.
-        route: one phrase for people.
+        route: it in one phrase, for the notes.
         centred: the residual stream of the export is free of its mean, so the vector must be too.
-        caution: a sentence on what the route costs elsewhere, or ``""``.
+        caution: a sentence on the drawback of this route, or ``""``.
     """
 
     config: Any
@@ -240,12 +240,12 @@ class Plan:
 
 
 def unchanged(tensors: Tensors) -> Tensors:
-    """The conversion that converts nothing."""
+    """The conversion that changes nothing."""
     yield from tensors
 
 
 def skeleton(config: Any, dtype: torch.dtype | None = None) -> Any:
-    """A causal LM of this config without memory for its weights."""
+    """A meta-device causal LM of this config: it takes no memory for its weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

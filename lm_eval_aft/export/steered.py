@@ -1,4 +1,4 @@
-"""The vector as the ``.pt`` file that lm-eval's own ``--model steered`` reads."""
+"""Vectors as the ``.pt`` file that lm-eval's own ``--model steered`` reads."""
 
 from __future__ import annotations
 
@@ -15,53 +15,51 @@ from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft.export.base import (
     Base,
     Export,
-    ExportProgress,
+    ExportJob,
     compare_logits,
     probe_prompts,
     require_agreement,
 )
+from lm_eval_aft.steering.hooks import add_all
 
 
-def export_steered(base: Base, deltas: dict[int, Tensor], target: Path, progress: ExportProgress) -> Export:
+def export_steered(job: ExportJob) -> Export:
     """Write the file and compare logits through lm-eval's own loader, in the model's own dtype.
 
     Raises:
         AFTError: the blocks lie outside the base model that lm-eval hooks, or the check fails.
     """
+    base, shifts, progress = job.base, job.shifts, job.progress
     prefix = f"{base.model.base_model_prefix}."
     hooked = {name for name, _ in base.model.base_model.named_modules()}
-    points = {layer: f"{base.backbone.name}.{layer}".removeprefix(prefix) for layer in deltas}
+    points = {layer: f"{base.backbone.name}.{layer}".removeprefix(prefix) for layer in shifts}
     if not set(points.values()) <= hooked:
         raise AFTError(
             f"lm-eval's steered model cannot reach {', '.join(points.values())}.", "Use --to peft."
         )
     content = {
         points[layer]: {"steering_vector": delta, "steering_coefficient": 1.0, "action": "add"}
-        for layer, delta in deltas.items()
+        for layer, delta in shifts.items()
     }
     progress("base model's logits")
-    # Short ones: lm-eval's call returns the logits of every position.
+    # Only the short ones: lm-eval's call returns the logits of every position.
     prompts = probe_prompts(base.config)[:1]
     with torch.no_grad():
         plain = [base.model(input_ids=ids, use_cache=False).logits for ids in prompts]
         # lm-eval rounds the vector to the model's dtype, as the hook does where activations have it too.
-        with base.steered({layer: delta.to(base.model.dtype) for layer, delta in deltas.items()}):
+        with add_all(base.backbone, {layer: delta.to(base.model.dtype) for layer, delta in shifts.items()}):
             steered = [base.model(input_ids=ids, use_cache=False).logits for ids in prompts]
-    with appearing(target, 10**6) as file:
+    with appearing(job.target, 10**6) as file:
         progress("writing")
-        # Not straight into the file: on a full disk torch says RuntimeError, or nothing at all (before 2.10).
+        # Not straight into the file: on a full disk torch raises RuntimeError, or nothing before 2.10.
         buffer = BytesIO()
         torch.save(content, buffer)
         file.write_bytes(buffer.getvalue())
         progress("reloading")
         exported = _loaded_logits(base, file, prompts)
-        agreement = require_agreement(
-            compare_logits(
-                *([logits.float() for logits in side] for side in (plain, steered, exported)),
-            ),
-            "file",
-        )
-    return Export(target, "steered", agreement, [f"it hooks {', '.join(points.values())}"])
+        sides = ([logits.float() for logits in side] for side in (plain, steered, exported))
+        agreement = require_agreement(compare_logits(*sides), "file")
+    return Export(job.target, "steered", agreement, [f"it hooks {', '.join(points.values())}"])
 
 
 def _loaded_logits(base: Base, file: Path, prompts: list[Tensor]) -> list[Tensor]:

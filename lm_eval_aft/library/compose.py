@@ -1,4 +1,4 @@
-"""Adding vectors: one vector that does what several would do together."""
+"""Adding vectors: one vector with the combined effect of several."""
 
 from __future__ import annotations
 
@@ -37,10 +37,14 @@ class Operand:
 
 
 def compose(expression: str, load: Callable[[str], SteeringVector]) -> SteeringVector:
-    """The vector that an expression means; ``load`` finds its operands by name.
+    """The vector that an expression stands for; ``load`` finds its operands by name.
 
     Raises:
-        AFTError: the expression cannot be read, an operand not be found, or they do not go together.
+        AFTError: the expression cannot be parsed, an operand is missing, or the operands are incompatible.
+
+    >>> one = SteeringVector({3: torch.ones(2)})
+    >>> compose("a/b*0.5 + c/d", lambda name: one).layers[3]
+    tensor([1.5000, 1.5000])
     """
     return combine([Operand(n, w, load(n)) for n, w in parse_expression(expression).items()], expression)
 
@@ -48,12 +52,13 @@ def compose(expression: str, load: Callable[[str], SteeringVector]) -> SteeringV
 def combine(operands: Sequence[Operand], expression: str | None = None) -> SteeringVector:
     """The weighted sum of vectors, layer by layer, in fp32.
 
-    Layers that only some operands have stay as those have them. Each operand's coefficient goes into
-    its weight, and the sum's coefficient is 1; a lone operand of weight 1 stays exactly as it is. The
-    sum does not depend on the operands' order.
+    A layer that only some operands have is the sum of those. Each operand's coefficient is multiplied into
+    its weight, and the sum's coefficient is 1; a single operand of weight 1 stays exactly as it is. The
+    order of the operands makes no difference.
 
     Raises:
-        AFTError: no operands; other base models, widths, methods or positions; numbers too large.
+        AFTError: no operands; different base models, widths or positions; a method that cannot be summed;
+            numbers too large.
     """
     check_compatible(operands)
     ordered = sorted(operands, key=lambda operand: (operand.vector.digest(), operand.weight))
@@ -102,7 +107,7 @@ def check_compatible(operands: Sequence[Operand]) -> None:
 
 
 def conflicts(operands: Sequence[Operand]) -> list[dict[str, Any]]:
-    """How far each two operands pull the same way, at each layer they share.
+    """How far each pair of operands points the same way, at each layer they share.
 
     Returns:
         Rows ``{"layer", "one", "other", "cosine", "norms"}``: the cosine lies in [-1, 1], weights'
@@ -132,7 +137,7 @@ def _differences(a: SteeringVector, b: SteeringVector) -> list[str]:
     if len(depths) > 1:
         return ["numbers of blocks"]
     recorded, other = a.metadata.get("fingerprint"), b.metadata.get("fingerprint")
-    if recorded is None or other is None:  # made by hand: names, width and depth are all there is
+    if recorded is None or other is None:  # made by hand: only names, width and depth are known
         named = {name for name in map(_model_name, (a, b)) if name is not None}
         return ["names of the base models"] if len(named) > 1 else []
     try:
@@ -170,9 +175,9 @@ def _metadata(operands: Sequence[Operand], expression: str | None) -> dict[str, 
 
 
 def _identity(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Which model the sum is for, all of it from one operand: mixed, it could name two models.
+    """Which model the sum is for, all taken from one operand, so that it cannot name two models.
 
-    Vectors made by hand may lack any of it; of the others, the one that says most is asked.
+    Vectors made by hand may lack any of it; the operand that says most is used.
     """
     keys = ("fingerprint", "base_model", "num_hidden_layers")
     told = [{key: meta[key] for key in keys if meta.get(key) is not None} for meta in metas]

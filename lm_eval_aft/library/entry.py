@@ -86,7 +86,7 @@ class Entry:
 
 
 def read_entry(name: str, folder: Path) -> Entry:
-    """Describe the vector in ``folder``; one that cannot be read becomes an entry with ``error``."""
+    """The description of the vector in ``folder``; if it cannot be read, an entry with its ``error``."""
     try:
         header = read_header(folder / FILE_NAME)
     except AFTError as error:
@@ -112,7 +112,11 @@ def read_entry(name: str, folder: Path) -> Entry:
 
 
 def task_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tasks a vector's metadata name: several for a composed one or a mixture, none for one by hand."""
+    """The tasks that a vector's metadata name: several if composed or a mixture, none if made by hand.
+
+    >>> task_names({"task": "gsm8k"})
+    ('gsm8k',)
+    """
     tasks = meta.get("tasks")
     if isinstance(tasks, list) and tasks:
         names = (task.get("task") if isinstance(task, dict) else task for task in tasks)
@@ -121,7 +125,7 @@ def task_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_card_results(card: Path) -> list[dict[str, str]]:
-    """The rows of the results table in a model card; a card without one, or damaged, gives none."""
+    """The rows of the results table in a model card; none if it has no table or is damaged."""
     try:
         if card.is_symlink() or card.stat().st_size > FILES[CARD]:
             return []
@@ -162,16 +166,16 @@ def _matches(pattern: str | None, texts: tuple[str, ...]) -> bool:
     return pattern is None or any(fnmatchcase(text.lower(), pattern.lower()) for text in texts)
 
 
-# Which vectors fit a model, from as little of the model as will do.
+# Which vectors fit a model, from as little of the model as is needed.
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What of a model a vector must fit.
+    """The properties of a model that a vector must fit.
 
     Attributes:
         fingerprint: as `lm_eval_aft.steering.fingerprint.fingerprint` gives it.
-        weights: whether the weights were read; without them a fine-tuned copy passes for its origin.
+        weights: whether the weights were read; otherwise a fine-tuned copy cannot be told from its original.
     """
 
     name: str
@@ -182,7 +186,7 @@ class ModelIdentity:
 
 
 def identify(model: str, *, weights: bool = False) -> ModelIdentity:
-    """Identify a model by its config and tokenizer or, if asked or if those do not do, by all of it.
+    """Identify a model by its config and tokenizer, or with its weights if asked or needed.
 
     Args:
         model: local folder or Hub name.
@@ -218,7 +222,7 @@ def identify(model: str, *, weights: bool = False) -> ModelIdentity:
 
 
 def misfits(header: Header, model: ModelIdentity) -> list[str]:
-    """Say in what a vector does not fit a model; an empty list means that it does."""
+    """In what a vector does not fit a model; an empty list means that it does."""
     from lm_eval_aft.steering.fingerprint import compare_fingerprints
 
     if header.hidden_size != model.hidden_size:

@@ -1,4 +1,4 @@
-"""Expressions such as ``math/algebra*0.7 + logic/analogy*0.3``: text in, weights out. Free of torch.
+"""Expressions such as ``math/algebra*0.7 + logic/analogy*0.3``: text in, weights out, without torch.
 
     expression = term { ("+" | "-") term }
     term       = factor { "*" factor }
@@ -29,7 +29,11 @@ _HINT = 'Write it like "math/algebra*0.7 + logic/analogy*0.3", with a space befo
 
 
 def is_expression(text: str) -> bool:
-    """Whether ``text`` has anything in it that only an expression can have."""
+    """Whether ``text`` contains anything that only an expression can.
+
+    >>> is_expression("math/algebra"), is_expression("math/algebra*2")
+    (False, True)
+    """
     return re.search(r"""[+*()"'\s]|^-""", text) is not None
 
 
@@ -45,7 +49,7 @@ class _Sum:
         return _Sum(self.constant * factor, weights)
 
     def plus(self, other: _Sum) -> _Sum:
-        names = [*self.weights, *(n for n in other.weights if n not in self.weights)]
+        names = dict.fromkeys([*self.weights, *other.weights])
         weights = {n: self.weights.get(n, []) + other.weights.get(n, []) for n in names}
         return _Sum(self.constant + other.constant, weights)
 
@@ -58,6 +62,9 @@ def parse_expression(text: str) -> dict[str, float]:
     Raises:
         AFTError: not an expression, no vector in it, a number added to a vector, a product of two
             vectors, or a weight that is not finite.
+
+    >>> parse_expression("math/algebra*0.5 - logic/arc")
+    {'math/algebra': 0.5, 'logic/arc': -1.0}
     """
     if len(text) > _LONGEST:
         raise AFTError(f"An expression of {len(text):,} characters is too long.", _HINT)
@@ -81,7 +88,7 @@ def parse_expression(text: str) -> dict[str, float]:
 
 
 class _Parser:
-    """Recursive descent, one token of foresight: ``kind`` and ``value``; kind ``""`` is the end."""
+    """Recursive descent with one token of lookahead: ``kind`` and ``value``; kind ``""`` is the end."""
 
     def __init__(self, text: str) -> None:
         self.text, self.position = text, 0

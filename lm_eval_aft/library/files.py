@@ -22,7 +22,11 @@ _NAME = re.compile(rf"{PART}/{PART}")
 
 
 def is_name(text: str) -> bool:
-    """Whether ``text`` has the form of a library name."""
+    """Whether ``text`` has the form of a library name.
+
+    >>> is_name("math/algebra"), is_name("../algebra")
+    (True, False)
+    """
     return _NAME.fullmatch(text) is not None
 
 
@@ -41,7 +45,7 @@ def check_name(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text from a file as a terminal may show it: what would steer the terminal is written out."""
+    """Text from a file, safe for a terminal: control characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -57,7 +61,7 @@ def suggestion(wrong: str, names: Iterable[str]) -> str:
 
 
 def as_spec(value: Any) -> Any:
-    """A name or path as it was typed: lm-eval makes numbers of what ``--model_args`` says where it can."""
+    """A name or path as text: lm-eval turns values of ``--model_args`` into numbers where it can."""
     return str(value) if isinstance(value, int | float) else value
 
 
@@ -71,7 +75,7 @@ _SEED = re.compile(rf"seeds/{PART}\.safetensors")
 
 
 def limit(name: str) -> int | None:
-    """The greatest length in bytes of a file a vector folder may hold; ``None``: it may not hold it.
+    """The greatest length in bytes of a file in a vector folder; ``None`` if it may not hold such a file.
 
     Args:
         name: path inside the folder, with ``/``.
@@ -80,7 +84,7 @@ def limit(name: str) -> int | None:
 
 
 def vector_files(folder: Path) -> list[str]:
-    """The names of the files in a vector folder that belong to the vector; others are not counted.
+    """The names of the files in a vector folder that belong to the vector; others are ignored.
 
     Raises:
         AFTError: one of them is a symbolic link or anything but a plain file.
@@ -100,10 +104,10 @@ def vector_files(folder: Path) -> list[str]:
 def copy_vector(source: Path, target: Path) -> None:
     """Copy a vector folder's own files, or a lone ``.safetensors`` file, into an empty folder.
 
-    ``source.json`` stays behind: only a pull can say where a vector came from, not who hands a folder over.
+    ``source.json`` is not copied: only a pull may say where a vector came from.
 
     Raises:
-        AFTError: no vector there, a symbolic link, too long, or not to be read.
+        AFTError: no vector there, a symbolic link, too long, or unreadable.
     """
     if source.is_file() and source.suffix == ".safetensors":
         read_header(source)
@@ -135,7 +139,7 @@ def copy_file(source: Path, target: Path, longest: int) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Check every file of a vector folder, numbers included, by contents and not by name.
+    """Check the contents of every file of a vector folder, numbers included.
 
     Raises:
         AFTError: a file that is not what its name says, or a vector that cannot be used.
@@ -163,7 +167,7 @@ def check_folder(folder: Path) -> None:
 
 
 def open_rights(folder: Path) -> None:
-    """Give a folder made by mkdtemp and the files in it the rights that newly made ones get."""
+    """Give a folder made by mkdtemp and the files in it the permissions that the umask asks for."""
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)

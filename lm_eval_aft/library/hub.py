@@ -1,7 +1,11 @@
 """Sharing vectors on the Hugging Face Hub: one repository per vector, or one that holds a library.
 
-What comes from there was written by strangers. Only the files of a vector folder are fetched, and everything
-is checked beside its place before it is renamed in.
+What comes from there was written by strangers: only the files of a vector folder are fetched, and all of them
+are checked in a temporary folder before it is renamed into the library.
+
+Files are fetched one by one rather than by ``snapshot_download``: the vector comes first, so that a bad one
+ends the pull, and no other file is asked for. A push is one commit, whatever the number of vectors;
+``upload_folder`` would make one for each.
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ Every folder `CATEGORY/NAME` is one vector for
 
 @dataclass(frozen=True)
 class Upload:
-    """One file to push: where it lies, its path in the repository, its length in bytes."""
+    """A file to push: its local path, its path in the repository, its length in bytes."""
 
     file: Path
     path: str
@@ -64,7 +68,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Pulled:
-    """A vector that came from the Hub: its library name, its folder, the commit it was at."""
+    """A vector from the Hub: its library name, its folder, and the commit it was read at."""
 
     name: str
     folder: Path
@@ -102,7 +106,7 @@ def push(
     message: str | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Upload files in one commit, making the repository if need be; return the commit's address.
+    """Upload files in one commit, creating the repository if necessary; return the commit's address.
 
     Raises:
         AFTError: no right to write there, no network, or the Hub refuses.
@@ -133,7 +137,7 @@ def pull(
     replace: bool = False,
     endpoint: str | None = None,
 ) -> list[Pulled]:
-    """Fetch vectors into a library: all of them are checked before the first is put in its place.
+    """Fetch vectors into a library; all of them are checked before the first is moved in.
 
     ``source.json`` in each folder records repository, commit and the files' SHA-256.
 
@@ -145,7 +149,7 @@ def pull(
         revision: as it was asked for, for the record.
 
     Raises:
-        AFTError: anything that is not what a vector folder may hold; the library then stays as it was.
+        AFTError: anything that a vector folder may not hold; the library is then left unchanged.
     """
     chosen = choose(remote, vectors)
     if name is not None and len(chosen) != 1:
@@ -166,7 +170,11 @@ def pull(
         ready = []
         for place in chosen:
             folder = stack.enter_context(library.temporary(f"{remote.repo}/{place}".rstrip("/")))
-            _download(remote, place, folder, revision, endpoint)
+            for file in sorted(remote.vectors[place], key=lambda each: each != FILE_NAME):  # the vector first
+                cached = cached_file(remote, str(PurePosixPath(place) / file), revision, endpoint)
+                copy_file(cached, folder / file, limit(file) or 0)
+                if file.endswith(".safetensors"):
+                    read_header(folder / file)
             check_folder(folder)
             record = {
                 "repo": remote.repo,
@@ -186,7 +194,7 @@ def pull(
 def fetch(
     repo: str, vector: str | None = None, revision: str | None = None, endpoint: str | None = None
 ) -> SteeringVector:
-    """Load one vector from the Hub through its local cache; its metadata record the commit.
+    """Load one vector from the Hub through its local cache; its metadata name the commit.
 
     Args:
         vector: its folder in a library repository; default the repository's root.
@@ -208,15 +216,6 @@ def fetch(
     found = SteeringVector.load(file)
     found.metadata["hub"] = {"repo": repo, "vector": places[0] or None, "commit": remote.commit}
     return found
-
-
-def _download(remote: Remote, place: str, folder: Path, revision: str | None, endpoint: str | None) -> None:
-    names = remote.vectors[place]
-    for name in sorted(names, key=lambda n: n != FILE_NAME):  # the vector first: it decides
-        cached = cached_file(remote, str(PurePosixPath(place) / name), revision, endpoint)
-        copy_file(cached, folder / name, limit(name) or 0)
-        if name.endswith(".safetensors"):
-            read_header(folder / name)
 
 
 # What a repository on the Hugging Face Hub holds, judged by its file names before anything is fetched.
@@ -252,7 +251,7 @@ def check_repo(repo: str) -> str:
 
 
 def look(repo: str, revision: str | None = None, endpoint: str | None = None) -> Remote:
-    """What vectors a repository holds; offline, what of it lies in the Hub's local cache.
+    """The vectors that a repository holds; offline, those of them in the Hub's local cache.
 
     Raises:
         AFTError: no such repository or revision, no network, no vector in it, or file names that
@@ -281,7 +280,7 @@ def look(repo: str, revision: str | None = None, endpoint: str | None = None) ->
 
 
 def choose(remote: Remote, wanted: Sequence[str]) -> list[str]:
-    """The folders of the wanted vectors, each once, or of all; raises `AFTError` where one is not there."""
+    """The folders of the wanted vectors, each once, or of all; raises `AFTError` if one is missing."""
     for place in wanted:
         if place not in remote.vectors:
             known = sorted(remote.vectors)
@@ -294,7 +293,7 @@ def choose(remote: Remote, wanted: Sequence[str]) -> list[str]:
 
 
 def _sort_files(repo: str, files: dict[str, int]) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Deal a repository's files to its vectors; what no vector may hold is left out."""
+    """Assign a repository's files to its vectors; files that no vector may hold are left out."""
     vectors: dict[str, dict[str, int]] = {}
     for name in files:
         parts = name.split("/")
@@ -315,20 +314,22 @@ def _sort_files(repo: str, files: dict[str, int]) -> tuple[dict[str, dict[str, i
         if longest is None:
             left_out.append(name)
         elif size > longest:
-            raise AFTError(f"{repo} on the Hub holds {name} of {size:,} bytes; at most {longest:,} is right.")
+            raise AFTError(
+                f"{repo} on the Hub holds {name} of {size:,} bytes; at most {longest:,} are allowed."
+            )
         else:
             vectors[place][own] = size
     return vectors, left_out
 
 
 def cached_file(remote: Remote, name: str, revision: str | None, endpoint: str | None) -> Path:
-    """A file of the repository at the commit, in the Hub's cache; fetched if it is not there yet."""
+    """The path of a repository's file in the Hub's cache, fetched if it is not there yet."""
     if remote.cached is not None:
         return (remote.cached / name).resolve()
     from huggingface_hub import hf_hub_download
 
     with translate_hub_errors(remote.repo, "read"):
-        # By the name asked for, so that the cache learns it for times without a network.
+        # By the name of the revision, so that the cache knows it when offline.
         path = Path(hf_hub_download(remote.repo, name, revision=revision or "main", endpoint=endpoint))
     if remote.commit not in path.parts:
         raise AFTError(f"{remote.repo} changed on the Hub while it was read.", "Try again.")
@@ -364,9 +365,9 @@ def translate_hub_errors(repo: str, doing: str) -> Iterator[None]:
     """Turn whatever the Hub's client raises into one message."""
     from huggingface_hub import errors
 
-    # httpx in some releases, its successor in others: the base class of both kinds of failure.
+    # From httpx in some releases and its successor in others: the common base class of network failures.
     http_error: Any = errors.HfHubHTTPError.__mro__[1]
-    if http_error in (Exception, BaseException):  # would take every error for one of the network
+    if http_error in (Exception, BaseException):  # would take every error for a network failure
         http_error = errors.HfHubHTTPError
     try:
         yield

@@ -7,13 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import yaml
-
-from lm_eval_aft._util.config import read_yaml
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.library.entry import Entry
 from lm_eval_aft.library.files import PART, is_name, suggestion
@@ -238,14 +234,14 @@ def resolve(target: str, names: Iterable[str]) -> str:
 
 
 def task_table(entries: Sequence[Entry]) -> dict[str, str | None]:
-    """Each task of the library's vectors -> the vector trained on it alone.
+    """Each task -> the vector that was trained on it alone.
 
     Raises:
         AFTError: two vectors for one task, or none for any.
     """
     table: dict[str, str | None] = {}
     for entry in entries:
-        # Composed, of several tasks or made by hand: no task is its own.
+        # Composed, trained on several tasks or made by hand: it belongs to no one task.
         if len(entry.tasks) != 1 or entry.recipe is not None:
             continue
         task = entry.tasks[0]
@@ -262,11 +258,11 @@ def task_table(entries: Sequence[Entry]) -> dict[str, str | None]:
 
 def default_table() -> str:
     """The text of the keyword table that comes with the package."""
-    return files("lm_eval_aft.library").joinpath("keywords.yaml").read_text(encoding="utf-8")
+    return Path(__file__).with_name("keywords.yaml").read_text(encoding="utf-8")
 
 
 def read_table(path: Path) -> str:
-    """The text of a table's file; raises `AFTError` where it cannot be read or is far too long."""
+    """The text of a table's file; raises `AFTError` if it cannot be read or is far too long."""
     try:
         if path.stat().st_size > 4 * _MAX_TABLE:
             raise AFTError(f"The table {path} is too long.")
@@ -280,7 +276,7 @@ def parse_keyword_table(text: str) -> KeywordRouter:
     """Read a keyword table: ``rules`` (each ``vector`` and ``words``) and ``else``.
 
     Raises:
-        AFTError: not YAML, or not such a table; the place is named.
+        AFTError: not YAML, or not such a table; the message names the place.
     """
     table = _mapping(text, "keyword table", ("rules", "else"))
     rules = table.get("rules")
@@ -304,7 +300,7 @@ def parse_task_table(text: str) -> tuple[dict[str, str | None], str | None]:
     """Read a task table: ``tasks`` (task name or pattern -> vector) and ``else``.
 
     Raises:
-        AFTError: not YAML, or not such a table; the place is named.
+        AFTError: not YAML, or not such a table; the message names the place.
     """
     table = _mapping(text, "task table", ("tasks", "else"))
     tasks = table.get("tasks")
@@ -323,6 +319,10 @@ def _each(names: Iterable[str | None]) -> list[str]:
 def _mapping(text: str, what: str, keys: tuple[str, ...]) -> dict[Any, Any]:
     if len(text) > _MAX_TABLE:
         raise AFTError(f"The {what} is longer than {_MAX_TABLE:,} characters.")
+    import yaml  # here, so that listing the routers for --help does not wait for it
+
+    from lm_eval_aft._util.config import read_yaml
+
     try:
         table = read_yaml(text, texts=True)
     except yaml.YAMLError as error:
@@ -351,11 +351,11 @@ def _resolve(target: str | None, names: Sequence[str]) -> str | None:
     return None if target is None else resolve(target, names)
 
 
-# What a prompt asks: its last part, without the examples, instructions and passages before it.
+# The question in a prompt: its last part, without the examples, instructions and passages before it.
 
 # Shorter texts (labels, numbers, names) could stand anywhere in a prompt.
 _SHORTEST = 8
-# Texts from here on hardly stand in another document's example by chance.
+# Texts of this length hardly occur in another document's example by chance.
 _TELLING = 24
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import replacing
 from lm_eval_aft.library.entry import Entry, read_entry
 from lm_eval_aft.library.files import (
     CARD,
@@ -32,13 +33,8 @@ from lm_eval_aft.steering.vector_file import FILE_NAME
 
 # A temporary folder this old (seconds) belongs to a process that died.
 STALE = 3600.0
-
-
-# How the names of files and folders begin that no listing shows.
-ADDING = ".adding-"
-
-
-_ADDING, _REPLACED, _REMOVED = ADDING, ".replaced-", ".removed-"
+# How the names of temporary folders begin, which no listing shows.
+_ADDING, _REPLACED, _REMOVED = ".adding-", ".replaced-", ".removed-"
 
 
 def default_library() -> Path:
@@ -58,7 +54,7 @@ class Library:
         self.root = Path(root) if root is not None else default_library()
 
     def names(self) -> list[str]:
-        """All names, in order; folders without a ``vector.safetensors`` are none."""
+        """All names, in order, of folders that hold a ``vector.safetensors``."""
         return sorted(name for name, _ in self._folders())
 
     def path(self, name: str) -> Path:
@@ -79,7 +75,7 @@ class Library:
         return folder
 
     def entry(self, name: str) -> Entry:
-        """Read one vector's description, past the index."""
+        """One vector's description, read from its files rather than the index."""
         return read_entry(name, self.path(name))
 
     def entries(self) -> list[Entry]:
@@ -118,7 +114,7 @@ class Library:
 
     @contextmanager
     def adding(self, name: str, *, replace: bool = False) -> Iterator[Path]:
-        """Yield an empty folder; what the block leaves there becomes the vector ``name``.
+        """Yield an empty folder whose contents become the vector ``name`` when the block ends.
 
         Raises:
             AFTError: as `add`.
@@ -133,10 +129,10 @@ class Library:
 
     @contextmanager
     def temporary(self, name: str) -> Iterator[Path]:
-        """Yield a folder inside the library that no listing shows; it goes when the block ends.
+        """Yield a folder inside the library that no listing shows; it is deleted when the block ends.
 
         Args:
-            name: what messages about files in it call it.
+            name: what error messages call it.
 
         Raises:
             AFTError: the library is not writable; or raised in the block.
@@ -227,10 +223,10 @@ class Library:
         return aside
 
     def _clean(self) -> None:
-        """Delete what died with its process; a vector caught between old and new comes back."""
+        """Delete temporary folders of processes that died; restore a vector that one was replacing."""
         for each in self.root.iterdir():
             with contextlib.suppress(OSError):
-                if not each.name.startswith((_ADDING, _REPLACED, _REMOVED)):
+                if not each.name.startswith((_ADDING, _REPLACED, _REMOVED, f".{INDEX}.")):
                     continue
                 # A long download writes file after file, while its folder stays as old as its first.
                 if time.time() - max(path.lstat().st_mtime for path in (each, *each.rglob("*"))) < STALE:
@@ -247,7 +243,7 @@ class Library:
 
     def _folders(self) -> Iterator[tuple[str, Path]]:
         try:
-            categories = [c for c in os.scandir(self.root) if _is_plain_folder(c)]
+            categories = [c for c in os.scandir(self.root) if c.is_dir(follow_symlinks=False)]
         except FileNotFoundError:
             return
         except OSError as error:
@@ -256,7 +252,7 @@ class Library:
             with contextlib.suppress(OSError):  # removed, or not for us
                 for each in os.scandir(category.path):
                     name = f"{category.name}/{each.name}"
-                    if not (is_name(name) and _is_plain_folder(each)):
+                    if not (is_name(name) and each.is_dir(follow_symlinks=False)):
                         continue
                     if os.path.lexists(f"{each.path}/{FILE_NAME}"):
                         yield name, Path(each.path)
@@ -285,27 +281,21 @@ def _drop(aside: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _is_plain_folder(each: os.DirEntry[str]) -> bool:
-    return each.is_dir(follow_symlinks=False)
-
-
 def _taken(root: Path, name: str) -> AFTError:
     return AFTError(f"The library {root} already has {name!r}.", "Choose another name, or add --replace.")
 
 
-# The index of a library, which spares reading a thousand headers again.
+# The index of a library, which saves reading a thousand headers again.
 #
-# An entry of ``.index.json`` counts while the files it was read from keep their inode, length and time of
+# An entry of ``.index.json`` is valid while the files it was read from keep their inode, length and time of
 # change.
 
 INDEX = ".index.json"
-
-
 _VERSION = 2  # counts up when an entry comes to say something else of the same files
 
 
 def read_index(root: Path) -> dict[str, dict[str, Any]]:
-    """What the index of the library at ``root`` says by name; nothing where it is missing or damaged."""
+    """The entries of the index of the library at ``root`` by name; none where it is missing or damaged."""
     try:
         index = json.loads((root / INDEX).read_text(encoding="utf-8"))
         known = index["vectors"] if index["version"] == _VERSION else {}
@@ -315,23 +305,16 @@ def read_index(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_index(root: Path, found: Mapping[str, tuple[list[list[int]], Entry]]) -> None:
-    """Write the index anew, whole or not at all, if the library may be written."""
+    """Replace the index, if the library can be written."""
     index = {k: {"state": state, "entry": entry.to_dict()} for k, (state, entry) in found.items()}
     text = json.dumps({"version": _VERSION, "vectors": index}, separators=(",", ":"))
-    with contextlib.suppress(OSError):  # a library one may only read works all the same
-        handle, name = tempfile.mkstemp(prefix=ADDING, dir=root)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            temporary.chmod(0o644)
-            temporary.replace(root / INDEX)
-        finally:
-            temporary.unlink(missing_ok=True)
+    # A library that may only be read works all the same.
+    with contextlib.suppress(AFTError), replacing(root / INDEX) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def state(folder: Path) -> list[list[int]]:
-    """What changes when a vector or its card is written again."""
+    """Inode, length and time of change of the vector and its card: they differ once either is rewritten."""
     found = []
     for name in (FILE_NAME, CARD):
         try:

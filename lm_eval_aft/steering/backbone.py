@@ -15,13 +15,13 @@ from lm_eval_aft._util.private_names import CACHE_ARGUMENTS
 
 try:
     from transformers.pytorch_utils import Conv1D as Conv1D  # of GPT-2's linear layers
-except ImportError:  # no release without it is known; its layers are then like any others
+except ImportError:  # no known release lacks it
 
     class Conv1D(nn.Module):  # type: ignore[no-redef]
-        """Nothing is one of these."""
+        """Stands in for it: no layer is an instance."""
 
 
-UNTOLD = "untold"  # a config does not say which attention kernel it uses
+UNTOLD = "untold"  # the config does not say which attention kernel it uses
 # The last part of the names under which transformers keeps decoder blocks.
 _USUAL_NAMES = {"layers", "h", "blocks", "block", "decoder_layers"}
 
@@ -78,10 +78,10 @@ def find_backbone(model: nn.Module, blocks: str | None = None) -> Backbone:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model's inputs go: to its first weights, or, if those lie on disk, where they will be used."""
+    """The device of a model's inputs: that of its first weights or, if offloaded, where they will run."""
     try:
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # a model that does not say
+    except NotImplementedError:  # some models do not say
         embedding = None
     place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return next(model.parameters()).device if place is None else torch.device(place)
@@ -90,11 +90,11 @@ def input_device(model: nn.Module) -> torch.device:
 def cache_argument(model: nn.Module) -> str:
     """The keyword by which the model's ``forward`` takes a key-value cache.
 
-    Read from its signature, so that it is never a deprecated one while there is another. Wrappers that
-    hand their arguments on (PEFT, compiled models) are asked for what they wrap.
+    Read from its signature, so that a deprecated name is used only where there is no other. For wrappers
+    that pass their arguments on (PEFT, compiled models), the wrapped model's signature is read.
 
     Raises:
-        AFTError: the model takes no cache, or calls it something else.
+        AFTError: the model takes no cache, or under an unknown name.
     """
     for module in model.modules():  # the model itself first, then what it wraps
         try:
@@ -105,7 +105,7 @@ def cache_argument(model: nn.Module) -> str:
             if name in taken:
                 return name
         if "input_ids" in taken and not hasattr(module, "base_model"):
-            break  # a model of its own, whose layers' names are not for callers
+            break  # a complete model: its layers' signatures say nothing about its own
     raise AFTError(
         f"{type(model).__name__} takes no key-value cache by a name that is known here "
         f"({' or '.join(CACHE_ARGUMENTS)}).",
@@ -120,10 +120,10 @@ def attention_kernel(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def check_causal(model: nn.Module) -> None:
-    """Raise `AFTError` for a model whose tokens see later ones: it would read the answer it scores.
+    """Raise `AFTError` for a model whose tokens attend to later ones: it would read the answer it scores.
 
-    Only families that have both kinds say in their config which they are (``is_decoder``); where it says
-    no, a pass over two tokens tells, as some set the switch on a copy.
+    Only families that have both kinds say so in their config (``is_decoder``). Where it says no, a pass over
+    two tokens decides, since some families set the switch on a copy of the config.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -34,8 +34,8 @@ _CONFIG_KEYS = (
     "use_parallel_residual",
     "residual_multiplier",
 )
-# What else the same weights compute differently with. Vectors made before these were looked at have no
-# hash of them, so they are compared only where both sides do.
+# Other settings that change what the same weights compute. Older vectors have no hash of these, so they are
+# compared only where both sides have one.
 _COMPUTATION_KEYS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     *("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar"),
@@ -87,18 +87,18 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
 
 
 def stored_weights(model: nn.Module) -> str:
-    """SHA-256 of 16 entries of everything the model holds, in the numbers it holds them in.
+    """SHA-256 of 16 entries of every tensor of the model, as stored.
 
-    Tells quantised models apart too, which have no sketch; another dtype counts as another model.
+    Distinguishes quantised models too, which have no sketch; another dtype counts as another model.
     """
     held = [tensor for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)]
-    # Numbers of 8 bits are read as integers: not all kinds of them can be indexed.
+    # 8-bit numbers are read as integers, since not all 8-bit dtypes can be indexed.
     plain = [each.view(torch.uint8) if each.dtype.itemsize == 1 else each for each in held if each.numel()]
     return hashlib.sha256(_encode(_sketch(plain)).encode()).hexdigest()
 
 
 def compare_fingerprints(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Say in what two fingerprints differ; an empty list means they name the same model.
+    """In what two fingerprints differ; an empty list means that they belong to the same model.
 
     Sketches are compared after rounding both to the coarser of the two dtypes; fp16 against bf16,
     where neither is coarser, with a relative tolerance of 2**-8. Quantised weights have no sketch
@@ -144,10 +144,10 @@ def check_fingerprint(
         what = f"The vector was trained on {trained_on!r}, not on {name!r}: {', '.join(differences)} differ."
         if not allow_mismatch:
             raise AFTError(
-                what, "Load the model it was trained on, or pass allow_mismatch=true to try it all the same."
+                what, "Load the model it was trained on, or pass allow_mismatch=true to try it anyway."
             )
-        logger.warning("%s Going on, as allow_mismatch is set.", what)
-    elif (reason := _hardly_compared(recorded, present)) is not None:
+        logger.warning("%s Continuing, because allow_mismatch is set.", what)
+    elif (reason := _limits_of_comparison(recorded, present)) is not None:
         logger.warning("%s: the vector was trained on %r, this is %r.", reason, trained_on, name)
 
 
@@ -167,8 +167,8 @@ def _same_weights(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> bo
     return bool(torch.equal(ours.to(coarser), theirs.to(coarser)))
 
 
-def _hardly_compared(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
-    """Why equal fingerprints say little of the weights; ``None`` if they say enough."""
+def _limits_of_comparison(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
+    """Why equal fingerprints say little about the weights; ``None`` if they say enough."""
     if recorded["quantized"] or present["quantized"]:
         return "Quantised weights cannot be compared"
     ours, theirs = _decode(recorded["sketch"]), _decode(present["sketch"])
@@ -200,7 +200,7 @@ def _is_quantized(model: nn.Module) -> bool:
 
 
 def _canonical(value: Any) -> Any:
-    """The same settings in one form: numbers as floats, and what is not set left out."""
+    """The settings in one form: numbers as floats, unset ones left out."""
     if isinstance(value, Mapping):
         return {str(key): _canonical(each) for key, each in value.items() if each is not None}
     if isinstance(value, list | tuple):

@@ -21,20 +21,19 @@ U = TypeVar("U")
 
 
 class Removable(Protocol):
-    """What a handle keeps: a hook, or anything else with ``remove()``."""
+    """A hook, or anything else with ``remove()``."""
 
-    def remove(self) -> None:
-        """Take it off the model."""
+    def remove(self) -> None: ...
 
 
 class SteeringHandle:
-    """A vector in force on a model. ``remove()`` takes it off; removing twice does no harm."""
+    """A vector attached to a model. ``remove()`` detaches it; calling it twice is harmless."""
 
     def __init__(self, hooks: list[Removable]) -> None:
         self._hooks = hooks
 
     def remove(self) -> None:
-        """Take the vector off the model."""
+        """Detach the vector."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -54,7 +53,7 @@ def attach(
     allow_mismatch: bool = False,
     blocks: str | None = None,
 ) -> SteeringHandle:
-    """Add ``coefficient * vector`` at each of its layers' outputs from now on.
+    """Steer a model: apply ``vector`` at the output of each of its layers until the handle is removed.
 
     One forward hook per layer covers plain forward passes, generation (it fires at each decode
     step) and wrapped (PEFT) models. ``h <- h + (coefficient * v)``: the product is formed in fp32,
@@ -71,6 +70,9 @@ def attach(
 
     Raises:
         AFTError: another hidden size, a layer out of range, or another base model.
+
+    >>> with attach(model, vector, coefficient=0.5):  # doctest: +SKIP
+    ...     steered = model(**inputs).logits
     """
     backbone = find_backbone(model, blocks)
     check_fits(vector, backbone)
@@ -132,9 +134,9 @@ def add_at(block: nn.Module, shift: Shift) -> torch.utils.hooks.RemovableHandle:
 
 
 class RowSteering:
-    """Several vectors in force on a model at once, each on rows of its own.
+    """Several vectors attached to a model at once, each steering its own rows of the batch.
 
-    Rows are in *states*: in state 0 nothing is added, in state k ``shifts[k - 1]``. Outside of
+    Every row has a *state*: in state 0 nothing is added, in state k ``shifts[k - 1]``. Outside of
     `chosen` every row is in state 0.
 
     Args:
@@ -152,22 +154,22 @@ class RowSteering:
 
     @property
     def state(self) -> int:
-        """The state that all rows of passes made now are in.
+        """The state of all rows in passes made now.
 
         Raises:
-            AFTError: rows differ.
+            AFTError: the rows differ.
         """
         if not isinstance(self._states, int):
             raise AFTError("Rows of one pass are in several states.")
         return self._states
 
     def remove(self) -> None:
-        """Take the vectors off the model."""
+        """Detach the vectors."""
         self._handle.remove()
 
     @contextmanager
     def chosen(self, states: int | Sequence[int]) -> Iterator[None]:
-        """The passes made inside the block have rows in these states, or all rows in one state."""
+        """Inside the block, the rows of a pass have these states, or all of them this one."""
         before, self._states = self._states, states
         try:
             yield
@@ -177,9 +179,9 @@ class RowSteering:
     def apart(
         self, states: Sequence[int], items: Sequence[T], ask: Callable[[list[T]], Sequence[U]]
     ) -> list[U]:
-        """What ``ask`` answers for the items, state by state, in the items' order.
+        """``ask``'s answers to the items, which it is asked state by state, in the items' order.
 
-        For code that makes batches of its own, whose rows cannot be told apart.
+        For code that forms its own batches, so that rows cannot have states of their own.
         """
         answers: dict[int, U] = {}
         for state in sorted(set(states)):
@@ -225,7 +227,7 @@ def _shifted(hidden: Tensor, shift: Shift) -> Tensor:
 
 
 def _shifted_by_row(hidden: Tensor, states: Sequence[int], shifts: Mapping[int, Shift]) -> Tensor:
-    """Rows in states without a shift stay; a function sees all rows, and its own are taken."""
+    """Rows whose state has no shift stay; a function is given all rows, and its own are used."""
     found = hidden
     index = torch.tensor(states, device=hidden.device)
     for state in set(states) & set(shifts):

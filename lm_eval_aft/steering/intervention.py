@@ -1,4 +1,4 @@
-"""A method with its tensors, ready for a model's blocks, and which tokens of a pass it steers."""
+"""A method with its tensors, as applied to a model's blocks, and which tokens of a pass it steers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Shift = Tensor | Callable[[Tensor], Tensor]
 
 @dataclass
 class Intervention:
-    """What steers a model: a method's tensors, how strongly, and where.
+    """What steers a model: a method with its tensors, its coefficient and its positions.
 
     Attributes:
         tensors: by the names they have in a vector file; see `lm_eval_aft.steering.methods`.
         coefficient: multiplies what is added.
         positions: which tokens are steered; see `lm_eval_aft.steering.intervention`.
-        passes: what knows the tokens' roles in passes that do not say them.
+        passes: works out the tokens' roles in passes where nobody states them.
     """
 
     method: Method
@@ -75,16 +75,16 @@ class Intervention:
         return steer
 
 
-# Which tokens of a forward pass are steered: what each token is, and which kinds a vector speaks of.
+# Which tokens of a forward pass are steered: the role of each token, and the roles that a vector steers.
 #
-# A token's *role* is padding, context, the context's last token, or continuation. Code that lays out its
-# own rows states the roles (`roles`). In passes that do not, `Passes` works them out from what the model is
-# given, and during generation from the prompt that `generate` was called with; where that does not settle
-# it, steering some of the tokens is an error.
+# A token's *role* is padding, context, last token of the context, or continuation. Code that lays out its
+# own rows states the roles (`roles`). Elsewhere `Passes` works them out from the model's inputs, and during
+# generation from the prompt that `generate` was called with; where that is not enough, steering only some of
+# the tokens is an error.
 
-# What an input token is: padding, of the context, the context's last, or of the continuation.
+# The roles of an input token: padding, context, the context's last token, continuation.
 PADDING, CONTEXT, LAST, GENERATED = range(4)
-# The kinds of token that each choice of positions steers.
+# The roles that each choice of positions steers.
 POSITIONS: dict[str, tuple[int, ...]] = {
     "all": (PADDING, CONTEXT, LAST, GENERATED),
     "prompt": (CONTEXT, LAST),
@@ -114,9 +114,9 @@ _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
 
 @contextmanager
 def roles(table: Tensor | None) -> Iterator[None]:
-    """State what the tokens of the passes made inside the block are: (rows, tokens), integers as above.
+    """State the tokens' roles in the passes made inside the block: (rows, tokens), integers as above.
 
-    With ``None`` the block changes nothing.
+    ``None`` changes nothing.
     """
     with _during(_roles, table if table is not None else _roles.get()):
         yield
@@ -124,7 +124,7 @@ def roles(table: Tensor | None) -> Iterator[None]:
 
 @contextmanager
 def unsteered() -> Iterator[None]:
-    """Inside the block, vectors that steer some positions only leave the model alone."""
+    """Inside the block, vectors that steer only some positions do nothing."""
     with _during(_unsteered, True):
         yield
 
@@ -151,7 +151,7 @@ def prompt_roles(mask: Tensor) -> Tensor:
 
 @dataclass
 class Prompt:
-    """What a generation starts from.
+    """The prompt of a generation.
 
     Attributes:
         roles: (rows, columns) role of each column of the prompt.
@@ -217,16 +217,16 @@ class Prompt:
         return "" if same else "a pass that reads neither the prompt nor what follows it"
 
 
-# The generation under way: whose it is (None: any model's), and what it starts from.
+# The current generation: whose it is (None: any model's), and its prompt.
 _generation: ContextVar[tuple[object, Prompt] | None] = ContextVar("generation", default=None)
 
 
 @contextmanager
 def generating_from(input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[None]:
-    """Say what the prompt is for the passes of a decoding loop of one's own, the first one included.
+    """State the prompt for the passes of your own decoding loop, including the first.
 
-    ``model.generate`` needs no help. Elsewhere a pass without a cache is taken for a prompt, and a single
-    token behind a filled cache for a generated one; what could be either raises an error.
+    ``model.generate`` does not need this. Elsewhere a pass without a cache is taken for a prompt, and a
+    single token after a filled cache for a generated one; anything ambiguous raises an error.
 
     Args:
         input_ids: (rows, tokens) the prompts.
@@ -243,12 +243,12 @@ def generating_from(input_ids: Tensor, attention_mask: Tensor | None = None) -> 
 
 
 class Passes:
-    """Works out what the tokens of each pass are, where nobody states it.
+    """Works out the tokens' roles in each pass where nobody states them.
 
     During ``model.generate`` the roles follow from the prompt it was called with and from how many columns
-    a pass has behind it, whatever kind of cache holds them (or none); passes are held against the prompt's
-    tokens. Elsewhere a pass without a cache reads a prompt, whose attention mask says where it is padded, and
-    a single token behind a cache was generated.
+    precede a pass, whatever kind of cache holds them (or none); passes are compared with the prompt's tokens.
+    Elsewhere a pass without a cache reads a prompt, padded where its attention mask says so, and a single
+    token after a cache was generated.
 
     Args:
         model: the model as users call it, possibly wrapped (PEFT).
@@ -269,7 +269,7 @@ class Passes:
 
     @classmethod
     def of(cls, model: nn.Module, blocks: str) -> Passes:
-        """What watches this model, until `remove` has been called as often as this."""
+        """The watcher of this model; it stays until `remove` has been called as often as this."""
         found = model.__dict__.get("_aft_passes")
         if not isinstance(found, Passes):
             found = cls(model, blocks)
@@ -279,18 +279,18 @@ class Passes:
         return found
 
     def remove(self) -> None:
-        """Stop watching the model, unless another vector on it needs this."""
+        """Stop watching the model, unless another vector on it needs it."""
         self._users -= 1
         if self._users == 0:
             while self._undo:
                 self._undo.pop()()
 
     def roles(self) -> Tensor | str:
-        """Roles (rows, tokens) of the pass at hand, or why they are not known."""
+        """Roles (rows, tokens) of the current pass, or why they are unknown."""
         return getattr(self._here, "seen", _NO_PASS)
 
     def _watch_generate(self, module: Any) -> None:
-        """Learn each generation's prompt: an attribute of this one model hides its class's method."""
+        """Record each generation's prompt: an attribute of this one model hides its class's method."""
         own: dict[str, Any] = module.__dict__
         hidden, stock = own.get("generate"), module.generate
 
@@ -306,7 +306,7 @@ class Passes:
 
         def undo() -> None:
             if own.get("generate") is not generate:
-                return  # hidden in turn; without users it only passes calls on
+                return  # hidden by another wrapper; without users this one only passes calls on
             if hidden is None:
                 del own["generate"]
             else:
@@ -319,7 +319,7 @@ class Passes:
         here = self._here
         here.depth = getattr(here, "depth", 0) + 1
         if here.depth > 1 and here.seen != _NO_INPUTS:
-            return  # an outer module's inputs, as the user gave them, say more
+            return  # the inputs of an outer module, as the user gave them, say more
         if _roles.get() is None and not is_unsteered():
             here.seen = self._work_out({**_named(module, args), **kwargs})
         else:
@@ -438,11 +438,11 @@ def _named(module: nn.Module, args: Sequence[Any]) -> dict[str, Any]:
 
 
 def _columns_before(inputs: Iterable[tuple[str, Any]]) -> tuple[int | None, str]:
-    """How many columns lie in a cache among a model's ``inputs``; None where there is none to ask.
+    """How many columns the cache among a model's ``inputs`` holds; None without such a cache.
 
-    Caches are known by what they are, since the name of the argument differs between releases of
-    transformers: an object with ``get_seq_length``, or a tuple of each block's tensors (rows, heads, columns,
-    width). The second result names a cache that says nothing of its length.
+    Caches are recognised by type, since the name of the argument differs between releases of transformers: an
+    object with ``get_seq_length``, or a tuple of each block's tensors (rows, heads, columns, width). The
+    second result names a cache that does not tell its length.
     """
     unknown = ""
     for name, value in inputs:
@@ -465,9 +465,9 @@ def _columns_before(inputs: Iterable[tuple[str, Any]]) -> tuple[int | None, str]
 
 
 def _generation_prompt(module: nn.Module, given: dict[str, Any]) -> Prompt:
-    """What a call of ``generate`` with the arguments ``given`` is to continue.
+    """The prompt of a call of ``generate`` with the arguments ``given``.
 
-    A mask that `generate` would infer from padding tokens is put among them, so that both go by the same.
+    A mask that `generate` would infer from padding tokens is added to them, so that both use the same one.
     """
     config = given.get("generation_config") or getattr(module, "generation_config", None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,14 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, replacing
 from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.methods import METHODS
-from lm_eval_aft.steering.vector_file import FILE_NAME, FORMAT, is_biased, layer_index, read_tensors
+from lm_eval_aft.steering.vector_file import (
+    FILE_NAME,
+    FORMAT,
+    is_biased,
+    layer_index,
+    read_tensors,
+    unknown_method,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,11 +59,13 @@ class SteeringVector:
         try:  # 2 and 2.0 are one coefficient, and must give one digest
             self.coefficient = float(self.coefficient)
         except (TypeError, ValueError, OverflowError) as error:
-            told = str(self.coefficient)[:80]
-            raise AFTError(f"vector has coefficient {told}, which is not a finite number.") from error
+            told, reason = str(self.coefficient)[:80], "not a finite number"
+            if isinstance(error, OverflowError):
+                reason = "too large"
+            raise AFTError(f"vector has coefficient {told}, which is {reason}.") from error
         self.layers = {int(k): v.detach().to("cpu", torch.float32) for k, v in sorted(self.layers.items())}
         self.extra = {k: v.detach().to("cpu", torch.float32) for k, v in sorted(self.extra.items())}
-        self._check("vector")
+        self._check()
 
     @property
     def hidden_size(self) -> int:
@@ -74,9 +82,18 @@ class SteeringVector:
         """The vector with these tensors, named as in a file, and these other attributes.
 
         Raises:
-            AFTError: what they make is no vector.
+            AFTError: they do not make a vector.
         """
-        layers, extra = _sorted_out(tensors, "vector")
+        layers: dict[int, Tensor] = {}
+        extra: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            layer = layer_index(key)
+            if layer is not None:
+                layers[layer] = tensor
+            elif key.partition(".")[0] == "method":
+                extra[key] = tensor
+            else:
+                raise AFTError(f"vector holds a tensor named {key[:80]!r}, which no vector of {FORMAT} has.")
         return cls(layers, extra=extra, **fields)
 
     def norm(self) -> float:
@@ -94,16 +111,30 @@ class SteeringVector:
             sha.update(values.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
+    def header(self) -> dict[str, Any]:
+        """What the file's header says: the metadata and the vector's own attributes."""
+        return {
+            **self.metadata,
+            "method": self.method,
+            "layers": list(self.layers),
+            "coefficient": self.coefficient,
+            "positions": self.positions,
+            "hidden_size": self.hidden_size,
+        }
+
     def adjusted(self, coefficient: Any = None, positions: str | None = None) -> SteeringVector:
-        """This vector with another coefficient or positions; ``None`` leaves them.
+        """This vector with another coefficient or positions; ``None`` keeps its own.
 
         Raises:
-            AFTError: a coefficient that is no finite number, or unknown positions.
+            AFTError: a coefficient that is not a finite number, or unknown positions.
+
+        >>> SteeringVector({3: torch.ones(2)}).adjusted(0.5).coefficient
+        0.5
         """
         try:
             factor = self.coefficient if coefficient is None else float(coefficient)
         except (TypeError, ValueError):
-            raise AFTError(f"coefficient={coefficient!r} is no number.", "Give one, as in 0.5.") from None
+            raise AFTError(f"coefficient={coefficient!r} is not a number.", "Give one, as in 0.5.") from None
         return replace(self, coefficient=factor, positions=positions or self.positions)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -112,21 +143,13 @@ class SteeringVector:
         The file appears whole or not at all.
 
         Raises:
-            AFTError: the place cannot be written, or the metadata are nothing a file can hold.
+            AFTError: the file cannot be written, or the metadata are not JSON.
         """
         target = Path(path)
         if target.suffix != ".safetensors":
             target = target / FILE_NAME
-        header = {
-            **self.metadata,
-            "method": self.method,
-            "layers": list(self.layers),
-            "coefficient": self.coefficient,
-            "positions": self.positions,
-            "hidden_size": self.hidden_size,
-        }
         try:
-            entry = canonical_json(header)
+            entry = canonical_json(self.header())
             entry.encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise AFTError(
@@ -153,91 +176,55 @@ class SteeringVector:
                 "Give a .safetensors file or a folder that holds vector.safetensors.",
             )
         tensors, metadata = read_tensors(source)
-        layers, extra = _sorted_out(tensors, str(source))
-        header = {k: metadata.pop(k, None) for k in ("method", "coefficient", "positions", "layers")}
-        hidden_size = metadata.pop("hidden_size", None)
-        if not layers:
-            raise AFTError(f"{source} holds no layers.", "Train or download the vector again.")
-        if header["layers"] != sorted(layers):
-            raise AFTError(f"{source} declares layers {header['layers']} but holds {sorted(layers)}.")
-        if any(tensor.shape != (hidden_size,) for tensor in layers.values()):
-            shapes = sorted({tuple(tensor.shape) for tensor in layers.values()})
-            raise AFTError(
-                f"{source} declares hidden_size {hidden_size} but holds tensors of shape {shapes}."
-            )
-        coefficient = header["coefficient"]
+        del metadata["layers"], metadata["hidden_size"]
+        fields = {key: metadata.pop(key, None) for key in ("method", "coefficient", "positions")}
+        coefficient = fields["coefficient"]
         if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
             raise AFTError(f"{source} declares coefficient {coefficient!r}, which is not a number.")
-        if abs(coefficient) > sys.float_info.max:  # an integer may be
-            raise AFTError(f"{source} declares a coefficient that is too large.")
-        vector = cls.__new__(cls)
-        vector.layers = {k: layers[k].to(torch.float32) for k in sorted(layers)}
-        vector.extra = {k: extra[k].to(torch.float32) for k in sorted(extra)}
-        vector.coefficient = float(coefficient)
-        vector.positions, vector.method, vector.metadata = header["positions"], header["method"], metadata
-        vector._check(str(source))
-        return vector
+        try:
+            return cls.from_tensors(tensors, metadata=metadata, **fields)
+        except AFTError as error:
+            raise AFTError(f"{source}{error.what.removeprefix('vector')}", error.hint) from error
 
-    def _check(self, name: str) -> None:
+    def _check(self) -> None:
+        """Raise `AFTError` for anything that makes no vector; every message begins with "vector"."""
         if not self.layers:
-            raise AFTError(f"{name} has no layers.")
+            raise AFTError("vector has no layers.")
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise AFTError(
-                f"{name} uses method {self.method!r}; this version knows {', '.join(METHODS)}.",
-                "A newer lm-eval-aft may have written it: upgrade.",
-            )
+            raise unknown_method("vector", self.method)
         if not isinstance(self.positions, str) or self.positions not in POSITIONS:
             raise AFTError(
-                f"{name} uses positions {self.positions!r}; this version knows {', '.join(POSITIONS)}."
+                f"vector uses positions {self.positions!r}; this version knows {', '.join(POSITIONS)}."
             )
         if not math.isfinite(self.coefficient):
-            raise AFTError(f"{name} has coefficient {self.coefficient}, which is not a finite number.")
+            raise AFTError(f"vector has coefficient {self.coefficient}, which is not a finite number.")
         for layer, values in self.layers.items():
             if layer < 0:
-                raise AFTError(f"{name} has layer {layer}; layers are numbered from 0.")
+                raise AFTError(f"vector has layer {layer}; layers are numbered from 0.")
             if values.ndim != 1 or values.shape[0] != self.hidden_size or not len(values):
                 raise AFTError(
-                    f"{name} has shape {tuple(values.shape)} at layer {layer}; one axis of at least one "
-                    "number, as long at every layer, is wanted."
+                    f"vector has shape {tuple(values.shape)} at layer {layer}; expected (hidden_size,), the "
+                    "same at every layer."
                 )
-            if not bool(torch.isfinite(values).all()):
-                raise AFTError(
-                    f"{name} holds NaN or infinite values at layer {layer}.",
-                    "The training run diverged or the file is damaged: train it again.",
-                )
-        self._check_method(name)
-
-    def _check_method(self, name: str) -> None:
         method = METHODS[self.method]
         wanted = method.extra(self.hidden_size)
-        if {key: tuple(values.shape) for key, values in self.extra.items()} != wanted:
-            held = {key: tuple(values.shape) for key, values in self.extra.items()}
-            raise AFTError(f"{name} uses method {self.method!r} but holds {held} where it needs {wanted}.")
+        held = {key: tuple(values.shape) for key, values in self.extra.items()}
+        if held != wanted:
+            raise AFTError(f"vector uses method {self.method!r} but holds {held} where it needs {wanted}.")
         if not method.constant and len(self.layers) > 1:
-            raise AFTError(f"{name} steers {len(self.layers)} layers; the method {self.method!r} steers one.")
-        for key, values in self.extra.items():
+            raise AFTError(f"vector steers {len(self.layers)} layers; the method {self.method!r} steers one.")
+        for key, values in self.tensors.items():
             if not bool(torch.isfinite(values).all()):
-                raise AFTError(f"{name} holds NaN or infinite values in {key}.", "Train it again.")
-
-
-def _sorted_out(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """Tensors of a file as layers and the method's own."""
-    layers, extra = {}, {}
-    for key, tensor in tensors.items():
-        layer = layer_index(key)
-        if layer is not None:
-            layers[layer] = tensor
-        elif key.partition(".")[0] == "method":
-            extra[key] = tensor
-        else:
-            raise AFTError(f"{name} holds a tensor named {key[:80]!r}, which no vector of {FORMAT} has.")
-    return layers, extra
+                raise AFTError(
+                    f"vector holds NaN or infinite values in {key}.",
+                    "The training run diverged or the file is damaged: train it again.",
+                )
 
 
 def describe_vector(vector: SteeringVector) -> dict[str, Any]:
-    """A vector as results files name it: what it does, what it was made from and on, where it came from."""
+    """A vector as result files describe it: what it does, what it was trained on, where it came from."""
     meta = vector.metadata
-    # Of a mixture, what each task's prompts were like.
+    # Trained on several tasks: the prompts of each.
     several = [each for each in meta.get("tasks") or () if isinstance(each, Mapping)]
     mixed = [{key: each.get(key) for key in ("task", "num_fewshot")} for each in several]
     return {
@@ -250,7 +237,7 @@ def describe_vector(vector: SteeringVector) -> dict[str, Any]:
         "task": meta.get("task"),
         "num_fewshot": meta.get("num_fewshot"),
         "control": meta.get("control"),
-        # Chosen on evaluation documents, by its own word: no report may take it for a result.
+        # Chosen on evaluation documents, by its own metadata: no report may take it for a result.
         "biased": is_biased(meta),
         "base_model": meta.get("base_model"),
         # A sum's operands, and the repository and commit a vector was fetched from.

@@ -1,7 +1,8 @@
 """The file of a vector, read without trusting it: its header without torch, and its tensors.
 
-A listing reads a thousand files, and a download must be judged before anything opens it. So the JSON
-header can be read alone: eight bytes of length, then that many bytes of JSON, then the numbers.
+A listing reads a thousand files, and a download must be judged before any library opens it. So the header is
+read here: eight bytes of length, then that many bytes of JSON. (`safe_open` would do that too, but it
+imports numpy or torch, which takes longer than listing a library.)
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 import os
 import re
 import stat
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,24 @@ FILE_NAME = "vector.safetensors"
 
 # Links are not followed, and a pipe must not make anybody wait.
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+# A header with 10,000 selection documents and the fingerprint of a large model stays below 1 MB.
+MAX_HEADER = 16 * 2**20
+# 200 layers of 32,768 fp32 numbers are 26 MB.
+MAX_FILE = 256 * 2**20
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# What the entry's parts are where they are there at all; readers rely on it.
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(
+        ("base_model", "fingerprint", "protocol", "prompts", "splits", "selection", "loss"), dict
+    ),
+    **dict.fromkeys(("versions", "rft", "calibration", "recipe", "hub"), dict),
+    **dict.fromkeys(("tasks",), list),
+    **dict.fromkeys(("task", "method", "positions", "objective", "metric", "control", "created"), str),
+    **dict.fromkeys(("num_hidden_layers", "seed", "epoch", "parameters", "processes"), int),
+}
+# One spelling each, and no more digits than any model has layers.
+_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -50,26 +67,35 @@ class Header:
     metadata: dict[str, Any]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, follow: bool = False) -> Header:
     """Read and check a vector file's header; the numbers themselves are not read.
+
+    Args:
+        follow: read the file that a symbolic link leads to, rather than refuse it.
 
     Raises:
         AFTError: missing, a symbolic link, too large, a pickle, truncated, not a vector, or declaring
             shapes that do not fit its own length.
     """
+    flags = OPEN_FLAGS & ~getattr(os, "O_NOFOLLOW", 0) if follow else OPEN_FLAGS
     try:
-        with os.fdopen(os.open(path, OPEN_FLAGS), "rb") as stream:
+        with os.fdopen(os.open(path, flags), "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise AFTError(f"{path} is not a plain file.", "Give the file itself.")
-            size = status.st_size
-            start = stream.read(9)
-            length = _header_length(path, start, size)
+            size, start = status.st_size, stream.read(9)
+            refuse_pickle(path, start)
+            length = int.from_bytes(start[:8], "little")
+            check_lengths(path, size, length if len(start) >= 8 else 0)
+            if len(start) < 8 or 8 + length > size:
+                raise AFTError(
+                    f"{path} cannot be read: truncated or not a safetensors file.", "Copy or train it again."
+                )
             raw = start[8:] + stream.read(max(0, length - 1))
     except FileNotFoundError as error:
         raise AFTError(f"No steering vector at {path}.") from error
     except OSError as error:
-        reason = "it is a symbolic link" if path.is_symlink() else error.strerror
+        reason = "it is a symbolic link" if path.is_symlink() and not follow else error.strerror
         raise AFTError(f"{path} cannot be read: {reason}.", "Give the file itself.") from error
     try:
         declared = json.loads(raw)
@@ -77,13 +103,12 @@ def read_header(path: Path) -> Header:
         form, text = metadata.get("format"), metadata.get("aft", "null")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise AFTError(f"{path} cannot be read: its header is not that of a safetensors file.") from error
+    reason = "" if form == FORMAT else f" (format {str(form)[:80]!r}, expected {FORMAT!r})"
     try:
-        aft = parse_entry(text)
+        aft = {} if reason else parse_entry(text)
     except (ValueError, TypeError) as error:
-        form, reason = None, f" ({error})"
-    else:
-        reason = ""
-    if form != FORMAT:
+        reason = f" (its 'aft' header: {error})"
+    if reason:
         raise AFTError(
             f"{path} is a safetensors file but not a steering vector{reason}.",
             "Give a file written by train-vector.",
@@ -92,31 +117,12 @@ def read_header(path: Path) -> Header:
     return Header(layers, int(aft["hidden_size"]), size, aft)
 
 
-def _header_length(path: Path, start: bytes, size: int) -> int:
-    refuse_pickle(path, start)
-    if len(start) < 8:
-        raise AFTError(f"{path} cannot be read: truncated or not a safetensors file.")
-    (length,) = struct.unpack("<Q", start[:8])
-    check_lengths(path, size, length)
-    if 8 + length > size:
-        raise AFTError(f"{path} cannot be read: truncated or not a safetensors file.")
-    return int(length)
-
-
-def _extra_shapes(path: Path, method: Any, width: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that a vector of this method has beside its layers, by name."""
-    if not isinstance(method, str) or method not in METHODS:
-        raise AFTError(
-            f"{path} uses method {str(method)[:80]!r}; this version knows {', '.join(METHODS)}.",
-            "A newer lm-eval-aft may have written it: upgrade.",
-        )
-    return METHODS[method].extra(width) if isinstance(width, int) else {}
-
-
 def _check_tensors(path: Path, declared: dict[str, Any], size: int, aft: dict[str, Any]) -> tuple[int, ...]:
     """The layers; raises unless every shape is the method's and the offsets fill the file."""
-    width, spans, layers = aft.get("hidden_size"), [], []
-    extra = _extra_shapes(path, aft.get("method"), width)
+    width, method, spans, layers = aft.get("hidden_size"), aft.get("method"), [], []
+    if method not in METHODS:
+        raise unknown_method(path, method)
+    extra = METHODS[method].extra(width) if isinstance(width, int) else {}
     for name, tensor in declared.items():
         layer = layer_index(name)
         if layer is None and name not in extra:
@@ -151,37 +157,12 @@ def _check_tensors(path: Path, declared: dict[str, Any], size: int, aft: dict[st
     return tuple(layers)
 
 
-# The header of a vector file: bytes from anybody, made fit for use or refused.
-
-# A header with 10,000 selection documents and the fingerprint of a large model stays below 1 MB.
-MAX_HEADER = 16 * 2**20
-# 200 layers of 32,768 fp32 numbers are 26 MB.
-MAX_FILE = 256 * 2**20
-# What the entry's parts are where they are there at all; readers rely on it.
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(
-        (
-            "base_model",
-            "fingerprint",
-            "protocol",
-            "prompts",
-            "splits",
-            "selection",
-            "loss",
-            "versions",
-            "rft",
-        ),
-        (dict,),
-    ),
-    **dict.fromkeys(("calibration", "recipe", "hub"), (dict,)),
-    **dict.fromkeys(("tasks",), (list,)),
-    **dict.fromkeys(("task", "method", "positions", "objective", "metric", "control", "created"), (str,)),
-    **dict.fromkeys(("num_hidden_layers", "seed", "epoch", "parameters", "processes"), (int,)),
-}
-
-# One spelling each, and no more digits than any model has layers.
-_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})")
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+def unknown_method(name: object, method: object) -> AFTError:
+    """What to raise for a vector of a method that this version does not have."""
+    return AFTError(
+        f"{name} uses method {str(method)[:80]!r}; this version knows {', '.join(METHODS)}.",
+        "A newer lm-eval-aft may have written it: upgrade.",
+    )
 
 
 def check_lengths(path: Path, size: int, header: int) -> None:
@@ -215,11 +196,10 @@ def parse_entry(text: str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):
         raise ValueError("it is no mapping")
-    for key, kinds in _KINDS.items():
+    for key, kind in _KINDS.items():
         value = found.get(key)
-        fine = value is None or (isinstance(value, kinds) and not isinstance(value, bool))
-        if not fine:
-            raise ValueError(f"its {key!r} is a {type(value).__name__}, not a {kinds[0].__name__}")
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"its {key!r} is a {type(value).__name__}, not a {kind.__name__}")
     return found
 
 
@@ -234,44 +214,20 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def read_tensors(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and the decoded ``aft`` entry of the header; never unpickles.
+    """The tensors of a vector file and the decoded ``aft`` entry of its header; never unpickles.
 
     Raises:
-        AFTError: no file that can be read, or not of a vector's format; the tensors' names and shapes are
-            not looked at.
+        AFTError: as `read_header`, but for symbolic links, which are followed.
     """
-    try:
-        with source.open("rb") as stream:
-            start = stream.read(9)
-            size = os.fstat(stream.fileno()).st_size
-    except OSError as error:
-        raise AFTError(f"{source} cannot be read: {error.strerror}.", "Check the path and rights.") from error
-    refuse_pickle(source, start)
-    check_lengths(source, size, int.from_bytes(start[:8], "little"))
+    header = read_header(source, follow=True)
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
-            raw = file.metadata() or {}
-            if raw.get("format") != FORMAT:
-                raise AFTError(
-                    f"{source} is a safetensors file but not a steering vector "
-                    f"(format {raw.get('format')!r}, wanted {FORMAT!r}).",
-                    "Give a file written by train-vector.",
-                )
-            try:
-                header = parse_entry(raw.get("aft", "null"))
-            except ValueError as error:
-                raise AFTError(
-                    f"{source} has no sound 'aft' header: {error}.", "Give a file written by train-vector."
-                ) from error
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, header.metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise AFTError(
             f"{source} cannot be read: truncated or not a safetensors file ({error}).",
             "Copy or train it again.",
         ) from error
-    if not all(tensor.is_floating_point() for tensor in tensors.values()):
-        raise AFTError(f"{source} holds tensors that are not floating point.")
-    return tensors, header
 
 
 def is_biased(meta: Mapping[str, Any]) -> bool:

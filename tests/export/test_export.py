@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_aft import AFTError, SteeringVector, load_vector
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.export import merged
-from lm_eval_aft.export.formats import export_vector, import_vector
+from lm_eval_aft.export.base import Export, ExportJob
+from lm_eval_aft.export.formats import FORMATS, Format, export_vector, import_vector, register_format
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
 from lm_eval_aft.steering.hooks import attach
@@ -451,3 +452,55 @@ def test_adapters_that_are_no_vectors(checkpoint: Callable[..., str], left: Path
     with pytest.raises(AFTError, match=r"has no adapter_model\.safetensors") as caught:
         import_vector(adapter, left / "v")
     assert "pickles" in caught.value.hint
+
+
+# --- adding a format
+
+
+def test_a_format_is_added_by_one_decorated_class(checkpoint: Callable[..., str], tmp_path: Path) -> None:
+    """Written, checked, imported again, and listed wherever formats are."""
+
+    @register_format
+    class Numpy(Format):
+        name, summary, description = "numpy", "numpy's", "an .npz file"
+        suffixes, imported = (".npz",), "an .npz file"
+
+        def write(self, job: ExportJob) -> Export:
+            arrays: dict[str, Any] = {str(layer): shift.numpy() for layer, shift in job.shifts.items()}
+            np.savez(job.target, **arrays)
+            return Export(job.target, self.name, None, ["written as arrays"])
+
+        def recognises(self, source: Path) -> bool:
+            return source.suffix == ".npz"
+
+        def read(self, source: Path, *_: Any) -> tuple[SteeringVector, list[str]]:
+            with np.load(source) as arrays:
+                layers = {int(name): torch.from_numpy(arrays[name]) for name in arrays.files}
+            return SteeringVector(layers), []
+
+    try:
+        vector = some_vector(control="random")
+        with pytest.raises(AFTError, match=r"should be a \.npz file"):
+            export_vector(vector, "numpy", tmp_path / "v", model=checkpoint("llama"))
+        made = export_vector(vector, "numpy", tmp_path / "v.npz", model=checkpoint("llama"))
+        assert made.notes[0] == "written as arrays"
+        assert "placebo" in made.notes[1]
+        import_vector(made.path, tmp_path / "back")
+        assert torch.equal(SteeringVector.load(tmp_path / "back").layers[2], vector.layers[2] * 0.7)
+        with pytest.raises(AFTError, match="no export 'onnx'") as caught:
+            export_vector(vector, "onnx", tmp_path / "v")
+        assert "numpy" in caught.value.hint
+        with pytest.raises(AFTError, match="nothing at") as caught:
+            import_vector(tmp_path / "none", tmp_path / "back2")
+        assert "an .npz file" in caught.value.hint
+    finally:
+        del FORMATS["numpy"]
+
+
+def test_the_help_of_export_needs_no_torch() -> None:
+    code = "import lm_eval_aft.export.formats, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    shown = call("export", "--help").output
+    for each in FORMATS.values():
+        assert f"{each.name}: {each.summary}." in " ".join(shown.split())
+        assert each.description.splitlines()[0] in shown

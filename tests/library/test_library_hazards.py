@@ -222,7 +222,7 @@ def test_vectors_that_would_share_a_name_are_refused_before_the_download(tmp_pat
 def test_a_sum_is_written_to_both_places_or_to_none(library: Library, tmp_path: Path) -> None:
     where = ("--library", library.root)
     out = tmp_path / "sum.safetensors"
-    refused("named like a file", "compose", "math/a*0.5", "-o", out, *where)
+    refused("names a file", "compose", "math/a*0.5", "-o", out, *where)
     assert not out.exists()
     out = tmp_path / "sum"
     refused("already has 'math/b'", "compose", "math/a*0.5", "-o", out, "--name", "math/b", *where)
