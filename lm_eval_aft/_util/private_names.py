@@ -585,7 +585,7 @@ _LIST = (
     PrivateName(
         "lm-eval",
         "HFLM._loglikelihood_tokens",
-        ("lm.py",),
+        ("lm.py", "engine/stock.py"),
         "answering log-likelihoods",
         f"{_STUCK}; and an error where lm-eval answers without calling it",
         lambda: (
@@ -616,7 +616,7 @@ _LIST = (
     PrivateName(
         "lm-eval",
         "attributes of HFLM (softmax_dtype, mixed_precision_dtype, truncation, think_end_token, ...)",
-        ("lm.py", "engine/generation.py", "training/rft.py"),
+        ("lm.py", "engine/stock.py", "engine/generation.py", "training/rft.py"),
         "scoring and generating as stock does",
         _STUCK,
         _sets(
@@ -631,7 +631,7 @@ _LIST = (
     PrivateName(
         "lm-eval",
         "HFLM._encode_pair",
-        ("harness/examples.py",),
+        ("harness/examples.py", "engine/stock.py"),
         "splitting a prompt into tokens as it is scored",
         "an error when training",
         lambda: (
