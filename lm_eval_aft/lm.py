@@ -65,6 +65,10 @@ class AFTLM(StockLM):
 
     Raises:
         AFTError: model or vector missing, unreadable or not fitting each other.
+
+    >>> lm = AFTLM("demo", vector=SteeringVector({2: torch.ones(128)}), coefficient=0.1)
+    >>> lm.vector.layers.keys(), lm.vector.coefficient
+    (dict_keys([2]), 0.1)
     """
 
     def __init__(

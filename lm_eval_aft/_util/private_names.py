@@ -491,7 +491,7 @@ _LIST = (
     PrivateName("torch: torch.utils.collect_env.get_pretty_env_info", "harness/tasks.py",
         "describing the machine once, not for every run", "it is described for every run",
         _has("torch.utils.collect_env", "get_pretty_env_info")),
-    PrivateName("lm-eval: HFLM._loglikelihood_tokens", "lm.py",
+    PrivateName("lm-eval: HFLM._loglikelihood_tokens", "lm.py engine/stock.py",
         "answering log-likelihoods", f"{_STUCK}; and an error where lm-eval answers without calling it",
         lambda: (
             "self._loglikelihood_tokens(" in _source("lm_eval.api.model", "TemplateLM")
@@ -506,7 +506,7 @@ _LIST = (
         lambda: "returnself._device" in _source(_HF, "HFLM")),
     PrivateName("lm-eval: attributes of HFLM "
         "(softmax_dtype, mixed_precision_dtype, truncation, think_end_token, ...)",
-        "lm.py engine/generation.py training/rft.py",
+        "lm.py engine/stock.py engine/generation.py training/rft.py",
         "scoring and generating as stock does", _STUCK,
         _sets(
             _HF,
@@ -516,7 +516,7 @@ _LIST = (
             *("max_length", "max_gen_toks", "eot_token_id", "prefix_token_id", "tok_encode", "tok_decode"),
             *("tok_batch_encode", "chat_template", "apply_chat_template"),
         )),
-    PrivateName("lm-eval: HFLM._encode_pair", "harness/examples.py",
+    PrivateName("lm-eval: HFLM._encode_pair", "harness/examples.py engine/stock.py",
         "splitting a prompt into tokens as it is scored", "an error when training",
         lambda: (
             _parameters(importlib.import_module(_HF).HFLM._encode_pair)[1:] == ["context", "continuation"]

@@ -1,5 +1,6 @@
 """Forward passes that share work among requests, for training and scoring alike.
 
 May import ``library``, ``steering`` and ``_util``.
-Batching, masks, the KV cache, numerical precision and the checks against stock lm-eval go here.
+Rows and masks are made in ``rows``, training's batches in ``batching``; ``fallback`` chooses how requests are
+scored, ``scorer`` and ``generation`` do it, ``stock`` runs lm-eval's own code, ``naive`` is the reference.
 """

@@ -29,7 +29,7 @@ ROWS_REPORTED = 256  # rows of whole sequences after which their answers are han
 
 
 class Scorer:
-    """Log-likelihoods of a model, and of the same model under each of ``vectors``.
+    """Log-likelihoods of a model, and of the same model under each of ``vectors`` (see `along`).
 
     Nothing below a vector's lowest layer depends on it, so its passes start there, from the first pass's
     hidden states (`lm_eval_aft.engine.batching.resumed`); tokens, masks and batches are shared too.
@@ -38,7 +38,6 @@ class Scorer:
         model: a causal LM, possibly with a vector attached; that state is the first one scored.
         softmax_dtype: as in `HFLM`.
         autocast: dtype of mixed precision, or None.
-        vectors: further states to score, as shifts by layer; the model must then be the baseline.
         rows: a router's vectors, each on the rows of the documents it was picked for.
     """
 
@@ -50,7 +49,6 @@ class Scorer:
         device: torch.device,
         softmax_dtype: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
-        vectors: Sequence[Shifts] = (),
         rows: RowSteering | None = None,
     ) -> None:
         self.model = model
@@ -60,7 +58,7 @@ class Scorer:
         self.softmax_dtype = softmax_dtype
         self.autocast = autocast
         self.dtype = autocast or next(model.parameters()).dtype
-        self.vectors = list(vectors)
+        self.vectors: list[Shifts] = []  # scored too; the model must then be the baseline
         self.budget = Budget.of(device)
         # A model spread over devices moves its inputs in hooks that must see every pass end.
         placed = {parameter.device for parameter in model.parameters()}

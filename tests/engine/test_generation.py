@@ -153,7 +153,7 @@ def record(
     class Recorded(DecodingRow):
         def append(self, token: int) -> None:
             super().append(token)
-            written[(*self.question.context, *self.question.tokens)] = list(self.tokens)
+            written[self.prompt.tokens] = list(self.tokens)
 
     with monkeypatch.context() as patched:
         patched.setattr(generation, "DecodingRow", Recorded)
