@@ -107,7 +107,7 @@ def cache_argument(model: nn.Module) -> str:
         if "input_ids" in taken and not hasattr(module, "base_model"):
             break  # a complete model: its layers' signatures say nothing about its own
     raise AFTError(
-        f"{type(model).__name__} takes no key-value cache by a name that is known here "
+        f"{type(model).__name__} takes no key-value cache under a known name "
         f"({' or '.join(CACHE_ARGUMENTS)}).",
         "Score it with fast=false, and upgrade lm-eval-aft if a new transformers renamed it.",
     )
@@ -133,8 +133,8 @@ def check_causal(model: nn.Module) -> None:
     one, other = (model(input_ids=torch.tensor([[2, last]], device=device)).logits[0, 0] for last in (3, 4))
     if not torch.equal(one, other):
         raise AFTError(
-            f"{type(model).__name__} is no causal model as its config has it: its tokens see later ones, so "
-            "it would read the answer that it is to score.",
+            f"{type(model).__name__} is not causal according to its config: its tokens attend to later ones, "
+            "so it would read the answer that it scores.",
             "Use a decoder-only model, or set is_decoder in its config if it was trained as one.",
         )
 
