@@ -310,12 +310,7 @@ def assign_model(vector: SteeringVector, identity: dict[str, Any]) -> list[str]:
     vector.metadata |= identity
     if recorded is None:
         return []
-    try:
-        differences = compare_fingerprints(recorded, identity["fingerprint"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AFTError(
-            f"The fingerprint in the vector's record is damaged ({error!r}).", "Export it again."
-        ) from error
+    differences = compare_fingerprints(recorded, identity["fingerprint"])
     if not differences:
         return []
     vector.metadata["imported_from"]["trained_on"] = trained_on

@@ -140,10 +140,7 @@ def _differences(a: SteeringVector, b: SteeringVector) -> list[str]:
     if recorded is None or other is None:  # made by hand: only names, width and depth are known
         named = {name for name in map(_model_name, (a, b)) if name is not None}
         return ["names of the base models"] if len(named) > 1 else []
-    try:
-        return compare_fingerprints(recorded, other)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AFTError(f"A vector's fingerprint is damaged ({error!r}).", "Train it again.") from error
+    return compare_fingerprints(recorded, other)
 
 
 def _metadata(operands: Sequence[Operand], expression: str | None) -> dict[str, Any]:

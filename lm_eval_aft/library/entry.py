@@ -234,5 +234,5 @@ def misfits(header: Header, model: ModelIdentity) -> list[str]:
         return []
     try:
         return compare_fingerprints(recorded, model.fingerprint)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except AFTError:
         return ["fingerprint (damaged)"]

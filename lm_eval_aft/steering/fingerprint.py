@@ -103,7 +103,17 @@ def compare_fingerprints(recorded: Mapping[str, Any], present: Mapping[str, Any]
     Sketches are compared after rounding both to the coarser of the two dtypes; fp16 against bf16,
     where neither is coarser, with a relative tolerance of 2**-8. Quantised weights have no sketch
     and other shapes, so there only config and vocabulary count.
+
+    Raises:
+        AFTError: one of them is damaged.
     """
+    try:
+        return _differences(recorded, present)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AFTError(f"The vector's fingerprint is damaged ({error!r}).", "Train it again.") from error
+
+
+def _differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     differences = []
     if recorded["config"] != present["config"]:
         differences.append("architecture")
@@ -134,10 +144,7 @@ def check_fingerprint(
     if recorded is None:
         return
     present = fingerprint(model, tokenizer)
-    try:
-        differences = compare_fingerprints(recorded, present)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AFTError(f"The vector's fingerprint is damaged ({error!r}).", "Train it again.") from error
+    differences = compare_fingerprints(recorded, present)
     trained_on = (metadata.get("base_model") or {}).get("name", "an unnamed model")
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     if differences:
