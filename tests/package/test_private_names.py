@@ -135,6 +135,10 @@ OURS = {
     "_util": "a package of ours",
     "_buffers": "of RowCache, which is no module",
     "_aft_saved": "kept on a module for one pass",
+    "_aft_passes": "kept on a model while it is steered",
+    "_replace": "public, of the standard library's named tuples",
+    "_low": "the end of a field's name",
+    "_high": "the end of a field's name",
     "_proj": "the end of layers' names",
     "_version": "the end of a key in result files",
 }
