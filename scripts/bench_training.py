@@ -411,7 +411,7 @@ def measure_memory(case: Case, side: str) -> int:
     engine = Trajectory(model, backbone, Choice("acc"), packed=True)
     depth = len(backbone.blocks)
     if side == "estimate":
-        return estimate(engine, at_zero(range(depth), backbone), docs, docs, [], 1).peak_bytes
+        return estimate(engine, at_zero(range(depth), backbone), docs, docs).peak_bytes
     candidates = at_zero(range(depth), backbone)
 
     def train(some: Sequence[Document]) -> None:

@@ -156,4 +156,4 @@ class Loglikelihood(GenerateUntil):
         self, task: ConfigurableTask, doc: Document, requests: Sequence[Any], delimiter: str
     ) -> Options | None:
         found = super().options(task, doc, requests, delimiter)
-        return found and found._replace(requests=((requests[0][0], requests[0][1]),))
+        return found and Options(((requests[0][0], requests[0][1]),), found.gold, found.lengths)

@@ -118,8 +118,9 @@ def estimate(
     group: Sequence[Candidate],
     train: Sequence[Document],
     selection: Sequence[Document],
-    stages: Sequence[Stage],
-    batch_size: int,
+    *,
+    stages: Sequence[Stage] = (),
+    batch_size: int = 1,
     seeds: int = 1,
 ) -> Estimate:
     """Run a few documents through a candidate at every layer and extrapolate.

@@ -259,9 +259,14 @@ def cost(prepared: Prepared) -> Estimate:
     engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, [*selection, *train])
     starts = Starts(prepared, {plan.first_seed: train}, selection[:8])
     group = [Candidate(site, 0, Recipe(), starts(site, plan.first_seed)) for site in prepared.sites]
-    protocol = plan.protocol
     return estimate(
-        engine, group, train, selection, prepared.stages(), protocol.batch_size, seeds=protocol.seeds
+        engine,
+        group,
+        train,
+        selection,
+        stages=prepared.stages(),
+        batch_size=plan.protocol.batch_size,
+        seeds=plan.protocol.seeds,
     )
 
 
