@@ -1,4 +1,4 @@
-"""``aft eval`` and ``aft report``: score baseline, vectors and placebos, then compare them."""
+"""``aft eval`` and ``aft report``: score baseline, vectors and placebos, and compare them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,11 @@ if TYPE_CHECKING:
     help="Further arguments of `--model aft`: revision=...,peft=...; coefficient= and positions= replace "
     "those of every vector.",
 )
-@click.option("--resume", is_flag=True, help="Keep the runs that are in the output folder, score the others.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep the runs that are in the output folder already, and score the others.",
+)
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def evaluate(
     model: str,
@@ -74,11 +78,11 @@ def evaluate(
 ) -> None:
     """Score the baseline and steered model with lm-eval, and compare them pair by pair.
 
-    Log-likelihoods of the baseline, all vectors and placebos are found in one go. Writes ordinary
+    Log-likelihoods of the baseline, all vectors and placebos are computed together. Writes ordinary
     lm-eval result folders: OUTPUT/baseline, OUTPUT/steered/NAME, OUTPUT/placebo/NAME and
-    OUTPUT/answer-only/NAME (those are compared among themselves only). A router's run is
+    OUTPUT/answer-only/NAME (compared only with each other). A router's run is
     OUTPUT/steered/routed-ROUTER; `steered_by` in its samples names each document's vector. Flags after
-    `--` go to lm-eval unchanged.
+    `--` are passed to lm-eval unchanged.
 
     \b
     Examples:
@@ -116,7 +120,7 @@ def evaluate(
 
         found = [read_run(output / run.name, run.name, run.name.partition("/")[0]) for run in runs]
         print_report(build_report(found))
-        click.echo(f"Results lie in {output}; `aft report {output} -o FOLDER` writes the full report.")
+        click.echo(f"Results are in {output}; `aft report {output} -o FOLDER` writes the full report.")
 
 
 # ``aft report``: two or more runs, compared document by document.
@@ -130,13 +134,15 @@ def evaluate(
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for report.md, .json, .csv and .html.",
 )
-@click.option("--force", is_flag=True, help="Compare runs that differ; every output then says how.")
+@click.option(
+    "--force", is_flag=True, help="Compare runs even if their settings differ; every output then says how."
+)
 @click.option(
     "--flips",
     default=20,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Documents to tell in full, each way, for every task.",
+    help="How many won and how many lost documents to show in full for every task.",
 )
 @click.option("--leaderboard", is_flag=True, help="Print the Open LLM Leaderboard v1's three rows instead.")
 @click.option("--card", is_flag=True, help="Add the results to the README.md of each vector folder.")
@@ -146,8 +152,8 @@ def report(
     """Compare runs with a baseline run, pair by pair.
 
     FOLDERS is one folder written by `aft eval`, or the baseline's result folder followed by others,
-    as lm-eval writes them with --output_path and --log_samples, by any model type. Runs that were
-    not asked exactly the same questions are refused.
+    as lm-eval writes them with --output_path and --log_samples, by any model type. Runs with different
+    questions or settings are refused.
 
     \b
     Examples:
@@ -174,7 +180,7 @@ def report(
 
 
 def print_report(found: Report) -> None:
-    """Print every metric of every run under its task, and all warnings."""
+    """Print every metric of every run, grouped by task, and all warnings."""
     from rich.table import Table
 
     from lm_eval_aft.evaluation import formatting
@@ -195,7 +201,7 @@ def print_report(found: Report) -> None:
             colour = {"better": "green", "worse": "red"}.get(row.verdict, "")
             verdict = f"[{colour}]{texts[-1]}[/{colour}]" if colour else texts[-1]
             table.add_row(f"  {escape(row.run)}", *texts[5:-1], verdict)
-    # Without a terminal rich assumes 80 columns and cuts cells; logs have room.
+    # Without a terminal rich assumes 80 columns and cuts cells; log files have room.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for each in tables(found):
         print_table(each.title, each.columns, each.lines)
@@ -211,7 +217,7 @@ def print_report(found: Report) -> None:
 
 
 def print_leaderboard(found: Report) -> None:
-    """Print the leaderboard's three rows, their settings and the calibration."""
+    """Print the leaderboard's three tasks, their settings and the calibration."""
     from lm_eval_aft.evaluation.render import leaderboard_table
 
     _print_banner(found)
@@ -223,4 +229,6 @@ def print_leaderboard(found: Report) -> None:
 
 def _print_banner(found: Report) -> None:
     for line in found.banner:
-        click.secho(f"FORCED COMPARISON, the runs were not asked the same: {line}", fg="red", bold=True)
+        click.secho(
+            f"FORCED COMPARISON, the runs have different questions or settings: {line}", fg="red", bold=True
+        )

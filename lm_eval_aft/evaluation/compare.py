@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
@@ -29,7 +29,7 @@ PRIMARY_METRICS = ("acc_norm", "acc", "exact_match")
 PRIMARY_FILTERS = ("strict-match", "none")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One run against the baseline on one task, filter and metric.
 
@@ -97,8 +97,8 @@ def compare_runs(baseline: ScoredRun, other: ScoredRun) -> list[Comparison]:
             ids = sorted(left.keys() & right.keys())
             for metric in left[ids[0]].metrics if ids else ():
                 if all(metric in left[i].metrics and metric in right[i].metrics for i in ids):
-                    found.append(_compare(before, after, filter_name, metric, ids))
-                    found[-1].primary = (filter_name, metric) == primary
+                    each = _compare(before, after, filter_name, metric, ids)
+                    found.append(replace(each, primary=(filter_name, metric) == primary))
     return sorted(found, key=lambda c: (c.task, not c.primary))
 
 
@@ -124,16 +124,16 @@ def _compare(before: TaskRun, after: TaskRun, filter_name: str, metric: str, ids
     )
 
 
-def primary_metric(*runs: TaskRun, whole: bool = True) -> tuple[str, str] | None:
+def primary_metric(*runs: TaskRun, complete: bool = True) -> tuple[str, str] | None:
     """(filter, metric) of a task's verdict: acc_norm, else acc, else exact match (strict first).
 
-    Among the metrics that all documents of all the runs have; with ``whole`` false, that any has.
+    Among the metrics that all documents of all the runs have; with ``complete`` false, that any has.
     """
     metrics: dict[tuple[str, str], None] = {}
     listed = list(mean_metrics(runs[0].config))
     for filter_name in runs[0].samples:
         rows = [sample.metrics.keys() for run in runs for sample in run.samples.get(filter_name, {}).values()]
-        own = set.intersection(*map(set, rows)) if whole and rows else set().union(*rows)
+        own = set.intersection(*map(set, rows)) if complete and rows else set().union(*rows)
         for metric in sorted(own, key=lambda m: (listed.index(m) if m in listed else len(listed), m)):
             metrics[filter_name, metric] = None
 
@@ -190,7 +190,7 @@ def _questions(task: str, before: TaskRun, after: TaskRun) -> Iterator[str]:
         return  # other filters hold the same documents
 
 
-# The settings of a run that decide what was asked and how answers were scored.
+# The settings of a run that decide what the model is asked and how its answers are scored.
 
 # Whether the questions were removed: prompts are logged as the task made them, so only this shows it.
 ANSWER_ONLY = "answer_only"
@@ -427,12 +427,12 @@ def judge(
         else:
             outcome = (each.task, tuple(each.doc_ids), tuple(each.wins), tuple(each.losses), row.difference)
             same.setdefault(((run.vector or {}).get("sha256") or run.name, *outcome), []).append(row)
-    adjusted = holm([twins[0].p_value for twins in same.values()])
-    for twins, p in zip(same.values(), adjusted, strict=True):
-        for row in twins:
+    adjusted = holm([equal[0].p_value for equal in same.values()])
+    for equal, p in zip(same.values(), adjusted, strict=True):
+        for row in equal:
             row.p_adjusted = p
             row.verdict = verdict(p, row.difference, row.higher_is_better)
-            row.family = row is twins[0]
+            row.family = row is equal[0]
     return rows
 
 

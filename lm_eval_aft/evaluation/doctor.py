@@ -83,7 +83,7 @@ class Diagnosis:
         for key, reason in self.names.items():
             lines += [f"  {key}", f"    {reason}", f"    without it: {NAMES[key].when_gone}"]
         lines += ["", f"answers on {self.device}, float32", *_table(self.trials)]
-        lines += self._reasons(SLOWER, "slower, and right unless said otherwise below")
+        lines += self._reasons(SLOWER, "slower, and right unless listed as wrong below")
         lines += self._reasons(REFUSED, "refused")
         lines += self._wrong()
         return "\n".join([*lines, "", self.verdict])
@@ -242,7 +242,7 @@ def registration() -> dict[str, str]:
             )
             answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
         except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
-            return found | {"fresh interpreter": f"could not be asked ({type(error).__name__})"}
+            return found | {"fresh interpreter": f"did not answer ({type(error).__name__})"}
     if answer["aft known"]:
         way = "by the start-up file" if answer["start-up file read"] else "by its entry point"
         return found | {"fresh interpreter": f"lm-eval knows --model aft, {way}"}

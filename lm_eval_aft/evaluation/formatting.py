@@ -16,37 +16,39 @@ from lm_eval_aft._util.files import replacing
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.report import AnswerOnlyRow
 
+# Columns of a comparison, as `row_cells` fills them.
 COLUMNS = (
-    "task",
-    "metric",
-    "run",
-    "n",
-    "baseline",
-    "steered",
-    "difference",
-    "95 % interval",
-    "wins / losses",
-    "p",
-    "p (Holm)",
-    "detectable",
-    "verdict",
+    *("task", "metric", "run", "n", "baseline", "steered", "difference", "95 % interval"),
+    *("wins / losses", "p", "p (Holm)", "detectable", "verdict"),
 )
 
 
 def metric_name(metric: str, filter_name: str) -> str:
-    """``acc_norm``, or ``exact_match,strict-match`` where the filter is not lm-eval's only one."""
+    """The metric, with its filter unless that is lm-eval's default.
+
+    >>> metric_name("acc_norm", "none"), metric_name("exact_match", "strict-match")
+    ('acc_norm', 'exact_match,strict-match')
+    """
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def score(value: float | None, share: bool) -> str:
-    """A score: percent where it is a share."""
+    """A score; shares in percent.
+
+    >>> score(0.25, share=True), score(3.5, share=False)
+    ('25.00 %', '3.5000')
+    """
     if value is None:
         return "–"
     return f"{100 * value:.2f} %" if share else f"{value:.4f}"
 
 
 def points(value: float | None, share: bool) -> str:
-    """A difference with its sign: percentage points where it is one of shares."""
+    """A difference with its sign; differences of shares in percentage points.
+
+    >>> points(0.125, share=True), points(-0.5, share=False)
+    ('+12.50', '−0.5000')
+    """
     if value is None:
         return "–"
     text = f"{100 * value if share else value:+.{2 if share else 4}f}"
@@ -54,19 +56,19 @@ def points(value: float | None, share: bool) -> str:
 
 
 def interval(low: float | None, high: float | None, share: bool) -> str:
-    """An interval of a difference."""
+    """The interval of a difference; see `points`."""
     return "–" if low is None or high is None else f"{points(low, share)} to {points(high, share)}"
 
 
 def p_text(value: float | None) -> str:
-    """A p-value, two significant digits."""
+    """A p-value: two digits, or four if it is small."""
     if value is None:
         return "–"
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
 
 
 def with_error(value: float, error: float | None, share: bool) -> str:
-    """A score and its standard error, as in lm-eval's own table but in percent for shares."""
+    """A score and its standard error, as in lm-eval's own table, but shares in percent."""
     if error is None:
         return score(value, share)
     return f"{100 * value:.2f} ± {100 * error:.2f} %" if share else f"{value:.4f} ± {error:.4f}"
@@ -101,16 +103,16 @@ ANSWER_ONLY_COLUMNS = (
 
 def answer_only_cells(pair: AnswerOnlyRow) -> tuple[str, ...]:
     """A vector's cells with and without the questions, in the order of ``ANSWER_ONLY_COLUMNS``."""
-    row, bare = row_cells(pair.with_question), row_cells(pair.without_question)
+    row, without = row_cells(pair.with_question), row_cells(pair.without_question)
     tested = slice(6, 8)
-    return (*row[:3], bare[3], *row[tested], row[9], bare[4], *bare[tested], bare[9])
+    return (*row[:3], without[3], *row[tested], row[9], without[4], *without[tested], without[9])
 
 
 def blocks(rows: Sequence[VerdictRow]) -> list[tuple[VerdictRow, list[tuple[VerdictRow, tuple[str, ...]]]]]:
-    """Rows with their cells, gathered by task and metric, each task's primary metric first.
+    """Rows with their cells, grouped by task and metric, each task's primary metric first.
 
-    Each block comes with one of its rows, which speaks for the baseline too: rows on other documents
-    (of runs compared by force) make a block of their own.
+    Each group comes with one of its rows, for what they share: the baseline's score and the number of
+    documents. Rows on other documents (of forced comparisons) form a group of their own.
     """
     found: dict[tuple[Any, ...], list[tuple[VerdictRow, tuple[str, ...]]]] = {}
     for row in rows:
@@ -220,7 +222,7 @@ def _environment(package: str) -> Any:
 
 
 def write_formats(texts: Mapping[str, str], folder: Path, name: str) -> list[Path]:
-    """Write ``name.SUFFIX`` for each suffix and its text; each file appears whole or not at all.
+    """Write ``name.SUFFIX`` for each suffix and its text; each file appears complete or not at all.
 
     Raises:
         AFTError: the folder cannot be written.

@@ -94,7 +94,7 @@ class Matrix:
 
 
 def write_matrix(matrix: Matrix, folder: Path) -> list[Path]:
-    """Write ``transfer.png``, ``.md``, ``.json`` and ``.csv``; each appears whole or not at all.
+    """Write ``transfer.png``, ``.md``, ``.json`` and ``.csv``; each appears complete or not at all.
 
     Raises:
         AFTError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""A report as Markdown, JSON, CSV, one HTML page and model cards. No number is computed here."""
+"""A report as Markdown, JSON, CSV, one HTML page and model cards; nothing is computed here."""
 
 from __future__ import annotations
 
@@ -25,39 +25,29 @@ from lm_eval_aft.evaluation.report import Report
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write ``report.md``, ``.json``, ``.csv`` and ``.html``; each appears whole or not at all.
+    """Write ``report.md``, ``.json``, ``.csv`` and ``.html``; each appears complete or not at all.
 
     Raises:
         AFTError: the folder cannot be written.
     """
-    texts = {
-        "md": to_markdown(report),
-        "json": to_json(report),
-        "csv": to_csv(report),
-        "html": to_html(report),
-    }
-    return write_formats(texts, folder, "report")
-
-
-def to_json(report: Report) -> str:
-    """Everything, with full precision."""
-    return json_text(report.to_dict())
+    texts = {"md": to_markdown(report), "json": json_text(report.to_dict())}
+    return write_formats(texts | {"csv": to_csv(report), "html": to_html(report)}, folder, "report")
 
 
 def to_csv(report: Report) -> str:
-    """The rows with full precision, answer-only ones last; a forced comparison says so in every line."""
+    """The rows in full precision, answer-only ones last; forced comparisons are marked in every line."""
     columns = [*(each.name for each in fields(VerdictRow)), "banner"]
     rows = [*report.rows, *(pair.without_question for pair in report.answer_only)]
     return csv_text(columns, (asdict(row) | {"banner": " | ".join(report.banner)} for row in rows))
 
 
 def to_markdown(report: Report) -> str:
-    """Tables to paste into a pull request or a paper's appendix."""
+    """Tables for a pull request or a paper's appendix."""
     return render_template("lm_eval_aft.evaluation", "report.md.j2", **_context(report))
 
 
 def to_html(report: Report) -> str:
-    """One page that needs nothing else: no network, no scripts; light, dark and print."""
+    """One self-contained page, without scripts, for light mode, dark mode and print."""
     by_task: dict[str, list[VerdictRow]] = {}
     for row in report.rows:
         if row.primary:
@@ -92,7 +82,7 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def tables(report: Report) -> list[RenderedTable]:
-    """What a report shows below its verdicts, those with nothing to show left out."""
+    """The report's tables below its verdicts, without empty ones."""
     made = [_untested(report), _answer_only(report), _by_route(report), _over_seeds(report)]
     return [table for table in made if table.lines]
 
@@ -146,7 +136,7 @@ def _over_seeds(report: Report) -> RenderedTable:
 
 
 def leaderboard_table(report: Report) -> RenderedTable:
-    """The leaderboard's three rows, their settings and the calibration."""
+    """The leaderboard's three tasks, their settings and the calibration."""
     lines = []
     for each in report.leaderboard:
         same = "yes" if each["same_settings"] else f"no: {', '.join(each['deviations'])}"
@@ -180,15 +170,15 @@ def settings_table(report: Report) -> RenderedTable:
     return RenderedTable("Settings", ("", *(column["run"] for column in report.settings)), lines)
 
 
-# Results of a report, added to the model card of the vector they speak of.
+# Results of a report, added to the model card of their vector.
 
 
 def update_cards(report: Report) -> list[Path]:
-    """Rewrite ``README.md`` of every vector folder in a report with its results; return the files.
+    """Write the results into the ``README.md`` of every vector folder in a report; return these files.
 
-    Runs compared by force, or without the questions, and vectors selected on these documents bring no
-    results. A vector that is no longer the one that was scored, was scored at another coefficient or at
-    other positions than its own, or is a lone file, has no card to fill.
+    Forced comparisons, runs without the questions, and vectors selected on these documents have no results
+    to add. A vector has no card if it has changed since it was scored, was scored with another coefficient
+    or other positions than its own, or is a single file.
 
     Raises:
         AFTError: no vector of the report has a folder, or a card cannot be written.
@@ -199,7 +189,7 @@ def update_cards(report: Report) -> list[Path]:
     written = []
     for described in report.vectors:
         folder = Path(described["path"])
-        # Facts are there only when the vector was read and is the one that was scored.
+        # There are facts only if the vector could be read and is the one that was scored.
         if not folder.is_dir() or not described["facts"].get("task"):
             continue
         vector = SteeringVector.load(folder)
@@ -210,19 +200,20 @@ def update_cards(report: Report) -> list[Path]:
         written.append(folder / "README.md")
     if not written:
         raise AFTError(
-            "No vector of these runs lies in a folder written by train-vector.",
-            "Run the report where the vectors' paths hold, on scores at their own coefficients, or leave out "
-            "--card.",
+            "No vector of these runs is in a folder written by train-vector.",
+            "Run the report where the vectors' paths are valid, on runs with their own coefficients and "
+            "positions, or leave out --card.",
         )
     return written
 
 
 def card_results(report: Report, run: str) -> list[dict[str, Any]]:
-    """A run's rows as a card shows them: plain values and ready-made cells."""
-    bare = any(each["answer_only"] for each in report.runs if each["name"] == run)
-    if report.banner or bare:
+    """A run's rows as a model card shows them: plain values and finished texts."""
+    if report.banner or any(each["answer_only"] for each in report.runs if each["name"] == run):
         return []
-    barred = {row.task for row in report.rows if row.run == run and row.verdict.startswith("not assessable")}
+    excluded = {
+        row.task for row in report.rows if row.run == run and row.verdict.startswith("not assessable")
+    }
     settings: dict[str, str] = next(c["values"] for c in report.settings if c["run"] == run)
     return [
         {
@@ -240,5 +231,5 @@ def card_results(report: Report, run: str) -> list[dict[str, Any]]:
             "verdict": formatting.row_cells(row)[-1],
         }
         for row in report.rows
-        if row.run == run and row.task not in barred
+        if row.run == run and row.task not in excluded
     ]

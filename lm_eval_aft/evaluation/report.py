@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scipy.special import stdtrit
+
 from lm_eval_aft import __version__
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.evaluation.compare import (
@@ -27,7 +29,15 @@ from lm_eval_aft.evaluation.compare import (
     primary_metric,
     require_comparable,
 )
-from lm_eval_aft.evaluation.results import AGAIN, ScoredRun, TaskRun, asked_of, discover, model_args, read_run
+from lm_eval_aft.evaluation.results import (
+    AGAIN,
+    ScoredRun,
+    TaskRun,
+    discover,
+    model_args,
+    read_run,
+    request_arguments,
+)
 from lm_eval_aft.evaluation.stats import ALPHA, BETTER, NO_DIFFERENCE, WORSE, mean_stderr
 from lm_eval_aft.evaluation.vector_info import VectorInfo, read_vector_info
 
@@ -42,7 +52,7 @@ LEADERBOARD_WORDING = (
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Report:
     """Everything a report shows; `to_dict` gives values that JSON can hold.
 
@@ -161,7 +171,11 @@ def build_report(
         warnings=warnings(baseline, others, list(vectors.values()), rows),
         family=sum(row.family for row in rows),
         alpha=ALPHA,
-        runs=[_described(run) for run in shown],
+        runs=[
+            {"name": run.name, "kind": run.kind, "tasks": list(run.tasks)}
+            | {"vector": run.vector_path, "answer_only": run.answer_only}
+            for run in shown
+        ],
         rows=rows,
         corpus=corpus_scores(baseline, others, rows),
         groups=group_scores(baseline, others),
@@ -181,18 +195,8 @@ def build_report(
     )
 
 
-def _described(run: ScoredRun) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "kind": run.kind,
-        "tasks": list(run.tasks),
-        "vector": run.vector_path,
-        "answer_only": run.answer_only,
-    }
-
-
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest tail of each path that tells them apart."""
+    """The shortest end of each path that makes them different."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
@@ -259,7 +263,7 @@ def _displaced(baseline: ScoredRun, run: ScoredRun) -> Iterator[str]:
     """Primary metrics that were passed over because some documents have no finite score."""
     for task in run.tasks:
         sides = baseline.tasks[task], run.tasks[task]
-        chosen, wanted = primary_metric(*sides), primary_metric(*sides, whole=False)
+        chosen, wanted = primary_metric(*sides), primary_metric(*sides, complete=False)
         if wanted is not None and wanted != chosen:
             name, metric = wanted
             lacking = sum(
@@ -323,8 +327,6 @@ def over_seeds(rows: list[VerdictRow]) -> list[dict[str, Any]]:
     The seeds share their documents, so the interval's half width has two parts, added in quadrature: one
     over seeds (Student's t), one over documents.
     """
-    from scipy.special import stdtrit
-
     groups: dict[tuple[str, str, bool], list[VerdictRow]] = {}
     for row in rows:
         if row.primary and (match := re.fullmatch(r"(.+)-seed-\d+", row.run)):
@@ -408,21 +410,21 @@ def answer_only_rows(
 
 def meaning(with_question: VerdictRow, without_question: VerdictRow) -> str:
     """One sentence on a vector's gain with the questions (by its verdict) and without (by its own p)."""
-    ordinary, bare = _direction(with_question), _direction(without_question)
-    if ordinary > 0 and bare > 0:
+    ordinary, without = _direction(with_question), _direction(without_question)
+    if ordinary > 0 and without > 0:
         share = without_question.difference / with_question.difference
         return (
             f"A gain of {min(share, 9.99):.0%} of the ordinary one survives without the question: that much "
             "may be answer-style bias."
         )
-    if ordinary > 0 and bare < 0:
+    if ordinary > 0 and without < 0:
         return "Without the question the vector loses: its gain depends on the question, not on answer style."
     if ordinary > 0:
         return (
             "Without the question no gain is detectable: within its interval, answer style does not explain "
             "the ordinary gain."
         )
-    if bare > 0:
+    if without > 0:
         return (
             "The vector favours right answers by their style alone, which gains nothing once the question "
             "is there."
@@ -479,21 +481,13 @@ def route_rows(
             old = [before[i].metrics[each.metric] for i in ids]
             new = [after[i].metrics[each.metric] for i in ids]
             vector = (routing.get("vectors") or {}).get(name) or {}
+            own = each.task in str(vector.get("task")).split(",")
             found.append(
-                {
-                    "run": run.name,
-                    "task": each.task,
-                    "metric": each.metric,
-                    "filter": each.filter,
-                    "route": name,
-                    "own": each.task in str(vector.get("task")).split(","),
-                    "n": len(ids),
-                    "of": len(each.doc_ids),
-                    "baseline": sum(old) / len(ids),
-                    "steered": sum(new) / len(ids),
-                    "difference": (sum(new) - sum(old)) / len(ids),
-                    "share": all(0 <= value <= 1 for value in (*old, *new)),
-                }
+                {"run": run.name, "task": each.task, "metric": each.metric, "filter": each.filter}
+                | {"route": name, "own": own, "n": len(ids), "of": len(each.doc_ids)}
+                | {"baseline": sum(old) / len(ids), "steered": sum(new) / len(ids)}
+                | {"difference": (sum(new) - sum(old)) / len(ids)}
+                | {"share": all(0 <= value <= 1 for value in (*old, *new))}
             )
     return found
 
@@ -519,43 +513,37 @@ def flipped_documents(
                 AGAIN,
             ) from error
 
-    return {
-        "run": run.name,
-        "task": comparison.task,
-        "metric": comparison.metric,
-        "filter": comparison.filter,
-        "won_count": len(comparison.wins),
-        "lost_count": len(comparison.losses),
-        "won": full(comparison.wins),
-        "lost": full(comparison.losses),
-    }
+    names = {"run": run.name, "task": comparison.task, "metric": comparison.metric}
+    counts = {"won_count": len(comparison.wins), "lost_count": len(comparison.losses)}
+    documents = {"won": full(comparison.wins), "lost": full(comparison.losses)}
+    return {**names, "filter": comparison.filter, **counts, **documents}
 
 
 def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: int) -> dict[str, Any]:
     first = before.document(comparison.filter, doc_id)
     second = after.document(comparison.filter, doc_id)
-    asked = asked_of(first)
-    context = str(asked[0][0]) if asked[0] else ""
+    arguments = request_arguments(first)
+    context = str(arguments[0][0]) if arguments[0] else ""
     found: dict[str, Any] = {
         "doc_id": doc_id,
         "context": context[-CONTEXT_CHARACTERS:],
         "context_cut": max(0, len(context) - CONTEXT_CHARACTERS),
         "target": str(first["target"]),
     }
-    if all(len(each) > 1 and isinstance(each[1], str) for each in asked):
+    if all(len(each) > 1 and isinstance(each[1], str) for each in arguments):
         delimiter = str(before.config.get("target_delimiter", " "))
-        return found | {"options": _options(delimiter, comparison.metric, asked, first, second)}
+        return found | {"options": _options(delimiter, comparison.metric, arguments, first, second)}
     return found | {"generations": {"before": _generation(first), "after": _generation(second)}}
 
 
 def _options(
-    delimiter: str, metric: str, asked: list[list[Any]], first: dict[str, Any], second: dict[str, Any]
+    delimiter: str, metric: str, arguments: list[list[Any]], first: dict[str, Any], second: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Each option with its log-likelihoods (nats) and whether either run chose it by this metric."""
-    texts = [str(each[1]).removeprefix(delimiter) for each in asked]
+    texts = [str(each[1]).removeprefix(delimiter) for each in arguments]
     # Tasks that score mutual information ask every option again without its context.
     half = len(texts) // 2
-    if half and texts[:half] == texts[half:] and all(each[0] != asked[0][0] for each in asked[half:]):
+    if half and texts[:half] == texts[half:] and all(each[0] != arguments[0][0] for each in arguments[half:]):
         texts = texts[:half]
     lengths = [max(1, len(text)) if metric == "acc_norm" else 1 for text in texts]
     columns = []
@@ -569,14 +557,8 @@ def _options(
     }  # fmt: skip
     (old, chosen_before), (new, chosen_after) = columns
     return [
-        {
-            "text": text,
-            "gold": i in gold,
-            "before": old[i],
-            "after": new[i],
-            "chosen_before": i == chosen_before,
-            "chosen_after": i == chosen_after,
-        }
+        {"text": text, "gold": i in gold, "before": old[i], "after": new[i]}
+        | {"chosen_before": i == chosen_before, "chosen_after": i == chosen_after}
         for i, text in enumerate(texts)
     ]
 
@@ -728,10 +710,10 @@ def _deviations(run: ScoredRun, task: str, shots: int) -> list[str]:
         found.append(f"{scored} documents, of how many is not logged")
     if run.answer_only:
         found.append("scored without the questions")
-    if results.get("chat_template_sha"):
-        found.append("chat template")
-    if results.get("system_instruction_sha"):
-        found.append("system instruction")
-    if results.get("config", {}).get("gen_kwargs"):
-        found.append("gen_kwargs")
+    changed = {
+        "chat template": results.get("chat_template_sha"),
+        "system instruction": results.get("system_instruction_sha"),
+        "gen_kwargs": results.get("config", {}).get("gen_kwargs"),
+    }
+    found += [name for name, value in changed.items() if value]
     return found

@@ -387,15 +387,15 @@ def read_samples(path: Path, config: dict[str, Any]) -> dict[str, dict[int, Samp
         value = decode(line, where)
         try:
             doc_id, filter_name = int(value["doc_id"]), str(value["filter"])
-            asked = asked_of(value)
+            arguments = request_arguments(value)
             doc = value["doc"]
             cluster = doc.get("source_id") if isinstance(doc, dict) else None
             sample = Sample(
                 value["doc_hash"],
                 value["target_hash"],
-                _digest([each[:1] for each in asked]),
-                _digest([each[1:] for each in asked]),
-                any(isinstance(part, dict) for each in asked for part in each[1:]),
+                _digest([each[:1] for each in arguments]),
+                _digest([each[1:] for each in arguments]),
+                any(isinstance(part, dict) for each in arguments for part in each[1:]),
                 None if cluster is None else str(cluster),
                 {
                     m: score
@@ -415,7 +415,7 @@ def read_samples(path: Path, config: dict[str, Any]) -> dict[str, dict[int, Samp
     return found
 
 
-def asked_of(sample: dict[str, Any]) -> list[list[Any]]:
+def request_arguments(sample: dict[str, Any]) -> list[list[Any]]:
     """The arguments of a document's requests, which lm-eval logs as mappings or as lists."""
     logged = sample["arguments"]
     logged = logged.values() if isinstance(logged, dict) else logged

@@ -90,9 +90,9 @@ def evaluate_pair(
 
     >>> evaluate_pair("demo", "math.safetensors", ["aft_demo_math"], "results")  # doctest: +SKIP
     """
-    shelf = None if library is None else str(library)
+    library_path = None if library is None else str(library)
     chosen = [vectors] if isinstance(vectors, str) else vectors
-    runs = plan_runs(chosen, placebo, all_seeds, library=shelf, routes=routes, answer_only=answer_only)
+    runs = plan_runs(chosen, placebo, all_seeds, library=library_path, routes=routes, answer_only=answer_only)
     if not vectors and (answer_only or not routes):
         raise AFTError(
             "There is nothing to compare with the baseline.",
@@ -107,9 +107,9 @@ def evaluate_pair(
         )
     settings = {"model": model, "model_args": arguments, "tasks": list(tasks), "flags": list(flags)}
     with exclusive_dir(folder):
-        missing, record = missing_runs(folder, runs, settings, shelf, resume)
+        missing, record = missing_runs(folder, runs, settings, library_path, resume)
         if missing:
-            _evaluate(missing, folder, settings, shelf, record)
+            _evaluate(missing, folder, settings, library_path, record)
     return runs
 
 
@@ -119,7 +119,7 @@ def _evaluate(
     """Load the model once and score all runs; ``record`` is written to the folder before the first."""
     model, arguments, tasks = settings["model"], dict(settings["model_args"]), settings["tasks"]
     config = read_flags(tasks, folder, settings["flags"])
-    # As lm-eval does: tasks that build their documents for a model are told of it.
+    # As lm-eval does: tasks that build their documents for a model are given it.
     config.metadata = {"pretrained": model, **arguments, **(config.metadata or {})}
     included = [config.include_path] if config.include_path else []
     manager = task_manager_for(tasks, included, metadata=config.metadata)

@@ -99,20 +99,20 @@ def _guarded(trial: Trial, part: str, positions: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
+def _package_warnings() -> Iterator[list[str]]:
     """Collect the package's warnings, which are not printed."""
     ours = logging.getLogger("lm_eval_aft")
-    said: list[str] = []
+    messages: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            messages.append(record.getMessage())
 
     handler, before = Collector(logging.WARNING), ours.propagate
     ours.addHandler(handler)
     ours.propagate = False
     try:
-        yield said
+        yield messages
     finally:
         ours.removeHandler(handler)
         ours.propagate = before
@@ -189,13 +189,13 @@ class _Subject:
     def _score(self, pairs: Sequence[tuple[str, str]], positions: str) -> None:
         wanted = self._wanted(pairs, positions)
         self._steer(positions)
-        with _heard() as said:
+        with _package_warnings() as messages:
             found = self.lm.loglikelihood(_instances(pairs), disable_tqdm=True)
         if not positions:
-            self._note_paths(said)
+            self._note_paths(messages)
         self._compare("log-likelihoods", positions, [value for value, _ in found], wanted)
 
-    def _note_paths(self, said: Sequence[str]) -> None:
+    def _note_paths(self, messages: Sequence[str]) -> None:
         taken = self.lm.paths_taken()
         longest = max(len(self._ids(context + tail)) for context, tail in _questions())
         rule = refused(self.model, longest)
@@ -203,7 +203,7 @@ class _Subject:
             if taken.get(path):
                 self.trial.note(path, RIGHT)
             else:
-                why = next((each for each in said if f"from {path} to" in each), "") or rule
+                why = next((each for each in messages if f"from {path} to" in each), "") or rule
                 self.trial.note(path, SLOWER, "", why or "not taken")
 
     def _score_along(self, pairs: Sequence[tuple[str, str]]) -> None:
@@ -212,14 +212,14 @@ class _Subject:
         self.lm.steer(None)
         self.lm.score_along([steering])
         try:
-            with _heard() as said:
+            with _package_warnings() as messages:
                 self.lm.loglikelihood(_instances(pairs), disable_tqdm=True)
                 self.lm.steer(steering)
                 before = self.lm.paths_taken()
                 found = self.lm.loglikelihood(_instances(pairs), disable_tqdm=True)
         finally:
             self.lm.score_along([])
-        why = next((each for each in said if "midway" in each), "")
+        why = next((each for each in messages if "midway" in each), "")
         asked_again = sum((self.lm.paths_taken() - before).values())
         if why or asked_again:
             self.trial.note("resumed", SLOWER, "", why or f"{asked_again} questions were asked again")
@@ -255,10 +255,10 @@ class _Subject:
 
     def _fast(self, prompts: Sequence[str], positions: str) -> list[str]:
         self._steer(positions)
-        with _heard() as said:
+        with _package_warnings() as messages:
             texts = self._written(prompts)
         if not self.lm.paths_taken().get("generated in shared batches"):
-            why = next((each for each in said if each.startswith("Generation")), "") or refused(
+            why = next((each for each in messages if each.startswith("Generation")), "") or refused(
                 self.model, 64
             )
             self.trial.note("generation", SLOWER, positions, why or "left to stock")

@@ -374,7 +374,7 @@ def test_cards_take_no_results_that_are_none(tmp_path: Path, monkeypatch: pytest
     shutil.rmtree(tmp_path / "arc")
     missing = call("report", "a", "b", "--card")
     assert missing.exit_code == 1
-    assert "No vector of these runs lies in a folder" in missing.output
+    assert "No vector of these runs is in a folder" in missing.output
 
 
 def _table(results: dict[str, Any]) -> dict[tuple[str, str, str], tuple[float, float]]:
