@@ -122,7 +122,7 @@ def test_grid_search_tries_everything_in_one_sweep(
     scores = [float(line.split("|")[6]) for line in lines if line.startswith("| ") and line[2].isdigit()]
     assert scores == sorted(scores)
     assert len(scores) == 24
-    assert "no results" in said
+    assert "are not results" in said
     by_setting = {(p["layer"], p["lr"], p["l2"], p["epochs"]): p["score"] for p in points}
     assert all(by_setting[(*k[:3], 3)] <= by_setting[(*k[:3], 1)] for k in by_setting)
     monkeypatch.setattr(search_module, "train_vector", None)
