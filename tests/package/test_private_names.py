@@ -136,15 +136,11 @@ OURS = {
     "_buffers": "of RowCache, which is no module",
     "_aft_passes": "kept on a model while its passes are watched",
     "_aft_saved": "kept on a module for one pass",
-    "_aft_passes": "kept on a model while it is steered",
     "_replace": "public, of the standard library's named tuples",
     "_low": "the end of a field's name",
     "_high": "the end of a field's name",
     "_proj": "the end of layers' names",
     "_version": "the end of a key in result files",
-    "_low": "the end of columns' names",
-    "_high": "the end of columns' names",
-    "_replace": "of Python's named tuples",
 }
 
 
