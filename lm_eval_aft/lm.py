@@ -184,7 +184,8 @@ class AFTLM(StockLM):
                 self.cache_hook.add_partial("loglikelihood", request.args, answer)
         missing = [request for request, answer in zip(requests, found, strict=True) if answer is None]
         with self._called_back(missing):
-            rest = iter(super().loglikelihood(missing, disable_tqdm) if missing or not requests else ())
+            ask = partial(super().loglikelihood, disable_tqdm=disable_tqdm)
+            rest = iter(ask(missing) if missing or not requests else ())
         return [next(rest) if answer is None else answer for answer in found]
 
     def _loglikelihood_tokens(

@@ -263,7 +263,7 @@ def test_a_wrong_way_is_left_with_a_warning(caplog: pytest.LogCaptureFixture) ->
     forward = lm.model.model.forward
 
     def shifted(*args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
-        ours = any(type(value).__name__ == "Slots" for value in kwargs.values())
+        ours = any(type(value).__name__ == "RowCache" for value in kwargs.values())
         if ours and position_ids is not None:
             position_ids = position_ids * 0
         return forward(*args, position_ids=position_ids, **kwargs)
