@@ -203,7 +203,8 @@ print(json.dumps({"start-up file read": read, "aft known": "aft" in model_regist
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the libraries it uses."""
     found = {"python": platform.python_version(), "lm-eval-aft": __version__}
-    return found | {name: version(name) for name in LIBRARIES}
+    # torch's own word says which build it is, which its distribution leaves out.
+    return found | {name: version(name) for name in LIBRARIES} | {"torch": torch.__version__}
 
 
 def machine() -> dict[str, str]:

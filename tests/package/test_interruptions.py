@@ -264,7 +264,7 @@ def test_an_evaluation_goes_on_where_it_ended(
     with pytest.raises(AFTError, match="already holds baseline"):
         evaluate_pair(*arguments, tmp_path / "ended", **options)
     other = {**options, "flags": [*flags, "--num_fewshot", "1"]}
-    with pytest.raises(AFTError, match="asked otherwise: flags differ"):
+    with pytest.raises(AFTError, match="made with other settings: flags differ"):
         evaluate_pair(*arguments, tmp_path / "ended", resume=True, **other)
     (baseline,) = (tmp_path / "ended" / "baseline").rglob("results_*.json")
     before = baseline.stat().st_mtime_ns
@@ -275,7 +275,7 @@ def test_an_evaluation_goes_on_where_it_ended(
         ".asked.json", "baseline", "placebo", "steered",
     ]  # fmt: skip
     (tmp_path / "ended" / ".asked.json").write_text("[1")
-    with pytest.raises(AFTError, match="asked otherwise"):
+    with pytest.raises(AFTError, match="made with other settings"):
         evaluate_pair(*arguments, tmp_path / "ended", resume=True, **options)
 
 
