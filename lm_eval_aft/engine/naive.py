@@ -129,7 +129,7 @@ class Naive:
                     return_dict_in_generate=True,
                 )
             except AFTError as error:
-                return error.what
+                return error.what.rstrip(".")
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list | tuple) else [ends]
         for row, prompt in enumerate(prompts):

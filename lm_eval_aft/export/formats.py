@@ -57,7 +57,9 @@ class Format(ABC):
         self, source: Path, model: str | None, revision: str | None, progress: Progress
     ) -> tuple[SteeringVector, list[str]]:
         """The vector in ``source``, and notes on what was read and checked; see `import_vector`."""
-        raise NotImplementedError
+        raise AFTError(
+            f"Exports of the format {self.name} cannot be imported.", "Keep the vector's own file."
+        )
 
 
 FORMATS: dict[str, Format] = {}
