@@ -7,7 +7,7 @@ import io
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -75,17 +75,33 @@ class StudyCell:
         return not patterns or any(fnmatchcase(text, pattern) for pattern in patterns for text in texts)
 
 
-def build_cells(study: BenchStudy) -> list[StudyCell]:
+def build_cells(study: BenchStudy, finished: Container[str] = ()) -> list[StudyCell]:
     """Every cell of the study, model by model, task by task.
 
     Looked up from the study's ``data`` folder, as what lies there belongs to the tasks' identities.
 
+    Args:
+        finished: keys of cells whose results are there. Version 0.1's keys depend on where a task's Python
+            functions lie; tasks with such results keep them.
+
     Raises:
         AFTError: a task that the harness does not have.
     """
+    cells = _build_cells(study, absolute=False)
+    if not finished:
+        return cells
+    earlier = _build_cells(study, absolute=True)
+    kept = {cell.task.name for cell in earlier if cell.key in finished}
+    return [old if old.task.name in kept else new for old, new in zip(earlier, cells, strict=True)]
+
+
+def _build_cells(study: BenchStudy, absolute: bool) -> list[StudyCell]:
     with contextlib.chdir(study.data or "."):
         models = {entry.name: model_identity(entry.pretrained, entry.model_args) for entry in study.models}
-        tasks = {entry.name: task_identity(entry.task, study.include_path) for entry in study.tasks}
+        tasks = {
+            entry.name: task_identity(entry.task, study.include_path, absolute=absolute)
+            for entry in study.tasks
+        }
         _require_known(study, [entry.task for entry in study.tasks if "config" not in tasks[entry.name]])
     cells, placebos = [], study.evaluation.placebos
     for model, task, method, seed in product(study.models, study.tasks, study.methods, study.seeds):

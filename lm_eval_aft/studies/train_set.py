@@ -207,11 +207,9 @@ def cross_score(
             own += entry.plan().prompts.flags()
         if study.include_path:
             own += ["--include_path", study.include_path[0]]
-        contents = contents_digest(model, model_args or {}, task, study.include_path)
-        asked = {"model": model, "contents": contents, "vectors": digests}
-        asked |= {"flags": own, "model_args": model_args or {}}
+        asked = {"model": model, "vectors": digests, "flags": own, "model_args": model_args or {}}
         folder = library.root / FOLDER / "scores" / task
-        score_vectors(folder, task, asked, library, say)
+        score_vectors(folder, task, asked, study.include_path, library, say)
         trained_on = {each.name: each.plan().tasks for each in entries}
         report = compare(folder)
         by_run = {each["name"]: each["vector"] for each in report.runs}
@@ -258,17 +256,32 @@ CROSS_SCORES_NOTE = (
 
 
 def score_vectors(
-    folder: Path, task: str, asked: dict[str, Any], library: Library, say: Callable[[str], None]
+    folder: Path,
+    task: str,
+    asked: dict[str, Any],
+    include_path: Sequence[str],
+    library: Library,
+    say: Callable[[str], None],
 ) -> bool:
     """Score the baseline and vectors on a task, unless the folder has these scores; whether it had not.
 
     Args:
         asked: ``model``, ``model_args``, ``flags`` of ``lm_eval run``, ``vectors`` (name -> digest), perhaps
-            ``placebo``, and whatever else the scores depend on; kept in the folder.
+            ``placebo``; kept in the folder with a digest of the model and the task.
     """
-    text = canonical_json(asked)
+    text, earlier = (  # version 0.1's digest depends on where the task's Python functions lie
+        canonical_json(
+            asked
+            | {
+                "contents": contents_digest(
+                    asked["model"], asked["model_args"], task, include_path, absolute=absolute
+                )
+            }
+        )
+        for absolute in (False, True)
+    )
     with contextlib.suppress(OSError, ValueError):
-        if (folder / _ASKED).read_text(encoding="utf-8") == text:
+        if (folder / _ASKED).read_text(encoding="utf-8") in (text, earlier):
             return False
     say(f"{task}: scoring {len(asked['vectors'])} vectors and the baseline ...")
     with replacing_dir(folder) as begun:

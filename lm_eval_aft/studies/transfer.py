@@ -14,7 +14,6 @@ from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.matrix import Matrix, MatrixCell
 from lm_eval_aft.evaluation.report import compare
 from lm_eval_aft.evaluation.stats import holm, verdict
-from lm_eval_aft.harness.identity import contents_digest
 from lm_eval_aft.library.files import PART
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
@@ -81,21 +80,17 @@ class Transfer:
         for task in self.tasks:
             asked = {
                 "model": self.model,
-                "contents": contents_digest(self.model, self.model_args, task, self._include_path()),
                 "vectors": {specs[name]: digest for name, digest in digests.items()},
                 "flags": list(self.flags),
                 "model_args": dict(self.model_args),
                 "placebo": self.placebo,
             }
             folder = self.output / "scores" / task
-            if not score_vectors(folder, task, asked, library, say):
+            if not score_vectors(folder, task, asked, self.settings.get("include_path") or (), library, say):
                 say(f"{task}: already scored.")
             found += _rows(folder, {spec: name for name, spec in specs.items()})
         missing = {name.removeprefix(f"{SHELF}/"): why for name, why in failed.items()}
         return _matrix(self.model, self.tasks, found, trained_on, missing)
-
-    def _include_path(self) -> tuple[str, ...]:
-        return tuple(self.settings.get("include_path") or ())
 
     def _entries(self) -> dict[str, StudyEntry]:
         """The vectors to train, by name."""

@@ -17,7 +17,7 @@ import torch
 
 from lm_eval_aft import AFTError, SteeringVector
 from lm_eval_aft.evaluation.compare import VerdictRow
-from lm_eval_aft.harness.identity import contents_digest, model_identity, task_identity
+from lm_eval_aft.harness.identity import contents_digest, digest, model_identity, task_identity
 from lm_eval_aft.studies import ray, runner
 from lm_eval_aft.studies.config import BenchStudy, read_bench, read_study
 from lm_eval_aft.studies.jobs import (
@@ -347,6 +347,49 @@ def test_a_task_is_its_data_however_that_is_named(folder: Path, data: dict[str, 
     (folder / "data/a.jsonl").write_text('{"other": 1}\n')
     assert task_identity("mine", [str(tasks)]) != before
     assert contents_digest("some/model", {}, "mine", [str(tasks)]) != digest
+
+
+def _coded(folder: Path) -> Path:
+    """A study of a task whose documents, in part, come from Python functions of its own and of a parent's."""
+    (folder / "tasks/mine").mkdir(parents=True)
+    (folder / "tasks/mine/mine.yaml").write_text(
+        TASK + "include: ../base.yaml\nprocess_docs: !function utils.first\ndataset_path: json\n"
+    )
+    (folder / "tasks/mine/utils.py").write_text("def first(docs):\n    return docs\n")
+    (folder / "tasks/base.yaml").write_text("process_results: !function shared.judge\n")
+    (folder / "tasks/shared.py").write_text("def judge(doc, results):\n    return {}\n")
+    study = folder / "study.yaml"
+    study.write_text("models: [demo]\ntasks: [mine, mmlu_pro_math]\ninclude_path: tasks/mine\n")
+    return study
+
+
+def test_a_moved_study_keeps_the_addresses_of_its_cells(tmp_path: Path) -> None:
+    before = [cell.key for cell in build_cells(read_bench(_coded(tmp_path / "here")))]
+    (tmp_path / "here").rename(tmp_path / "there")
+    study = read_bench(tmp_path / "there/study.yaml")
+    assert [cell.key for cell in build_cells(study)] == before
+    (tmp_path / "there/tasks/mine/utils.py").write_text("def first(docs):\n    return docs[:1]\n")
+    mine, theirs = (cell.key for cell in build_cells(study))
+    assert (mine != before[0], theirs) == (True, before[1])
+    (tmp_path / "there/tasks/shared.py").write_text("def judge(doc, results):\n    return {'acc': 1}\n")
+    assert build_cells(study)[0].key not in (mine, before[0])
+
+
+def test_addresses_of_0_1_with_the_paths_of_functions_are_known(tmp_path: Path) -> None:
+    study = read_bench(_coded(tmp_path))
+    cells = build_cells(study)
+    # As 0.1 made it: the digest of the resolved definition, functions by their absolute paths.
+    config = task_identity("mine", study.include_path, absolute=True)["config"]
+    assert config["process_docs"] == str(tmp_path / "tasks/mine/utils.first")
+    plan = {key: value for key, value in cells[0].plan.to_dict().items() if key != "include_path"}
+    about = ["aft-bench/1", model_identity("demo", {})]
+    about.append(task_identity("mine", study.include_path, absolute=True))
+    vector, baseline = digest([*about, plan]), digest([*about, None, asdict(cells[0].plan.prompts)])
+    key = digest([vector, baseline, 0])
+    assert key != cells[0].key
+    found = build_cells(study, {key: {}})
+    assert [(c.key, c.vector_key, c.baseline_key) for c in found[:1]] == [(key, vector, baseline)]
+    assert found[1:] == cells[1:]
 
 
 @pytest.mark.parametrize(
