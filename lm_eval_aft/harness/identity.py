@@ -37,9 +37,7 @@ def model_identity(pretrained: str, model_args: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def task_identity(
-    name: str, include_path: Sequence[str] = (), *, absolute: bool = False
-) -> dict[str, Any]:
+def task_identity(name: str, include_path: Sequence[str] = (), *, absolute: bool = False) -> dict[str, Any]:
     """A task by its resolved definition and its files on this machine, wherever its folder lies.
 
     Of lm-eval's own tasks, the harness's version stands for their code.

@@ -26,8 +26,8 @@ from pydantic import (
     model_validator,
 )
 
-from lm_eval_aft._util.config import read_yaml
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.settings import read_yaml
 from lm_eval_aft.demo import NAME as DEMO
 from lm_eval_aft.harness.examples import PROMPTS, PromptSettings
 from lm_eval_aft.library.files import check_name
