@@ -103,9 +103,9 @@ def bench(
     """
     quiet_libraries()
     logging.getLogger("lm_eval_aft").setLevel(logging.WARNING)  # a cell has one line of its own
-    from lm_eval_aft.studies.config import read_bench
+    from lm_eval_aft.studies.config import read_bench_study
 
-    plan = read_bench(study)
+    plan = read_bench_study(study)
     if dry_run:
         print_plan(plan, output, only, plan_for)
         return

@@ -292,7 +292,7 @@ def _take_prompts(settings: dict[str, Any]) -> PromptSettings:
     return PromptSettings(**{key: settings.pop(key) for key in PROMPTS if key in settings})
 
 
-def read_bench(path: Path) -> BenchStudy:
+def read_bench_study(path: Path) -> BenchStudy:
     """Read a study of models × tasks × methods × seeds.
 
     Raises:
@@ -322,7 +322,7 @@ def read_bench(path: Path) -> BenchStudy:
 # A library's study: one vector an entry.
 
 
-class EntryDefaults(_Strict):
+class VectorDefaults(_Strict):
     """What a vector's entry may say, and all entries may share.
 
     Attributes:
@@ -334,7 +334,7 @@ class EntryDefaults(_Strict):
     settings: _Settings = {}
 
 
-class StudyEntry(EntryDefaults):
+class VectorEntry(VectorDefaults):
     """One vector to train; ``name`` is where it goes in the library."""
 
     name: str = ""
@@ -359,7 +359,7 @@ class CrossScores(_Strict):
     limit: _Count | None = None
 
 
-class Study(_Strict):
+class LibraryStudy(_Strict):
     """Every vector that a library is to hold.
 
     Attributes:
@@ -369,22 +369,23 @@ class Study(_Strict):
     """
 
     vectors: Annotated[
-        dict[_VectorName, Annotated[StudyEntry, _flat(StudyEntry, "task", named=False)]], Field(min_length=1)
+        dict[_VectorName, Annotated[VectorEntry, _flat(VectorEntry, "task", named=False)]],
+        Field(min_length=1),
     ]
-    defaults: Annotated[EntryDefaults, _flat(EntryDefaults, "", named=False)] = EntryDefaults()
+    defaults: Annotated[VectorDefaults, _flat(VectorDefaults, "", named=False)] = VectorDefaults()
     model: Annotated[str, BeforeValidator(str)] | None = None
     unavailable: dict[_VectorName, Annotated[str, BeforeValidator(str)]] = {}
     scores: CrossScores = CrossScores()
     include_path: _Folders = ()
 
     @property
-    def entries(self) -> list[StudyEntry]:
+    def entries(self) -> list[VectorEntry]:
         """The vectors, in the file's order."""
         return list(self.vectors.values())
 
-    def scored_tasks(self) -> dict[str, StudyEntry | None]:
+    def scored_tasks(self) -> dict[str, VectorEntry | None]:
         """Every task of the cross-scores, with the first entry trained on it."""
-        found: dict[str, StudyEntry | None] = {}
+        found: dict[str, VectorEntry | None] = {}
         for entry in self.entries:
             for task in entry.plan().tasks:
                 found.setdefault(task, entry)
@@ -394,13 +395,13 @@ class Study(_Strict):
 _LIBRARY_HINT = "See scripts/studies/library.yaml for an example."
 
 
-def read_study(path: Path) -> Study:
+def read_library_study(path: Path) -> LibraryStudy:
     """Read a study of a library's vectors; what its entries share is put into each.
 
     Raises:
         AFTError: it cannot be read, or says something that cannot be; every such field is named.
     """
-    study = _read_file(path, Study, _LIBRARY_HINT)
+    study = _read_file(path, LibraryStudy, _LIBRARY_HINT)
     shared = {"protocol": DEFAULT_PROTOCOL, **study.defaults.settings}
     shared.pop("task", None)  # each entry has its own
     own = {"include_path": study.include_path} if study.include_path else {}

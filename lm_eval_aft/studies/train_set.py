@@ -23,7 +23,7 @@ from lm_eval_aft.library.store import Library
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
-from lm_eval_aft.studies.config import Study, StudyEntry
+from lm_eval_aft.studies.config import LibraryStudy, VectorEntry
 from lm_eval_aft.training.run import train_vector
 from lm_eval_aft.training.setup import load_model
 
@@ -38,7 +38,7 @@ IN_LIBRARY, BEGUN, WAITING = "in the library", "begun", "to do"
 class EntryStatus:
     """The progress of an entry: ``state`` is `IN_LIBRARY`, `BEGUN` or `WAITING`."""
 
-    entry: StudyEntry
+    entry: VectorEntry
     state: str
 
 
@@ -50,7 +50,7 @@ class TrainSet:
     """
 
     def __init__(
-        self, study: Study, library: Library, model: str, model_args: Mapping[str, Any] | None = None
+        self, study: LibraryStudy, library: Library, model: str, model_args: Mapping[str, Any] | None = None
     ) -> None:
         self.study = study
         self.library = library
@@ -111,7 +111,7 @@ class TrainSet:
             say(f"{entry.name}: trained in {time.monotonic() - started:.0f} s.")
         return failed
 
-    def _train(self, entry: StudyEntry, lm: AFTLM, say: Callable[[str], None], progress: bool) -> None:
+    def _train(self, entry: VectorEntry, lm: AFTLM, say: Callable[[str], None], progress: bool) -> None:
         work = self._work(entry)
         asked_file = work.with_name(f"{work.name}.asked.json")
         asked = canonical_json(self._asked(entry))
@@ -130,10 +130,10 @@ class TrainSet:
         shutil.rmtree(work, ignore_errors=True)
         asked_file.unlink(missing_ok=True)
 
-    def _work(self, entry: StudyEntry) -> Path:
+    def _work(self, entry: VectorEntry) -> Path:
         return self.folder / "work" / entry.name.replace("/", ",")
 
-    def _asked(self, entry: StudyEntry) -> dict[str, Any]:
+    def _asked(self, entry: VectorEntry) -> dict[str, Any]:
         """What the entry's vector depends on, as JSON would give it back."""
         asked: dict[str, Any] = {"model": self.model, **entry.plan().to_dict()}
         # Device and batch size do not change the vector.
@@ -142,7 +142,7 @@ class TrainSet:
             asked["model_args"] = loaded
         return dict(json.loads(canonical_json(asked)))
 
-    def _require_own(self, entry: StudyEntry, record: dict[str, Any] | None) -> None:
+    def _require_own(self, entry: VectorEntry, record: dict[str, Any] | None) -> None:
         there = SteeringVector.load(self.library.path(entry.name)).digest()
         if record is None or record.get("sha256") != there:
             raise AFTError(
@@ -167,7 +167,7 @@ _ASKED = "asked.json"
 
 
 def cross_score(
-    study: Study,
+    study: LibraryStudy,
     library: Library,
     model: str,
     *,

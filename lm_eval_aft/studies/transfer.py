@@ -17,7 +17,7 @@ from lm_eval_aft.evaluation.stats import holm, verdict
 from lm_eval_aft.library.files import PART
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
-from lm_eval_aft.studies.config import Study, StudyEntry
+from lm_eval_aft.studies.config import LibraryStudy, VectorEntry
 from lm_eval_aft.studies.train_set import TrainSet, score_vectors
 
 _KEPT = (
@@ -65,7 +65,7 @@ class Transfer:
         entries = self._entries()
         failed = {}
         if entries:
-            study = Study.model_construct(vectors=entries)
+            study = LibraryStudy.model_construct(vectors=entries)
             failed = TrainSet(study, library, self.model, self.model_args).train(say=say, progress=progress)
         specs = {each.task: name for name, each in entries.items() if name not in failed} | dict(self.given)
         if not specs:
@@ -92,13 +92,13 @@ class Transfer:
         missing = {name.removeprefix(f"{SHELF}/"): why for name, why in failed.items()}
         return _matrix(self.model, self.tasks, found, trained_on, missing)
 
-    def _entries(self) -> dict[str, StudyEntry]:
+    def _entries(self) -> dict[str, VectorEntry]:
         """The vectors to train, by name."""
         found = {}
         for task in self.tasks if self.train else ():
             if task not in self.given:
                 # Its settings were read from flags already.
-                entry = StudyEntry.model_construct(name=f"{SHELF}/{task}", task=task, settings=self.settings)
+                entry = VectorEntry.model_construct(name=f"{SHELF}/{task}", task=task, settings=self.settings)
                 entry.plan()
                 found[entry.name] = entry
         return found

@@ -22,7 +22,7 @@ from lm_eval_aft.evaluation.render import write_report
 from lm_eval_aft.evaluation.report import compare
 from lm_eval_aft.library.routers import make_router, parse_keyword_table, parse_task_table
 from lm_eval_aft.library.store import Library
-from lm_eval_aft.studies.config import read_bench, read_study
+from lm_eval_aft.studies.config import read_bench_study, read_library_study
 from lm_eval_aft.studies.jobs import build_cells
 from tests.result_folders import steered_by, write_results
 from tests.support.scripts import load_script
@@ -240,12 +240,12 @@ def test_tables_and_studies(mutations: int, tmp_path: Path) -> None:
         try:
             if text == STUDY:
                 (tmp_path / "study.yaml").write_bytes(raw)
-                study = read_study(tmp_path / "study.yaml")
+                study = read_library_study(tmp_path / "study.yaml")
                 for entry in study.entries:
                     entry.plan()
             elif text == BENCH:
                 (tmp_path / "study.yaml").write_bytes(raw)
-                build_cells(read_bench(tmp_path / "study.yaml"))
+                build_cells(read_bench_study(tmp_path / "study.yaml"))
             elif text == TABLES[0]:
                 parse_keyword_table(raw.decode(errors="replace")).route("solve this")
             else:

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from lm_eval_aft import AFTError
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.studies import jobs
-from lm_eval_aft.studies.config import read_bench
+from lm_eval_aft.studies.config import read_bench_study
 
 QUICK = {
     "protocol": "maximum", "layers": "1", "train_docs": 8, "selection_docs": 12, "epochs": 1,
@@ -283,12 +283,12 @@ def test_what_is_wrong_with_a_study_is_said(
     changes: dict[str, Any], message: str, write: Callable[..., Path]
 ) -> None:
     with pytest.raises(AFTError, match=message):
-        read_bench(write(**changes))
+        read_bench_study(write(**changes))
 
 
 def test_all_faults_are_told_at_once(write: Callable[..., Path]) -> None:
     with pytest.raises(AFTError, match="has 3 faults") as told:
-        read_bench(write(seeds=-1, tasks=[{"task": "t", "limit": 0}], colour="red"))
+        read_bench_study(write(seeds=-1, tasks=[{"task": "t", "limit": 0}], colour="red"))
     assert all(word in str(told.value) for word in ("seeds: ", "tasks[0].limit: ", "colour: "))
 
 
@@ -345,7 +345,7 @@ def test_the_local_study_in_small(data_root: Path, tmp_path: Path, monkeypatch: 
     """Fewer seeds, methods and documents; the models, the tasks and their real data as shipped."""
     monkeypatch.setenv("AFT_TEST_DATA", str(data_root))
     shipped = Path(__file__).parents[2] / "scripts/studies/local.yaml"
-    whole = read_bench(shipped)
+    whole = read_bench_study(shipped)
     assert [len(part) for part in (whole.models, whole.tasks, whole.methods, whole.seeds)] == [3, 5, 3, 2]
     table = yaml.safe_load(shipped.read_text())
     table["tasks"] = ["aft_demo_choice", {"task": "aft_demo_math", "limit": 4}, table["tasks"][2]]

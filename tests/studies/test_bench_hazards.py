@@ -19,7 +19,7 @@ from lm_eval_aft import AFTError, SteeringVector
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.harness.identity import contents_digest, digest, model_identity, task_identity
 from lm_eval_aft.studies import ray, runner
-from lm_eval_aft.studies.config import BenchStudy, read_bench, read_study
+from lm_eval_aft.studies.config import BenchStudy, read_bench_study, read_library_study
 from lm_eval_aft.studies.jobs import (
     Done,
     Job,
@@ -58,7 +58,7 @@ def outcome(difference: float, *, sha: str, given_up: str = "", task: str = "t")
 def read(folder: Path, text: str) -> BenchStudy:
     path = folder / "study.yaml"
     path.write_text(text)
-    return read_bench(path)
+    return read_bench_study(path)
 
 
 def schedule(folder: Path, study: BenchStudy, outcomes: Outcomes) -> Schedule:
@@ -189,7 +189,7 @@ def study_of(folder: Path, resume: bool = False) -> list[str]:
     path = folder / "study.yaml"
     path.write_text(SMALL)
     report = runner.run_study(
-        read_bench(path), path, Store(folder / "out"), Hands(), resume=resume, progress=StudyProgress()
+        read_bench_study(path), path, Store(folder / "out"), Hands(), resume=resume, progress=StudyProgress()
     )
     return [f"{cell.state}: {cell.why}" for cell in report.cells]
 
@@ -224,7 +224,7 @@ def test_a_study_goes_on_from_the_file_it_keeps(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(runner, "assess", lambda cell, _store: outcome(0.1, sha=cell.key))
     study_of(tmp_path)
     kept = tmp_path / "out/study.yaml"
-    report = runner.run_study(read_bench(kept), kept, Store(tmp_path / "out"), Hands(), resume=True)
+    report = runner.run_study(read_bench_study(kept), kept, Store(tmp_path / "out"), Hands(), resume=True)
     assert [cell.state for cell in report.cells] == ["done", "done"]
 
 
@@ -259,9 +259,9 @@ def test_placebos_behave_and_are_not_pruned_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "scripts/studies").glob("*.yaml")))
 def test_every_shipped_studys_controls_fit_its_tasks(path: Path) -> None:
     if path.name == "library.yaml":
-        assert read_study(path).entries
+        assert read_library_study(path).entries
         return
-    study = read_bench(path)
+    study = read_bench_study(path)
     kinds = {"generate_until": "lm"}
     for cell in itertools.product(study.models, study.tasks, study.methods):
         plan = study.plan(*cell, 0)
@@ -364,9 +364,9 @@ def _coded(folder: Path) -> Path:
 
 
 def test_a_moved_study_keeps_the_addresses_of_its_cells(tmp_path: Path) -> None:
-    before = [cell.key for cell in build_cells(read_bench(_coded(tmp_path / "here")))]
+    before = [cell.key for cell in build_cells(read_bench_study(_coded(tmp_path / "here")))]
     (tmp_path / "here").rename(tmp_path / "there")
-    study = read_bench(tmp_path / "there/study.yaml")
+    study = read_bench_study(tmp_path / "there/study.yaml")
     assert [cell.key for cell in build_cells(study)] == before
     (tmp_path / "there/tasks/mine/utils.py").write_text("def first(docs):\n    return docs[:1]\n")
     mine, theirs = (cell.key for cell in build_cells(study))
@@ -376,7 +376,7 @@ def test_a_moved_study_keeps_the_addresses_of_its_cells(tmp_path: Path) -> None:
 
 
 def test_addresses_of_0_1_with_the_paths_of_functions_are_known(tmp_path: Path) -> None:
-    study = read_bench(_coded(tmp_path))
+    study = read_bench_study(_coded(tmp_path))
     cells = build_cells(study)
     # As 0.1 made it: the digest of the resolved definition, functions by their absolute paths.
     config = task_identity("mine", study.include_path, absolute=True)["config"]
@@ -426,13 +426,13 @@ def test_what_a_library_study_would_pass_over_is_refused(tmp_path: Path, more: s
     path = tmp_path / "s.yaml"
     path.write_text(f"vectors:\n  a/b: aft_demo_choice\n{more}\n")
     with pytest.raises(AFTError, match=said):
-        read_study(path)
+        read_library_study(path)
 
 
 def test_a_library_study_reads_rungs_as_flags_do(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("vectors:\n  a/b: aft_demo_choice\ndefaults: {rungs: '1:1:1:0.5'}\n")
-    (entry,) = read_study(path).entries
+    (entry,) = read_library_study(path).entries
     assert entry.plan().protocol.rungs[0].keep == 0.5
 
 
