@@ -36,7 +36,9 @@ def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
         try:
             found = dict(json.loads(text))
         except ValueError as error:
-            raise AFTError(f"Cannot read model arguments {text!r}: {error}.", "Write a JSON object.") from error
+            raise AFTError(
+                f"Cannot read model arguments {text!r}: {error}.", "Write a JSON object."
+            ) from error
     else:
         from lm_eval.utils import simple_parse_args_string
 
