@@ -151,6 +151,33 @@ def check_names(names: Sequence[str], manager: TaskManager) -> None:
             )
 
 
+def require_plain(names: Sequence[str], include_path: Sequence[str | Path] = ()) -> None:
+    """Raise `AFTError` unless every name is that of one task: of no file, pattern, group, tag or list."""
+    for name in names:
+        if name.endswith((".yaml", ".yml")) or "/" in name or "," in name:
+            several = "several tasks" if "," in name else "a file"
+            raise AFTError(
+                f"{name!r} names {several}; what is trained and scored here is one task, by its name.",
+                "Name the tasks one by one, and give the folder of their files as include_path.",
+            )
+    if not (unknown := [name for name in names if find_definition(name, include_path) is None]):
+        return
+    manager = full_index(include_path)
+    check_names(unknown, manager)
+    for name in unknown:
+        members = manager.match_tasks([name])
+        if members == [name]:
+            members = [each for each, entry in manager.task_index.items() if name in entry.tags]
+            listed = (manager.task_index[name].cfg or {}).get("task")
+            members += [each for each in listed if isinstance(each, str)] if isinstance(listed, list) else []
+        told = ", ".join(members[:10]) + (", ..." if len(members) > 10 else "")
+        raise AFTError(
+            f"{name!r} is no plain task: it is a pattern, a group or a tag{f' ({told})' if told else ''}, or "
+            "defined inside a group's file.",
+            "What is trained and scored here is one plain task: name its members one by one.",
+        )
+
+
 def task_manager_for(
     names: Sequence[str], include_path: Sequence[str | Path] = (), metadata: dict[str, Any] | None = None
 ) -> TaskManager:

@@ -30,6 +30,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.settings import read_yaml
 from lm_eval_aft.demo import NAME as DEMO
 from lm_eval_aft.harness.examples import PROMPTS, PromptSettings
+from lm_eval_aft.harness.model_args import read_model_args, refuse_steering
 from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.routers import read_table
 from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_rungs
@@ -38,8 +39,6 @@ from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_ru
 EARLIER_STUDY = read_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-# Arguments of ``--model aft`` that steer: in a study each cell has its own vector.
-_STEERING = ("vector", "coefficient", "positions", "route", "library", "answer_only")
 # Settings of a plan that the study itself sets.
 _SET_BY_STUDY = ("task", "first_seed", "include_path", "prompts")
 
@@ -86,6 +85,12 @@ def _without(keys: Sequence[str], why: str) -> AfterValidator:
         return given
 
     return AfterValidator(check)
+
+
+def _check_model_args(given: dict[str, Any]) -> dict[str, Any]:
+    with _as_value_error():
+        refuse_steering(given, "a study's cells steer by themselves")
+        return read_model_args(given)
 
 
 def _check_task(task: str) -> str:
@@ -150,7 +155,11 @@ _EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@+=%,-]{0,9
 _Count = Annotated[int, Field(ge=1)]
 _Settings = Annotated[dict[str, Any], AfterValidator(_training_settings)]
 _CellSettings = Annotated[_Settings, _without(_SET_BY_STUDY, "the study itself sets this")]
-_ModelArgs = Annotated[dict[str, Any], _without(_STEERING, "a study's cells steer by themselves")]
+_ModelArgs = Annotated[
+    dict[str, Any],
+    _without(("pretrained", "batch_size"), "it is a field of the model or of the evaluation"),
+    AfterValidator(_check_model_args),
+]
 _VectorName = Annotated[str, BeforeValidator(_check_vector_name)]
 _Several = Annotated[list[_T], Field(min_length=1), AfterValidator(_distinct)]
 _Folder = Annotated[_Text, AfterValidator(_folder)]

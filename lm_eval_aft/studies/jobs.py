@@ -22,6 +22,7 @@ from lm_eval_aft.evaluation.report import warnings
 from lm_eval_aft.evaluation.results import ScoredRun, read_run
 from lm_eval_aft.evaluation.vector_info import read_vector_info
 from lm_eval_aft.harness.identity import digest, model_identity, task_identity
+from lm_eval_aft.harness.tasks import require_plain
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.studies.config import BenchStudy, MethodEntry, ModelEntry, TaskEntry
@@ -97,12 +98,12 @@ def build_cells(study: BenchStudy, finished: Container[str] = ()) -> list[StudyC
 
 def _build_cells(study: BenchStudy, absolute: bool) -> list[StudyCell]:
     with contextlib.chdir(study.data or "."):
+        require_plain([entry.task for entry in study.tasks], study.include_path)
         models = {entry.name: model_identity(entry.pretrained, entry.model_args) for entry in study.models}
         tasks = {
             entry.name: task_identity(entry.task, study.include_path, absolute=absolute)
             for entry in study.tasks
         }
-        _require_known(study, [entry.task for entry in study.tasks if "config" not in tasks[entry.name]])
     cells, placebos = [], study.evaluation.placebos
     for model, task, method, seed in product(study.models, study.tasks, study.methods, study.seeds):
         plan = study.plan(model, task, method, seed)
@@ -113,18 +114,6 @@ def _build_cells(study: BenchStudy, absolute: bool) -> list[StudyCell]:
         key = digest([vector_key, baseline_key, placebos])
         cells.append(StudyCell(model, task, method, seed, plan, placebos, vector_key, baseline_key, key))
     return cells
-
-
-def _require_known(study: BenchStudy, unknown: list[str]) -> None:
-    if not unknown:
-        return
-    from lm_eval_aft.harness.tasks import check_names, full_index
-
-    check_names(unknown, full_index(study.include_path))  # its error names the nearest tasks
-    raise AFTError(
-        f"{', '.join(unknown)}: a group of tasks, or one without a file of its own.",
-        "A cell is trained and scored on one plain task: name its members one by one.",
-    )
 
 
 # The folder of a study: finished vectors and scores by their keys, work in progress, one ledger.

@@ -19,6 +19,7 @@ from lm_eval_aft.evaluation.formatting import json_text, markdown_table, write_f
 from lm_eval_aft.evaluation.report import compare
 from lm_eval_aft.evaluation.run import evaluate_pair
 from lm_eval_aft.harness.identity import contents_digest
+from lm_eval_aft.harness.tasks import require_plain
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector import SteeringVector
@@ -197,6 +198,7 @@ def cross_score(
     entries = [entry for entry in study.entries if entry.name in there]
     if not entries:
         raise AFTError("No vector of the study is in the library.", "Train them first.")
+    require_plain(list(study.scored_tasks()), study.include_path)
     names = [entry.name for entry in entries]
     digests = {name: SteeringVector.load(library.path(name)).digest() for name in names}
     rows: list[dict[str, Any]] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.matrix import Matrix, MatrixCell
 from lm_eval_aft.evaluation.report import compare
 from lm_eval_aft.evaluation.stats import holm, verdict
-from lm_eval_aft.library.files import PART
+from lm_eval_aft.harness.tasks import require_plain
+from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.studies.config import LibraryStudy, VectorEntry
@@ -106,9 +106,9 @@ class Transfer:
     def _check(self) -> None:
         if len(set(self.tasks)) < len(self.tasks):
             raise AFTError("A task was named twice.", "Name each task once.")
-        for name in self.tasks:
-            if not re.fullmatch(PART, name):
-                raise AFTError(f"{name!r} is not the name of a task.", "Name tasks, not files.")
+        require_plain(self.tasks, self.settings.get("include_path") or ())
+        for name in self.tasks if self.train else ():
+            check_name(f"{SHELF}/{name}")  # by which the library will know its vector
 
 
 def _rows(folder: Path, names: Mapping[str, str]) -> list[tuple[str, bool, VerdictRow]]:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 
 from lm_eval_aft import AFTError, SteeringVector
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.harness.identity import contents_digest, digest, model_identity, task_identity
+from lm_eval_aft.harness.tasks import require_plain
 from lm_eval_aft.studies import ray, runner
 from lm_eval_aft.studies.config import BenchStudy, read_bench_study, read_library_study
 from lm_eval_aft.studies.jobs import (
@@ -34,6 +36,7 @@ from lm_eval_aft.studies.jobs import (
 from lm_eval_aft.studies.ray import LOSSES
 from lm_eval_aft.studies.report import build_study_report, study_tables, summary
 from lm_eval_aft.studies.runner import StudyProgress
+from lm_eval_aft.studies.transfer import Transfer
 from lm_eval_aft.training.controls import check_control, random_like
 
 Outcomes = Callable[[StudyCell], dict[str, Any] | None]
@@ -396,6 +399,15 @@ def test_addresses_of_0_1_with_the_paths_of_functions_are_known(tmp_path: Path) 
     ("line", "said"),
     [
         ("models: [{pretrained: demo, model_args: {coefficient: 3}}]", "steer by themselves"),
+        ("models: [{pretrained: demo, model_args: {answer_only: 'no'}}]", "answer_only= has no place"),
+        (
+            "models: [{pretrained: demo, model_args: {fast: 'maybe'}}]",
+            r"models\[0\].model_args: fast='maybe' is",
+        ),
+        ("models: [{pretrained: demo, model_args: {max_length: many}}]", "max_length='many' is not a whole"),
+        ("models: [{pretrained: demo, model_args: {trust_remote_cod: 1}}]", "mean trust_remote_code"),
+        ("models: [{pretrained: demo, model_args: {pretrained: gpt2}}]", "remove pretrained"),
+        ("models: [{pretrained: demo, model_args: {batch_size: 3}}]", "remove batch_size"),
         (
             "models: [{pretrained: demo, apply_chat_template: 'false'}]",
             "apply_chat_template: must be true or false, got 'false'",
@@ -410,6 +422,50 @@ def test_addresses_of_0_1_with_the_paths_of_functions_are_known(tmp_path: Path) 
 def test_what_a_study_would_pass_over_is_refused(tmp_path: Path, line: str, said: str) -> None:
     with pytest.raises(AFTError, match=said):
         read(tmp_path, f"{line}\ntasks: [aft_demo_choice]\n")
+
+
+def test_model_arguments_of_a_study_are_what_they_say(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        "models: [{pretrained: demo, model_args: {fast: 'no', max_length: '64', truncation: on}}]\n"
+        "tasks: [aft_demo_choice]\n",
+    )
+    assert study.models[0].model_args == {"fast": False, "max_length": 64, "truncation": True}
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("x_*", r"'x_\*' is no plain task: .* \(x_group, x_one, x_tag, x_two\)"),
+        ("x_group", r"'x_group' is no plain task: .* \(x_one, x_two\)"),
+        ("x_tag", r"'x_tag' is no plain task: .* \(x_two\)"),
+        ("x_on", r"no harness task 'x_on'"),
+        ("x_one,x_two", "names several tasks"),
+        ("tasks/one.yaml", "names a file"),
+    ],
+)
+def test_patterns_groups_tags_and_files_are_no_task_of_a_cell(
+    tmp_path: Path, task: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "one.yaml").write_text(TASK.replace("mine", "x_one"))
+    (tasks / "two.yaml").write_text(TASK.replace("mine", "x_two") + "tag: x_tag\n")
+    (tasks / "group.yaml").write_text("group: x_group\ntask: [x_one, x_two]\n")
+    monkeypatch.setattr(  # of these tasks alone: all others take ten seconds
+        "lm_eval_aft.harness.tasks.full_index",
+        lambda include_path: TaskManager(include_path=list(include_path), include_defaults=False),
+    )
+    with pytest.raises(AFTError, match=said):
+        require_plain([task], [str(tasks)])
+    require_plain(["x_one", "x_two"], [str(tasks)])
+    if "," not in task and "/" not in task:
+        path = tmp_path / "study.yaml"
+        path.write_text(f"models: [demo]\ntasks: [{{task: '{task}', name: t}}]\ninclude_path: tasks\n")
+        with pytest.raises(AFTError, match=said):
+            build_cells(read_bench_study(path))
+    with pytest.raises(AFTError, match=said):
+        Transfer("demo", (task,), tmp_path / "out", settings={"include_path": (str(tasks),)}).run()
 
 
 @pytest.mark.parametrize(
