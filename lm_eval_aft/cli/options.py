@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
     Raises:
         AFTError: not of that form, a value of the wrong type, or a misspelt name; see `read_model_args`.
     """
-    from lm_eval_aft.harness.model_args import read_model_args
+    from lm_eval_aft.harness.model_args import TEXTS, read_model_args
 
     found: dict[str, Any] = {}
     text = text or ""
@@ -39,9 +40,18 @@ def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
         elif text:
             from lm_eval.utils import simple_parse_args_string
 
-            if not all("=" in part for part in text.split(",")):
+            parts = [part.partition("=") for part in text.strip().split(",")]
+            if not all(sign for _, sign, _ in parts):
                 raise ValueError("a part of it has no =")
+            if twice := [key for key, count in Counter(key for key, *_ in parts).items() if count > 1]:
+                raise ValueError(f"{twice[0]} is given twice")
             found = dict(simple_parse_args_string(text))
+            # lm-eval makes a number of a name like 007: of our arguments those that are none stay texts.
+            found |= {
+                key: written.strip()
+                for key, _, written in parts
+                if key in TEXTS and isinstance(found[key], int | float) and type(found[key]) is not bool
+            }
     except (ValueError, RecursionError) as error:
         raise AFTError(
             f"Cannot read model arguments {text[:200]!r}: {error}.",
