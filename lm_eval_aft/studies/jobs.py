@@ -461,14 +461,14 @@ class Session:
         if self._lm is None or self._name != entry.name:
             self._lm = None
             self._documents.clear()
-            self._lm = AFTLM(
+            lm = AFTLM(
                 entry.pretrained,
                 **{"device": self.device, "softmax_dtype": "float32", **entry.model_args},
                 batch_size=self.batch_size,
             )
-            require_finite(self._lm)
-            self._lm.require_finite = True
-            self._name = entry.name
+            require_finite(lm)
+            lm.require_finite = True
+            self._lm, self._name = lm, entry.name
             self.loads += 1
         self._lm.steer(None)
         return self._lm
