@@ -31,6 +31,7 @@ from lm_eval_aft._util.settings import read_yaml
 from lm_eval_aft.demo import NAME as DEMO
 from lm_eval_aft.harness.examples import PROMPTS, PromptSettings
 from lm_eval_aft.harness.model_args import read_model_args, refuse_steering
+from lm_eval_aft.harness.tasks import check_names, find_definition, full_index
 from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.routers import read_table
 from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_rungs
@@ -293,6 +294,33 @@ class BenchStudy(_Strict):
         first = seed * int(settings.setdefault("seeds", 1))
         return TrainingPlan.of(
             task.task, prompts=prompts, include_path=self.include_path, first_seed=first, **settings
+        )
+
+
+def require_plain(names: Sequence[str], include_path: Sequence[str | Path] = ()) -> None:
+    """Raise `AFTError` unless every name is that of one task: of no file, pattern, group, tag or list."""
+    for name in names:
+        if name.endswith((".yaml", ".yml")) or "/" in name or "," in name:
+            several = "several tasks" if "," in name else "a file"
+            raise AFTError(
+                f"{name!r} names {several}; what is trained and scored here is one task, by its name.",
+                "Name the tasks one by one, and give the folder of their files as include_path.",
+            )
+    if not (unknown := [name for name in names if find_definition(name, include_path) is None]):
+        return
+    manager = full_index(include_path)
+    check_names(unknown, manager)
+    for name in unknown:
+        members = manager.match_tasks([name])
+        if members == [name]:
+            members = [each for each, entry in manager.task_index.items() if name in entry.tags]
+            listed = (manager.task_index[name].cfg or {}).get("task")
+            members += [each for each in listed if isinstance(each, str)] if isinstance(listed, list) else []
+        told = ", ".join(members[:10]) + (", ..." if len(members) > 10 else "")
+        raise AFTError(
+            f"{name!r} is no plain task: it is a pattern, a group or a tag{f' ({told})' if told else ''}, or "
+            "defined inside a group's file.",
+            "What is trained and scored here is one plain task: name its members one by one.",
         )
 
 

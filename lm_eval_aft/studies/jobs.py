@@ -22,10 +22,9 @@ from lm_eval_aft.evaluation.report import warnings
 from lm_eval_aft.evaluation.results import ScoredRun, read_run
 from lm_eval_aft.evaluation.vector_info import read_vector_info
 from lm_eval_aft.harness.identity import digest, model_identity, task_identity
-from lm_eval_aft.harness.tasks import require_plain
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
-from lm_eval_aft.studies.config import BenchStudy, MethodEntry, ModelEntry, TaskEntry
+from lm_eval_aft.studies.config import BenchStudy, MethodEntry, ModelEntry, TaskEntry, require_plain
 from lm_eval_aft.training.recipe import TrainingPlan
 
 if TYPE_CHECKING:

@@ -19,12 +19,11 @@ from lm_eval_aft.evaluation.formatting import json_text, markdown_table, write_f
 from lm_eval_aft.evaluation.report import compare
 from lm_eval_aft.evaluation.run import evaluate_pair
 from lm_eval_aft.harness.identity import contents_digest
-from lm_eval_aft.harness.tasks import require_plain
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
-from lm_eval_aft.studies.config import LibraryStudy, VectorEntry
+from lm_eval_aft.studies.config import LibraryStudy, VectorEntry, require_plain
 from lm_eval_aft.training.run import train_vector
 from lm_eval_aft.training.setup import load_model
 

@@ -13,11 +13,10 @@ from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.matrix import Matrix, MatrixCell
 from lm_eval_aft.evaluation.report import Report, compare
 from lm_eval_aft.evaluation.stats import holm, verdict
-from lm_eval_aft.harness.tasks import require_plain
 from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
-from lm_eval_aft.studies.config import LibraryStudy, VectorEntry
+from lm_eval_aft.studies.config import LibraryStudy, VectorEntry, require_plain
 from lm_eval_aft.studies.train_set import TrainSet, score_vectors
 
 _KEPT = (

@@ -19,9 +19,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval_aft import AFTError, SteeringVector
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.harness.identity import contents_digest, digest, model_identity, task_identity
-from lm_eval_aft.harness.tasks import require_plain
 from lm_eval_aft.studies import ray, runner
-from lm_eval_aft.studies.config import BenchStudy, read_bench_study, read_library_study
+from lm_eval_aft.studies.config import BenchStudy, read_bench_study, read_library_study, require_plain
 from lm_eval_aft.studies.jobs import (
     Done,
     Job,
@@ -453,7 +452,7 @@ def test_patterns_groups_tags_and_files_are_no_task_of_a_cell(
     (tasks / "two.yaml").write_text(TASK.replace("mine", "x_two") + "tag: x_tag\n")
     (tasks / "group.yaml").write_text("group: x_group\ntask: [x_one, x_two]\n")
     monkeypatch.setattr(  # of these tasks alone: all others take ten seconds
-        "lm_eval_aft.harness.tasks.full_index",
+        "lm_eval_aft.studies.config.full_index",
         lambda include_path: TaskManager(include_path=list(include_path), include_defaults=False),
     )
     with pytest.raises(AFTError, match=said):
