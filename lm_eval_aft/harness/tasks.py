@@ -8,6 +8,7 @@ import fnmatch
 import glob
 import itertools
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -182,7 +183,8 @@ def find_tasks(
     if not words:
         raise AFTError("No task was named.", "`aft tasks` lists them.")
     files = {word: _task_files(word) for word in words if word.endswith((".yaml", ".yml"))}
-    names = [word for word in words if word not in files and not Path(word).is_dir()]
+    # (Path.is_dir raises where a word is too long to be a path.)
+    names = [word for word in words if word not in files and not os.path.isdir(word)]  # noqa: PTH112
     folders = [word for word in words if word not in files and word not in names]
     # lm-eval cannot load a group by its file, but by its name.
     groups = [str(Path(path).parent) for found in files.values() for path, group in found.items() if group]
