@@ -216,6 +216,8 @@ def print_report(found: Report) -> None:
             click.echo(line)
     for line in found.warnings:
         click.echo(f"Note: {line}")
+    if not found.rows:
+        return
     tests = ", ".join(dict.fromkeys(f"{row.test} p and {row.interval} interval" for row in found.rows))
     click.echo(
         f"{tests}. A verdict needs a Holm-adjusted p below {found.alpha}, over {found.family} comparison(s): "

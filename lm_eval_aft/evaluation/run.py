@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, sha256
 from lm_eval_aft._util.private_names import borrowed, require
+from lm_eval_aft.engine.finite import require_finite
 from lm_eval_aft.engine.routing import Routing, whole_spec
 from lm_eval_aft.evaluation.results import unfinished
 from lm_eval_aft.harness.tasks import (
@@ -130,6 +131,8 @@ def _evaluate(
     device = arguments.pop("device", None) or (None if config.device == "cuda:0" else config.device)
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size or 64}
     lm = AFTLM(model, **arguments, **sizes, device=device)
+    require_finite(lm)
+    lm.require_finite = True
     mismatch = bool(arguments.get("allow_mismatch", False))
     replaced = {key: arguments.get(key) for key in ("coefficient", "positions")}
     vectors, routings = [], {}
