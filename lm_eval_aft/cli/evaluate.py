@@ -42,7 +42,11 @@ def _route_help() -> str:
     cls=LateHelp,
     late_help=_route_help,
 )
-@click.option("--tasks", required=True, help="Harness tasks, comma-separated.")
+@click.option(
+    "--tasks",
+    required=True,
+    help="As `lm_eval --tasks`: names, patterns, groups, tags or YAML files, comma-separated, or a folder.",
+)
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for the result folders."
 )

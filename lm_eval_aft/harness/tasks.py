@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,51 +48,47 @@ def task_folders(include_path: Sequence[str | Path] = ()) -> list[Path]:
     return [*map(Path, include_path), tasks_path(), Path(lm_eval.tasks.__file__).parent]
 
 
-def resolve_tasks(
-    given: Sequence[str], include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
-) -> tuple[list[str], TaskManager]:
-    """What ``lm_eval --tasks`` takes: names, patterns, groups, tags, YAML files and folders of these.
+def find_tasks(
+    specs: Sequence[str], include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
+) -> tuple[TaskManager, list[str]]:
+    """What ``lm_eval --tasks`` makes of names, patterns, groups, tags, YAML files and folders of these.
 
     Args:
-        given: each entry may be several, comma-separated.
+        specs: each entry may be several, comma-separated.
         include_path: folders with tasks of the user's own.
         metadata: what lm-eval hands to tasks that build their documents for a model: the model's name as
             ``pretrained``, its arguments, and ``--metadata``.
 
     Returns:
-        Names and absolute paths of files, and a manager whose ``load`` takes them (see `load_tasks`).
+        The task manager, and what its ``load`` takes: names and paths of YAML files, each once.
 
     Raises:
         AFTError: something that is none of these; the nearest names are listed.
     """
-    wanted = [name.strip() for each in given for name in str(each).split(",")]
-    files = {
-        name: _task_files(name)
-        for name in wanted
-        if _is_file(name) or (os.sep in name and Path(name).is_dir())
-    }
-    plain = [name for name in wanted if name not in files]
+    words = [word.strip() for spec in specs for word in str(spec).split(",") if word.strip()]
+    if not words:
+        raise AFTError("No task was named.", "`aft tasks` lists them.")
+    named = [word for word in words if not _is_file(word) and not (os.sep in word and Path(word).is_dir())]
+    files = {word: _task_files(word) for word in words if word not in named}
+    manager = task_manager_for(named, include_path, metadata)
+    for word in named:  # a registered task goes before a folder that is called like it
+        if not manager.match_tasks([word]) and Path(word).is_dir():
+            files[word] = _task_files(word)
     # lm-eval takes groups by name only, and their members may be anywhere.
-    groups = {path: str(name) for paths in files.values() for path, name in paths.items() if name}
-    include_path = [*include_path, *(path.parent for path in groups)]
-    manager = (
-        full_index(include_path, metadata) if groups else task_manager_for(plain, include_path, metadata)
-    )
-    for name in plain:
-        if name and not manager.match_tasks([name]) and Path(name).is_dir():
-            files[name] = _task_files(name)
-    check_names([name for name in wanted if name not in files], manager)
-    found: list[str] = []
-    for name in wanted:
-        if name in files:
-            found += [group or str(path) for path, group in files[name].items()]
-        else:
-            found += manager.match_tasks([name])
-    return list(dict.fromkeys(found)), manager
+    if groups := [path.parent for found in files.values() for path, group in found.items() if group]:
+        manager = full_index([*include_path, *groups], metadata)
+    check_names([word for word in named if word not in files], manager)
+    found = [
+        [group or str(path) for path, group in files[word].items()]
+        if word in files
+        else manager.match_tasks([word])
+        for word in words
+    ]
+    return manager, list(dict.fromkeys(chain.from_iterable(found)))
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
+def _is_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
 
 
 def _task_files(place: str) -> dict[Path, str | None]:
@@ -111,22 +108,16 @@ def _task_files(place: str) -> dict[Path, str | None]:
     return found
 
 
-def load_tasks(
-    given: Sequence[str], include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The single tasks that ``given`` stands for, by name; arguments as of `resolve_tasks`.
+def load_tasks(manager: TaskManager, names: Sequence[str]) -> Any:
+    """Tasks and groups with their data: what ``manager.load`` gives of what `find_tasks` found.
 
     Raises:
-        AFTError: see `resolve_tasks`; or the data cannot be loaded, or the tasks' own code fails.
+        AFTError: one is named twice, by itself and in a group, or cannot be loaded.
     """
-    names, manager = resolve_tasks(given, include_path, metadata)
-    found: dict[str, Any] = {}
-    for name in names:
-        try:
-            found |= manager.load(name)["tasks"]
-        except Exception as error:  # the code of a task may raise anything
-            raise _not_loaded(name, error) from error
-    return found
+    try:
+        return manager.load(list(names))
+    except Exception as error:  # the code of a task may raise anything
+        raise _not_loaded(" or ".join(map(repr, names)), error) from error
 
 
 def _not_loaded(name: str, error: Exception) -> AFTError:
@@ -137,12 +128,14 @@ def _not_loaded(name: str, error: Exception) -> AFTError:
     harness = stock.parent
     if isinstance(error, ImportError):
         return AFTError(
-            f"The code of task {name!r} cannot be imported: {told}.",
+            f"The code of task {name} cannot be imported: {told}.",
             "Install the package it needs, or an older version of it if a part is gone.",
         )
+    if "uplicate task" in told:
+        return AFTError(f"A task is named twice: {told}", "Name it once.")
     if "must have valid or test docs" in told:
         return AFTError(
-            f"Task {name!r} has no evaluation split.",
+            f"Task {name} has no evaluation split.",
             "Name one in its YAML, as test_split or validation_split.",
         )
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
@@ -151,28 +144,28 @@ def _not_loaded(name: str, error: Exception) -> AFTError:
     own = any(file.is_relative_to(stock) and file.parent != stock for file in files)
     if own or any(not any(map(file.is_relative_to, libraries)) for file in files[last + 1 :][:1]):
         return AFTError(
-            f"The code of task {name!r} fails: {type(error).__name__}: {told}",
+            f"The code of task {name} fails: {type(error).__name__}: {told}",
             "If it builds its documents for a model, it reads the model arguments and --metadata.",
         )
     if isinstance(error, OSError):
         return AFTError(
-            f"The data of task {name!r} cannot be loaded: {told}",
+            f"The data of task {name} cannot be loaded: {told}",
             "Check the network, or run where the data set's folder is (offline, lm-eval finds "
             "a folder named like the data set in the working directory).",
         )
     return AFTError(
-        f"Task {name!r} cannot be loaded: {type(error).__name__}: {told}",
+        f"Task {name} cannot be loaded: {type(error).__name__}: {told}",
         "Check its YAML, and the name and configuration of its data set.",
     )
 
 
 def load_task(name: str, include_path: Sequence[str | Path] = ()) -> ConfigurableTask:
-    """Load one harness task by name (or by the path of its YAML).
+    """The one task that a name or the path of a YAML file stands for.
 
     Raises:
-        AFTError: as `load_tasks`, or ``name`` stands for several tasks.
+        AFTError: as `find_tasks` and `load_tasks`, or ``name`` stands for several tasks.
     """
-    found = load_tasks([name], include_path)
+    found = load_tasks(*find_tasks([name], include_path))["tasks"]
     if len(found) != 1:
         raise AFTError(
             f"{name!r} stands for several tasks.", f"Choose one of: {', '.join(list(found)[:20])}."
