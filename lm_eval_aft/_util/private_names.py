@@ -297,7 +297,8 @@ def _compiled_module() -> bool:
 
     module = torch.nn.Linear(2, 2)
     compiled: Any = torch.compile(module)
-    return compiled._orig_mod is module
+    module.compile()
+    return compiled._orig_mod is module and module._compiled_call_impl is not None
 
 
 def _registry() -> bool:
@@ -484,9 +485,10 @@ _LIST = (
             "torch.utils.flop_counter",
             *("flop_registry", "register_flop_formula", "sdpa_flop_count", "sdpa_backward_flop_count"),
         )),
-    PrivateName("torch: _orig_mod of compiled modules", "engine/precision.py",
-        "recognising compiled models, whose layers are better left alone",
-        "layers of compiled models are changed for a pass and recompiled: slower, and right",
+    PrivateName("torch: _orig_mod, _compiled_call_impl of compiled modules",
+        "engine/precision.py steering/backbone.py steering/fingerprint.py lm.py",
+        "recognising compiled models, whose layers are better left alone, and their originals",
+        "a compiled model is told from its original, and may ignore a vector",
         _compiled_module),
     PrivateName("torch: torch.utils.collect_env.get_pretty_env_info", "harness/tasks.py",
         "describing the machine once, not for every run", "it is described for every run",

@@ -11,8 +11,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_aft.engine.active_steering import ActiveSteering
 from lm_eval_aft.engine.naive import Naive, wrong
-from lm_eval_aft.engine.routing import ActiveSteering
 from lm_eval_aft.engine.rows import Answer, Request, shortest_and_longest
 from lm_eval_aft.steering.intervention import roles, row_roles
 
@@ -33,7 +33,7 @@ class StockLM(HFLM):
 
     batch_schedule: float  # these two are `HFLM`'s
     batch_sizes: dict[int, int]
-    active: ActiveSteering
+    active: ActiveSteering = None  # type: ignore[assignment]  # until the model is loaded
     fast: bool = True
     naive: Naive | None = None
     _computes_batch_size: bool = False
