@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.engine.active_steering import ActiveSteering, Routing, whole_spec
 from lm_eval_aft.engine.fallback import Companions, Paths
+from lm_eval_aft.engine.finite import baseline_not_finite
 from lm_eval_aft.engine.generation import Texts
 from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
@@ -143,6 +145,7 @@ class AFTLM(StockLM):
         self.fast, self.answer_only = given.fast, given.answer_only
         self._shared: tuple[Paths, Texts] | None = None
         self._companions: Companions | None = None
+        self.require_finite = False  # whether a baseline whose answers are NaN or infinite ends the run
         self._asked = 0
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         replaced = {"coefficient": given.coefficient, "positions": given.positions}
@@ -168,6 +171,7 @@ class AFTLM(StockLM):
             self.active.clear()
         else:
             self.active.use(vector, coefficient, positions, allow_mismatch)
+        self.texts_not_finite = 0
         if self.forget_checks():
             self._shared = None
 
@@ -178,6 +182,7 @@ class AFTLM(StockLM):
     def follow(self, routing: Routing) -> None:
         """Let a router pick the vector for each document, in place of the active vector."""
         self.active.follow(routing)
+        self.texts_not_finite = 0
         self._shared = None  # rows that are steered differently are to be checked against stock anew
         self.forget_checks()
 
@@ -224,7 +229,18 @@ class AFTLM(StockLM):
             rest = iter(
                 super().loglikelihood(missing, disable_tqdm=disable_tqdm) if missing or not requests else ()
             )
-        return [next(rest) if answer is None else answer for answer in found]
+        answers = [next(rest) if answer is None else answer for answer in found]
+        self._check_baseline(value for value, _ in answers)
+        return answers
+
+    def _check_baseline(self, values: Iterable[float]) -> None:
+        """Raise `AFTError` for log-likelihoods that are no numbers, where that is asked for.
+
+        Minus infinity is one: of a token that the model rules out.
+        """
+        checked = self.require_finite and self.vector is None and self.routing is None
+        if checked and any(math.isnan(value) or value == math.inf for value in values):
+            raise baseline_not_finite(self.model)
 
     @_in_force
     def _loglikelihood_tokens(
@@ -246,6 +262,7 @@ class AFTLM(StockLM):
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
             for part in paths.score(requests, companions.shifts if companions else [], self._states):
+                self._check_baseline(value for value, _ in part[0].values())
                 for index, answer in part[0].items():
                     strings = requests[index][0]
                     if strings is not None:
@@ -277,12 +294,19 @@ class AFTLM(StockLM):
             raise AFTError("A router cannot serve rolling log-likelihoods in several processes.", "Use one.")
         with self._called_back(requests):
             ask = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
-            return self.by_vector(requests, ask)
+            found = self.by_vector(requests, ask)
+        self._check_baseline(found)
+        return found
 
     @_in_force
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As `HFLM`; plain greedy decoding in fp32 is done in shared batches, the rest by stock."""
         refuse_generation(requests if self.answer_only else ())
+        found = self._texts(requests, disable_tqdm)
+        self._check_baseline([math.nan] * self.texts_not_finite)
+        return found
+
+    def _texts(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         if not self.fast or not requests:
             return self.stock_texts(requests, disable_tqdm)
         _, generator = self._fast()
@@ -292,11 +316,13 @@ class AFTLM(StockLM):
         texts: dict[int, str] = {}
         states = [] if self.routing is None else self.routing.states(requests)
         quiet = disable_tqdm or self.rank != 0
+        before = generator.scorer.not_finite
         with tqdm(total=len(requests), disable=quiet, desc="Running generate_until requests") as bar:
             for index, text in generator.answers(requests, states):
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 texts[index] = text
                 bar.update(1)
+        self.texts_not_finite += generator.scorer.not_finite - before
         left = [i for i in range(len(requests)) if i not in texts]
         if left:
             texts |= zip(left, self.some_stock_texts([requests[i] for i in left]), strict=True)
@@ -386,6 +412,8 @@ def describe(lm: AFTLM) -> dict[str, Any]:
         "answer_only": lm.answer_only,
         "vector": None if lm.vector is None else describe_vector(lm.vector),
     }
+    if lm.texts_not_finite:
+        info["not_finite"] = {"generate_until": lm.texts_not_finite}
     if lm.routing is not None:
         info["routing"] = lm.routing.info()
     return info

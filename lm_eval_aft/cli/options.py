@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from lm_eval_aft._util.process import EXIT_CODE, Terminated
 
 
 def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
-    """``key=value,key=value`` as lm-eval reads it, plus the options that were given.
+    """``key=value,key=value`` as lm-eval reads it, or a JSON object; plus the options that were given.
 
     >>> parse_model_args("revision=main,trust_remote_code=true", device="cpu", dtype=None)
     {'revision': 'main', 'trust_remote_code': True, 'device': 'cpu'}
@@ -31,6 +32,13 @@ def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
     """
     if not text:
         found: dict[str, Any] = {}
+    elif text.startswith("{"):
+        try:
+            found = dict(json.loads(text))
+        except ValueError as error:
+            raise AFTError(
+                f"Cannot read model arguments {text!r}: {error}.", "Write a JSON object."
+            ) from error
     else:
         from lm_eval.utils import simple_parse_args_string
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import glob
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,24 +69,8 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
         raise AFTError(
             f"{name!r} is a group of tasks; a vector is trained on one.", f"Choose one of: {members}."
         )
-    try:
+    with loading_errors(repr(name)):
         task = manager.load(name)["tasks"][name]
-    except ImportError as error:
-        raise AFTError(
-            f"The code of task {name!r} cannot be imported: {_first_line(error)}.",
-            "Install the package it needs, or an older version of it if a part is gone.",
-        ) from error
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
-        if "must have valid or test docs" in str(error):
-            raise AFTError(
-                f"Task {name!r} has no evaluation split.",
-                "Name one in its YAML, as test_split or validation_split.",
-            ) from error
-        raise AFTError(
-            f"The data of task {name!r} cannot be loaded: {_first_line(error)}",
-            "Check the network, or run where the data set's folder is (offline, lm-eval finds "
-            "a folder named like the data set in the working directory).",
-        ) from error
     from lm_eval.api.task import ConfigurableTask
 
     if not isinstance(task, ConfigurableTask):
@@ -93,6 +79,31 @@ def load_task(name: str, include_path: Sequence[str | Path] = ()) -> Configurabl
             "Only YAML-style tasks can be trained on.",
         )
     return task
+
+
+@contextmanager
+def loading_errors(name: str) -> Iterator[None]:
+    """Inside the block what goes wrong when lm-eval loads a task becomes an `AFTError`."""
+    try:
+        yield
+    except ImportError as error:
+        raise AFTError(
+            f"The code of task {name} cannot be imported: {_first_line(error)}.",
+            "Install the package it needs, or an older version of it if a part is gone.",
+        ) from error
+    except (OSError, ValueError, KeyError, ConnectionError) as error:
+        if "uplicate task" in str(error):
+            raise AFTError(f"A task is named twice: {_first_line(error)}", "Name it once.") from error
+        if "must have valid or test docs" in str(error):
+            raise AFTError(
+                f"Task {name} has no evaluation split.",
+                "Name one in its YAML, as test_split or validation_split.",
+            ) from error
+        raise AFTError(
+            f"The data of task {name} cannot be loaded: {_first_line(error)}",
+            "Check the network, or run where the data set's folder is (offline, lm-eval finds "
+            "a folder named like the data set in the working directory).",
+        ) from error
 
 
 @contextmanager
@@ -149,6 +160,77 @@ def check_names(names: Sequence[str], manager: TaskManager) -> None:
                 f"There is no harness task {name!r}.",
                 f"Nearest names: {', '.join(near)}." if near else "`aft tasks` lists them all.",
             )
+
+
+def find_tasks(
+    specs: Sequence[str], include_path: Sequence[str | Path] = (), metadata: dict[str, Any] | None = None
+) -> tuple[TaskManager, list[str]]:
+    """What ``lm_eval --tasks`` makes of names, patterns, groups, tags, YAML files and a folder of these.
+
+    Args:
+        metadata: for tasks that build their documents for a model.
+
+    Returns:
+        The task manager, and what its ``load`` takes: names and paths of YAML files, each once.
+
+    Raises:
+        AFTError: something that is none of these; the nearest names are listed.
+    """
+    from lm_eval.tasks import TaskManager
+
+    words = [word.strip() for spec in specs for word in str(spec).split(",") if word.strip()]
+    if not words:
+        raise AFTError("No task was named.", "`aft tasks` lists them.")
+    files = {word: _task_files(word) for word in words if word.endswith((".yaml", ".yml"))}
+    names = [word for word in words if word not in files and not Path(word).is_dir()]
+    folders = [word for word in words if word not in files and word not in names]
+    # lm-eval cannot load a group by its file, but by its name.
+    groups = [str(Path(path).parent) for found in files.values() for path, group in found.items() if group]
+    if groups or folders:
+        manager = full_index([*include_path, *groups], metadata)
+        for word in folders:  # unless a registered task is called like it
+            if not manager.match_tasks([word]):
+                files[word] = _task_files(f"{word}/*.yaml")
+    elif names:
+        manager = task_manager_for(names, include_path, metadata)
+    else:
+        require(_MANAGER)
+        manager = TaskManager(include_defaults=False, metadata=metadata)
+    check_names(names, manager)
+    found = [
+        [group or path for path, group in files[word].items()]
+        if word in files
+        else manager.match_tasks([word])
+        for word in words
+    ]
+    return manager, list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def _task_files(pattern: str) -> dict[str, str]:
+    """The paths of the files that define a task or a group; with the group's name, for a task with ``""``."""
+    found = {}
+    for path in sorted(glob.glob(pattern)):  # noqa: PTH207 - absolute patterns too
+        try:
+            config = read_definition(Path(path))
+        except Exception as error:  # whatever YAML makes of it
+            raise AFTError(
+                f"{path} cannot be read: {_first_line(error)}", "Give a harness task's YAML."
+            ) from error
+        if config.keys() & {"task", "group"}:
+            found[str(Path(path).absolute())] = str(config.get("group") or "")
+    if not found:
+        raise AFTError(f"There is no task file {pattern}.", "Give the path of a harness task YAML.")
+    return found
+
+
+def load_tasks(manager: TaskManager, names: Sequence[str]) -> Any:
+    """Tasks and groups with their data: what ``manager.load`` gives of what `find_tasks` found.
+
+    Raises:
+        AFTError: one is named twice, by itself and in a group, or cannot be loaded.
+    """
+    with loading_errors(" or ".join(map(repr, names))):
+        return manager.load(list(names))
 
 
 def task_manager_for(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import LOCK, JsonLines, exclusive_dir
-from lm_eval_aft.evaluation.compare import compare_runs, judge, require_comparable
+from lm_eval_aft.evaluation.compare import compare_runs, judge, not_finite, require_comparable
 from lm_eval_aft.evaluation.report import warnings
 from lm_eval_aft.evaluation.results import ScoredRun, read_run
 from lm_eval_aft.evaluation.vector_info import read_vector_info
@@ -449,6 +449,7 @@ class Session:
 
     def model(self, cell: StudyCell) -> AFTLM:
         """The cell's model; another one is unloaded first."""
+        from lm_eval_aft.engine.finite import require_finite
         from lm_eval_aft.lm import AFTLM
 
         entry = cell.model
@@ -460,6 +461,8 @@ class Session:
                 **{"device": self.device, "softmax_dtype": "float32", **entry.model_args},
                 batch_size=self.batch_size,
             )
+            require_finite(self._lm)
+            self._lm.require_finite = True
             self._name = entry.name
             self.loads += 1
         self._lm.steer(None)
@@ -539,7 +542,8 @@ def assess(cell: StudyCell, store: Store) -> dict[str, Any]:
     (what it is and how it was chosen), ``notes``.
 
     Raises:
-        AFTError: scores or vector damaged or missing, or runs that are not comparable.
+        AFTError: scores or vector damaged or missing, runs that are not comparable, or answers that are no
+            finite numbers.
     """
     baseline = read_run(store.baseline(cell.baseline_key), "baseline", "baseline")
     place = store.scores(cell.key)
@@ -551,6 +555,8 @@ def assess(cell: StudyCell, store: Store) -> dict[str, Any]:
     comparisons = []
     for run in runs:
         require_comparable(baseline, run)
+        if run is runs[0] and (unfit := not_finite(baseline, run)):
+            raise AFTError(f"{unfit[0]}")
         comparisons += [(run, each) for each in compare_runs(baseline, run)]
     infos = {run.name: read_vector_info(run) for run in runs}
     rows = judge(baseline, comparisons, infos)

@@ -214,6 +214,8 @@ def cross_score(
         score_vectors(folder, task, asked, library, say)
         trained_on = {each.name: each.plan().tasks for each in entries}
         report = compare(folder)
+        for unfit in report.not_finite:
+            say(str(unfit))
         by_run = {each["name"]: each["vector"] for each in report.runs}
         for row in report.rows:
             if row.primary and by_run.get(row.run) in trained_on:

@@ -12,7 +12,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.matrix import Matrix, MatrixCell
-from lm_eval_aft.evaluation.report import compare
+from lm_eval_aft.evaluation.report import Report, compare
 from lm_eval_aft.evaluation.stats import holm, verdict
 from lm_eval_aft.harness.identity import contents_digest
 from lm_eval_aft.library.files import PART
@@ -90,7 +90,10 @@ class Transfer:
             folder = self.output / "scores" / task
             if not score_vectors(folder, task, asked, library, say):
                 say(f"{task}: already scored.")
-            found += _rows(folder, {spec: name for name, spec in specs.items()})
+            report = compare(folder)
+            for each in report.not_finite:
+                say(str(each))
+            found += _rows(report, {spec: name for name, spec in specs.items()})
         missing = {name.removeprefix(f"{SHELF}/"): why for name, why in failed.items()}
         return _matrix(self.model, self.tasks, found, trained_on, missing)
 
@@ -116,9 +119,8 @@ class Transfer:
                 raise AFTError(f"{name!r} is not the name of a task.", "Name tasks, not files.")
 
 
-def _rows(folder: Path, names: Mapping[str, str]) -> list[tuple[str, bool, VerdictRow]]:
-    """A scored folder's rows on primary metrics: the vector's name, whether a placebo, the row."""
-    report = compare(folder)
+def _rows(report: Report, names: Mapping[str, str]) -> list[tuple[str, bool, VerdictRow]]:
+    """A report's rows on primary metrics: the vector's name, whether a placebo, the row."""
     specs = {each["run"]: str(each["values"].get("vector")) for each in report.settings}
     found = []
     for row in report.rows:
