@@ -75,6 +75,13 @@ class Extractor:
     """Turns documents of one task into `Example`s through the task's own methods."""
 
     def __init__(self, task: ConfigurableTask, lm: HFLM, prompts: PromptSettings) -> None:
+        from lm_eval.api.task import ConfigurableTask
+
+        if not isinstance(task, ConfigurableTask):
+            raise AFTError(
+                f"Task {task.task_name!r} is written in Python without a config.",
+                "Only YAML-style tasks can be trained on.",
+            )
         if task.OUTPUT_TYPE not in OUTPUT_TYPES:
             raise AFTError(
                 f"Task {task.config.task!r} is of type {task.OUTPUT_TYPE!r}, which cannot be trained on.",
