@@ -108,8 +108,7 @@ def test_names(folder: Path, given: list[str], names: list[str]) -> None:
 )
 def test_what_is_no_task(folder: Path, given: list[str], message: str) -> None:
     with pytest.raises(AFTError, match=message):
-        found, manager = resolve_tasks(given, ["mine"])
-        load_resolved(manager, found)
+        load_resolved(*reversed(resolve_tasks(given, ["mine"])))
 
 
 def test_a_damaged_file(folder: Path) -> None:
