@@ -21,9 +21,9 @@ from lm_eval_aft.engine.finite import require_finite
 from lm_eval_aft.evaluation.results import unfinished
 from lm_eval_aft.harness.tasks import (
     environment_asked_once,
-    load_resolved,
+    find_tasks,
+    load_tasks,
     require_scorable,
-    resolve_tasks,
     scorable,
 )
 from lm_eval_aft.library.load import folder_of, load_vector
@@ -124,9 +124,9 @@ def _evaluate(
     # As lm-eval does: tasks that build their documents for a model are given it.
     config.metadata = {"pretrained": model, **arguments, **(config.metadata or {})}
     included = [config.include_path] if config.include_path else []
-    config.tasks, manager = resolve_tasks(tasks, included, config.metadata)
+    manager, config.tasks = find_tasks(tasks, included, config.metadata)
     if any(run.answer_only for run in runs):
-        for task, why in require_scorable(load_resolved(manager, config.tasks)["tasks"])[1].items():
+        for task, why in require_scorable(load_tasks(manager, config.tasks)["tasks"])[1].items():
             print(f"answer-only runs leave out {task}: {why}", flush=True)
     device = arguments.pop("device", None) or (None if config.device == "cuda:0" else config.device)
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size or 64}
@@ -263,7 +263,7 @@ def _simple_evaluate(
     """lm-eval's results; ``None`` in other processes than the main one."""
     from lm_eval import simple_evaluate
 
-    loaded = load_resolved(manager, config.tasks)
+    loaded = load_tasks(manager, config.tasks)
     if run.answer_only:
         # The task objects: by their names they would lose their group's settings.
         tasks = [loaded["tasks"][name] for name in scorable(loaded["tasks"])[0]]
