@@ -284,7 +284,8 @@ def _compiled_module() -> bool:
 
     module = torch.nn.Linear(2, 2)
     compiled: Any = torch.compile(module)
-    return compiled._orig_mod is module
+    module.compile()
+    return compiled._orig_mod is module and module._compiled_call_impl is not None
 
 
 def _registry() -> bool:
