@@ -119,6 +119,8 @@ class AFTLM(StockLM):
         self.require_finite = False  # whether a baseline whose answers are NaN or infinite ends the run
         self.active = ActiveSteering(self.model, self.tokenizer, blocks)
         self._asked = 0
+        # As given, for records and printed commands, besides what steers it and where it runs.
+        self.model_args: dict[str, Any] = {**kwargs, **({"blocks": blocks} if blocks else {})}
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
         if route:
