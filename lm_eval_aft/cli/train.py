@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 @click.option(
     "--metric",
     help="choice: what an option's score means: acc (its log-likelihood), acc_norm (that per character), "
-    "acc_bytes (per byte) or both (the mean of acc and acc_norm); rft: the task's metric that marks answers.  "
+    "acc_bytes (per byte) or both (the mean of acc and acc_norm); rft: the metric that marks answers.  "
     "[default: acc_norm, acc or acc_bytes, as the task reports]",
 )
 @click.option(
