@@ -109,7 +109,8 @@ def _build_cells(study: BenchStudy, absolute: bool) -> list[StudyCell]:
         made = {key: value for key, value in plan.to_dict().items() if key != "include_path"}
         about = [CELL_FORMAT, models[model.name], tasks[task.name]]
         vector_key = digest([*about, made])
-        baseline_key = digest([*about, task.limit, asdict(plan.prompts)])
+        asked = [task.limit, asdict(plan.prompts), *([plan.task_metadata] if plan.task_metadata else [])]
+        baseline_key = digest([*about, *asked])
         key = digest([vector_key, baseline_key, placebos])
         cells.append(StudyCell(model, task, method, seed, plan, placebos, vector_key, baseline_key, key))
     return cells
@@ -515,8 +516,10 @@ class Session:
         work.mkdir(parents=True)
         task = cell.task.task
         config = read_flags([task], work, flags_of(cell.plan, cell.task.limit, self.batch_size))
-        manager = task_manager_for([task], cell.plan.include_path)
         described = {"pretrained": cell.model.pretrained, "softmax_dtype": "float32", **cell.model.model_args}
+        # As lm-eval does: tasks that build their documents for a model are given it.
+        metadata = {**described, **(cell.plan.task_metadata or {})}
+        manager = task_manager_for([task], cell.plan.include_path, metadata)
         for run, folder in runs:
             lm.steer(run.vector)
             # A progress bar for each of a study's thousand jobs would hide the study's own.
