@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -20,23 +23,24 @@ from lm_eval_aft._util.errors import AFTError, model_not_loaded, print_errors_pl
 from lm_eval_aft._util.files import canonical_json
 from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
+from lm_eval_aft.engine.active_steering import ActiveSteering, Routing, whole_spec
 from lm_eval_aft.engine.fallback import Companions, Paths
 from lm_eval_aft.engine.finite import baseline_not_finite
 from lm_eval_aft.engine.generation import Texts
-from lm_eval_aft.engine.routing import ActiveSteering, Routing, whole_spec
 from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
 from lm_eval_aft.engine.stock import StockLM
+from lm_eval_aft.harness.model_args import ARGUMENTS, check_source, read_model_args, unknown_argument
 from lm_eval_aft.harness.tasks import refuse_generation, without_contexts
-from lm_eval_aft.library.files import as_spec
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
-from lm_eval_aft.steering.backbone import check_causal, input_device
+from lm_eval_aft.steering.backbone import check_causal, check_weights, input_device, is_compiled
 from lm_eval_aft.steering.fingerprint import fingerprint, stored_weights
 from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _ANSWERS = "lm-eval: HFLM._loglikelihood_tokens"
 # Without these a vector could be applied in the wrong place without an error.
 _RELIED_ON = (
@@ -44,6 +48,17 @@ _RELIED_ON = (
     "lm-eval: HFLM._detect_batch_size, batch_schedule, batch_sizes",
     "lm-eval: attributes of HFLM (softmax_dtype, mixed_precision_dtype, truncation, think_end_token, ...)",
 )
+
+
+def _in_force(method: Callable[..., T]) -> Callable[..., T]:
+    """The method runs with the model steered as its `AFTLM` asks for; see `ActiveSteering.in_force`."""
+
+    @wraps(method)
+    def run(self: AFTLM, *args: Any, **kwargs: Any) -> T:
+        with self.active.in_force():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class AFTLM(StockLM):
@@ -91,41 +106,55 @@ class AFTLM(StockLM):
         print_errors_plainly()
         for key in _RELIED_ON:
             require(key)
-        if isinstance(pretrained, str):
-            pretrained = resolve_pretrained(pretrained)
-        if positions is not None and positions not in POSITIONS:
+        own = {"vector": vector, "library": library, "route": route, "coefficient": coefficient}
+        own |= {"positions": positions, "allow_mismatch": allow_mismatch, "fast": fast}
+        own |= {"answer_only": answer_only, "blocks": blocks, "device": device}
+        given = SimpleNamespace(**read_model_args(own))
+        kwargs = read_model_args(kwargs)
+        if given.positions is not None and given.positions not in POSITIONS:
             raise AFTError(f"positions={positions!r} is not known.", f"Use one of: {', '.join(POSITIONS)}.")
-        if route and vector not in (None, ""):
+        if given.route and given.vector:
             raise AFTError("Both vector= and route= are given.", "A router picks the vectors: leave one out.")
+        _check_names_of_torch(pretrained, given.device, kwargs)
+        check_source(pretrained, kwargs)
         # Read before the model, so that a wrong path fails in milliseconds.
-        shelf = Library(as_spec(library) or None)
-        loaded = None if vector in (None, "") else load_vector(as_spec(vector), shelf)
-        route = whole_spec(str(route)) if route else None
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        shelf = Library(given.library)
+        loaded = None if given.vector is None else load_vector(given.vector, shelf)
+        route = whole_spec(given.route) if given.route else None
+        device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        pretrained = _runnable(pretrained, kwargs)
         try:
             super().__init__(pretrained=pretrained, device=device, **kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise model_not_loaded(pretrained, error) from error
+        except TypeError as error:
+            name = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if name is None or name[1] not in kwargs:
+                raise
+            raise unknown_argument(name[1]) from error
         if self.backend != "causal":
             raise AFTError("Encoder-decoder models are not supported.", "Use a decoder-only (causal) model.")
+        check_weights(self.model)
         if self.device.type == "meta":  # stock looks at the first weights, which lie on disk
             self._device = input_device(self.model)
             if self.device.type == "meta":
                 raise gone("accelerate: _hf_hook.execution_device of offloaded modules")
+        self.active = ActiveSteering(self.model, self.tokenizer, given.blocks)
+        self.active.claim()
         check_causal(self.model)
-        self.fast, self.answer_only = bool(fast), bool(answer_only)
+        self.fast, self.answer_only = given.fast, given.answer_only
         self._shared: tuple[Paths, Texts] | None = None
         self._companions: Companions | None = None
         self.require_finite = False  # whether a baseline whose answers are NaN or infinite ends the run
-        self.active = ActiveSteering(self.model, self.tokenizer, blocks)
         self._asked = 0
         # As given, for records and printed commands, besides what steers it and where it runs.
         self.model_args: dict[str, Any] = {**kwargs, **({"blocks": blocks} if blocks else {})}
         self._states: list[int] = []  # under a router: which vector each request at hand gets
-        self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
+        replaced = {"coefficient": given.coefficient, "positions": given.positions}
+        self.steer(loaded, **replaced, allow_mismatch=given.allow_mismatch)
         if route:
-            routing = self.routing_of(route, shelf, allow_mismatch=bool(allow_mismatch))
-            self.follow(routing.adjusted(coefficient, positions))
+            routing = self.routing_of(route, shelf, allow_mismatch=given.allow_mismatch)
+            self.follow(routing.adjusted(**replaced))
 
     def steer(
         self,
@@ -160,6 +189,13 @@ class AFTLM(StockLM):
         self.forget_checks()
 
     @property
+    def model(self) -> Any:
+        """The model, steered as this one asks for, whatever it was used for in between."""
+        if self.active is not None:
+            self.active.claim()
+        return super().model
+
+    @property
     def vector(self) -> SteeringVector | None:
         """The active vector, with the coefficient and positions it is applied with."""
         return self.active.vector
@@ -177,6 +213,7 @@ class AFTLM(StockLM):
         """
         self._companions = Companions(vectors) if self.fast else None
 
+    @_in_force
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """As `HFLM`; answers found while the baseline was scored are not computed again."""
         self._states = [] if self.routing is None else self.routing.states(requests)
@@ -207,6 +244,7 @@ class AFTLM(StockLM):
         if checked and any(math.isnan(value) or value == math.inf for value in values):
             raise baseline_not_finite(self.model)
 
+    @_in_force
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
@@ -247,6 +285,7 @@ class AFTLM(StockLM):
         if requests and self._asked == before:
             raise gone(_ANSWERS, "it answered without calling it")
 
+    @_in_force
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As `HFLM`; under a router vector by vector.
 
@@ -261,6 +300,7 @@ class AFTLM(StockLM):
         self._check_baseline(found)
         return found
 
+    @_in_force
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As `HFLM`; plain greedy decoding in fp32 is done in shared batches, the rest by stock."""
         refuse_generation(requests if self.answer_only else ())
@@ -317,6 +357,48 @@ class AFTLM(StockLM):
         """How many documents were scored by which path, since the model was last steered."""
         taken = sum((part.taken for part in self._shared or ()), Counter[str]())
         return taken + self._companions.paths if self._companions and self.vector else taken
+
+
+def _check_names_of_torch(pretrained: Any, device: Any, given: Mapping[str, Any]) -> None:
+    """Raise `AFTError` for a device or a dtype that PyTorch does not have here: lm-eval takes another one."""
+    dtypes = [name for name, each in vars(torch).items() if isinstance(each, torch.dtype)]
+    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
+        wanted = given.get(name)
+        if isinstance(wanted, str) and wanted not in (*dtypes, *["auto"] * (name == "dtype")):
+            spelt = re.sub("^(fp|bf)", lambda start: {"fp": "float", "bf": "bfloat"}[start[0]], wanted)
+            near = difflib.get_close_matches(spelt, dtypes)
+            raise AFTError(
+                f"{name}={wanted!r} is not a dtype.", f"Did you mean {near[0]}?" if near else "Try float32."
+            )
+    if not isinstance(pretrained, str) or not isinstance(device, str):
+        return
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise AFTError(f"device={device!r} is not a device.", "Write cpu, cuda, cuda:1 or mps.") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise AFTError(
+            f"device={device}: PyTorch sees {torch.cuda.device_count()} GPUs here.",
+            "Write device=cpu, or check the driver and CUDA_VISIBLE_DEVICES.",
+        )
+
+
+def _runnable(pretrained: Any, given: Mapping[str, Any]) -> Any:
+    """What `HFLM` is to load, or to run: of a compiled model the original."""
+    if isinstance(pretrained, str):
+        return resolve_pretrained(pretrained)
+    if ignored := [name for name in given if name not in ARGUMENTS]:
+        raise AFTError(
+            f"{ignored[0]}= would have no effect: the model is loaded already.",
+            "Leave it out, or load with it.",
+        )
+    model = getattr(pretrained, "_orig_mod", pretrained)
+    if isinstance(model, torch.nn.Module) and is_compiled(model):
+        raise AFTError(
+            "The model was compiled in place, so what is added to its layers later would be ignored.",
+            "Load it again without compile(); torch.compile(model) is understood: its original is used.",
+        )
+    return model
 
 
 # What results files and lm-eval's answer cache record of a steered model.

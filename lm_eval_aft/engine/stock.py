@@ -11,9 +11,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_aft.engine.active_steering import ActiveSteering
 from lm_eval_aft.engine.finite import watched
 from lm_eval_aft.engine.naive import Naive, wrong
-from lm_eval_aft.engine.routing import ActiveSteering
 from lm_eval_aft.engine.rows import Answer, Request, shortest_and_longest
 from lm_eval_aft.steering.intervention import roles, row_roles
 
@@ -35,7 +35,7 @@ class StockLM(HFLM):
 
     batch_schedule: float  # these two are `HFLM`'s
     batch_sizes: dict[int, int]
-    active: ActiveSteering
+    active: ActiveSteering = None  # type: ignore[assignment]  # until the model is loaded
     fast: bool = True
     texts_not_finite: int = 0
     naive: Naive | None = None

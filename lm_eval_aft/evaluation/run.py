@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, sha256
 from lm_eval_aft._util.private_names import borrowed, require
+from lm_eval_aft.engine.active_steering import Routing, whole_spec
 from lm_eval_aft.engine.finite import require_finite
-from lm_eval_aft.engine.routing import Routing, whole_spec
 from lm_eval_aft.evaluation.results import unfinished
 from lm_eval_aft.harness.tasks import (
     environment_asked_once,
@@ -231,6 +231,12 @@ def score(
     if lm.routing is not None:
         _record_routes(lm.routing, results, samples)
     results["config"] |= {"model": "aft", "model_args": model_args}
+    own = {"device": lm.device, **model_args}
+    results["config"]["aft"]["asked"] = {
+        "tasks": list(results["configs"]) if run.answer_only else list(config.tasks),
+        **{name: value for name in _ASKED if (value := getattr(config, name)) not in (None, False, "", {})},
+        "metadata": {name: value for name, value in (config.metadata or {}).items() if name not in own},
+    }
     tracker.general_config_tracker.log_experiment_args(
         "aft",
         model_args,
@@ -253,6 +259,11 @@ def score(
 _PASSED_ON = (
     *("num_fewshot", "batch_size", "max_batch_size", "use_cache", "limit", "samples", "check_integrity"),
     *("write_out", "system_instruction", "apply_chat_template", "confirm_run_unsafe_code", "metadata"),
+)
+# Those that results do not show, or not as they were given.
+_ASKED = (
+    *("num_fewshot", "gen_kwargs", "apply_chat_template", "include_path", "samples"),
+    "confirm_run_unsafe_code",
 )
 _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 

@@ -66,6 +66,7 @@ def lm_eval_flags(settings: Mapping[str, Any]) -> list[str]:
             text = json.dumps(value) if name == "samples" else pairs(value)
         else:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            text = "false" if value is False else text
         if value is True:
             words.append(f"--{name}")
         elif text.startswith("-"):  # argparse would take it for a flag
@@ -113,10 +114,7 @@ def vector_command(meta: Mapping[str, Any], vector: str, output: str | None = No
         vector: the vector as the command should name it.
         output: folder for the results of an ``aft eval`` command; without it, the command is ``lm_eval``.
     """
-    base = meta.get("base_model") or {}
-    model, arguments = str(base.get("name") or "MODEL"), dict(base.get("args") or {})
-    if base.get("revision") not in (None, "", "main"):
-        arguments.setdefault("revision", base["revision"])
+    model, arguments = base_model(meta)
     specs = str(meta.get("task_spec") or ",".join(task_names(meta)) or "TASK")
     included = meta.get("include_path") or ()
     sources = {name.strip(): _definition(name.strip(), included) for name in specs.split(",")}
@@ -134,6 +132,15 @@ def vector_command(meta: Mapping[str, Any], vector: str, output: str | None = No
     if folder == _OUR_TASKS:  # `aft` knows them
         del settings["include_path"]
     return aft_eval_command(model, arguments, tasks, settings, vector=vector, output=output)
+
+
+def base_model(meta: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the model that a vector was trained on, and the arguments it was loaded with."""
+    base = meta.get("base_model") or {}
+    arguments = dict(base.get("args") or {})
+    if base.get("revision") not in (None, "", "main"):
+        arguments.setdefault("revision", base["revision"])
+    return str(base.get("name") or "MODEL"), arguments
 
 
 def _definition(name: str, include_path: Sequence[str | Path]) -> Path | None:

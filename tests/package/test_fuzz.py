@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
+import re
 import shutil
 import time
 from collections import Counter
@@ -18,11 +20,13 @@ from click.testing import CliRunner
 
 from lm_eval_aft import AFTError, SteeringVector
 from lm_eval_aft.cli.main import aft
+from lm_eval_aft.cli.options import parse_model_args
 from lm_eval_aft.evaluation.render import write_report
 from lm_eval_aft.evaluation.report import compare
+from lm_eval_aft.harness.model_args import ARGUMENTS, read_model_args
 from lm_eval_aft.library.routers import make_router, parse_keyword_table, parse_task_table
 from lm_eval_aft.library.store import Library
-from lm_eval_aft.studies.config import read_bench, read_study
+from lm_eval_aft.studies.config import read_bench_study, read_library_study
 from lm_eval_aft.studies.jobs import build_cells
 from tests.result_folders import steered_by, write_results
 from tests.support.scripts import load_script
@@ -240,12 +244,12 @@ def test_tables_and_studies(mutations: int, tmp_path: Path) -> None:
         try:
             if text == STUDY:
                 (tmp_path / "study.yaml").write_bytes(raw)
-                study = read_study(tmp_path / "study.yaml")
+                study = read_library_study(tmp_path / "study.yaml")
                 for entry in study.entries:
                     entry.plan()
             elif text == BENCH:
                 (tmp_path / "study.yaml").write_bytes(raw)
-                build_cells(read_bench(tmp_path / "study.yaml"))
+                build_cells(read_bench_study(tmp_path / "study.yaml"))
             elif text == TABLES[0]:
                 parse_keyword_table(raw.decode(errors="replace")).route("solve this")
             else:
@@ -336,6 +340,203 @@ def test_command_lines(mutations: int, tmp_path: Path, monkeypatch: pytest.Monke
     assert set(codes) <= {0, 1, 2}
     assert codes[1] + codes[2] > mutations / 2
     assert [each.name for each in tmp_path.iterdir()] == ["inside"]
+
+
+MODEL_ARGS = (
+    "vector=math/a*0.5,coefficient=-2.5,fast=no,answer_only=yes,allow_mismatch=off,library=shelf",
+    "route=keyword:words.yaml,positions=all,blocks=model.layers,device=cpu,dtype=float32",
+    "revision=main,trust_remote_code=true,max_length=128,batch_size=8,add_bos_token=False,peft=adapter",
+    "softmax_dtype=float32,truncation=on,prefix_token_id=2,parallelize=0,gguf_file=m.gguf,logits_cache=1",
+    "attn_implementation=eager,low_cpu_mem_usage=true,enable_thinking=None,rope_theta=1e6,max_batch_size=4",
+)
+VALUES = (
+    *("yes", "NO", "oN", "0", "1", "2", "-1", "007", "1e3", "1e999", "nan", "true", "False", "None", "", " "),
+    *("1_000", "²", "٣", "0x10", "'no'", '"1"', "'", "maybe", "[1]", "{}", "a=b", "é", "\0", "x" * 3000),
+)
+SWITCHES = {"yes": True, "on": True, "true": True, "1": True, "no": False, "off": False, "false": False}
+SWITCHES["0"] = False
+
+
+@sizes(500, 10_000, 100_000)
+@pytest.mark.timeout(3600)
+def test_model_arguments(mutations: int) -> None:
+    """Refused in one message, or every value is what was written; as lm-eval hands them over, or as we do."""
+    from lm_eval.utils import simple_parse_args_string
+
+    rng, outcomes, longest = random.Random(mutations), Counter[str](), 0
+    for _ in range(mutations):
+        text = _argument_damage(rng.choice(MODEL_ARGS), rng)
+        try:
+            theirs = read_model_args(simple_parse_args_string(text))
+        except AFTError:
+            theirs = None
+        except ValueError:  # lm-eval's own parser
+            theirs = None
+        try:
+            found = parse_model_args(text)
+        except AFTError as error:
+            outcomes["refused"] += 1
+            longest = max(longest, len(error.message))
+            continue
+        outcomes["read"] += 1
+        given = {part.partition("=")[0]: part.partition("=")[2].strip() for part in text.strip().split(",")}
+        assert found.keys() == given.keys() - {""}, text
+        for name, value in found.items():
+            written = given[name]
+            quoted = len(written) > 1 and written[0] == written[-1] and written[0] in "'\""
+            bare = written[1:-1] if quoted else written
+            reader = ARGUMENTS[name].read.__name__ if name in ARGUMENTS else "as_given"
+            if value is None:
+                assert bare.lower() in ("none", ""), (text, name)
+                assert reader != "switch", (text, name)
+            elif reader in ("switch", "optional_switch"):
+                assert value is SWITCHES[bare.strip().lower()], (text, name)
+            elif reader == "number":
+                assert math.isfinite(value), (text, name)
+                assert value == float(bare), (text, name)
+            elif reader == "whole":
+                assert type(value) is int, (text, name)
+                assert value == int(bare), (text, name)
+            elif reader == "text":
+                assert value == bare, (text, name)
+        if theirs is not None:
+            assert {k: str(v) for k, v in theirs.items() if type(found[k]) is not str} == {
+                k: str(v) for k, v in found.items() if type(v) is not str
+            }, text
+    assert min(outcomes["read"], outcomes["refused"]) > mutations / 20, outcomes
+    assert longest < 1200
+
+
+SPECS = (
+    "x_one",
+    "x_two,x_three",
+    "x_*",
+    "x_group",
+    "x_tag",
+    "tasks/one.yaml",
+    "tasks/*.yaml",
+    "tasks",
+    "x_t?o",
+)
+
+
+@pytest.fixture
+def own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
+    """Three tasks, a group and a tag below the working directory; the harness's own are not indexed."""
+    from lm_eval.tasks import TaskManager
+
+    from lm_eval_aft.harness import tasks as module
+
+    folder = tmp_path / "work" / "tasks"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder.parent)
+    for name, more in (("one", ""), ("two", "tag: x_tag"), ("three", "tag: [x_tag, x_other]")):
+        (folder / f"{name}.yaml").write_text(
+            f"task: x_{name}\noutput_type: multiple_choice\ntest_split: test\ndataset_path: json\n"
+            f"doc_to_text: q\ndoc_to_target: 0\ndoc_to_choice: [a, b]\n{more}\n"
+        )
+    (folder / "group.yaml").write_text("group: x_group\ntask: [x_one, x_two]\n")
+    (folder / "notes.yaml").write_text("just: notes\n")
+
+    def small(include_path: Any = (), metadata: Any = None, **_: Any) -> TaskManager:
+        paths = [
+            str(folder),
+            *map(str, [include_path] if isinstance(include_path, str) else include_path or ()),
+        ]
+        return TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+
+    caplog.set_level(logging.ERROR, "lm_eval")  # it tells of each task that is found twice
+    monkeypatch.setattr(module, "full_index", small)
+    monkeypatch.setattr("tests.package.test_fuzz.STOCK_INDEX", small)
+    module._search_stock.cache_clear()
+    monkeypatch.setattr(module, "_search_stock", lambda *_: None)
+    return folder
+
+
+STOCK_INDEX: Any = None
+
+
+def _stock_names(spec: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str] | None:
+    """The tasks and groups that ``lm_eval --tasks SPEC`` would score; ``None`` where it ends in an error."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    config = EvaluatorConfig(tasks=[spec], include_path=str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", lambda **given: STOCK_INDEX(**given))
+        try:
+            config.process_tasks()
+        except (ValueError, OSError, KeyError, re.error):
+            return None
+    found: list[Any] = config.tasks
+    return [each if isinstance(each, str) else str(each.get("group") or each.get("task")) for each in found]
+
+
+@sizes(150, 1000, 10_000)
+@pytest.mark.timeout(3600)
+def test_task_specifications(mutations: int, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lm-eval scores under a name, a pattern, a group, a tag, a file or a folder, or one message."""
+    from lm_eval_aft.harness.tasks import find_tasks, read_definition
+
+    rng, outcomes = random.Random(mutations), Counter[str]()
+    for _ in range(mutations):
+        spec = _spec_damage(rng)
+        theirs = _stock_names(spec, own_tasks, monkeypatch)
+        try:
+            _, names = find_tasks([spec], [str(own_tasks)])
+        except AFTError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["found"] += 1
+        read = {name: read_definition(Path(name)) for name in names if name.endswith((".yaml", ".yml"))}
+        found = [str(read[n].get("group") or read[n].get("task")) if n in read else n for n in names]
+        if theirs is None:
+            outcomes["lm-eval refuses"] += 1
+        else:
+            assert sorted(set(found)) == sorted({each for each in theirs if each != "None"}), spec
+    assert min(outcomes["found"], outcomes["refused"]) > mutations / 20, outcomes
+    assert outcomes["lm-eval refuses"] < outcomes["found"] / 2, outcomes
+
+
+def _spec_damage(rng: random.Random) -> str:
+    spec = rng.choice(SPECS)
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        what = rng.randrange(5)
+        place = rng.randrange(len(spec) + 1)
+        if what == 0:
+            spec = f"{spec},{rng.choice(SPECS)}"
+        elif what == 1:
+            spec = spec[:place] + rng.choice("*?[]!x_,/. ~{}\\\0é") + spec[place:]
+        elif what == 2:
+            spec = spec[:place] + spec[place + 1 :]
+        elif what == 3:
+            spec = rng.choice(
+                (spec.upper(), f" {spec} ", f"./{spec}", f"../work/{spec}", f"{spec}/", f"{spec},")
+            )
+        else:
+            spec = rng.choice((spec, *(word for word in WORDS if not word.startswith("-"))))
+    return spec
+
+
+def _argument_damage(text: str, rng: random.Random) -> str:
+    parts = rng.sample(text.split(","), rng.randrange(1, text.count(",") + 2))
+    for _ in range(rng.choice((1, 1, 2))):
+        at = rng.randrange(len(parts))
+        name, _, value = parts[at].partition("=")
+        what = rng.randrange(6)
+        if what <= 1:
+            value = rng.choice(VALUES)
+        elif what == 2:
+            value = "".join(rng.choice((c.upper(), c.lower())) for c in value)
+        elif what == 3:
+            place = rng.randrange(len(name) + 1)
+            name = name[:place] + rng.choice(("", "_", "x", " ", "é")) + name[place + rng.choice((0, 1)) :]
+        elif what == 4:
+            parts.append(parts[rng.randrange(len(parts))])
+        else:
+            place = rng.randrange(len(value) + 1)
+            value = value[:place] + chr(rng.choice((0, 32, 44, 61, 233, 8239, 0x1F600))) + value[place:]
+        parts[at] = f"{name}={value}"
+    return ",".join(parts)
 
 
 def _commands(group: click.Group, path: list[str]) -> list[tuple[list[str], click.Command]]:
