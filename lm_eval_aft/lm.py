@@ -139,6 +139,8 @@ class AFTLM(StockLM):
                 raise gone("accelerate: _hf_hook.execution_device of offloaded modules")
         self.active = ActiveSteering(self.model, self.tokenizer, given.blocks)
         self.active.claim()
+        if not isinstance(pretrained, str):
+            self.active.remove_when_gone()
         check_causal(self.model)
         self.fast, self.answer_only = given.fast, given.answer_only
         self._shared: tuple[Paths, Texts] | None = None

@@ -192,7 +192,7 @@ class ActiveSteering:
     """What steers a model for one `AFTLM`: one vector, a router over several, or (at first) nothing.
 
     It stays on the model until another one takes the model (`claim`), or another lm-eval model runs it;
-    `in_force` puts it back. What is garbage collected leaves nothing behind.
+    `in_force` puts it back.
 
     Attributes:
         vector: the active vector, with the coefficient and positions it is applied with.
@@ -209,7 +209,6 @@ class ActiveSteering:
         self.rows: RowSteering | None = None
         self.ownership = Ownership.of(self.backbone)
         self._handle = SteeringHandle([])
-        weakref.finalize(self, self._handle.remove).atexit = False
         self.ownership.require_plain()
 
     @property
@@ -301,6 +300,10 @@ class ActiveSteering:
                 self.rows.put_on(shifts)
         handle.add(SteeringHandle([self.rows]))
         return handle
+
+    def remove_when_gone(self) -> None:
+        """Take everything off the model once nothing refers to this, since others may have the model."""
+        weakref.finalize(self, self._handle.remove).atexit = False
 
     def release(self) -> None:
         """Take everything off the model; what steers it is put back by `claim`."""
