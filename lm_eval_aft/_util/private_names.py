@@ -292,6 +292,14 @@ def _onednn() -> bool:
     return torch.allclose(found, F.linear(inputs, weight), atol=1e-4)
 
 
+def _ties() -> bool:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=8, tie_word_embeddings=True, **sizes))
+    return bool(model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"})
+
+
 def _compiled_module() -> bool:
     import torch
 
@@ -405,6 +413,10 @@ _LIST = (
     PrivateName("transformers: PreTrainedModel._is_stateful", "engine/compatibility.py",
         "recognising blocks that carry a state along the row", "rows are not packed: slower, and right",
         _has("transformers", "PreTrainedModel._is_stateful", "MambaForCausalLM._is_stateful")),
+    PrivateName("transformers: PreTrainedModel.all_tied_weights_keys", "steering/fingerprint.py",
+        "knowing tied weights that lie on several devices, or on disk, for what they are",
+        "a model with tied weights off the device does not fit its vectors: refused",
+        _ties),
     PrivateName("transformers: PreTrainedConfig._name_or_path", "steering/fingerprint.py",
         "the model's name in messages", "messages name the model's class",
         lambda: hasattr(_llama_config(), "_name_or_path")),
