@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
+from math import isfinite
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
 from lm_eval_aft.engine.stock import StockLM
 from lm_eval_aft.harness.model_args import ARGUMENTS, check_source, read_model_args, unknown_argument
-from lm_eval_aft.harness.tasks import refuse_generation, without_contexts
+from lm_eval_aft.harness.tasks import refuse_generation, refuse_thinking, without_contexts
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.steering.backbone import check_causal, check_weights, input_device, is_compiled
@@ -200,6 +201,16 @@ class AFTLM(StockLM):
         """What picks the vectors, if a router does."""
         return self.active.routing
 
+    def require_plain(self) -> None:
+        """Raise `AFTError` unless this is the baseline: vectors trained on a steered model would not fit it."""
+        steered = self.vector is not None and self.vector.coefficient
+        if steered or self.routing is not None or self.answer_only:
+            raise AFTError(
+                "The model is steered, or scored without its questions: vectors are trained on plain models.",
+                "Call steer(None) before, or load the model without vector=, route= and answer_only=.",
+            )
+        self.active.ownership.require_plain()
+
     def score_along(self, vectors: Sequence[SteeringVector]) -> None:
         """While this is the baseline, find the answers of ``vectors`` to the same requests as well.
 
@@ -211,6 +222,7 @@ class AFTLM(StockLM):
     @_in_force
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """As `HFLM`; answers found while the baseline was scored are not computed again."""
+        refuse_thinking(self, {request.task_name for request in requests})
         self._states = [] if self.routing is None else self.routing.states(requests)
         requests = without_contexts(requests) if self.answer_only else requests
         found: list[Answer | None] = [None] * len(requests)
@@ -226,7 +238,9 @@ class AFTLM(StockLM):
             rest = iter(
                 super().loglikelihood(missing, disable_tqdm=disable_tqdm) if missing or not requests else ()
             )
-        return [next(rest) if answer is None else answer for answer in found]
+        answers = [next(rest) if answer is None else answer for answer in found]
+        self.note_nonfinite(sum(not isfinite(value) for value, _ in answers), len(answers))
+        return answers
 
     @_in_force
     def _loglikelihood_tokens(
@@ -279,7 +293,9 @@ class AFTLM(StockLM):
             raise AFTError("A router cannot serve rolling log-likelihoods in several processes.", "Use one.")
         with self._called_back(requests):
             ask = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
-            return self.by_vector(requests, ask)
+            values = self.by_vector(requests, ask)
+        self.note_nonfinite(sum(not isfinite(value) for value in values), len(values))
+        return values
 
     @_in_force
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -299,6 +315,7 @@ class AFTLM(StockLM):
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 texts[index] = text
                 bar.update(1)
+        self.note_nonfinite(len(generator.scorer.nonfinite), len(texts))
         left = [i for i in range(len(requests)) if i not in texts]
         if left:
             texts |= zip(left, self.some_stock_texts([requests[i] for i in left]), strict=True)
@@ -388,6 +405,8 @@ def describe(lm: AFTLM) -> dict[str, Any]:
         "answer_only": lm.answer_only,
         "vector": None if lm.vector is None else describe_vector(lm.vector),
     }
+    if lm.nonfinite:
+        info["nonfinite"] = lm.nonfinite
     if lm.routing is not None:
         info["routing"] = lm.routing.info()
     return info

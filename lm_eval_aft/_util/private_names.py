@@ -512,6 +512,9 @@ _LIST = (
             and {"requests", "disable_tqdm", "override_bs"}
             <= set(_parameters(importlib.import_module(_HF).HFLM._loglikelihood_tokens))
         )),
+    PrivateName("lm-eval: HFLM._model_generate", "engine/stock.py",
+        "counting texts generated from logits that are NaN", "they are not counted, and there is no warning",
+        lambda: "self._model_generate(" in _source(_HF, "HFLM")),
     PrivateName("lm-eval: HFLM._detect_batch_size, batch_schedule, batch_sizes", "engine/stock.py",
         "asking stock code for some of an evaluation's requests", _STUCK,
         _sets(_HF, "HFLM", "_detect_batch_size", "batch_schedule", "batch_sizes")),

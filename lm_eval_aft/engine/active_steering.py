@@ -219,12 +219,12 @@ class ActiveSteering:
     @property
     def masked(self) -> bool:
         """Whether any active vector steers only some of the tokens."""
-        return any(vector.positions != "all" and vector.coefficient for vector in self._vectors())
+        return any(vector.positions != "all" and vector.coefficient for vector in self.vectors)
 
     @property
     def kinds(self) -> frozenset[tuple[str, str]]:
         """Method and positions of every active vector."""
-        return frozenset((vector.method, vector.positions) for vector in self._vectors())
+        return frozenset((vector.method, vector.positions) for vector in self.vectors)
 
     @property
     def state(self) -> int:
@@ -237,7 +237,9 @@ class ActiveSteering:
             return self.vector
         return list(self.routing.vectors.values())[state - 1] if state else None
 
-    def _vectors(self) -> Sequence[SteeringVector]:
+    @property
+    def vectors(self) -> Sequence[SteeringVector]:
+        """The active vector, or all that a router may pick."""
         if self.routing is not None:
             return list(self.routing.vectors.values())
         return [] if self.vector is None else [self.vector]

@@ -152,7 +152,10 @@ def _group(
             # A guess may have caused it: a mask does not hide NaN.
             slots.hide(0, lengths, slots.capacity)
             logits = _read(scorer, slots, rows, guesses, 1, ending.most)
-        written = logits.argmax(-1).tolist()
+        chosen = logits.argmax(-1)
+        lost = logits[:, 0].gather(-1, chosen[:, :1]).isnan()[:, 0]
+        scorer.nonfinite.update(row.index for row, bad in zip(rows, lost.tolist(), strict=True) if bad)
+        written = chosen.tolist()
         for r in reversed(range(len(rows))):
             width.observe(guesses[r], written[r][0])
             if not _append(rows[r], written[r], guesses[r], ending, logits[r], watch):
@@ -266,6 +269,7 @@ class Texts:
             if row is not None:
                 groups.setdefault(settings, []).append(row)
         shared = 0
+        self.scorer.nonfinite.clear()
         with self.scorer.prepared():
             for settings, prompts in groups.items():
                 if self._holds(prompts, settings, requests):

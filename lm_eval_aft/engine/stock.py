@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import LogitsProcessorList
 
 from lm_eval_aft.engine.active_steering import ActiveSteering
 from lm_eval_aft.engine.naive import Naive, wrong
@@ -28,6 +29,8 @@ class StockLM(HFLM):
     Attributes:
         active: what steers the model.
         fast: whether optimised paths are on, so that stock code gets only what these leave over.
+        nonfinite: answers since the model was last steered that are no finite numbers, or were generated
+            from logits that are none.
         naive: where only some positions are steered: the reference that answers are checked against.
     """
 
@@ -36,6 +39,7 @@ class StockLM(HFLM):
     active: ActiveSteering = None  # type: ignore[assignment]  # until the model is loaded
     fast: bool = True
     naive: Naive | None = None
+    nonfinite: int = 0
     _computes_batch_size: bool = False
     _kinds: frozenset[tuple[str, str]] = frozenset()  # of vectors, for which `_faults` were looked for
     _faults: dict[tuple[str, int], str]
@@ -45,6 +49,7 @@ class StockLM(HFLM):
 
         They must where vectors of another method or other positions now steer only some of the tokens.
         """
+        self.nonfinite = 0
         kinds = self.active.kinds if self.active.masked else frozenset()
         if kinds == self._kinds:
             return False
@@ -98,6 +103,43 @@ class StockLM(HFLM):
         rows = self.active.rows
         ask = self._asked_for_some()(self.stock_answers)
         return ask(requests) if rows is None else rows.apart(states, requests, ask)
+
+    def note_nonfinite(self, answers: int, of: int) -> None:
+        """Count answers that are not finite numbers, or were written by logits that are none; warn once."""
+        if not answers:
+            return
+        if not self.nonfinite:
+            vectors = self.active.vectors
+            coefficients = ", ".join(f"{vector.coefficient:g}" for vector in vectors)
+            name = self.pretrained if isinstance(self.pretrained, str) else type(self.pretrained).__name__
+            logger.warning(
+                "%d of %d answers of %s in %s%s are not finite numbers, and say nothing. %s.",
+                *(
+                    answers,
+                    of,
+                    name,
+                    str(self.mixed_precision_dtype or self.model.dtype).removeprefix("torch."),
+                ),
+                f", steered with coefficient {coefficients}," if vectors else "",
+                "Try a smaller coefficient, or dtype=float32" if vectors else "Try dtype=bfloat16 or float32",
+            )
+        self.nonfinite += answers
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As `HFLM`; rows whose logits are NaN are counted."""
+        bad = torch.zeros((), dtype=torch.bool)
+
+        def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            nonlocal bad
+            # Rows by prompt: beams of one stand together.
+            bad = bad | scores.isnan().any(-1).view(len(context), -1).any(-1).to(bad.device)
+            return scores
+
+        found = super()._model_generate(
+            context, *args, logits_processor=LogitsProcessorList([watch]), **kwargs
+        )
+        self.note_nonfinite(int(bad.sum()), len(context))
+        return found
 
     def stock_texts(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Stock's texts; under a router vector by vector."""

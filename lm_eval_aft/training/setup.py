@@ -132,6 +132,7 @@ def load_model(model: str | AFTLM, model_args: Mapping[str, Any] | None = None) 
     Loaded without a ``dtype``, it gets the fastest one, see `lm_eval_aft.engine.precision`.
     """
     if isinstance(model, AFTLM):
+        model.require_plain()
         return model
     lm = AFTLM(model, **(model_args or {}))
     if "dtype" not in (model_args or {}):
