@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from math import isfinite
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -19,12 +19,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from tqdm import tqdm
 
-from lm_eval_aft._util.errors import AFTError, model_not_loaded, print_errors_plainly
+from lm_eval_aft._util.errors import AFTError, model_not_loaded, not_finite_cause, print_errors_plainly
 from lm_eval_aft._util.files import canonical_json
 from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.engine.active_steering import ActiveSteering, Routing, whole_spec
 from lm_eval_aft.engine.fallback import Companions, Paths
+from lm_eval_aft.engine.finite import baseline_not_finite
 from lm_eval_aft.engine.generation import Texts
 from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
@@ -146,6 +147,7 @@ class AFTLM(StockLM):
         self.fast, self.answer_only = given.fast, given.answer_only
         self._shared: tuple[Paths, Texts] | None = None
         self._companions: Companions | None = None
+        self.require_finite = False  # whether a baseline whose answers are NaN or infinite ends the run
         self._asked = 0
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         replaced = {"coefficient": given.coefficient, "positions": given.positions}
@@ -171,6 +173,7 @@ class AFTLM(StockLM):
             self.active.clear()
         else:
             self.active.use(vector, coefficient, positions, allow_mismatch)
+        self.texts_not_finite, self._told_not_finite = 0, False
         if self.forget_checks():
             self._shared = None
 
@@ -181,6 +184,7 @@ class AFTLM(StockLM):
     def follow(self, routing: Routing) -> None:
         """Let a router pick the vector for each document, in place of the active vector."""
         self.active.follow(routing)
+        self.texts_not_finite, self._told_not_finite = 0, False
         self._shared = None  # rows that are steered differently are to be checked against stock anew
         self.forget_checks()
 
@@ -202,7 +206,7 @@ class AFTLM(StockLM):
         return self.active.routing
 
     def require_plain(self) -> None:
-        """Raise `AFTError` unless this is the baseline: vectors trained on a steered model would not fit it."""
+        """Raise `AFTError` unless this is the baseline, scored as it is, which vectors are trained on."""
         steered = self.vector is not None and self.vector.coefficient
         if steered or self.routing is not None or self.answer_only:
             raise AFTError(
@@ -239,8 +243,26 @@ class AFTLM(StockLM):
                 super().loglikelihood(missing, disable_tqdm=disable_tqdm) if missing or not requests else ()
             )
         answers = [next(rest) if answer is None else answer for answer in found]
-        self.note_nonfinite(sum(not isfinite(value) for value, _ in answers), len(answers))
+        self._check_finite(value for value, _ in answers)
         return answers
+
+    def _check_finite(self, values: Iterable[float]) -> None:
+        """Warn, once for each steering, of log-likelihoods that are no numbers; or raise, where asked for.
+
+        Minus infinity is one: of a token that the model rules out.
+        """
+        if not any(math.isnan(value) or value == math.inf for value in values):
+            return
+        if self.require_finite and self.vector is None and self.routing is None:
+            raise baseline_not_finite(self.model)
+        if not self._told_not_finite:
+            dtype = str(self.mixed_precision_dtype or self.model.dtype).removeprefix("torch.")
+            logger.warning(
+                "Answers of %s are NaN or infinite, and say nothing: %s",
+                _name(self.pretrained),
+                not_finite_cause(dtype, None if self.vector is None else self.vector.coefficient),
+            )
+        self._told_not_finite = True
 
     @_in_force
     def _loglikelihood_tokens(
@@ -262,6 +284,7 @@ class AFTLM(StockLM):
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
             for part in paths.score(requests, companions.shifts if companions else [], self._states):
+                self._check_finite(value for value, _ in part[0].values())
                 for index, answer in part[0].items():
                     strings = requests[index][0]
                     if strings is not None:
@@ -293,14 +316,19 @@ class AFTLM(StockLM):
             raise AFTError("A router cannot serve rolling log-likelihoods in several processes.", "Use one.")
         with self._called_back(requests):
             ask = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
-            values = self.by_vector(requests, ask)
-        self.note_nonfinite(sum(not isfinite(value) for value in values), len(values))
-        return values
+            found = self.by_vector(requests, ask)
+        self._check_finite(found)
+        return found
 
     @_in_force
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As `HFLM`; plain greedy decoding in fp32 is done in shared batches, the rest by stock."""
         refuse_generation(requests if self.answer_only else ())
+        found = self._texts(requests, disable_tqdm)
+        self._check_finite([math.nan] * self.texts_not_finite)
+        return found
+
+    def _texts(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         if not self.fast or not requests:
             return self.stock_texts(requests, disable_tqdm)
         _, generator = self._fast()
@@ -310,12 +338,13 @@ class AFTLM(StockLM):
         texts: dict[int, str] = {}
         states = [] if self.routing is None else self.routing.states(requests)
         quiet = disable_tqdm or self.rank != 0
+        before = generator.scorer.not_finite
         with tqdm(total=len(requests), disable=quiet, desc="Running generate_until requests") as bar:
             for index, text in generator.answers(requests, states):
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 texts[index] = text
                 bar.update(1)
-        self.note_nonfinite(len(generator.scorer.nonfinite), len(texts))
+        self.texts_not_finite += generator.scorer.not_finite - before
         left = [i for i in range(len(requests)) if i not in texts]
         if left:
             texts |= zip(left, self.some_stock_texts([requests[i] for i in left]), strict=True)
@@ -405,8 +434,8 @@ def describe(lm: AFTLM) -> dict[str, Any]:
         "answer_only": lm.answer_only,
         "vector": None if lm.vector is None else describe_vector(lm.vector),
     }
-    if lm.nonfinite:
-        info["nonfinite"] = lm.nonfinite
+    if lm.texts_not_finite:
+        info["not_finite"] = {"generate_until": lm.texts_not_finite}
     if lm.routing is not None:
         info["routing"] = lm.routing.info()
     return info

@@ -16,6 +16,7 @@ from torch import Tensor
 from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft.engine.attention import over_columns
 from lm_eval_aft.engine.compatibility import logits_differ, refused
+from lm_eval_aft.engine.finite import finite
 from lm_eval_aft.engine.kv_cache import RowCache
 from lm_eval_aft.engine.rows import (
     PackedRow,
@@ -152,13 +153,14 @@ def _group(
             # A guess may have caused it: a mask does not hide NaN.
             slots.hide(0, lengths, slots.capacity)
             logits = _read(scorer, slots, rows, guesses, 1, ending.most)
-        chosen = logits.argmax(-1)
-        lost = logits[:, 0].gather(-1, chosen[:, :1]).isnan()[:, 0]
-        scorer.nonfinite.update(row.index for row, bad in zip(rows, lost.tolist(), strict=True) if bad)
-        written = chosen.tolist()
+        written = logits.argmax(-1).tolist()
+        sound = finite(logits).tolist()
         for r in reversed(range(len(rows))):
             width.observe(guesses[r], written[r][0])
-            if not _append(rows[r], written[r], guesses[r], ending, logits[r], watch):
+            before_it = len(rows[r].tokens)
+            ended = _append(rows[r], written[r], guesses[r], ending, logits[r], watch)
+            scorer.not_finite += sound[r][: len(rows[r].tokens) - before_it].count(False)
+            if not ended:
                 continue
             found.append((rows[r].index, rows[r].tokens))
             # The last row takes the place of the one that leaves.
@@ -269,7 +271,6 @@ class Texts:
             if row is not None:
                 groups.setdefault(settings, []).append(row)
         shared = 0
-        self.scorer.nonfinite.clear()
         with self.scorer.prepared():
             for settings, prompts in groups.items():
                 if self._holds(prompts, settings, requests):

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import LogitsProcessorList
 
 from lm_eval_aft.engine.active_steering import ActiveSteering
+from lm_eval_aft.engine.finite import watched
 from lm_eval_aft.engine.naive import Naive, wrong
 from lm_eval_aft.engine.rows import Answer, Request, shortest_and_longest
 from lm_eval_aft.steering.intervention import roles, row_roles
@@ -29,8 +29,7 @@ class StockLM(HFLM):
     Attributes:
         active: what steers the model.
         fast: whether optimised paths are on, so that stock code gets only what these leave over.
-        nonfinite: answers since the model was last steered that are no finite numbers, or were generated
-            from logits that are none.
+        texts_not_finite: how many passes of generation gave NaN or infinite logits under this steering.
         naive: where only some positions are steered: the reference that answers are checked against.
     """
 
@@ -38,8 +37,8 @@ class StockLM(HFLM):
     batch_sizes: dict[int, int]
     active: ActiveSteering = None  # type: ignore[assignment]  # until the model is loaded
     fast: bool = True
+    texts_not_finite: int = 0
     naive: Naive | None = None
-    nonfinite: int = 0
     _computes_batch_size: bool = False
     _kinds: frozenset[tuple[str, str]] = frozenset()  # of vectors, for which `_faults` were looked for
     _faults: dict[tuple[str, int], str]
@@ -49,7 +48,6 @@ class StockLM(HFLM):
 
         They must where vectors of another method or other positions now steer only some of the tokens.
         """
-        self.nonfinite = 0
         kinds = self.active.kinds if self.active.masked else frozenset()
         if kinds == self._kinds:
             return False
@@ -104,43 +102,6 @@ class StockLM(HFLM):
         ask = self._asked_for_some()(self.stock_answers)
         return ask(requests) if rows is None else rows.apart(states, requests, ask)
 
-    def note_nonfinite(self, answers: int, of: int) -> None:
-        """Count answers that are not finite numbers, or were written by logits that are none; warn once."""
-        if not answers:
-            return
-        if not self.nonfinite:
-            vectors = self.active.vectors
-            coefficients = ", ".join(f"{vector.coefficient:g}" for vector in vectors)
-            name = self.pretrained if isinstance(self.pretrained, str) else type(self.pretrained).__name__
-            logger.warning(
-                "%d of %d answers of %s in %s%s are not finite numbers, and say nothing. %s.",
-                *(
-                    answers,
-                    of,
-                    name,
-                    str(self.mixed_precision_dtype or self.model.dtype).removeprefix("torch."),
-                ),
-                f", steered with coefficient {coefficients}," if vectors else "",
-                "Try a smaller coefficient, or dtype=float32" if vectors else "Try dtype=bfloat16 or float32",
-            )
-        self.nonfinite += answers
-
-    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As `HFLM`; rows whose logits are NaN are counted."""
-        bad = torch.zeros((), dtype=torch.bool)
-
-        def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            nonlocal bad
-            # Rows by prompt: beams of one stand together.
-            bad = bad | scores.isnan().any(-1).view(len(context), -1).any(-1).to(bad.device)
-            return scores
-
-        found = super()._model_generate(
-            context, *args, logits_processor=LogitsProcessorList([watch]), **kwargs
-        )
-        self.note_nonfinite(int(bad.sum()), len(context))
-        return found
-
     def stock_texts(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Stock's texts; under a router vector by vector."""
 
@@ -152,7 +113,10 @@ class StockLM(HFLM):
 
             if mine:
                 self._check("generation", differs)
-            return list(HFLM.generate_until(self, mine, disable_tqdm=disable_tqdm))
+            with watched(self.model) as odd:
+                found = list(HFLM.generate_until(self, mine, disable_tqdm=disable_tqdm))
+            self.texts_not_finite += odd()
+            return found
 
         return self.by_vector(requests, ask)
 

@@ -119,6 +119,9 @@ _OF_HF: dict[Reader, str] = {
 
 ARGUMENTS |= {name: Argument(read) for read, names in _OF_HF.items() for name in names.split()}
 ARGUMENTS |= dict.fromkeys(("add_bos_token", "enable_thinking"), Argument(optional_switch))
+# Those that are names even where they look like numbers.
+TEXTS = {name for name, argument in ARGUMENTS.items() if argument.read is text}
+TEXTS |= set("pretrained revision subfolder tokenizer peft delta gguf_file".split())
 # Arguments of `from_pretrained` whose names are like those above.
 _OF_TRANSFORMERS = (
     *("attn_implementation", "cache_dir", "code_revision", "config", "device_map", "force_download"),

@@ -1,4 +1,4 @@
-"""Answers that are no finite numbers are counted, and the cause is named."""
+"""Answers that are no numbers are told, with the cause; and thinking before given answers is refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,22 +21,20 @@ ROLL = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS]
 @pytest.mark.parametrize(
     ("kind", "requests"), [("loglikelihood", ASK), ("loglikelihood_rolling", ROLL), ("generate_until", WRITE)]
 )
-def test_overflow_is_counted_and_explained(
+def test_overflow_is_told_with_its_cause(
     checkpoint: Callable[..., str], kind: str, requests: Any, fast: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     vector = SteeringVector({1: torch.ones(32)}, coefficient=90000.0)
     lm = AFTLM(checkpoint("llama"), dtype="float16", fast=fast, vector=vector, **OPTIONS)
     getattr(lm, kind)(requests, disable_tqdm=True)
-    assert lm.nonfinite == len(TEXTS) == lm.get_model_info()["aft"]["nonfinite"]
-    told = [each.message for each in caplog.records if "not finite" in each.message]
+    told = [each.message for each in caplog.records if "say nothing" in each.message]
     assert len(told) == 1
-    assert "in float16, steered with coefficient 90000, are not finite numbers" in told[0]
-    assert told[0].startswith("3 of 3 answers of ")
-    assert told[0].endswith("Try a smaller coefficient, or dtype=float32.")
+    assert f"Answers of {checkpoint('llama')} are NaN or infinite" in told[0]
+    assert "Use bfloat16 or float32, or a coefficient nearer to 0 than 90000." in told[0]
     lm.steer(None)
+    caplog.clear()
     getattr(lm, kind)(requests, disable_tqdm=True)
-    assert lm.nonfinite == 0
-    assert "nonfinite" not in lm.get_model_info()["aft"]
+    assert "say nothing" not in caplog.text
 
 
 def test_a_baseline_that_overflows_blames_the_dtype(
@@ -45,8 +43,7 @@ def test_a_baseline_that_overflows_blames_the_dtype(
     lm = AFTLM(checkpoint("llama"), dtype="float16", **OPTIONS)
     torch.nn.init.constant_(lm.model.get_submodule("model.layers.0.mlp.down_proj").weight, 60000.0)
     lm.loglikelihood(ASK, disable_tqdm=True)
-    assert lm.nonfinite == len(ASK)
-    assert "in float16 are not finite numbers, and say nothing. Try dtype=bfloat16 or float32." in caplog.text
+    assert "say nothing: float16 holds no number above 65,504. Use bfloat16 or float32." in caplog.text
 
 
 def test_thinking_is_refused_for_given_answers(checkpoint: Callable[..., str]) -> None:
