@@ -433,7 +433,7 @@ _LIST = (
         "a setting that says nothing about greedy decoding",
         "nothing; a new such setting leaves generation to stock",
         lambda: hasattr(importlib.import_module("transformers").GenerationConfig(), "_from_model_config")),
-    PrivateName("transformers: PreTrainedModel.hf_quantizer", "export/merged.py steering/fingerprint.py",
+    PrivateName("transformers: PreTrainedModel.hf_quantizer", "steering/fingerprint.py",
         "recognising quantised weights",
         "recognised by integer weights as well; exports are compared with the hooked model in any case",
         lambda: "hf_quantizer" in inspect.getsource(importlib.import_module("transformers.modeling_utils"))),
