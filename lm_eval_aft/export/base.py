@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,27 @@ from lm_eval_aft._util.private_names import require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
-from lm_eval_aft.steering.fingerprint import check_fingerprint, compare_fingerprints, fingerprint
+from lm_eval_aft.steering.fingerprint import (
+    WEIGHT_ARGS,
+    check_fingerprint,
+    compare_fingerprints,
+    describe_base,
+    fingerprint,
+)
 from lm_eval_aft.steering.hooks import add_all, check_fits
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
-from lm_eval_aft.steering.vector_file import MAX_HEADER, is_biased, parse_entry
+from lm_eval_aft.steering.vector_file import MAX_HEADER, is_biased, mapping_or_empty, parse_entry
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"),
     *("vocab.txt", "merges.txt", "sentencepiece.bpe.model", "tekken.json", "tokenizer.tiktoken"),
+)
+
+# How to bring over what other tools pickle.
+CONVERT = (
+    "If you trust the file, open it where it was written, see which block each tensor is added after, and "
+    "save it: lm_eval_aft.SteeringVector({LAYER: tensor}).save(FOLDER)."
 )
 
 _MAY_BE_MISSING = "transformers: cached_file(_raise_exceptions_for_...)"
@@ -44,17 +56,27 @@ class Base:
 
     Attributes:
         name: as the user gave it; ``path`` is where it was loaded from.
-        model: the transformers model in evaluation mode; ``None`` once released.
+        args: the arguments of lm-eval's ``hf`` that it was loaded with, besides ``pretrained``.
+        model: the transformers (or PEFT) model in evaluation mode; ``None`` once released.
         tokenizer: its tokenizer, or ``None`` for a checkpoint without one.
-        backbone: its decoder blocks.
     """
 
     name: str
     path: str
-    revision: str | None
+    args: dict[str, Any]
     model: Any
     tokenizer: Any
     backbone: Backbone
+
+    @property
+    def revision(self) -> str | None:
+        """The revision on the Hub, if one was asked for."""
+        return self.args.get("revision")
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """The arguments besides the revision: ``peft``, ``gguf_file``, ..."""
+        return {key: value for key, value in self.args.items() if key != "revision"}
 
     @property
     def config(self) -> Any:
@@ -68,24 +90,57 @@ class Base:
         gc.collect()
 
 
-def load_base(name: str, revision: str | None = None, blocks: str | None = None) -> Base:
+def recorded_base(metadata: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The name of the model that a vector was trained on, and the arguments that it must be loaded with."""
+    recorded = mapping_or_empty(metadata.get("base_model"))
+    given = {"revision": recorded.get("revision"), **mapping_or_empty(recorded.get("args"))}
+    # Only what names weights: a stranger's file must not ask for trust_remote_code.
+    known = {key: given[key] for key in WEIGHT_ARGS if isinstance(given.get(key), str)}
+    return recorded.get("name"), known
+
+
+def load_base(name: str, args: Mapping[str, Any] | None = None, blocks: str | None = None) -> Base:
     """Load a causal LM and its tokenizer from a folder, the Hub, or ``demo``.
+
+    Args:
+        args: further arguments of lm-eval's ``hf``: ``revision``, ``subfolder``, ``gguf_file``, ``peft``, ...
 
     Raises:
         AFTError: it or its tokenizer cannot be loaded, or its blocks are not found.
     """
     from transformers import AutoModelForCausalLM
 
-    path = resolve_pretrained(name)
+    path, given = resolve_pretrained(name), {k: v for k, v in (args or {}).items() if v not in (None, "")}
+    revision = given.get("revision")
     try:
-        # Unset, transformers would ask on the terminal whether to run a stranger's code.
-        model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype="auto", trust_remote_code=False
-        ).eval()
-    except (OSError, ValueError) as error:
+        if given.keys() <= {"revision"}:
+            # Unset, transformers would ask on the terminal whether to run a stranger's code.
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path, revision=revision, dtype="auto", trust_remote_code=False
+            ).eval()
+            tokenizer = _tokenizer(name, path, revision)
+        else:
+            model, tokenizer = _loaded_by_lm_eval(path, given)
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise model_not_loaded(name, error) from error
     model.requires_grad_(False)
-    return Base(name, path, revision, model, _tokenizer(name, path, revision), find_backbone(model, blocks))
+    return Base(name, path, given, model, tokenizer, find_backbone(model, blocks))
+
+
+def same_base(base: Base) -> list[str]:
+    """A note where the export works only on a base that is loaded with the same arguments."""
+    told = ",".join(f"{key}={base.args[key]}" for key in WEIGHT_ARGS if base.args.get(key))
+    return [f"it is for {base.name} loaded with {told}: give these to lm-eval as well"] if told else []
+
+
+def _loaded_by_lm_eval(path: str, args: dict[str, Any]) -> tuple[Any, Any]:
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=path, **{"device": "cpu", **args})
+    model: Any = lm.model
+    if args.get("gguf_file"):  # dequantised while it was read: a checkpoint of it is a plain one
+        del model.config.quantization_config
+    return model, lm.tokenizer
 
 
 def _tokenizer(name: str, path: str, revision: str | None) -> Any:
@@ -127,6 +182,7 @@ def source_file(base: Base, name: str) -> Path | None:
             base.path,
             name,
             revision=base.revision,
+            subfolder=base.args.get("subfolder", ""),
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
@@ -143,7 +199,9 @@ def check_vector(vector: SteeringVector, base: Base, *, allow_mismatch: bool = F
     """
     check_constant(vector)
     check_fits(vector, base.backbone)
-    check_fingerprint(vector.metadata, base.model, base.tokenizer, allow_mismatch=allow_mismatch)
+    check_fingerprint(
+        vector.metadata, base.model, base.tokenizer, allow_mismatch=allow_mismatch, args=base.args
+    )
     shifts = {layer: values * vector.coefficient for layer, values in vector.layers.items()}
     if not all(bool(torch.isfinite(delta).all()) for delta in shifts.values()):
         raise AFTError(
@@ -293,10 +351,54 @@ def restore(vector: SteeringVector, text: object, where: str) -> list[str]:
 def identity(base: Base) -> dict[str, Any]:
     """The entries of a vector's metadata that say which model it is for."""
     return {
-        "base_model": {"name": base.name, "revision": base.revision},
+        "base_model": {
+            "name": base.name,
+            "revision": base.revision,
+            **({"args": base.further} if base.further else {}),
+        },
         "num_hidden_layers": len(base.backbone.blocks),
         "fingerprint": fingerprint(base.model, base.tokenizer),
     }
+
+
+def place(
+    vector: SteeringVector, model: str | None, args: Mapping[str, Any], progress: Callable[[str], None]
+) -> list[str]:
+    """Make an imported vector one for this model; return notes. Without a model it fits any of its width.
+
+    Raises:
+        AFTError: it does not fit the model, or the model cannot be loaded.
+    """
+    if model is None:
+        if "fingerprint" in vector.metadata:
+            return []
+        return ["no --model was given: the vector carries no fingerprint and fits any model of its width"]
+    progress(f"loading {model}")
+    base = load_base(model, args)
+    depth = len(base.backbone.blocks)
+    if max(vector.layers) == depth and 0 not in vector.layers:
+        raise AFTError(
+            f"The file numbers blocks up to {depth}, but {model!r} has blocks 0 to {depth - 1}: it seems to "
+            "count from 1, while control vectors count from 0.",
+            "Write it again with every number one lower, if its author agrees.",
+        )
+    check_fits(vector, base.backbone)
+    return assign_model(vector, identity(base))
+
+
+def told_strength(vector: SteeringVector) -> str:
+    """How strong an imported direction is, in a phrase: other tools multiply by a factor given at use."""
+    norms = [float(values.norm()) for values in vector.layers.values()]
+    size = (
+        f"{min(norms):.3g}"
+        if max(norms) - min(norms) < 1e-3 * max(norms)
+        else f"{min(norms):.3g} to {max(norms):.3g}"
+    )
+    every = f" at every one of its {len(norms)} blocks" if len(norms) > 1 else ""
+    return (
+        f"its norm is {size}{every}; the factor it is meant to be used with, and the blocks if not all, are "
+        "not in the file: choose them with coefficient= and `aft import --layer`"
+    )
 
 
 def assign_model(vector: SteeringVector, identity: dict[str, Any]) -> list[str]:
@@ -305,16 +407,18 @@ def assign_model(vector: SteeringVector, identity: dict[str, Any]) -> list[str]:
     Raises:
         AFTError: the fingerprint in its record is damaged.
     """
-    recorded = vector.metadata.get("fingerprint")
-    trained_on = (vector.metadata.get("base_model") or {}).get("name")
+    recorded, trained_on = (vector.metadata.get(key) for key in ("fingerprint", "base_model"))
     vector.metadata |= identity
     if recorded is None:
         return []
     differences = compare_fingerprints(recorded, identity["fingerprint"])
     if not differences:
         return []
-    vector.metadata["imported_from"]["trained_on"] = trained_on
-    return [f"it was trained on {trained_on!r}, not on this model: {', '.join(differences)} differ"]
+    trained_on = mapping_or_empty(trained_on)
+    vector.metadata["imported_from"]["trained_on"] = trained_on.get("name")
+    return [
+        f"it was trained on {describe_base(trained_on)}, not on this model: {', '.join(differences)} differ"
+    ]
 
 
 def cautions(vector: SteeringVector) -> list[str]:
@@ -561,7 +665,7 @@ def write_card(
         tags=["activation-steering"],
     )
     layers, tasks = ", ".join(map(str, vector.layers)), task_names(vector.metadata)
-    at = f" (revision `{base.revision}`)" if base.revision else ""
+    at = "".join(f" ({key} `{value}`)" for key, value in base.args.items())
     lines = [
         f"# {base.name} with a steering vector",
         "",

@@ -7,9 +7,9 @@ read `FORMATS`. Imports that need torch are inside the methods, so that ``aft ex
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import appearing, check_absent
@@ -54,7 +54,7 @@ class Format(ABC):
         return False
 
     def read(
-        self, source: Path, model: str | None, revision: str | None, progress: Progress
+        self, source: Path, model: str | None, args: Mapping[str, Any], progress: Progress
     ) -> tuple[SteeringVector, list[str]]:
         """The vector in ``source``, and notes on what was read and checked; see `import_vector`."""
         raise AFTError(
@@ -107,11 +107,11 @@ class Peft(Format):
         return source.is_dir()
 
     def read(
-        self, source: Path, model: str | None, revision: str | None, progress: Progress
+        self, source: Path, model: str | None, args: Mapping[str, Any], progress: Progress
     ) -> tuple[SteeringVector, list[str]]:
         from lm_eval_aft.export.peft import import_peft
 
-        return import_peft(source, model, revision, progress)
+        return import_peft(source, model, args, progress)
 
 
 @register_format
@@ -141,11 +141,11 @@ class GGUF(Format):
         return source.is_file() and _start(source) == b"GGUF"
 
     def read(
-        self, source: Path, model: str | None, revision: str | None, progress: Progress
+        self, source: Path, model: str | None, args: Mapping[str, Any], progress: Progress
     ) -> tuple[SteeringVector, list[str]]:
         from lm_eval_aft.export.gguf import import_gguf
 
-        return import_gguf(source, model, revision, progress)
+        return import_gguf(source, model, args, progress)
 
 
 @register_format
@@ -163,6 +163,32 @@ class Steered(Format):
         return export_steered(job)
 
 
+@register_format
+class VLLMLens(Format):
+    """The JSON of vllm-lens's ``SteeringVector``."""
+
+    name = "vllm-lens"
+    summary = "vLLM's plugin"
+    description = "the .json file for vllm-lens: SteeringVector.model_validate_json"
+    suffixes = (".json",)
+    imported = "a vllm-lens .json file"
+
+    def write(self, job: ExportJob) -> Export:
+        from lm_eval_aft.export.vllm_lens import export_vllm_lens
+
+        return export_vllm_lens(job)
+
+    def recognises(self, source: Path) -> bool:
+        return source.is_file() and _start(source).lstrip()[:1] == b"{"
+
+    def read(
+        self, source: Path, model: str | None, args: Mapping[str, Any], progress: Progress
+    ) -> tuple[SteeringVector, list[str]]:
+        from lm_eval_aft.export.vllm_lens import import_vllm_lens
+
+        return import_vllm_lens(source, model, args, progress)
+
+
 def _silent(_stage: str) -> None: ...
 
 
@@ -173,6 +199,7 @@ def export_vector(
     *,
     model: str | None = None,
     revision: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
     allow_mismatch: bool = False,
     blocks: str | None = None,
     progress: Progress = _silent,
@@ -182,7 +209,8 @@ def export_vector(
     Args:
         kind: ``merged`` (a plain checkpoint), ``peft``, ``gguf`` (llama.cpp) or ``steered`` (lm-eval's).
         output: folder to make for ``merged`` and ``peft``; ``.gguf`` or ``.pt`` file for the others.
-        model: base model; by default the one the vector was trained on.
+        model: base model; by default the one the vector was trained on, loaded as it was then.
+        model_args: further arguments of lm-eval's ``hf``: ``subfolder``, ``gguf_file``, ``peft``, ...
         allow_mismatch: export for a sibling of the model that the vector was trained on.
         blocks: dotted path of the decoder blocks, for architectures not recognised.
         progress: called with a word on each stage as it starts.
@@ -193,7 +221,7 @@ def export_vector(
     >>> export_vector(load_vector("arc"), "merged", "pythia-arc").agreement  # doctest: +SKIP
     Agreement(difference=1.4e-06, bound=0.00017, effect=2.1, probes=3)
     """
-    from lm_eval_aft.export.base import ExportJob, cautions, check_constant, check_vector, load_base
+    from lm_eval_aft.export import base as bases
 
     if kind not in FORMATS:
         raise AFTError(f"There is no export {kind!r}.", f"Choose one of: {', '.join(FORMATS)}.")
@@ -202,18 +230,19 @@ def export_vector(
         suffix = chosen.suffixes[0]
         raise AFTError(f"{target} should be a {suffix} file.", f"Write -o {target}{suffix}.")
     check_absent(target)
-    check_constant(vector)
-    recorded = vector.metadata.get("base_model") or {}
+    bases.check_constant(vector)
+    args = {"revision": revision, **(model_args or {})}
     if model is None:
-        model, revision = recorded.get("name"), revision or recorded.get("revision")
+        model, recorded = bases.recorded_base(vector.metadata)
+        args = recorded | {key: value for key, value in args.items() if value is not None}
     if not model:
         raise AFTError("The vector does not say which model it is for.", "Give --model.")
     chosen.check(vector)
     progress(f"loading {model}")
-    base = load_base(model, revision, blocks)
-    shifts = check_vector(vector, base, allow_mismatch=allow_mismatch)
-    made = chosen.write(ExportJob(base, vector, shifts, target, progress))
-    made.notes.extend(cautions(vector))
+    base = bases.load_base(model, args, blocks)
+    shifts = bases.check_vector(vector, base, allow_mismatch=allow_mismatch)
+    made = chosen.write(bases.ExportJob(base, vector, shifts, target, progress))
+    made.notes.extend(bases.cautions(vector))
     return made
 
 
@@ -223,38 +252,74 @@ def import_vector(
     *,
     model: str | None = None,
     revision: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    layers: Sequence[int] = (),
     progress: Progress = _silent,
 ) -> tuple[Path, list[str]]:
-    """Make a vector folder from a llama.cpp control vector (``.gguf``) or a PEFT bias adapter (a folder).
+    """Make a vector folder of what another tool wrote; docs/exports.md lists the tools.
 
     Args:
         model: the model it is for. Optional for a control vector, which then carries no fingerprint;
             for an adapter the one its config names.
+        model_args: further arguments of lm-eval's ``hf``: ``subfolder``, ``gguf_file``, ...
+        layers: keep these blocks only.
 
     Returns:
         The folder and notes on what was read and checked.
 
     Raises:
-        AFTError: neither of the two, pickled, damaged, not a constant, or for another model.
+        AFTError: a format that is not read, pickled, damaged, not a constant, or for another model.
     """
     source, target = Path(source), Path(output)
     check_absent(target)
-    wanted = f"Give {' or '.join(each.imported for each in FORMATS.values() if each.imported)}."
     if not source.exists():
-        raise AFTError(f"There is nothing at {source}.", wanted)
+        raise AFTError(f"There is nothing at {source}.", _wanted())
     found = next((each for each in FORMATS.values() if each.recognises(source)), None)
     if found is None:
-        start = _start(source)
-        if start[:1] == b"\x80" or start[:2] == b"PK":
-            raise AFTError(
-                f"{source} is a pickle or a torch.save archive.",
-                "Pickles can run code, so they are never opened; .gguf and safetensors are read.",
-            )
-        raise AFTError(f"{source} is not a GGUF file.", wanted)
-    vector, notes = found.read(source, model, revision, progress)
+        raise _refusal(source)
+    vector, notes = found.read(source, model, {"revision": revision, **(model_args or {})}, progress)
+    if layers:
+        lacking = ", ".join(str(layer) for layer in layers if layer not in vector.layers)
+        if lacking:
+            raise AFTError(f"{source} holds nothing for block {lacking}.", f"It has: {list(vector.layers)}.")
+        vector.layers = {layer: vector.layers[layer] for layer in sorted(set(layers))}
+        notes.append(f"only block {', '.join(map(str, vector.layers))} was kept")
     with appearing(target) as folder:
         vector.save(folder)
     return target, notes
+
+
+def _wanted() -> str:
+    return f"Give {' or '.join(each.imported for each in FORMATS.values() if each.imported)}."
+
+
+def _refusal(source: Path) -> AFTError:
+    """Why a file is none that can be read, from its first bytes; other tools' pickles are never opened."""
+    from lm_eval_aft.export.base import CONVERT
+
+    start = _start(source)
+    if start[:1] == b"\x80" or start[:2] == b"PK":
+        return AFTError(
+            f"{source} is a pickle or a torch.save archive.",
+            f"Pickles can run code, so they are never opened; .gguf and safetensors are read. {CONVERT}",
+        )
+    if start == b"vers":
+        return AFTError(
+            f"{source} is not a GGUF file but a pointer of Git LFS, which stands for a file that was not "
+            "downloaded.",
+            "Run git lfs pull in its repository, or download the file itself.",
+        )
+    if source.suffix == ".safetensors":
+        from lm_eval_aft.steering.vector_file import read_header
+
+        try:
+            read_header(source)
+        except AFTError as error:
+            return AFTError(error.what, f"Its names do not say what is added where. {CONVERT}")
+        return AFTError(
+            f"{source} is not a GGUF file but a vector of this package.", "Give it as it is, as --vector."
+        )
+    return AFTError(f"{source} is not a GGUF file.", _wanted())
 
 
 def _start(file: Path) -> bytes:

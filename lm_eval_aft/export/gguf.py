@@ -1,13 +1,13 @@
 """Vectors as llama.cpp control vectors, and control vectors made by other tools as vectors.
 
-llama.cpp (``common_control_vector_load`` and ``llama_adapter_cvec``) adds tensor ``direction.N`` to the
-output of block N, counted from 0, and refuses N = 0. repeng writes the same files.
+llama.cpp (``common_control_vector_load`` and ``llama_adapter_cvec``), repeng and EasySteer add tensor
+``direction.N`` to the output of block N, counted from 0; llama.cpp alone refuses N = 0.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -21,13 +21,11 @@ from lm_eval_aft._util.files import appearing
 from lm_eval_aft.export.base import (
     Export,
     ExportJob,
-    assign_model,
-    identity,
-    load_base,
+    place,
     record,
     restore,
+    told_strength,
 )
-from lm_eval_aft.steering.hooks import check_fits
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import MAX_HEADER, check_lengths
 
@@ -82,7 +80,7 @@ def export_gguf(job: ExportJob) -> Export:
 
 
 def import_gguf(
-    source: Path, model: str | None, revision: str | None, progress: Callable[[str], None]
+    source: Path, model: str | None, args: Mapping[str, Any], progress: Callable[[str], None]
 ) -> tuple[SteeringVector, list[str]]:
     """The vector in a control vector file, and notes; without a model it carries no fingerprint.
 
@@ -92,18 +90,13 @@ def import_gguf(
     layers, described = read_gguf(source)
     own = described.pop("aft", None)
     vector = SteeringVector(layers, metadata={"imported_from": {"format": "gguf", **described}})
-    notes = [f"directions for blocks {', '.join(map(str, layers))}, hidden size {vector.hidden_size}"]
-    notes += restore(vector, own, f"{RECORD} in {source.name}")
-    if model is None:
-        if "fingerprint" not in vector.metadata:
-            notes.append(
-                "no --model was given: the vector carries no fingerprint and fits any model of its width"
-            )
-        return vector, notes
-    progress(f"loading {model}")
-    base = load_base(model, revision)
-    check_fits(vector, base.backbone)
-    return vector, notes + assign_model(vector, identity(base))
+    notes = [
+        f"directions for blocks {', '.join(map(str, layers))}, hidden size {vector.hidden_size}",
+        *restore(vector, own, f"{RECORD} in {source.name}"),
+    ]
+    if own is None:  # its own factor, and often its blocks, are given where such a file is used
+        notes.append(told_strength(vector))
+    return vector, notes + place(vector, model, args, progress)
 
 
 def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
@@ -137,7 +130,7 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
     layers = _directions(path, tensors)
     described = {
         key: fields[f"{ARCHITECTURE}.{key}"]
-        for key in ("model_hint", "layer_count", "aft")
+        for key in ("model_hint", "method", "layer_count", "aft")
         if f"{ARCHITECTURE}.{key}" in fields
     }
     return layers, described
@@ -152,14 +145,15 @@ def _directions(path: Path, tensors: list[tuple[str, str, Any]]) -> dict[int, Te
         if len(index) > len(str(_MOST_BLOCKS)) or int(index) >= _MOST_BLOCKS:
             raise AFTError(f"{path} holds {name[:40]!r}; no model has that many blocks.")
         if kind != "F32" or data.ndim != 1:
-            raise AFTError(f"{path} holds {name} as {kind} of {data.ndim} axes; expected F32 of one axis.")
+            raise AFTError(
+                f"{path} holds {name} as {kind} of {data.ndim} axes; expected F32 of one axis.",
+                "llama.cpp reads nothing else: write it again with numpy arrays of float32.",
+            )
         if int(index) in layers:
             raise AFTError(f"{path} holds {name} twice.")
         layers[int(index)] = torch.from_numpy(data.astype(np.float32))
     if not layers:
         raise AFTError(f"{path} holds no directions.")
-    if 0 in layers:
-        raise AFTError(f"{path} holds direction.0, which llama.cpp refuses: its meaning is not defined.")
     return layers
 
 

@@ -19,6 +19,7 @@ from lm_eval_aft.export.base import (
     compare_logits,
     probe_prompts,
     require_agreement,
+    same_base,
 )
 from lm_eval_aft.steering.hooks import add_all
 
@@ -30,13 +31,11 @@ def export_steered(job: ExportJob) -> Export:
         AFTError: the blocks lie outside the base model that lm-eval hooks, or the check fails.
     """
     base, shifts, progress = job.base, job.shifts, job.progress
-    prefix = f"{base.model.base_model_prefix}."
-    hooked = {name for name, _ in base.model.base_model.named_modules()}
-    points = {layer: f"{base.backbone.name}.{layer}".removeprefix(prefix) for layer in shifts}
-    if not set(points.values()) <= hooked:
-        raise AFTError(
-            f"lm-eval's steered model cannot reach {', '.join(points.values())}.", "Use --to peft."
-        )
+    wanted = {id(base.backbone.blocks[layer]): layer for layer in shifts}
+    modules = base.model.base_model.named_modules()  # lm-eval's names begin there, with an adapter too
+    points = {wanted[id(module)]: name for name, module in modules if id(module) in wanted}
+    if points.keys() != shifts.keys():
+        raise AFTError(f"lm-eval's steered model cannot reach {base.backbone.name}.", "Use --to peft.")
     content = {
         points[layer]: {"steering_vector": delta, "steering_coefficient": 1.0, "action": "add"}
         for layer, delta in shifts.items()
@@ -59,7 +58,9 @@ def export_steered(job: ExportJob) -> Export:
         exported = _loaded_logits(base, file, prompts)
         sides = ([logits.float() for logits in side] for side in (plain, steered, exported))
         agreement = require_agreement(compare_logits(*sides), "file")
-    return Export(job.target, "steered", agreement, [f"it hooks {', '.join(points.values())}"])
+    return Export(
+        job.target, "steered", agreement, [f"it hooks {', '.join(points.values())}", *same_base(base)]
+    )
 
 
 def _loaded_logits(base: Base, file: Path, prompts: list[Tensor]) -> list[Tensor]:
