@@ -521,7 +521,7 @@ _LIST = (
         lambda: (
             _parameters(importlib.import_module(_HF).HFLM._encode_pair)[1:] == ["context", "continuation"]
         )),
-    PrivateName("lm-eval: SteeredModel._model_call", "export/steered.py",
+    PrivateName("lm-eval: SteeredModel._model_call", "export/formats.py",
         "checking an exported file through lm-eval's own model", "an error in `aft export --to steered`",
         _has("lm_eval.models.hf_steered", "SteeredModel._model_call")),
     PrivateName("lm-eval: lm_eval.tasks._yaml_loader.load_yaml", "harness/tasks.py",

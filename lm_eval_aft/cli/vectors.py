@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import exclusive_dir
+from lm_eval_aft._util.files import appearing, exclusive_dir
 from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
 from lm_eval_aft.cli.options import ended, offline_option, parse_model_args, print_table
 from lm_eval_aft.library.files import check_name, is_name, printable
@@ -200,8 +200,7 @@ def compose(
       aft vectors compose "style/careful - style/careless" --report
     """
     from lm_eval_aft.library.compose import Operand, combine, conflicts
-    from lm_eval_aft.library.expression import parse_expression
-    from lm_eval_aft.library.load import load_vector
+    from lm_eval_aft.library.load import load_vector, parse_expression
     from lm_eval_aft.library.store import Library
 
     if not (output or name or report):
@@ -265,19 +264,13 @@ def _check_places(output: Path | None, shelf: Library, name: str | None) -> None
 def _write_whole(output: Path, vector: SteeringVector) -> None:
     """Write a vector into a new or an empty folder, whole or not at all."""
     target = output.resolve()
-    beside = target if target.is_dir() else target.parent
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".aft-compose-", dir=beside) as place:
-            folder = Path(place) / "vector"
-            _write(folder, vector)
-            if beside == target:  # perhaps somebody's working directory: it is not replaced
-                for each in sorted(folder.iterdir()):  # the vector last: a folder that has one is complete
-                    each.rename(target / each.name)
-            else:
-                folder.rename(target)
-    except OSError as error:
-        raise AFTError(f"Cannot write {output}: {error.strerror}.", "Choose another folder.") from error
+    empty = target.is_dir()  # perhaps somebody's working directory: it is not replaced
+    with appearing(target / ".aft-compose" if empty else target) as folder:
+        _write(folder, vector)
+    if empty:
+        for each in sorted((target / ".aft-compose").iterdir()):  # the vector last: then it is complete
+            each.rename(target / each.name)
+        (target / ".aft-compose").rmdir()
 
 
 def _write(folder: Path, vector: SteeringVector) -> None:

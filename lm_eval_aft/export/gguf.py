@@ -42,7 +42,7 @@ _HINTS = {
 }
 
 
-def export_gguf(job: ExportJob) -> Export:
+def write(job: ExportJob) -> Export:
     """Write a control vector file; it is read back by the gguf package and compared bit by bit.
 
     Raises:
@@ -79,7 +79,7 @@ def export_gguf(job: ExportJob) -> Export:
     return Export(job.target, "gguf", None, notes)
 
 
-def import_gguf(
+def read(
     source: Path, model: str | None, args: Mapping[str, Any], progress: Callable[[str], None]
 ) -> tuple[SteeringVector, list[str]]:
     """The vector in a control vector file, and notes; without a model it carries no fingerprint.

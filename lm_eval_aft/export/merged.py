@@ -46,7 +46,7 @@ MOST_ROUNDING = 0.05
 _ROUNDED = 2.0**-22  # below, float32's own
 
 
-def export_merged(job: ExportJob) -> Export:
+def write(job: ExportJob) -> Export:
     """Write a checkpoint that plain transformers loads and that computes what the steered model does.
 
     A 16-bit bias rounds the vector. The check is against the rounded vector; its distance from the vector

@@ -53,7 +53,7 @@ _WHY_NOT = {
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(beft_bias|lora_A\.weight|lora_B\.weight|lora_B\.bias)")
 
 
-def export_peft(job: ExportJob) -> Export:
+def write(job: ExportJob) -> Export:
     """Write an adapter folder that ``PeftModel.from_pretrained`` and lm-eval's ``peft=`` load.
 
     The vector becomes the bias of a BEFT adapter on the Linear that writes into the residual stream;
@@ -122,7 +122,7 @@ def _resizing(base: Base, logits: list[Tensor]) -> list[str]:
     ]
 
 
-def import_peft(
+def read(
     source: Path, model: str | None, args: Mapping[str, Any], progress: Callable[[str], None]
 ) -> tuple[SteeringVector, list[str]]:
     """The vector in an adapter folder, and notes; ``model`` defaults to the one its config names.
