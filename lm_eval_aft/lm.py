@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
+import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -19,22 +23,24 @@ from lm_eval_aft._util.errors import AFTError, model_not_loaded, print_errors_pl
 from lm_eval_aft._util.files import canonical_json
 from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
+from lm_eval_aft.engine.active_steering import ActiveSteering, Routing, whole_spec
 from lm_eval_aft.engine.fallback import Companions, Paths
+from lm_eval_aft.engine.finite import baseline_not_finite
 from lm_eval_aft.engine.generation import Texts
-from lm_eval_aft.engine.routing import ActiveSteering, Routing, whole_spec
 from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
 from lm_eval_aft.engine.stock import StockLM
+from lm_eval_aft.harness.model_args import ARGUMENTS, check_source, read_model_args, unknown_argument
 from lm_eval_aft.harness.tasks import refuse_generation, without_contexts
-from lm_eval_aft.library.files import as_spec
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
-from lm_eval_aft.steering.backbone import check_causal, input_device
+from lm_eval_aft.steering.backbone import check_causal, check_weights, input_device, is_compiled
 from lm_eval_aft.steering.fingerprint import fingerprint, stored_weights
 from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _ANSWERS = "lm-eval: HFLM._loglikelihood_tokens"
 # Without these a vector could be applied in the wrong place without an error.
 _RELIED_ON = (
@@ -42,6 +48,17 @@ _RELIED_ON = (
     "lm-eval: HFLM._detect_batch_size, batch_schedule, batch_sizes",
     "lm-eval: attributes of HFLM (softmax_dtype, mixed_precision_dtype, truncation, think_end_token, ...)",
 )
+
+
+def _in_force(method: Callable[..., T]) -> Callable[..., T]:
+    """The method runs with the model steered as its `AFTLM` asks for; see `ActiveSteering.in_force`."""
+
+    @wraps(method)
+    def run(self: AFTLM, *args: Any, **kwargs: Any) -> T:
+        with self.active.in_force():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class AFTLM(StockLM):
@@ -89,38 +106,53 @@ class AFTLM(StockLM):
         print_errors_plainly()
         for key in _RELIED_ON:
             require(key)
-        if isinstance(pretrained, str):
-            pretrained = resolve_pretrained(pretrained)
-        if positions is not None and positions not in POSITIONS:
+        own = {"vector": vector, "library": library, "route": route, "coefficient": coefficient}
+        own |= {"positions": positions, "allow_mismatch": allow_mismatch, "fast": fast}
+        own |= {"answer_only": answer_only, "blocks": blocks, "device": device}
+        given = SimpleNamespace(**read_model_args(own))
+        kwargs = read_model_args(kwargs)
+        if given.positions is not None and given.positions not in POSITIONS:
             raise AFTError(f"positions={positions!r} is not known.", f"Use one of: {', '.join(POSITIONS)}.")
-        if route and vector not in (None, ""):
+        if given.route and given.vector:
             raise AFTError("Both vector= and route= are given.", "A router picks the vectors: leave one out.")
+        _check_names_of_torch(pretrained, given.device, kwargs)
+        check_source(pretrained, kwargs)
         # Read before the model, so that a wrong path fails in milliseconds.
-        shelf = Library(as_spec(library) or None)
-        loaded = None if vector in (None, "") else load_vector(as_spec(vector), shelf)
-        route = whole_spec(str(route)) if route else None
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        shelf = Library(given.library)
+        loaded = None if given.vector is None else load_vector(given.vector, shelf)
+        route = whole_spec(given.route) if given.route else None
+        device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        pretrained = _runnable(pretrained, kwargs)
         try:
             super().__init__(pretrained=pretrained, device=device, **kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise model_not_loaded(pretrained, error) from error
+        except TypeError as error:
+            name = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if name is None or name[1] not in kwargs:
+                raise
+            raise unknown_argument(name[1]) from error
         if self.backend != "causal":
             raise AFTError("Encoder-decoder models are not supported.", "Use a decoder-only (causal) model.")
+        check_weights(self.model)
         if self.device.type == "meta":  # stock looks at the first weights, which lie on disk
             self._device = input_device(self.model)
             if self.device.type == "meta":
                 raise gone("accelerate: _hf_hook.execution_device of offloaded modules")
+        self.active = ActiveSteering(self.model, self.tokenizer, given.blocks)
+        self.active.claim()
         check_causal(self.model)
-        self.fast, self.answer_only = bool(fast), bool(answer_only)
+        self.fast, self.answer_only = given.fast, given.answer_only
         self._shared: tuple[Paths, Texts] | None = None
         self._companions: Companions | None = None
-        self.active = ActiveSteering(self.model, self.tokenizer, blocks)
+        self.require_finite = False  # whether a baseline whose answers are NaN or infinite ends the run
         self._asked = 0
         self._states: list[int] = []  # under a router: which vector each request at hand gets
-        self.steer(loaded, coefficient=coefficient, positions=positions, allow_mismatch=bool(allow_mismatch))
+        replaced = {"coefficient": given.coefficient, "positions": given.positions}
+        self.steer(loaded, **replaced, allow_mismatch=given.allow_mismatch)
         if route:
-            routing = self.routing_of(route, shelf, allow_mismatch=bool(allow_mismatch))
-            self.follow(routing.adjusted(coefficient, positions))
+            routing = self.routing_of(route, shelf, allow_mismatch=given.allow_mismatch)
+            self.follow(routing.adjusted(**replaced))
 
     def steer(
         self,
@@ -139,6 +171,7 @@ class AFTLM(StockLM):
             self.active.clear()
         else:
             self.active.use(vector, coefficient, positions, allow_mismatch)
+        self.texts_not_finite = 0
         if self.forget_checks():
             self._shared = None
 
@@ -149,8 +182,16 @@ class AFTLM(StockLM):
     def follow(self, routing: Routing) -> None:
         """Let a router pick the vector for each document, in place of the active vector."""
         self.active.follow(routing)
+        self.texts_not_finite = 0
         self._shared = None  # rows that are steered differently are to be checked against stock anew
         self.forget_checks()
+
+    @property
+    def model(self) -> Any:
+        """The model, steered as this one asks for, whatever it was used for in between."""
+        if self.active is not None:
+            self.active.claim()
+        return super().model
 
     @property
     def vector(self) -> SteeringVector | None:
@@ -170,6 +211,7 @@ class AFTLM(StockLM):
         """
         self._companions = Companions(vectors) if self.fast else None
 
+    @_in_force
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """As `HFLM`; answers found while the baseline was scored are not computed again."""
         self._states = [] if self.routing is None else self.routing.states(requests)
@@ -187,8 +229,20 @@ class AFTLM(StockLM):
             rest = iter(
                 super().loglikelihood(missing, disable_tqdm=disable_tqdm) if missing or not requests else ()
             )
-        return [next(rest) if answer is None else answer for answer in found]
+        answers = [next(rest) if answer is None else answer for answer in found]
+        self._check_baseline(value for value, _ in answers)
+        return answers
 
+    def _check_baseline(self, values: Iterable[float]) -> None:
+        """Raise `AFTError` for log-likelihoods that are no numbers, where that is asked for.
+
+        Minus infinity is one: of a token that the model rules out.
+        """
+        checked = self.require_finite and self.vector is None and self.routing is None
+        if checked and any(math.isnan(value) or value == math.inf for value in values):
+            raise baseline_not_finite(self.model)
+
+    @_in_force
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
@@ -208,6 +262,7 @@ class AFTLM(StockLM):
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
             for part in paths.score(requests, companions.shifts if companions else [], self._states):
+                self._check_baseline(value for value, _ in part[0].values())
                 for index, answer in part[0].items():
                     strings = requests[index][0]
                     if strings is not None:
@@ -228,6 +283,7 @@ class AFTLM(StockLM):
         if requests and self._asked == before:
             raise gone(_ANSWERS, "it answered without calling it")
 
+    @_in_force
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As `HFLM`; under a router vector by vector.
 
@@ -238,11 +294,19 @@ class AFTLM(StockLM):
             raise AFTError("A router cannot serve rolling log-likelihoods in several processes.", "Use one.")
         with self._called_back(requests):
             ask = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
-            return self.by_vector(requests, ask)
+            found = self.by_vector(requests, ask)
+        self._check_baseline(found)
+        return found
 
+    @_in_force
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As `HFLM`; plain greedy decoding in fp32 is done in shared batches, the rest by stock."""
         refuse_generation(requests if self.answer_only else ())
+        found = self._texts(requests, disable_tqdm)
+        self._check_baseline([math.nan] * self.texts_not_finite)
+        return found
+
+    def _texts(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         if not self.fast or not requests:
             return self.stock_texts(requests, disable_tqdm)
         _, generator = self._fast()
@@ -252,11 +316,13 @@ class AFTLM(StockLM):
         texts: dict[int, str] = {}
         states = [] if self.routing is None else self.routing.states(requests)
         quiet = disable_tqdm or self.rank != 0
+        before = generator.scorer.not_finite
         with tqdm(total=len(requests), disable=quiet, desc="Running generate_until requests") as bar:
             for index, text in generator.answers(requests, states):
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 texts[index] = text
                 bar.update(1)
+        self.texts_not_finite += generator.scorer.not_finite - before
         left = [i for i in range(len(requests)) if i not in texts]
         if left:
             texts |= zip(left, self.some_stock_texts([requests[i] for i in left]), strict=True)
@@ -291,6 +357,48 @@ class AFTLM(StockLM):
         return taken + self._companions.paths if self._companions and self.vector else taken
 
 
+def _check_names_of_torch(pretrained: Any, device: Any, given: Mapping[str, Any]) -> None:
+    """Raise `AFTError` for a device or a dtype that PyTorch does not have here: lm-eval takes another one."""
+    dtypes = [name for name, each in vars(torch).items() if isinstance(each, torch.dtype)]
+    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
+        wanted = given.get(name)
+        if isinstance(wanted, str) and wanted not in (*dtypes, *["auto"] * (name == "dtype")):
+            spelt = re.sub("^(fp|bf)", lambda start: {"fp": "float", "bf": "bfloat"}[start[0]], wanted)
+            near = difflib.get_close_matches(spelt, dtypes)
+            raise AFTError(
+                f"{name}={wanted!r} is not a dtype.", f"Did you mean {near[0]}?" if near else "Try float32."
+            )
+    if not isinstance(pretrained, str) or not isinstance(device, str):
+        return
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise AFTError(f"device={device!r} is not a device.", "Write cpu, cuda, cuda:1 or mps.") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise AFTError(
+            f"device={device}: PyTorch sees {torch.cuda.device_count()} GPUs here.",
+            "Write device=cpu, or check the driver and CUDA_VISIBLE_DEVICES.",
+        )
+
+
+def _runnable(pretrained: Any, given: Mapping[str, Any]) -> Any:
+    """What `HFLM` is to load, or to run: of a compiled model the original."""
+    if isinstance(pretrained, str):
+        return resolve_pretrained(pretrained)
+    if ignored := [name for name in given if name not in ARGUMENTS]:
+        raise AFTError(
+            f"{ignored[0]}= would have no effect: the model is loaded already.",
+            "Leave it out, or load with it.",
+        )
+    model = getattr(pretrained, "_orig_mod", pretrained)
+    if isinstance(model, torch.nn.Module) and is_compiled(model):
+        raise AFTError(
+            "The model was compiled in place, so what is added to its layers later would be ignored.",
+            "Load it again without compile(); torch.compile(model) is understood: its original is used.",
+        )
+    return model
+
+
 # What results files and lm-eval's answer cache record of a steered model.
 
 
@@ -304,6 +412,8 @@ def describe(lm: AFTLM) -> dict[str, Any]:
         "answer_only": lm.answer_only,
         "vector": None if lm.vector is None else describe_vector(lm.vector),
     }
+    if lm.texts_not_finite:
+        info["not_finite"] = {"generate_until": lm.texts_not_finite}
     if lm.routing is not None:
         info["routing"] = lm.routing.info()
     return info

@@ -11,6 +11,7 @@ The last line is one JSON object.
   python scripts/bench_export.py                   # both, about five minutes on one core
   python scripts/bench_export.py cost --rounds 30
   python scripts/bench_export.py memory --dtype float32
+  python scripts/bench_export.py --quick --against OLD     # an old checkout's export against this one's
 """
 
 from __future__ import annotations
@@ -208,7 +209,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the large checkpoint (default bfloat16)")
     parser.add_argument("--base", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="only the cost, ten generations: two minutes")
+    parser.add_argument("--against", type=Path, metavar="OLD", help="compare with an old checkout instead")
     options = parser.parse_args()
+    if options.against:
+        import against
+
+        against.main(["export"], options.against, 4 if options.quick else None)
+        return
+    if options.quick:
+        options.part, options.rounds, options.tokens = "cost", 10, 24
     if options.part == "child":
         child(options.base, options.folder)
         return

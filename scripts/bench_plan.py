@@ -9,6 +9,7 @@ and time are compared with a process of its own that loads random weights and ru
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -185,34 +186,33 @@ def in_a_process_of_its_own(shape: str, task: str, environment: dict[str, str]) 
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def check() -> list[dict[str, Any]]:
+def check(cases: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """Plans against measurements."""
     found = []
-    for shape in SHAPES:
-        for task in TASKS:
-            real = in_a_process_of_its_own(shape, task, OWN_PAGES)
-            # Pages of one's own cost time, which an ordinary run does not spend.
-            seconds = in_a_process_of_its_own(shape, task, dict(os.environ)).seconds
-            plan = planned(shape, task)
-            exact = formula(SHAPES[shape], documents_like(task, False))
-            found.append(
-                {
-                    "shape": shape,
-                    "task": task,
-                    "flops_formula": exact,
-                    "flops_counted": real.flops,
-                    "flops_planned": round(plan.estimate.flops),
-                    "flops_equal": exact == real.flops == round(plan.estimate.flops),
-                    "bytes_measured": real.bytes,
-                    "bytes_planned": plan.estimate.peak_bytes,
-                    "bytes_ratio": round(plan.estimate.peak_bytes / real.bytes, 3),
-                    "resident_measured": real.resident,
-                    "seconds_measured": round(seconds, 3),
-                    "seconds_planned": round(plan.estimate.seconds, 3),
-                    "seconds_ratio": round(plan.estimate.seconds / seconds, 2),
-                }
-            )
-            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    for shape, task in cases:
+        real = in_a_process_of_its_own(shape, task, OWN_PAGES)
+        # Pages of one's own cost time, which an ordinary run does not spend.
+        seconds = in_a_process_of_its_own(shape, task, dict(os.environ)).seconds
+        plan = planned(shape, task)
+        exact = formula(SHAPES[shape], documents_like(task, False))
+        found.append(
+            {
+                "shape": shape,
+                "task": task,
+                "flops_formula": exact,
+                "flops_counted": real.flops,
+                "flops_planned": round(plan.estimate.flops),
+                "flops_equal": exact == real.flops == round(plan.estimate.flops),
+                "bytes_measured": real.bytes,
+                "bytes_planned": plan.estimate.peak_bytes,
+                "bytes_ratio": round(plan.estimate.peak_bytes / real.bytes, 3),
+                "resident_measured": real.resident,
+                "seconds_measured": round(seconds, 3),
+                "seconds_planned": round(plan.estimate.seconds, 3),
+                "seconds_ratio": round(plan.estimate.seconds / seconds, 2),
+            }
+        )
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found
 
 
@@ -257,15 +257,26 @@ def plans(model: str) -> list[dict[str, Any]]:
 @click.option("--check", "only", flag_value="check", help="Only compare plans with measurements.")
 @click.option("--plan", "only", flag_value="plan", help="Only plan.")
 @click.option("--model", default="meta-llama/Llama-2-7b-hf", show_default=True)
-def main(shape: str | None, task: str | None, only: str | None, model: str) -> None:
+@click.option("--quick", is_flag=True, help="Only one check, of a small shape on short documents: a minute.")
+@click.option("--against", "old", type=click.Path(path_type=Path), help="Compare with this old checkout.")
+def main(
+    shape: str | None, task: str | None, only: str | None, model: str, quick: bool, old: Path | None
+) -> None:
     """Check plans against measurements, then plan for a model that is not here."""
     quiet_libraries()
+    if old:
+        import against
+
+        against.main(["plan"], old, 2 if quick else None)
+        return
+    cases = [(next(iter(SHAPES)), next(iter(TASKS)))] if quick else list(itertools.product(SHAPES, TASKS))
+    only = "check" if quick else only
     if shape and task:
         print(json.dumps(vars(measure(shape, task))))
         return
     result: dict[str, Any] = {}
     if only != "plan":
-        result["checked"] = check()
+        result["checked"] = check(cases)
         keys = ("shape", "task", "flops_equal", "bytes_ratio", "seconds_ratio")
         rows = [[str(each[key]) for key in keys] for each in result["checked"]]
         print_table("Planned over measured", keys, rows)

@@ -347,7 +347,13 @@ def main() -> None:
     parser.add_argument("--documents", type=float, default=1.0, help="times the usual number a round")
     parser.add_argument("--generation", type=int, default=0, metavar="N", help="also generate for N prompts")
     parser.add_argument("--quick", action="store_true", help="one shape, few documents: about a minute")
+    parser.add_argument("--against", type=Path, metavar="OLD", help="compare with an old checkout instead")
     options = parser.parse_args()
+    if options.against:
+        import against
+
+        against.main(["scoring", "generation"], options.against, 6 if options.quick else None)
+        return
     if options.quick:
         options.shapes, options.documents, options.rounds = ["pythia-70m"], 0.25, 3
         options.tasks = ["hellaswag-0shot"]

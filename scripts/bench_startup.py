@@ -5,6 +5,7 @@ wall time of ``python -c pass``; then times ``import lm_eval_aft`` in fresh inte
 printed is the result as JSON; times are milliseconds.
 
     python scripts/bench_startup.py --rounds 100
+    python scripts/bench_startup.py --quick --against OLD      # an old checkout's start against this one's
 """
 
 import argparse
@@ -63,7 +64,15 @@ def start(python: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100, help="starts of each environment (default 100)")
-    rounds = max(30, parser.parse_args().rounds)
+    parser.add_argument("--quick", action="store_true", help="30 starts of each: under a minute")
+    parser.add_argument("--against", type=Path, metavar="OLD", help="compare with an old checkout instead")
+    options = parser.parse_args()
+    if options.against:
+        import against
+
+        against.main(["startup"], options.against, 4 if options.quick else 12)
+        return
+    rounds = 30 if options.quick else max(30, options.rounds)
 
     with tempfile.TemporaryDirectory() as folder:
         plain = environment(Path(folder, "plain"), hooked=False)

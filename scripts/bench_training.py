@@ -432,13 +432,25 @@ def measure_memory(case: Case, side: str) -> int:
 @click.option("--rounds", default=5, show_default=True, help="Interleaved rounds per case.")
 @click.option("--only", help="Only the case of this name, or those whose name contains this.")
 @click.option("--growth", "growing", is_flag=True, help="Only growth with layers, documents and context.")
+@click.option("--against", "old", type=click.Path(path_type=Path), help="Compare with this old checkout.")
 @click.option("--memory-of", hidden=True)
 @click.option("--side", hidden=True)
 def main(
-    quick: bool, rounds: int, only: str | None, growing: bool, memory_of: str | None, side: str | None
+    quick: bool,
+    rounds: int,
+    only: str | None,
+    growing: bool,
+    old: Path | None,
+    memory_of: str | None,
+    side: str | None,
 ) -> None:
     """Time the training engine against the plain loop."""
     quiet_libraries()
+    if old:
+        import against
+
+        against.main(["training"], old, 4 if quick else None)
+        return
     by_name = {case.name: case for case in CASES}
     if memory_of and side:
         print(measure_memory(by_name[memory_of], side))

@@ -91,7 +91,7 @@ def jobs(scratch: Path) -> list[Job]:
     from lm_eval_aft.evaluation.run import evaluate_pair
     from lm_eval_aft.library.store import Library
     from lm_eval_aft.lm import AFTLM
-    from lm_eval_aft.studies.config import read_bench
+    from lm_eval_aft.studies.config import read_bench_study
     from lm_eval_aft.studies.jobs import Session, Store
     from lm_eval_aft.studies.runner import Local, run_study
     from lm_eval_aft.training.run import train_vector
@@ -134,7 +134,7 @@ def jobs(scratch: Path) -> list[Job]:
         store = Store(folder)
         worker = Local(Session(store, device="cpu", batch_size="16", data=None))
         with terminable():
-            report = run_study(read_bench(study), study, store, worker, resume=True)
+            report = run_study(read_bench_study(study), study, store, worker, resume=True)
         failed = [cell for cell in report.cells if cell.state == "failed"]
         if failed:
             raise AFTError(str(failed[0].why), "Go on with --resume.")

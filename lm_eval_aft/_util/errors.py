@@ -49,6 +49,20 @@ def model_not_loaded(name: object, error: Exception) -> AFTError:
     return AFTError(f"The model {told} cannot be loaded: {reason}", hint)
 
 
+def not_finite_cause(dtype: str, coefficient: float | None = None) -> str:
+    """What makes a model's answers NaN or infinite, and what to do about it.
+
+    Args:
+        coefficient: of the vector that steers the model; ``None`` where none does.
+    """
+    smaller = "" if coefficient is None else f", or a coefficient nearer to 0 than {coefficient:g}"
+    if dtype == "float16":
+        return f"float16 holds no number above 65,504. Use bfloat16 or float32{smaller}."
+    if coefficient is None:
+        return f"the model itself gives them in {dtype}. Check its weights, and try float32."
+    return f"the vector is too large for this model in {dtype}. Use{smaller.removeprefix(', or')}."
+
+
 def print_errors_plainly() -> None:
     """Let an uncaught ``AFTError`` end another program with its message alone.
 

@@ -42,7 +42,11 @@ def _route_help() -> str:
     cls=LateHelp,
     late_help=_route_help,
 )
-@click.option("--tasks", required=True, help="Harness tasks, comma-separated.")
+@click.option(
+    "--tasks",
+    required=True,
+    help="As `lm_eval --tasks`: names, patterns, groups, tags or YAML files, comma-separated, or a folder.",
+)
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for the result folders."
 )
@@ -216,6 +220,8 @@ def print_report(found: Report) -> None:
             click.echo(line)
     for line in found.warnings:
         click.echo(f"Note: {line}")
+    if not found.rows:
+        return
     tests = ", ".join(dict.fromkeys(f"{row.test} p and {row.interval} interval" for row in found.rows))
     click.echo(
         f"{tests}. A verdict needs a Holm-adjusted p below {found.alpha}, over {found.family} comparison(s): "

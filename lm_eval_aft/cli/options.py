@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,28 +18,50 @@ from rich.markup import escape
 from rich.table import Table
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.private_names import gone
 from lm_eval_aft._util.process import EXIT_CODE, Terminated
 
 
 def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
-    """``key=value,key=value`` as lm-eval reads it, plus the options that were given.
+    """``key=value,key=value`` as lm-eval reads it, or a JSON object; plus the options that were given.
 
     >>> parse_model_args("revision=main,trust_remote_code=true", device="cpu", dtype=None)
     {'revision': 'main', 'trust_remote_code': True, 'device': 'cpu'}
 
     Raises:
-        AFTError: not of that form.
+        AFTError: not of that form, a value of the wrong type, or a misspelt name; see `read_model_args`.
     """
-    if not text:
-        found: dict[str, Any] = {}
-    else:
-        from lm_eval.utils import simple_parse_args_string
+    from lm_eval_aft.harness.model_args import TEXTS, read_model_args
 
-        if not all("=" in part for part in text.split(",")):
-            raise AFTError(f"Cannot read model arguments {text!r}.", "Write key=value,key=value.")
-        found = dict(simple_parse_args_string(text))
-    return found | {key: value for key, value in overrides.items() if value is not None}
+    found: dict[str, Any] = {}
+    text = text or ""
+    try:
+        if text.startswith("{"):
+            found = dict(json.loads(text))
+        elif text:
+            from lm_eval.utils import simple_parse_args_string
+
+            parts = [part.partition("=") for part in text.strip().split(",")]
+            if not all(sign for _, sign, _ in parts):
+                raise ValueError("a part of it has no =")
+            if twice := [key for key, count in Counter(key for key, *_ in parts).items() if count > 1]:
+                raise ValueError(f"{twice[0]} is given twice")
+            found = dict(simple_parse_args_string(text))
+            # lm-eval makes a number of a name like 007: of our arguments those that are none stay texts.
+            found |= {
+                key: written.strip()
+                for key, _, written in parts
+                if key in TEXTS and isinstance(found[key], int | float) and type(found[key]) is not bool
+            }
+    except (ValueError, RecursionError) as error:
+        raise AFTError(
+            f"Cannot read model arguments {text[:200]!r}: {error}.",
+            "Write key=value,key=value, or a JSON object.",
+        ) from error
+    if "pretrained" in found:
+        raise AFTError(
+            "The model arguments name a model (pretrained=), which --model does.", "Leave one of them out."
+        )
+    return read_model_args(found | {key: value for key, value in overrides.items() if value is not None})
 
 
 class LateHelp(click.Option):
@@ -96,6 +120,8 @@ def go_offline() -> None:
     ):
         there = [name for name in names if hasattr(sys.modules.get(module), name)]
         if module in sys.modules and not there:
+            from lm_eval_aft._util.private_names import gone
+
             raise gone(key)
         for name in there:
             setattr(sys.modules[module], name, True)

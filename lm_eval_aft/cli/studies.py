@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,9 +103,9 @@ def bench(
     """
     quiet_libraries()
     logging.getLogger("lm_eval_aft").setLevel(logging.WARNING)  # a cell has one line of its own
-    from lm_eval_aft.studies.config import read_bench
+    from lm_eval_aft.studies.config import read_bench_study
 
-    plan = read_bench(study)
+    plan = read_bench_study(study)
     if dry_run:
         print_plan(plan, output, only, plan_for)
         return
@@ -200,7 +200,8 @@ def print_plan(study: BenchStudy, output: Path | None, only: Sequence[str], plan
     from lm_eval_aft.studies.simulated_device import DEVICES, this_cpu
     from lm_eval_aft.training.cost import Spent
 
-    cells = [cell for cell in build_cells(study) if cell.matches(only)]
+    finished = _finished(output)
+    cells = [cell for cell in build_cells(study, finished) if cell.matches(only)]
     device = this_cpu() if plan_for == "cpu" else DEVICES[plan_for]
     shots, shown, whole = _shots(study), _PlanTables(), Spent()
     kinds = dict.fromkeys((cell.model.name, cell.task.name, cell.method.name) for cell in cells)
@@ -213,7 +214,8 @@ def print_plan(study: BenchStudy, output: Path | None, only: Sequence[str], plan
     heads = ("model", "parameters", "dtype", "cells", "weights", "above", "GiB in all", "fits")
     title = f"By model on {device.name}; memory in GiB, baselines included"
     print_table(title, (*heads, "operations", "hours"), shown.models)
-    _print_notes(study, cells, _finished(cells, output), shown, device, whole)
+    done = sum(cell.key in finished for cell in cells)
+    _print_notes(study, cells, done, shown, device, whole)
 
 
 def _plan_model(own: Sequence[StudyCell], shots: Any, device: Device, shown: _PlanTables, bar: Any) -> Spent:
@@ -286,13 +288,12 @@ def _print_notes(
         click.echo("Pruning may leave out seeds where no retry beats the baseline.")
 
 
-def _finished(cells: Sequence[StudyCell], output: Path | None) -> int:
+def _finished(output: Path | None) -> Collection[str]:
+    """Keys of the cells whose results a study's folder has."""
     from lm_eval_aft.studies.jobs import STUDY_LEDGER, StudyLedger
 
-    if output is None or not (output / STUDY_LEDGER).exists():
-        return 0
-    outcomes = StudyLedger(output / STUDY_LEDGER).outcomes
-    return sum(cell.key in outcomes for cell in cells)
+    there = output is not None and (output / STUDY_LEDGER).exists()
+    return StudyLedger(output / STUDY_LEDGER).outcomes if output and there else ()
 
 
 def _shots(study: BenchStudy) -> Any:

@@ -334,10 +334,10 @@ def train_set(
     """
     quiet_libraries()
     from lm_eval_aft.library.store import Library
-    from lm_eval_aft.studies.config import read_study
+    from lm_eval_aft.studies.config import read_library_study
     from lm_eval_aft.studies.train_set import TrainSet
 
-    plan = read_study(study)
+    plan = read_library_study(study)
     base = model or plan.model
     if base is None:
         raise AFTError(f"The study {study} names no model.", "Give one with --model.")

@@ -16,6 +16,7 @@ from torch import Tensor
 from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft.engine.attention import over_columns
 from lm_eval_aft.engine.compatibility import logits_differ, refused
+from lm_eval_aft.engine.finite import finite
 from lm_eval_aft.engine.kv_cache import RowCache
 from lm_eval_aft.engine.rows import (
     PackedRow,
@@ -153,9 +154,13 @@ def _group(
             slots.hide(0, lengths, slots.capacity)
             logits = _read(scorer, slots, rows, guesses, 1, ending.most)
         written = logits.argmax(-1).tolist()
+        sound = finite(logits).tolist()
         for r in reversed(range(len(rows))):
             width.observe(guesses[r], written[r][0])
-            if not _append(rows[r], written[r], guesses[r], ending, logits[r], watch):
+            before_it = len(rows[r].tokens)
+            ended = _append(rows[r], written[r], guesses[r], ending, logits[r], watch)
+            scorer.not_finite += sound[r][: len(rows[r].tokens) - before_it].count(False)
+            if not ended:
                 continue
             found.append((rows[r].index, rows[r].tokens))
             # The last row takes the place of the one that leaves.

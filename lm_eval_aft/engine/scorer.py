@@ -59,6 +59,7 @@ class Scorer:
         self.autocast = autocast
         self.dtype = autocast or next(model.parameters()).dtype
         self.vectors: list[Shifts] = []  # scored too; the model must then be the baseline
+        self.not_finite = 0  # tokens generated from logits that are NaN or infinite
         self.budget = Budget.of(device)
         # A model spread over devices moves its inputs in hooks that must see every pass end.
         placed = {parameter.device for parameter in model.parameters()}

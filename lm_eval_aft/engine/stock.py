@@ -11,8 +11,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_aft.engine.active_steering import ActiveSteering
+from lm_eval_aft.engine.finite import watched
 from lm_eval_aft.engine.naive import Naive, wrong
-from lm_eval_aft.engine.routing import ActiveSteering
 from lm_eval_aft.engine.rows import Answer, Request, shortest_and_longest
 from lm_eval_aft.steering.intervention import roles, row_roles
 
@@ -28,13 +29,15 @@ class StockLM(HFLM):
     Attributes:
         active: what steers the model.
         fast: whether optimised paths are on, so that stock code gets only what these leave over.
+        texts_not_finite: how many passes of generation gave NaN or infinite logits under this steering.
         naive: where only some positions are steered: the reference that answers are checked against.
     """
 
     batch_schedule: float  # these two are `HFLM`'s
     batch_sizes: dict[int, int]
-    active: ActiveSteering
+    active: ActiveSteering = None  # type: ignore[assignment]  # until the model is loaded
     fast: bool = True
+    texts_not_finite: int = 0
     naive: Naive | None = None
     _computes_batch_size: bool = False
     _kinds: frozenset[tuple[str, str]] = frozenset()  # of vectors, for which `_faults` were looked for
@@ -110,7 +113,10 @@ class StockLM(HFLM):
 
             if mine:
                 self._check("generation", differs)
-            return list(HFLM.generate_until(self, mine, disable_tqdm=disable_tqdm))
+            with watched(self.model) as odd:
+                found = list(HFLM.generate_until(self, mine, disable_tqdm=disable_tqdm))
+            self.texts_not_finite += odd()
+            return found
 
         return self.by_vector(requests, ask)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.errors import AFTError, not_finite_cause
 from lm_eval_aft.evaluation.results import (
     ScoredRun,
     TaskRun,
@@ -86,10 +86,59 @@ def shared_tasks(baseline: ScoredRun, other: ScoredRun) -> list[str]:
     return list(other.tasks)
 
 
-def compare_runs(baseline: ScoredRun, other: ScoredRun) -> list[Comparison]:
-    """Compare every per-document metric of every shared task, on the documents both runs have."""
+@dataclass(frozen=True)
+class NotFinite:
+    """A run's task without a verdict: answers of the model are NaN or infinite, so its choices mean nothing.
+
+    Attributes:
+        n, of: how many documents, of how many that both runs have; ``n`` of ``None``: not known, of texts
+            that were written from such numbers.
+        cause: what is to blame, and what to do about it.
+    """
+
+    run: str
+    task: str
+    n: int | None
+    of: int
+    cause: str
+
+    def __str__(self) -> str:
+        some = "some" if self.n is None else f"{self.n} of {self.of}"
+        return f"{self.run}: {some} answers of {self.task} are no finite numbers; no verdict. {self.cause}"
+
+
+def not_finite(baseline: ScoredRun, other: ScoredRun) -> list[NotFinite]:
+    """The shared tasks on which either run's answers are not finite numbers."""
     found = []
     for task in shared_tasks(baseline, other):
+        sides = baseline.tasks[task], other.tasks[task]
+        first, second = (next(iter(side.samples.values())) for side in sides)
+        ids = first.keys() & second.keys()
+        odd = sum(not first[i].comparable(second[i]) for i in ids)
+        written = [any(sample.generates for sample in s.values()) for s in (first, second)]
+        texts = [run.texts_not_finite and own for run, own in zip((baseline, other), written, strict=True)]
+        if odd or any(texts):
+            alone = texts[0] or any(not first[i].comparable(first[i]) for i in ids)
+            cause = _cause(baseline if alone else other)
+            found.append(NotFinite(other.name, task, odd or None, len(ids), cause))
+    return found
+
+
+def _cause(run: ScoredRun) -> str:
+    config = run.any.get("config", {})
+    coefficient = (run.vector or {}).get("coefficient")
+    dtype = _dtype(config.get("model_dtype") or model_args(run.any).get("dtype"))
+    return not_finite_cause(dtype or "its dtype", coefficient)
+
+
+def compare_runs(baseline: ScoredRun, other: ScoredRun) -> list[Comparison]:
+    """Compare every per-document metric of every shared task, on the documents both runs have.
+
+    Tasks with answers that are `not_finite` are left out.
+    """
+    found = []
+    unfit = {each.task for each in not_finite(baseline, other)}
+    for task in (name for name in shared_tasks(baseline, other) if name not in unfit):
         before, after = baseline.tasks[task], other.tasks[task]
         primary = primary_metric(before, after)
         for filter_name in (name for name in before.samples if name in after.samples):

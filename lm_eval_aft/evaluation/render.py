@@ -83,8 +83,17 @@ def _context(report: Report) -> dict[str, Any]:
 
 def tables(report: Report) -> list[RenderedTable]:
     """The report's tables below its verdicts, without empty ones."""
-    made = [_untested(report), _answer_only(report), _by_route(report), _over_seeds(report)]
-    return [table for table in made if table.lines]
+    makers = (_not_finite, _untested, _answer_only, _by_route, _over_seeds)
+    return [table for make in makers if (table := make(report)).lines]
+
+
+def _not_finite(report: Report) -> RenderedTable:
+    lines = [
+        (each.task, each.run, f"{'some' if each.n is None else each.n} of {each.of}", each.cause)
+        for each in report.not_finite
+    ]
+    columns = ("task", "run", "documents", "cause")
+    return RenderedTable("Not assessable: answers that are no finite numbers", columns, lines)
 
 
 def _untested(report: Report) -> RenderedTable:

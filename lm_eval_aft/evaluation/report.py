@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.evaluation.compare import (
     ANSWER_ONLY,
     Comparison,
+    NotFinite,
     VerdictRow,
     compare_runs,
     described,
@@ -26,6 +27,7 @@ from lm_eval_aft.evaluation.compare import (
     fingerprint_text,
     judge,
     make_row,
+    not_finite,
     primary_metric,
     require_comparable,
 )
@@ -34,6 +36,7 @@ from lm_eval_aft.evaluation.results import (
     ScoredRun,
     TaskRun,
     discover,
+    log_likelihood,
     model_args,
     read_run,
     request_arguments,
@@ -59,6 +62,7 @@ class Report:
     Attributes:
         banner: how runs differ that ``--force`` compared all the same.
         family: how many comparisons Holm's correction covers.
+        not_finite: runs and tasks without a verdict, as answers there are NaN or infinite.
         corpus: metrics without a score per document: both values, no test.
         groups: lm-eval's group scores: both values, no test.
         seeds: per vector and task scored with >= 3 seeds, the mean difference and its interval.
@@ -81,6 +85,7 @@ class Report:
     alpha: float
     runs: list[dict[str, Any]]
     rows: list[VerdictRow]
+    not_finite: list[NotFinite] = field(default_factory=list)
     corpus: list[dict[str, Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     seeds: list[dict[str, Any]] = field(default_factory=list)
@@ -156,11 +161,13 @@ def build_report(
             banner.append(f"{run.name} and {baseline.name} differ in: {'; '.join(found)}")
     vectors = {run.name: read_vector_info(run) for run in others}
     comparisons = [(run, each) for run in others for each in compare_runs(baseline, run)]
-    if not comparisons:
+    unfit = [each for run in others for each in not_finite(baseline, run)]
+    if not comparisons and not unfit:
         raise AFTError(
             "The runs have no metric in common that has a score per document.", "Compare their tables by eye."
         )
     rows = judge(baseline, comparisons, vectors, mismatched)
+    pairs, without = answer_only_rows(baseline, rows, others, answer_only, force)
     models = sorted({str(run.any.get("model_name")) for run in runs})
     models = [Path(model).name if model.startswith((".", "/")) else model for model in models]
     return Report(
@@ -168,7 +175,7 @@ def build_report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         version=__version__,
         banner=banner,
-        warnings=warnings(baseline, others, list(vectors.values()), rows),
+        warnings=[*warnings(baseline, others, list(vectors.values()), rows), *map(str, without)],
         family=sum(row.family for row in rows),
         alpha=ALPHA,
         runs=[
@@ -177,10 +184,11 @@ def build_report(
             for run in shown
         ],
         rows=rows,
+        not_finite=unfit,
         corpus=corpus_scores(baseline, others, rows),
         groups=group_scores(baseline, others),
         seeds=over_seeds(rows),
-        answer_only=answer_only_rows(baseline, rows, others, answer_only, force),
+        answer_only=pairs,
         routes=route_rows(baseline, comparisons),
         flips=[
             flipped_documents(baseline, run, each, flips)
@@ -256,12 +264,14 @@ def _run_warnings(baseline: ScoredRun, run: ScoredRun, info: VectorInfo) -> Iter
         used, old = results.get(f"{library}_version"), baseline.any.get(f"{library}_version")
         if used != old:
             yield f"{run.name}: {library} {used}, baseline {old}."
-    yield from _displaced(baseline, run)
+    unfit = not_finite(baseline, run)
+    yield from map(str, unfit)
+    yield from _displaced(baseline, run, {each.task for each in unfit})
 
 
-def _displaced(baseline: ScoredRun, run: ScoredRun) -> Iterator[str]:
+def _displaced(baseline: ScoredRun, run: ScoredRun, unfit: Container[str]) -> Iterator[str]:
     """Primary metrics that were passed over because some documents have no finite score."""
-    for task in run.tasks:
+    for task in (task for task in run.tasks if task not in unfit):
         sides = baseline.tasks[task], run.tasks[task]
         chosen, wanted = primary_metric(*sides), primary_metric(*sides, complete=False)
         if wanted is not None and wanted != chosen:
@@ -280,7 +290,10 @@ def corpus_scores(
     tested = {(row.run, row.task, f"{row.metric},{row.filter}") for row in rows}
     found = []
     for run in others:
+        unfit = {each.task for each in not_finite(baseline, run)}
         for task, each in run.tasks.items():
+            if task in unfit:
+                continue
             sides = (side.results["results"].get(task, {}) for side in (baseline.tasks[task], each))
             found += _both_scores(run.name, task, *sides)
     return [row for row in found if (row["run"], row["task"], row["metric"]) not in tested]
@@ -292,7 +305,7 @@ def group_scores(baseline: ScoredRun, others: list[ScoredRun]) -> list[dict[str,
     return [
         row
         for run in others
-        for group, scores in _groups(run).items()
+        for group, scores in _groups(run, {each.task for each in not_finite(baseline, run)}).items()
         for row in _both_scores(run.name, group, before.get(group, {}), scores)
     ]
 
@@ -307,8 +320,8 @@ def _both_scores(run: str, task: str, before: dict[str, Any], after: dict[str, A
     ]
 
 
-def _groups(run: ScoredRun) -> dict[str, dict[str, Any]]:
-    """A run's group scores, without groups that have a task which was scored again later."""
+def _groups(run: ScoredRun, unfit: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """A run's group scores, without groups that have an unfit task, or one that was scored again later."""
     found: dict[str, dict[str, Any]] = {}
     for file, results in {each.file: each.results for each in run.tasks.values()}.items():
         below = results.get("group_subtasks") or {}
@@ -316,7 +329,7 @@ def _groups(run: ScoredRun) -> dict[str, dict[str, Any]]:
             tasks = [group]
             for name in tasks:  # grows as it goes: groups may hold groups
                 tasks += [each for each in below.get(name, ()) if each not in tasks]
-            if all(run.tasks[name].file == file for name in tasks if name in run.tasks):
+            if all(run.tasks[t].file == file and t not in unfit for t in tasks if t in run.tasks):
                 found[group] = scores
     return found
 
@@ -368,8 +381,8 @@ def answer_only_rows(
     runs: Sequence[ScoredRun],
     answer_only: Sequence[ScoredRun],
     force: bool = False,
-) -> list[AnswerOnlyRow]:
-    """A row for every answer-only run whose vector has an ordinary row on the same task.
+) -> tuple[list[AnswerOnlyRow], list[NotFinite]]:
+    """A row for every answer-only run whose vector has an ordinary row on the same task; and what lacks one.
 
     Args:
         rows: the ordinary rows, with verdicts.
@@ -381,7 +394,7 @@ def answer_only_rows(
         AFTError: answer-only runs without a baseline of their own, or with other settings.
     """
     if not answer_only:
-        return []
+        return [], []
     bases = [run for run in answer_only if not (run.vector or run.vector_path)]
     if len(bases) != 1:
         raise AFTError(
@@ -395,17 +408,18 @@ def answer_only_rows(
             f"{base.name} cannot stand beside {baseline.name}; they differ in: {'; '.join(found)}.",
             "Run both with the same settings, or show them anyway with --force.",
         )
-    pairs = []
+    pairs, unfit = [], []
     for run in (each for each in answer_only if each is not base):
         if not force:
             require_comparable(base, run)
+        unfit += not_finite(base, run)
         name = _ordinary_name(run, runs)
         ordinary = {row.task: row for row in rows if row.primary and row.run == name}
         for each in compare_runs(base, run):
             if each.primary and each.task in ordinary:
                 row = make_row(base, run, each)
                 pairs.append(AnswerOnlyRow(ordinary[each.task], row, meaning(ordinary[each.task], row)))
-    return pairs
+    return pairs, unfit
 
 
 def meaning(with_question: VerdictRow, without_question: VerdictRow) -> str:
@@ -548,7 +562,7 @@ def _options(
     lengths = [max(1, len(text)) if metric == "acc_norm" else 1 for text in texts]
     columns = []
     for sample in (first, second):
-        scores = [_log_likelihood(sample, i) for i in range(len(texts))]
+        scores = [log_likelihood(sample, i) for i in range(len(texts))]
         normalized = [-1e30 if s is None else s / n for s, n in zip(scores, lengths, strict=True)]
         columns.append((scores, normalized.index(max(normalized))))
     target = str(first["target"])
@@ -561,16 +575,6 @@ def _options(
         | {"chosen_before": i == chosen_before, "chosen_after": i == chosen_after}
         for i, text in enumerate(texts)
     ]
-
-
-def _log_likelihood(sample: dict[str, Any], option: int) -> float | None:
-    value = sample["resps"][option]
-    while isinstance(value, list):
-        value = value[0] if value else None
-    try:
-        return None if value is None else float(value)
-    except ValueError:
-        return None
 
 
 def _generation(sample: dict[str, Any]) -> dict[str, Any]:

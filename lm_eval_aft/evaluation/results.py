@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,11 @@ class ScoredRun:
     def answer_only(self) -> bool:
         """Whether the questions were removed before scoring."""
         return bool(self.aft.get("answer_only"))
+
+    @property
+    def texts_not_finite(self) -> int:
+        """How many texts ``--model aft`` wrote from logits that are no finite numbers."""
+        return int((self.aft.get("not_finite") or {}).get("generate_until", 0))
 
     @property
     def library(self) -> str | None:
@@ -363,8 +368,10 @@ class Sample:
         prompts: digest of the contexts.
         options: digest of the continuations that were scored, or of the generation settings.
         generates: whether ``options`` are generation settings.
+        requests: how many there were.
         cluster: the document's ``source_id``, if it has one.
         metrics: metric -> score; corpus-level metrics (no score per document) are left out.
+        odd: log-likelihoods that are no finite numbers: number of the request -> value.
         offset: byte offset of the line.
     """
 
@@ -373,9 +380,21 @@ class Sample:
     prompts: bytes
     options: bytes
     generates: bool
+    requests: int
     cluster: str | None
     metrics: dict[str, float]
+    odd: dict[int, float]
     offset: int
+
+    def comparable(self, other: Sample) -> bool:
+        """Whether the answers of both are numbers.
+
+        Minus infinity is one where both runs have it, as of a token that the model rules out, and another
+        option has a chance.
+        """
+        agree = self.odd.keys() == other.odd.keys()
+        ruled_out = all(value == -math.inf for value in (*self.odd.values(), *other.odd.values()))
+        return agree and ruled_out and (not self.odd or len(self.odd) < self.requests)
 
 
 def read_samples(path: Path, config: dict[str, Any]) -> dict[str, dict[int, Sample]]:
@@ -389,19 +408,22 @@ def read_samples(path: Path, config: dict[str, Any]) -> dict[str, dict[int, Samp
             doc_id, filter_name = int(value["doc_id"]), str(value["filter"])
             arguments = request_arguments(value)
             doc = value["doc"]
+            generates = any(isinstance(part, dict) for each in arguments for part in each[1:])
             cluster = doc.get("source_id") if isinstance(doc, dict) else None
             sample = Sample(
                 value["doc_hash"],
                 value["target_hash"],
                 _digest([each[:1] for each in arguments]),
                 _digest([each[1:] for each in arguments]),
-                any(isinstance(part, dict) for each in arguments for part in each[1:]),
+                generates,
+                len(arguments),
                 None if cluster is None else str(cluster),
                 {
                     m: score
                     for m in value["metrics"]
                     if (score := _score(value[m], m, per_document)) is not None
                 },
+                {} if generates else _odd(value),
                 offset,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -420,6 +442,23 @@ def request_arguments(sample: dict[str, Any]) -> list[list[Any]]:
     logged = sample["arguments"]
     logged = logged.values() if isinstance(logged, dict) else logged
     return [list(each.values()) if isinstance(each, dict) else list(each) for each in logged]
+
+
+def log_likelihood(sample: Mapping[str, Any], request: int) -> float | None:
+    """The log-likelihood that answers one of a document's requests; of its repeats, the first."""
+    value = sample["resps"][request]
+    while isinstance(value, list):
+        value = value[0] if value else None
+    try:
+        return None if value is None else float(value)  # lm-eval logs it as text
+    except ValueError:
+        return None
+
+
+def _odd(sample: Mapping[str, Any]) -> dict[int, float]:
+    answers = sample.get("resps")
+    found = {i: log_likelihood(sample, i) for i in range(len(answers) if isinstance(answers, list) else 0)}
+    return {i: value for i, value in found.items() if value is not None and not math.isfinite(value)}
 
 
 def _score(value: Any, metric: str, per_document: dict[str, bool | None]) -> float | None:

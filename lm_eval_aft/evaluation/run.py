@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, sha256
 from lm_eval_aft._util.private_names import borrowed, require
-from lm_eval_aft.engine.routing import Routing, whole_spec
+from lm_eval_aft.engine.active_steering import Routing, whole_spec
+from lm_eval_aft.engine.finite import require_finite
 from lm_eval_aft.evaluation.results import unfinished
 from lm_eval_aft.harness.tasks import (
-    check_names,
     environment_asked_once,
+    load_resolved,
     require_scorable,
+    resolve_tasks,
     scorable,
-    task_manager_for,
 )
 from lm_eval_aft.library.load import folder_of, load_vector
 from lm_eval_aft.library.store import Library
@@ -72,6 +73,7 @@ def evaluate_pair(
     unless ``model_args`` says otherwise.
 
     Args:
+        tasks: what ``lm_eval --tasks`` takes: names, patterns, groups, tags, YAML files, or one folder.
         library: folder of the library that names come from; default the user's own.
         routes: routers over it; their runs are called ``steered/routed-...``.
         answer_only: score the baseline and every vector with the contexts removed too, as
@@ -122,14 +124,15 @@ def _evaluate(
     # As lm-eval does: tasks that build their documents for a model are given it.
     config.metadata = {"pretrained": model, **arguments, **(config.metadata or {})}
     included = [config.include_path] if config.include_path else []
-    manager = task_manager_for(tasks, included, metadata=config.metadata)
-    check_names(tasks, manager)
+    config.tasks, manager = resolve_tasks(tasks, included, config.metadata)
     if any(run.answer_only for run in runs):
-        for task, why in require_scorable(manager.load(list(tasks))["tasks"])[1].items():
+        for task, why in require_scorable(load_resolved(manager, config.tasks)["tasks"])[1].items():
             print(f"answer-only runs leave out {task}: {why}", flush=True)
     device = arguments.pop("device", None) or (None if config.device == "cuda:0" else config.device)
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size or 64}
     lm = AFTLM(model, **arguments, **sizes, device=device)
+    require_finite(lm)
+    lm.require_finite = True
     mismatch = bool(arguments.get("allow_mismatch", False))
     replaced = {key: arguments.get(key) for key in ("coefficient", "positions")}
     vectors, routings = [], {}
@@ -260,11 +263,14 @@ def _simple_evaluate(
     """lm-eval's results; ``None`` in other processes than the main one."""
     from lm_eval import simple_evaluate
 
-    tasks: list[Any] = config.tasks.split(",") if isinstance(config.tasks, str) else list(config.tasks)
+    loaded = load_resolved(manager, config.tasks)
     if run.answer_only:
         # The task objects: by their names they would lose their group's settings.
-        loaded = manager.load(tasks)["tasks"]
-        tasks = [loaded[name] for name in scorable(loaded)[0]]
+        tasks = [loaded["tasks"][name] for name in scorable(loaded["tasks"])[0]]
+    else:
+        inner = {name for children in loaded["group_map"].values() for name in children}
+        both = {**loaded["groups"], **loaded["tasks"]}
+        tasks = [each for name, each in both.items() if name not in inner]
     return simple_evaluate(
         model=lm,
         tasks=tasks,

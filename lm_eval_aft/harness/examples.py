@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -14,6 +14,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft._util.settings import settings
 from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.harness.commands import lm_eval_flags
 from lm_eval_aft.harness.output_types import OUTPUT_TYPES
 from lm_eval_aft.harness.tasks import NOT_TEXT, set_num_fewshot
 
@@ -40,14 +41,7 @@ class PromptSettings:
         >>> PromptSettings(num_fewshot=5, apply_chat_template=True).flags()
         ['--num_fewshot', '5', '--apply_chat_template']
         """
-        found = [] if self.num_fewshot is None else ["--num_fewshot", str(self.num_fewshot)]
-        if self.system_instruction:
-            found += ["--system_instruction", self.system_instruction]
-        if self.apply_chat_template:
-            found.append("--apply_chat_template")
-        if self.fewshot_as_multiturn is not None:
-            found += ["--fewshot_as_multiturn", str(self.fewshot_as_multiturn)]
-        return found
+        return lm_eval_flags(asdict(self))
 
 
 PROMPTS = tuple(each.name for each in fields(PromptSettings))
@@ -81,6 +75,13 @@ class Extractor:
     """Turns documents of one task into `Example`s through the task's own methods."""
 
     def __init__(self, task: ConfigurableTask, lm: HFLM, prompts: PromptSettings) -> None:
+        from lm_eval.api.task import ConfigurableTask
+
+        if not isinstance(task, ConfigurableTask):
+            raise AFTError(
+                f"Task {task.task_name!r} is written in Python without a config.",
+                "Only YAML-style tasks can be trained on.",
+            )
         if task.OUTPUT_TYPE not in OUTPUT_TYPES:
             raise AFTError(
                 f"Task {task.config.task!r} is of type {task.OUTPUT_TYPE!r}, which cannot be trained on.",

@@ -37,10 +37,13 @@ def model_identity(pretrained: str, model_args: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def task_identity(name: str, include_path: Sequence[str] = ()) -> dict[str, Any]:
-    """A task by its resolved definition and its files on this machine.
+def task_identity(name: str, include_path: Sequence[str] = (), *, absolute: bool = False) -> dict[str, Any]:
+    """A task by its resolved definition and its files on this machine, wherever its folder lies.
 
     Of lm-eval's own tasks, the harness's version stands for their code.
+
+    Args:
+        absolute: name the task's Python functions by their absolute paths, as version 0.1 did.
     """
     import lm_eval.tasks
 
@@ -48,6 +51,8 @@ def task_identity(name: str, include_path: Sequence[str] = ()) -> dict[str, Any]
     if path is None:
         return {"task": name}
     config = read_definition(path)
+    if not absolute:
+        config = _movable(config, path.parent)
     found: dict[str, Any] = {"task": name, "config": json.loads(json.dumps(config, default=str))}
     if path.is_relative_to(Path(lm_eval.tasks.__file__).parent):
         found["lm_eval"] = lm_eval.__version__
@@ -64,10 +69,39 @@ def task_identity(name: str, include_path: Sequence[str] = ()) -> dict[str, Any]
 
 
 def contents_digest(
-    pretrained: str, model_args: Mapping[str, Any], task: str, include_path: Sequence[str] = ()
+    pretrained: str,
+    model_args: Mapping[str, Any],
+    task: str,
+    include_path: Sequence[str] = (),
+    *,
+    absolute: bool = False,
 ) -> str:
     """A digest that changes when a model's or a task's files do, so that earlier scores are outdated."""
-    return digest([model_identity(pretrained, model_args), task_identity(task, include_path)])
+    identity = task_identity(task, include_path, absolute=absolute)
+    return digest([model_identity(pretrained, model_args), identity])
+
+
+def _movable(value: Any, folder: Path) -> Any:
+    """A definition whose functions (``/FOLDER/utils.name``) are named without the place of the folder.
+
+    Code that lies elsewhere, which included definitions may name, counts with its contents or version.
+    """
+    import lm_eval.tasks
+
+    if isinstance(value, dict):
+        return {key: _movable(each, folder) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_movable(each, folder) for each in value]
+    if not isinstance(value, str) or value[:1] != "/" or "\n" in value or "." not in value:
+        return value
+    code = Path(f"{value.rpartition('.')[0]}.py")
+    name = f"{code.stem}.{value.rpartition('.')[2]}"
+    if code.is_relative_to(folder):
+        return f"{code.relative_to(folder).parent}/{name}" if code.is_file() else value
+    harness = Path(lm_eval.tasks.__file__).parent
+    if code.is_relative_to(harness):
+        return f"lm_eval {lm_eval.__version__}: {code.relative_to(harness).parent}/{name}"
+    return f"{name} of {_digest(code)}" if code.is_file() else value
 
 
 def _paths(files: Any) -> Iterable[Path]:

@@ -6,7 +6,9 @@ import copy
 import difflib
 import fnmatch
 import logging
+import os
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,54 +47,151 @@ def task_folders(include_path: Sequence[str | Path] = ()) -> list[Path]:
     return [*map(Path, include_path), tasks_path(), Path(lm_eval.tasks.__file__).parent]
 
 
+def resolve_tasks(
+    given: Sequence[str], include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
+) -> tuple[list[str], TaskManager]:
+    """What ``lm_eval --tasks`` takes: names, patterns, groups, tags, YAML files and folders of these.
+
+    Args:
+        given: each entry may be several, comma-separated.
+        include_path: folders with tasks of the user's own.
+        metadata: what lm-eval hands to tasks that build their documents for a model: the model's name as
+            ``pretrained``, its arguments, and ``--metadata``.
+
+    Returns:
+        Names and absolute paths of files, and a manager whose ``load`` takes them (see `load_tasks`).
+
+    Raises:
+        AFTError: something that is none of these; the nearest names are listed.
+    """
+    wanted = [name.strip() for each in given for name in str(each).split(",") if name.strip()]
+    if not wanted:
+        raise AFTError("No task was named.", "`aft tasks` lists them.")
+    files = {
+        name: _task_files(name)
+        for name in wanted
+        if _is_file(name) or (os.sep in name and Path(name).is_dir())
+    }
+    plain = [name for name in wanted if name not in files]
+    # lm-eval takes groups by name only, and their members may be anywhere.
+    groups = {path: str(name) for paths in files.values() for path, name in paths.items() if name}
+    include_path = [*include_path, *(path.parent for path in groups)]
+    manager = (
+        full_index(include_path, metadata) if groups else task_manager_for(plain, include_path, metadata)
+    )
+    for name in plain:
+        if not manager.match_tasks([name]) and Path(name).is_dir():
+            files[name] = _task_files(name)
+    check_names([name for name in wanted if name not in files], manager)
+    found: list[str] = []
+    for name in wanted:
+        if name in files:
+            found += [group or str(path) for path, group in files[name].items()]
+        else:
+            found += manager.match_tasks([name])
+    return list(dict.fromkeys(found)), manager
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _task_files(place: str) -> dict[Path, str | None]:
+    """The files that define tasks or groups (with its name): one file, those of a pattern, or in a folder."""
+    path = Path(place).absolute()
+    pattern = path if _is_file(place) else path / "*.yaml"
+    paths = (
+        [path] if path.is_file() else sorted(Path(path.anchor).glob(str(pattern.relative_to(path.anchor))))
+    )
+    try:
+        read = {path: read_definition(path) for path in paths if path.is_file()}
+    except Exception as error:  # YAML can be wrong in any way
+        raise AFTError(f"A task file of {place} cannot be read: {_first_line(error)}", "Check it.") from error
+    found = {path: config.get("group") for path, config in read.items() if config.keys() & {"task", "group"}}
+    if not found:
+        raise AFTError(f"There is no task file {place}.", "Give the path of a harness task YAML.")
+    return found
+
+
+def load_tasks(
+    given: Sequence[str], include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The single tasks that ``given`` stands for, by name; arguments as of `resolve_tasks`.
+
+    Raises:
+        AFTError: see `resolve_tasks`; or the data cannot be loaded, or the tasks' own code fails.
+    """
+    names, manager = resolve_tasks(given, include_path, metadata)
+    found: dict[str, Any] = {}
+    for name in names:
+        found |= load_resolved(manager, [name])["tasks"]
+    return found
+
+
+def load_resolved(manager: TaskManager, names: Sequence[str]) -> Any:
+    """What ``manager.load`` makes of the names that `resolve_tasks` found: tasks, groups and their members.
+
+    Raises:
+        AFTError: one is named twice, by itself and in a group; the data cannot be loaded, or a task's own
+            code fails.
+    """
+    try:
+        return manager.load(list(names))
+    except Exception as error:  # the code of a task may raise anything
+        raise _not_loaded(" or ".join(map(repr, names)), error) from error
+
+
+def _not_loaded(name: str, error: Exception) -> AFTError:
+    """The error to raise where lm-eval could not load a task."""
+    import lm_eval.tasks
+
+    told, stock = _first_line(error), Path(lm_eval.tasks.__file__).parent
+    harness = stock.parent
+    if isinstance(error, ImportError):
+        return AFTError(
+            f"The code of task {name} cannot be imported: {told}.",
+            "Install the package it needs, or an older version of it if a part is gone.",
+        )
+    if "uplicate task" in told:
+        return AFTError(f"A task is named twice: {told}", "Name it once.")
+    if "must have valid or test docs" in told:
+        return AFTError(
+            f"Task {name} has no evaluation split.",
+            "Name one in its YAML, as test_split or validation_split.",
+        )
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    last = max((i for i, file in enumerate(files) if file.is_relative_to(harness)), default=-1)
+    libraries = (harness.parent, Path(os.__file__).parent)
+    own = any(file.is_relative_to(stock) and file.parent != stock for file in files)
+    if own or any(not any(map(file.is_relative_to, libraries)) for file in files[last + 1 :][:1]):
+        return AFTError(
+            f"The code of task {name} fails: {type(error).__name__}: {told}",
+            "If it builds its documents for a model, it reads the model arguments and --metadata.",
+        )
+    if isinstance(error, OSError):
+        return AFTError(
+            f"The data of task {name} cannot be loaded: {told}",
+            "Check the network, or run where the data set's folder is (offline, lm-eval finds "
+            "a folder named like the data set in the working directory).",
+        )
+    return AFTError(
+        f"Task {name} cannot be loaded: {type(error).__name__}: {told}",
+        "Check its YAML, and the name and configuration of its data set.",
+    )
+
+
 def load_task(name: str, include_path: Sequence[str | Path] = ()) -> ConfigurableTask:
     """Load one harness task by name (or by the path of its YAML).
 
     Raises:
-        AFTError: unknown name (nearest names are listed), a group, or data that cannot be loaded.
+        AFTError: as `load_tasks`, or ``name`` stands for several tasks.
     """
-    from lm_eval.tasks import TaskManager
-
-    if name.endswith((".yaml", ".yml")):
-        definition = Path(name)
-        if not definition.is_file():
-            raise AFTError(f"There is no task file {name}.", "Give the path of a harness task YAML.")
-        manager = TaskManager(include_path=str(definition.parent), include_defaults=False)
-        name = next((k for k, entry in manager.task_index.items() if entry.yaml_path == definition), name)
-    else:
-        manager = task_manager_for([name], include_path)
-    check_names([name], manager)
-    if name not in manager.all_subtasks:
-        members = ", ".join(list(manager.load(name)["tasks"])[:20])
+    found = load_tasks([name], include_path)
+    if len(found) != 1:
         raise AFTError(
-            f"{name!r} is a group of tasks; a vector is trained on one.", f"Choose one of: {members}."
+            f"{name!r} stands for several tasks.", f"Choose one of: {', '.join(list(found)[:20])}."
         )
-    try:
-        task = manager.load(name)["tasks"][name]
-    except ImportError as error:
-        raise AFTError(
-            f"The code of task {name!r} cannot be imported: {_first_line(error)}.",
-            "Install the package it needs, or an older version of it if a part is gone.",
-        ) from error
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
-        if "must have valid or test docs" in str(error):
-            raise AFTError(
-                f"Task {name!r} has no evaluation split.",
-                "Name one in its YAML, as test_split or validation_split.",
-            ) from error
-        raise AFTError(
-            f"The data of task {name!r} cannot be loaded: {_first_line(error)}",
-            "Check the network, or run where the data set's folder is (offline, lm-eval finds "
-            "a folder named like the data set in the working directory).",
-        ) from error
-    from lm_eval.api.task import ConfigurableTask
-
-    if not isinstance(task, ConfigurableTask):
-        raise AFTError(
-            f"Task {name!r} is written in Python without a config.",
-            "Only YAML-style tasks can be trained on.",
-        )
-    return task
+    return next(iter(found.values()))
 
 
 @contextmanager
@@ -152,7 +251,7 @@ def check_names(names: Sequence[str], manager: TaskManager) -> None:
 
 
 def task_manager_for(
-    names: Sequence[str], include_path: Sequence[str | Path] = (), metadata: dict[str, Any] | None = None
+    names: Sequence[str], include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
 ) -> TaskManager:
     """A ``TaskManager`` that knows the named tasks, restricted to their folders where possible.
 
@@ -167,14 +266,14 @@ def task_manager_for(
     if None not in definitions:
         # Earlier folders win in task_folders, later ones in TaskManager.
         folders = list(dict.fromkeys(str(path.parent) for path in definitions if path))
-        manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+        manager = TaskManager(include_path=folders, include_defaults=False, metadata=dict(metadata or {}))
         if all(name in manager.all_tasks for name in names):
             return manager
     return full_index(include_path, metadata)
 
 
 def full_index(
-    include_path: Sequence[str | Path] = (), metadata: dict[str, Any] | None = None
+    include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
 ) -> TaskManager:
     """The index of every known task, ours and the user's included (6 to 11 seconds)."""
     from lm_eval.tasks import TaskManager
@@ -182,7 +281,9 @@ def full_index(
     require(_MANAGER)
     logger.info("Indexing all harness tasks ...")
     # Later paths override earlier ones, so the user's come last.
-    return TaskManager(include_path=[str(tasks_path()), *map(str, include_path)], metadata=metadata)
+    return TaskManager(
+        include_path=[str(tasks_path()), *map(str, include_path)], metadata=dict(metadata or {})
+    )
 
 
 @dataclass(frozen=True)

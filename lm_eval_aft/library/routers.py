@@ -321,7 +321,7 @@ def _mapping(text: str, what: str, keys: tuple[str, ...]) -> dict[Any, Any]:
         raise AFTError(f"The {what} is longer than {_MAX_TABLE:,} characters.")
     import yaml  # here, so that listing the routers for --help does not wait for it
 
-    from lm_eval_aft._util.config import read_yaml
+    from lm_eval_aft._util.settings import read_yaml
 
     try:
         table = read_yaml(text, texts=True)

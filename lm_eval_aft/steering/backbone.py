@@ -77,6 +77,14 @@ def find_backbone(model: nn.Module, blocks: str | None = None) -> Backbone:
     return Backbone(name, list(found), hidden_size)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, was compiled by ``torch.compile``."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
 def input_device(model: nn.Module) -> torch.device:
     """The device of a model's inputs: that of its first weights or, if offloaded, where they will run."""
     try:
@@ -85,6 +93,18 @@ def input_device(model: nn.Module) -> torch.device:
         embedding = None
     place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return next(model.parameters()).device if place is None else torch.device(place)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise `AFTError` for a model with weights that lie nowhere, rather than on disk or another device."""
+    for name, module in model.named_modules():
+        empty = any(each.device.type == "meta" for each in module.parameters(recurse=False))
+        if empty and getattr(module, "_hf_hook", None) is None:
+            raise AFTError(
+                f"The model has no weights at {name or 'its top'}: they are on the meta device, which stores "
+                "shapes alone, and nothing loads them for a pass.",
+                "Load it with from_pretrained, not under init_empty_weights or torch.device('meta').",
+            )
 
 
 def cache_argument(model: nn.Module) -> str:

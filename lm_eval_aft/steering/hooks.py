@@ -1,18 +1,21 @@
-"""Putting vectors on a model: one for all rows until it is removed, or several, each on rows of its own."""
+"""Putting vectors on a model, and whose they are: one for all rows, or several, each on rows of its own."""
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft.steering.backbone import Backbone, find_backbone
+from lm_eval_aft.steering.backbone import Backbone, find_backbone, is_compiled
 from lm_eval_aft.steering.fingerprint import check_fingerprint
-from lm_eval_aft.steering.intervention import Intervention, Passes, Shift
+from lm_eval_aft.steering.intervention import Hook, Intervention, RoleTracker, Shift, one_model_only
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
 
@@ -32,6 +35,14 @@ class SteeringHandle:
     def __init__(self, hooks: list[Removable]) -> None:
         self._hooks = hooks
 
+    def __bool__(self) -> bool:
+        """Whether anything is attached."""
+        return bool(self._hooks)
+
+    def add(self, hooks: SteeringHandle) -> None:
+        """Remove what another handle would together with this."""
+        self._hooks += hooks._hooks
+
     def remove(self) -> None:
         """Detach the vector."""
         while self._hooks:
@@ -42,6 +53,73 @@ class SteeringHandle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+class Owner(Protocol):
+    """What steers a model, and lets go of it when another owner wants it."""
+
+    def release(self) -> None:
+        """Take everything off the model."""
+
+
+@dataclass(eq=False)
+class _Note:
+    """One vector among those attached; removed with its hooks."""
+
+    notes: list[_Note]
+    what: str
+
+    def remove(self) -> None:
+        self.notes.remove(self)
+
+
+@dataclass
+class Ownership:
+    """Whose vectors are on a model: those of `attach`, which add up, and those of one owner at a time."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    _notes: list[_Note] = field(default_factory=list)
+    _owner: Callable[[], Owner | None] = lambda: None
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Ownership:
+        """Of the model with these blocks, whatever wraps it."""
+        return _OWNERSHIPS.setdefault(backbone.blocks[0], cls())
+
+    def note(self, vector: SteeringVector) -> _Note:
+        """Record that a vector was attached, until what this returns is removed."""
+        layers = ", ".join(map(str, vector.layers))
+        self._notes.append(note := _Note(self._notes, f"layer {layers}, {vector.digest()[:8]}"))
+        return note
+
+    def held_by(self, owner: Owner) -> bool:
+        """Whether ``owner`` was the last to take the model."""
+        return self._owner() is owner
+
+    def take(self, owner: Owner) -> None:
+        """Let ``owner`` have the model; the one before lets go of it."""
+        before = self._owner()
+        if before is not None and before is not owner:
+            before.release()
+        self._owner = weakref.ref(owner)
+
+    def leave(self, owner: Owner) -> None:
+        """Record that ``owner`` took everything off the model."""
+        if self.held_by(owner):
+            self._owner = lambda: None
+
+    def require_plain(self) -> None:
+        """Raise `AFTError` while vectors are attached to the model by `attach`."""
+        if self._notes:
+            raise AFTError(
+                f"The model has vectors attached to it ({'; '.join(note.what for note in self._notes)}), so "
+                "its answers would be taken for those of another vector, or of none.",
+                "Call remove() on what attach() returned, or end its `with` block, before the model is used "
+                "for something else; or load the model again.",
+            )
+
+
+_OWNERSHIPS: weakref.WeakKeyDictionary[nn.Module, Ownership] = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -57,7 +135,9 @@ def attach(
 
     One forward hook per layer covers plain forward passes, generation (it fires at each decode
     step) and wrapped (PEFT) models. ``h <- h + (coefficient * v)``: the product is formed in fp32,
-    cast to the activation's dtype and moved to its device; nothing is written in place.
+    cast to the activation's dtype and moved to its device; nothing is written in place. Vectors attached
+    inside one another add up; copies made of the model meanwhile are without them. A model compiled by
+    ``torch.compile`` is compiled again: give the compiled one.
 
     Args:
         model: a transformers causal LM.
@@ -77,23 +157,50 @@ def attach(
     backbone = find_backbone(model, blocks)
     check_fits(vector, backbone)
     check_fingerprint(vector.metadata, model, tokenizer, allow_mismatch=allow_mismatch)
-    if vector.positions == "all":
-        return add_all(backbone, layer_shifts(vector, coefficient))
-    passes = Passes.of(model, backbone.name)
-    handle = add_all(backbone, layer_shifts(vector, coefficient, passes))
-    return SteeringHandle([handle, passes])
+    handle = put_on(model, backbone, vector.adjusted(coefficient))
+    if handle:
+        handle.add(SteeringHandle([Ownership.of(backbone).note(vector)]))
+    return handle
+
+
+def put_on(model: nn.Module, backbone: Backbone, vector: SteeringVector) -> SteeringHandle:
+    """Attach a vector that fits the model, on somebody's behalf; nothing at coefficient 0."""
+    handle = SteeringHandle([])
+    try:
+        tracker = None
+        if vector.positions != "all" and vector.coefficient:
+            tracker = RoleTracker.of(model, backbone.name)
+            handle.add(SteeringHandle([tracker]))
+        with one_model_only():
+            handle.add(add_all(backbone, layer_shifts(vector, tracker=tracker)))
+        if handle and is_compiled(model):
+            handle.add(SteeringHandle([_CompileAgain()]))
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+class _CompileAgain:
+    """Compiled code does not notice hooks that are set or removed later: it is made anew, for both."""
+
+    def __init__(self) -> None:
+        torch.compiler.reset()
+
+    def remove(self) -> None:
+        torch.compiler.reset()
 
 
 def layer_shifts(
-    vector: SteeringVector, coefficient: float | None = None, passes: Passes | None = None
+    vector: SteeringVector, coefficient: float | None = None, tracker: RoleTracker | None = None
 ) -> dict[int, Shift]:
     """What the vector does at each of its layers, in fp32; nothing at coefficient 0.
 
-    ``passes`` knows the tokens' roles where nobody says them; see `lm_eval_aft.steering.intervention`.
+    ``tracker`` knows the tokens' roles where nobody says them; see `lm_eval_aft.steering.intervention`.
     """
     factor = vector.coefficient if coefficient is None else float(coefficient)
     method = METHODS[vector.method]
-    return Intervention(method, vector.tensors, factor, vector.positions, passes).shifts()
+    return Intervention(method, vector.tensors, factor, vector.positions, tracker).shifts()
 
 
 def add_all(backbone: Backbone, shifts: Mapping[int, Shift]) -> SteeringHandle:
@@ -130,7 +237,7 @@ def add_at(block: nn.Module, shift: Shift) -> torch.utils.hooks.RemovableHandle:
             placed[key] = shift.to(hidden.device, hidden.dtype)
         return with_hidden_states(output, hidden + placed[key])
 
-    return block.register_forward_hook(hook)
+    return block.register_forward_hook(Hook(hook))
 
 
 class RowSteering:
@@ -146,11 +253,9 @@ class RowSteering:
     def __init__(self, backbone: Backbone, shifts: Sequence[Mapping[int, Shift]]) -> None:
         self.count = len(shifts)
         self._states: int | Sequence[int] = 0
-        self._placed: dict[Any, Tensor] = {}
-        layers = sorted({layer for shift in shifts for layer in shift})
-        self._handle = SteeringHandle(
-            [backbone.blocks[layer].register_forward_hook(self._hook(layer, shifts)) for layer in layers]
-        )
+        self._blocks = backbone.blocks
+        self._handle = SteeringHandle([])
+        self.put_on(shifts)
 
     @property
     def state(self) -> int:
@@ -162,6 +267,14 @@ class RowSteering:
         if not isinstance(self._states, int):
             raise AFTError("Rows of one pass are in several states.")
         return self._states
+
+    def put_on(self, shifts: Sequence[Mapping[int, Shift]]) -> None:
+        """Attach these, in place of any that are."""
+        self.remove()
+        self._placed: dict[Any, Tensor] = {}
+        for layer in sorted({layer for shift in shifts for layer in shift}):
+            hook = self._blocks[layer].register_forward_hook(Hook(self._hook(layer, shifts)))
+            self._handle.add(SteeringHandle([hook]))
 
     def remove(self) -> None:
         """Detach the vectors."""

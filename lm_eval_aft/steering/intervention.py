@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial, update_wrapper
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.steering.methods import METHODS, Method
 
+logger = logging.getLogger(__name__)
 # What is done at a block: a vector (hidden_size,) is added, or a function gives the new hidden states.
 Shift = Tensor | Callable[[Tensor], Tensor]
 
@@ -29,14 +32,14 @@ class Intervention:
         tensors: by the names they have in a vector file; see `lm_eval_aft.steering.methods`.
         coefficient: multiplies what is added.
         positions: which tokens are steered; see `lm_eval_aft.steering.intervention`.
-        passes: works out the tokens' roles in passes where nobody states them.
+        tracker: works out the tokens' roles in passes where nobody states them.
     """
 
     method: Method
     tensors: dict[str, Tensor]
     coefficient: float = 1.0
     positions: str = "all"
-    passes: Passes | None = None
+    tracker: RoleTracker | None = None
 
     @classmethod
     def static(cls, layer: int, vector: Tensor) -> Intervention:
@@ -69,7 +72,7 @@ class Intervention:
             wide = hidden.to(own[f"layers.{layer}"].dtype)
             delta = self.method.delta(own, layer, wide) * self.coefficient
             steered = hidden + delta.to(hidden.dtype)
-            mask = mask_for(self.positions, hidden, self.passes)
+            mask = mask_for(self.positions, hidden, self.tracker)
             return steered if mask is None else torch.where(mask, steered, hidden)
 
         return steer
@@ -78,9 +81,9 @@ class Intervention:
 # Which tokens of a forward pass are steered: the role of each token, and the roles that a vector steers.
 #
 # A token's *role* is padding, context, last token of the context, or continuation. Code that lays out its
-# own rows states the roles (`roles`). Elsewhere `Passes` works them out from the model's inputs, and during
-# generation from the prompt that `generate` was called with; where that is not enough, steering only some of
-# the tokens is an error.
+# own rows states the roles (`roles`). Elsewhere `RoleTracker` works them out from the model's inputs, and
+# during generation from the prompt that `generate` was called with; where that is not enough, steering only
+# some of the tokens is an error.
 
 # The roles of an input token: padding, context, the context's last token, continuation.
 PADDING, CONTEXT, LAST, GENERATED = range(4)
@@ -106,6 +109,39 @@ def _during(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
+
+
+# Whether hooks made now belong to one model object, so that its copies are to be without them.
+_one_model_only: ContextVar[bool] = ContextVar("one_model_only", default=False)
+
+
+def one_model_only() -> AbstractContextManager[None]:
+    """Hooks made inside the block are not copied with the model."""
+    return _during(_one_model_only, True)
+
+
+class Hook:
+    """A hook of a module. Copies of the model have it too, unless it steers for somebody who owns it.
+
+    That somebody could remove it from the model, but not from a copy.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self._left_out = _one_model_only.get()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self._left_out:
+            return Hook, (self._call,)
+        logger.warning("A copy of a steered model is made: it is without the vector.")
+        return Hook, (_does_nothing,)
+
+
+def _does_nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 _roles: ContextVar[Tensor | None] = ContextVar("roles", default=None)
@@ -242,7 +278,7 @@ def generating_from(input_ids: Tensor, attention_mask: Tensor | None = None) -> 
         yield
 
 
-class Passes:
+class RoleTracker:
     """Works out the tokens' roles in each pass where nobody states them.
 
     During ``model.generate`` the roles follow from the prompt it was called with and from how many columns
@@ -261,22 +297,26 @@ class Passes:
         self._users = 0
         self._undo: list[Callable[[], None]] = []
         for module in _path(model, blocks):
-            before = module.register_forward_pre_hook(self._before, with_kwargs=True)
-            after = module.register_forward_hook(self._after, always_call=True)
-            self._undo += [before.remove, after.remove]
+            with one_model_only():
+                before, after = Hook(self._before), Hook(self._after)
+            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            self._undo.append(module.register_forward_hook(after, always_call=True).remove)
             if callable(getattr(type(module), "generate", None)):
                 self._watch_generate(module)
 
     @classmethod
-    def of(cls, model: nn.Module, blocks: str) -> Passes:
+    def of(cls, model: nn.Module, blocks: str) -> RoleTracker:
         """The watcher of this model; it stays until `remove` has been called as often as this."""
         found = model.__dict__.get("_aft_passes")
-        if not isinstance(found, Passes):
+        if not isinstance(found, RoleTracker):
             found = cls(model, blocks)
             model.__dict__["_aft_passes"] = found
             found._undo.append(partial(model.__dict__.pop, "_aft_passes", None))
         found._users += 1
         return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # copies of the model are not watched
 
     def remove(self) -> None:
         """Stop watching the model, unless another vector on it needs it."""
@@ -292,28 +332,28 @@ class Passes:
     def _watch_generate(self, module: Any) -> None:
         """Record each generation's prompt: an attribute of this one model hides its class's method."""
         own: dict[str, Any] = module.__dict__
-        hidden, stock = own.get("generate"), module.generate
-
-        @wraps(stock)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            active = _generation.get()
-            # A draft's own `generate` inside that of the same model goes on from the outer prompt.
-            if not self._users or is_unsteered() or (active is not None and active[0] in (None, self)):
-                return stock(*args, **kwargs)
-            given = {**_bound(stock, args), **kwargs}
-            with _during(_generation, (self, _generation_prompt(module, given))):
-                return stock(**given)
+        hidden, watched = own.get("generate"), _WatchedGenerate(self, module)
 
         def undo() -> None:
-            if own.get("generate") is not generate:
+            if own.get("generate") is not watched:
                 return  # hidden by another wrapper; without users this one only passes calls on
             if hidden is None:
                 del own["generate"]
             else:
                 own["generate"] = hidden
 
-        own["generate"] = generate
+        own["generate"] = watched
         self._undo.append(undo)
+
+    def generate(self, module: Any, stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model's own ``generate`` gives, with its prompt recorded."""
+        active = _generation.get()
+        # A draft's own `generate` inside that of the same model goes on from the outer prompt.
+        if not self._users or is_unsteered() or (active is not None and active[0] in (None, self)):
+            return stock(*args, **kwargs)
+        given = {**_bound(stock, args), **kwargs}
+        with _during(_generation, (self, _generation_prompt(module, given))):
+            return stock(**given)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         here = self._here
@@ -392,7 +432,21 @@ class Passes:
         return torch.equal(given[:, :width], before)
 
 
-def mask_for(positions: str, hidden: Tensor, passes: Passes | None = None) -> Tensor | None:
+class _WatchedGenerate:
+    """A model's ``generate``, as an attribute of the one model; copies of it have their class's."""
+
+    def __init__(self, tracker: RoleTracker, module: Any) -> None:
+        self._tracker, self._module, self._stock = tracker, module, module.generate
+        update_wrapper(self, self._stock)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tracker.generate(self._module, self._stock, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MethodType, (type(self._module).generate, self._module)
+
+
+def mask_for(positions: str, hidden: Tensor, tracker: RoleTracker | None = None) -> Tensor | None:
     """Which of ``hidden`` (rows, tokens, width) are steered: (rows, tokens, 1); None for all of them.
 
     Raises:
@@ -402,7 +456,7 @@ def mask_for(positions: str, hidden: Tensor, passes: Passes | None = None) -> Te
         return None
     table: Tensor | str | None = _roles.get()
     if table is None:
-        table = passes.roles() if passes else "the model is not watched"
+        table = tracker.roles() if tracker else "the model is not watched"
     if isinstance(table, Tensor) and table.shape != hidden.shape[:2]:
         table = f"roles of {tuple(table.shape)} tokens for hidden states of {tuple(hidden.shape[:2])}"
     if isinstance(table, str):

@@ -26,10 +26,12 @@ from pydantic import (
     model_validator,
 )
 
-from lm_eval_aft._util.config import read_yaml
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.settings import read_yaml
 from lm_eval_aft.demo import NAME as DEMO
 from lm_eval_aft.harness.examples import PROMPTS, PromptSettings
+from lm_eval_aft.harness.model_args import read_model_args, refuse_steering
+from lm_eval_aft.harness.tasks import check_names, find_definition, full_index
 from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.routers import read_table
 from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_rungs
@@ -38,8 +40,6 @@ from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_ru
 EARLIER_STUDY = read_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-# Arguments of ``--model aft`` that steer: in a study each cell has its own vector.
-_STEERING = ("vector", "coefficient", "positions", "route", "library", "answer_only")
 # Settings of a plan that the study itself sets.
 _SET_BY_STUDY = ("task", "first_seed", "include_path", "prompts")
 
@@ -86,6 +86,12 @@ def _without(keys: Sequence[str], why: str) -> AfterValidator:
         return given
 
     return AfterValidator(check)
+
+
+def _check_model_args(given: dict[str, Any]) -> dict[str, Any]:
+    with _as_value_error():
+        refuse_steering(given, "a study's cells steer by themselves")
+        return read_model_args(given)
 
 
 def _check_task(task: str) -> str:
@@ -150,7 +156,11 @@ _EntryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@+=%,-]{0,9
 _Count = Annotated[int, Field(ge=1)]
 _Settings = Annotated[dict[str, Any], AfterValidator(_training_settings)]
 _CellSettings = Annotated[_Settings, _without(_SET_BY_STUDY, "the study itself sets this")]
-_ModelArgs = Annotated[dict[str, Any], _without(_STEERING, "a study's cells steer by themselves")]
+_ModelArgs = Annotated[
+    dict[str, Any],
+    _without(("pretrained", "batch_size"), "it is a field of the model or of the evaluation"),
+    AfterValidator(_check_model_args),
+]
 _VectorName = Annotated[str, BeforeValidator(_check_vector_name)]
 _Several = Annotated[list[_T], Field(min_length=1), AfterValidator(_distinct)]
 _Folder = Annotated[_Text, AfterValidator(_folder)]
@@ -287,12 +297,39 @@ class BenchStudy(_Strict):
         )
 
 
+def require_plain(names: Sequence[str], include_path: Sequence[str | Path] = ()) -> None:
+    """Raise `AFTError` unless every name is that of one task: of no file, pattern, group, tag or list."""
+    for name in names:
+        if name.endswith((".yaml", ".yml")) or "/" in name or "," in name:
+            several = "several tasks" if "," in name else "a file"
+            raise AFTError(
+                f"{name!r} names {several}; what is trained and scored here is one task, by its name.",
+                "Name the tasks one by one, and give the folder of their files as include_path.",
+            )
+    if not (unknown := [name for name in names if find_definition(name, include_path) is None]):
+        return
+    manager = full_index(include_path)
+    check_names(unknown, manager)
+    for name in unknown:
+        members = manager.match_tasks([name])
+        if members == [name]:
+            members = [each for each, entry in manager.task_index.items() if name in entry.tags]
+            listed = (manager.task_index[name].cfg or {}).get("task")
+            members += [each for each in listed if isinstance(each, str)] if isinstance(listed, list) else []
+        told = ", ".join(members[:10]) + (", ..." if len(members) > 10 else "")
+        raise AFTError(
+            f"{name!r} is no plain task: it is a pattern, a group or a tag{f' ({told})' if told else ''}, or "
+            "defined inside a group's file.",
+            "What is trained and scored here is one plain task: name its members one by one.",
+        )
+
+
 def _take_prompts(settings: dict[str, Any]) -> PromptSettings:
     """Remove the prompt settings and return them."""
     return PromptSettings(**{key: settings.pop(key) for key in PROMPTS if key in settings})
 
 
-def read_bench(path: Path) -> BenchStudy:
+def read_bench_study(path: Path) -> BenchStudy:
     """Read a study of models × tasks × methods × seeds.
 
     Raises:
@@ -322,7 +359,7 @@ def read_bench(path: Path) -> BenchStudy:
 # A library's study: one vector an entry.
 
 
-class EntryDefaults(_Strict):
+class VectorDefaults(_Strict):
     """What a vector's entry may say, and all entries may share.
 
     Attributes:
@@ -334,7 +371,7 @@ class EntryDefaults(_Strict):
     settings: _Settings = {}
 
 
-class StudyEntry(EntryDefaults):
+class VectorEntry(VectorDefaults):
     """One vector to train; ``name`` is where it goes in the library."""
 
     name: str = ""
@@ -359,7 +396,7 @@ class CrossScores(_Strict):
     limit: _Count | None = None
 
 
-class Study(_Strict):
+class LibraryStudy(_Strict):
     """Every vector that a library is to hold.
 
     Attributes:
@@ -369,22 +406,23 @@ class Study(_Strict):
     """
 
     vectors: Annotated[
-        dict[_VectorName, Annotated[StudyEntry, _flat(StudyEntry, "task", named=False)]], Field(min_length=1)
+        dict[_VectorName, Annotated[VectorEntry, _flat(VectorEntry, "task", named=False)]],
+        Field(min_length=1),
     ]
-    defaults: Annotated[EntryDefaults, _flat(EntryDefaults, "", named=False)] = EntryDefaults()
+    defaults: Annotated[VectorDefaults, _flat(VectorDefaults, "", named=False)] = VectorDefaults()
     model: Annotated[str, BeforeValidator(str)] | None = None
     unavailable: dict[_VectorName, Annotated[str, BeforeValidator(str)]] = {}
     scores: CrossScores = CrossScores()
     include_path: _Folders = ()
 
     @property
-    def entries(self) -> list[StudyEntry]:
+    def entries(self) -> list[VectorEntry]:
         """The vectors, in the file's order."""
         return list(self.vectors.values())
 
-    def scored_tasks(self) -> dict[str, StudyEntry | None]:
+    def scored_tasks(self) -> dict[str, VectorEntry | None]:
         """Every task of the cross-scores, with the first entry trained on it."""
-        found: dict[str, StudyEntry | None] = {}
+        found: dict[str, VectorEntry | None] = {}
         for entry in self.entries:
             for task in entry.plan().tasks:
                 found.setdefault(task, entry)
@@ -394,13 +432,13 @@ class Study(_Strict):
 _LIBRARY_HINT = "See scripts/studies/library.yaml for an example."
 
 
-def read_study(path: Path) -> Study:
+def read_library_study(path: Path) -> LibraryStudy:
     """Read a study of a library's vectors; what its entries share is put into each.
 
     Raises:
         AFTError: it cannot be read, or says something that cannot be; every such field is named.
     """
-    study = _read_file(path, Study, _LIBRARY_HINT)
+    study = _read_file(path, LibraryStudy, _LIBRARY_HINT)
     shared = {"protocol": DEFAULT_PROTOCOL, **study.defaults.settings}
     shared.pop("task", None)  # each entry has its own
     own = {"include_path": study.include_path} if study.include_path else {}

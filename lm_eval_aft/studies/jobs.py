@@ -7,7 +7,7 @@ import io
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import LOCK, JsonLines, exclusive_dir
-from lm_eval_aft.evaluation.compare import compare_runs, judge, require_comparable
+from lm_eval_aft.evaluation.compare import compare_runs, judge, not_finite, require_comparable
 from lm_eval_aft.evaluation.report import warnings
 from lm_eval_aft.evaluation.results import ScoredRun, read_run
 from lm_eval_aft.evaluation.vector_info import read_vector_info
 from lm_eval_aft.harness.identity import digest, model_identity, task_identity
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
-from lm_eval_aft.studies.config import BenchStudy, MethodEntry, ModelEntry, TaskEntry
+from lm_eval_aft.studies.config import BenchStudy, MethodEntry, ModelEntry, TaskEntry, require_plain
 from lm_eval_aft.training.recipe import TrainingPlan
 
 if TYPE_CHECKING:
@@ -75,18 +75,34 @@ class StudyCell:
         return not patterns or any(fnmatchcase(text, pattern) for pattern in patterns for text in texts)
 
 
-def build_cells(study: BenchStudy) -> list[StudyCell]:
+def build_cells(study: BenchStudy, finished: Container[str] = ()) -> list[StudyCell]:
     """Every cell of the study, model by model, task by task.
 
     Looked up from the study's ``data`` folder, as what lies there belongs to the tasks' identities.
 
+    Args:
+        finished: keys of cells whose results are there. Version 0.1's keys depend on where a task's Python
+            functions lie; tasks with such results keep them.
+
     Raises:
         AFTError: a task that the harness does not have.
     """
+    cells = _build_cells(study, absolute=False)
+    if not finished:
+        return cells
+    earlier = _build_cells(study, absolute=True)
+    kept = {cell.task.name for cell in earlier if cell.key in finished}
+    return [old if old.task.name in kept else new for old, new in zip(earlier, cells, strict=True)]
+
+
+def _build_cells(study: BenchStudy, absolute: bool) -> list[StudyCell]:
     with contextlib.chdir(study.data or "."):
+        require_plain([entry.task for entry in study.tasks], study.include_path)
         models = {entry.name: model_identity(entry.pretrained, entry.model_args) for entry in study.models}
-        tasks = {entry.name: task_identity(entry.task, study.include_path) for entry in study.tasks}
-        _require_known(study, [entry.task for entry in study.tasks if "config" not in tasks[entry.name]])
+        tasks = {
+            entry.name: task_identity(entry.task, study.include_path, absolute=absolute)
+            for entry in study.tasks
+        }
     cells, placebos = [], study.evaluation.placebos
     for model, task, method, seed in product(study.models, study.tasks, study.methods, study.seeds):
         plan = study.plan(model, task, method, seed)
@@ -97,18 +113,6 @@ def build_cells(study: BenchStudy) -> list[StudyCell]:
         key = digest([vector_key, baseline_key, placebos])
         cells.append(StudyCell(model, task, method, seed, plan, placebos, vector_key, baseline_key, key))
     return cells
-
-
-def _require_known(study: BenchStudy, unknown: list[str]) -> None:
-    if not unknown:
-        return
-    from lm_eval_aft.harness.tasks import check_names, full_index
-
-    check_names(unknown, full_index(study.include_path))  # its error names the nearest tasks
-    raise AFTError(
-        f"{', '.join(unknown)}: a group of tasks, or one without a file of its own.",
-        "A cell is trained and scored on one plain task: name its members one by one.",
-    )
 
 
 # The folder of a study: finished vectors and scores by their keys, work in progress, one ledger.
@@ -449,18 +453,21 @@ class Session:
 
     def model(self, cell: StudyCell) -> AFTLM:
         """The cell's model; another one is unloaded first."""
+        from lm_eval_aft.engine.finite import require_finite
         from lm_eval_aft.lm import AFTLM
 
         entry = cell.model
         if self._lm is None or self._name != entry.name:
             self._lm = None
             self._documents.clear()
-            self._lm = AFTLM(
+            lm = AFTLM(
                 entry.pretrained,
                 **{"device": self.device, "softmax_dtype": "float32", **entry.model_args},
                 batch_size=self.batch_size,
             )
-            self._name = entry.name
+            require_finite(lm)
+            lm.require_finite = True
+            self._lm, self._name = lm, entry.name
             self.loads += 1
         self._lm.steer(None)
         return self._lm
@@ -539,7 +546,8 @@ def assess(cell: StudyCell, store: Store) -> dict[str, Any]:
     (what it is and how it was chosen), ``notes``.
 
     Raises:
-        AFTError: scores or vector damaged or missing, or runs that are not comparable.
+        AFTError: scores or vector damaged or missing, runs that are not comparable, or answers that are no
+            finite numbers.
     """
     baseline = read_run(store.baseline(cell.baseline_key), "baseline", "baseline")
     place = store.scores(cell.key)
@@ -551,6 +559,8 @@ def assess(cell: StudyCell, store: Store) -> dict[str, Any]:
     comparisons = []
     for run in runs:
         require_comparable(baseline, run)
+        if run is runs[0] and (unfit := not_finite(baseline, run)):
+            raise AFTError(f"{unfit[0]}")
         comparisons += [(run, each) for each in compare_runs(baseline, run)]
     infos = {run.name: read_vector_info(run) for run in runs}
     rows = judge(baseline, comparisons, infos)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_aft._util.config import read_yaml
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.settings import read_yaml
 from lm_eval_aft.engine.batching import Document
 
 Lengths = tuple[int, tuple[int, ...]]  # tokens of the context, tokens of each continuation

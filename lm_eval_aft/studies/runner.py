@@ -65,6 +65,7 @@ def run_study(
     with _writing(store), store.opened(resume) as ledger:
         with contextlib.suppress(shutil.SameFileError):
             shutil.copyfile(source, store.root / "study.yaml")
+        cells = build_cells(study, ledger.outcomes) if ledger.outcomes else cells
         ledger.append(event="start", time=now(), version=__version__, cells=len(cells), only=list(only))
         schedule = Schedule(cells, store, ledger, prune=study.prune, only=only)
         _recover(schedule, store)

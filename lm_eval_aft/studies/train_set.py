@@ -23,7 +23,7 @@ from lm_eval_aft.library.store import Library
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
-from lm_eval_aft.studies.config import Study, StudyEntry
+from lm_eval_aft.studies.config import LibraryStudy, VectorEntry, require_plain
 from lm_eval_aft.training.run import train_vector
 from lm_eval_aft.training.setup import load_model
 
@@ -38,7 +38,7 @@ IN_LIBRARY, BEGUN, WAITING = "in the library", "begun", "to do"
 class EntryStatus:
     """The progress of an entry: ``state`` is `IN_LIBRARY`, `BEGUN` or `WAITING`."""
 
-    entry: StudyEntry
+    entry: VectorEntry
     state: str
 
 
@@ -50,7 +50,7 @@ class TrainSet:
     """
 
     def __init__(
-        self, study: Study, library: Library, model: str, model_args: Mapping[str, Any] | None = None
+        self, study: LibraryStudy, library: Library, model: str, model_args: Mapping[str, Any] | None = None
     ) -> None:
         self.study = study
         self.library = library
@@ -111,7 +111,7 @@ class TrainSet:
             say(f"{entry.name}: trained in {time.monotonic() - started:.0f} s.")
         return failed
 
-    def _train(self, entry: StudyEntry, lm: AFTLM, say: Callable[[str], None], progress: bool) -> None:
+    def _train(self, entry: VectorEntry, lm: AFTLM, say: Callable[[str], None], progress: bool) -> None:
         work = self._work(entry)
         asked_file = work.with_name(f"{work.name}.asked.json")
         asked = canonical_json(self._asked(entry))
@@ -130,10 +130,10 @@ class TrainSet:
         shutil.rmtree(work, ignore_errors=True)
         asked_file.unlink(missing_ok=True)
 
-    def _work(self, entry: StudyEntry) -> Path:
+    def _work(self, entry: VectorEntry) -> Path:
         return self.folder / "work" / entry.name.replace("/", ",")
 
-    def _asked(self, entry: StudyEntry) -> dict[str, Any]:
+    def _asked(self, entry: VectorEntry) -> dict[str, Any]:
         """What the entry's vector depends on, as JSON would give it back."""
         asked: dict[str, Any] = {"model": self.model, **entry.plan().to_dict()}
         # Device and batch size do not change the vector.
@@ -142,7 +142,7 @@ class TrainSet:
             asked["model_args"] = loaded
         return dict(json.loads(canonical_json(asked)))
 
-    def _require_own(self, entry: StudyEntry, record: dict[str, Any] | None) -> None:
+    def _require_own(self, entry: VectorEntry, record: dict[str, Any] | None) -> None:
         there = SteeringVector.load(self.library.path(entry.name)).digest()
         if record is None or record.get("sha256") != there:
             raise AFTError(
@@ -167,7 +167,7 @@ _ASKED = "asked.json"
 
 
 def cross_score(
-    study: Study,
+    study: LibraryStudy,
     library: Library,
     model: str,
     *,
@@ -197,6 +197,7 @@ def cross_score(
     entries = [entry for entry in study.entries if entry.name in there]
     if not entries:
         raise AFTError("No vector of the study is in the library.", "Train them first.")
+    require_plain(list(study.scored_tasks()), study.include_path)
     names = [entry.name for entry in entries]
     digests = {name: SteeringVector.load(library.path(name)).digest() for name in names}
     rows: list[dict[str, Any]] = []
@@ -207,13 +208,13 @@ def cross_score(
             own += entry.plan().prompts.flags()
         if study.include_path:
             own += ["--include_path", study.include_path[0]]
-        contents = contents_digest(model, model_args or {}, task, study.include_path)
-        asked = {"model": model, "contents": contents, "vectors": digests}
-        asked |= {"flags": own, "model_args": model_args or {}}
+        asked = {"model": model, "vectors": digests, "flags": own, "model_args": model_args or {}}
         folder = library.root / FOLDER / "scores" / task
-        score_vectors(folder, task, asked, library, say)
+        score_vectors(folder, task, asked, study.include_path, library, say)
         trained_on = {each.name: each.plan().tasks for each in entries}
         report = compare(folder)
+        for unfit in report.not_finite:
+            say(str(unfit))
         by_run = {each["name"]: each["vector"] for each in report.runs}
         for row in report.rows:
             if row.primary and by_run.get(row.run) in trained_on:
@@ -258,17 +259,32 @@ CROSS_SCORES_NOTE = (
 
 
 def score_vectors(
-    folder: Path, task: str, asked: dict[str, Any], library: Library, say: Callable[[str], None]
+    folder: Path,
+    task: str,
+    asked: dict[str, Any],
+    include_path: Sequence[str],
+    library: Library,
+    say: Callable[[str], None],
 ) -> bool:
     """Score the baseline and vectors on a task, unless the folder has these scores; whether it had not.
 
     Args:
         asked: ``model``, ``model_args``, ``flags`` of ``lm_eval run``, ``vectors`` (name -> digest), perhaps
-            ``placebo``, and whatever else the scores depend on; kept in the folder.
+            ``placebo``; kept in the folder with a digest of the model and the task.
     """
-    text = canonical_json(asked)
+    text, earlier = (  # version 0.1's digest depends on where the task's Python functions lie
+        canonical_json(
+            asked
+            | {
+                "contents": contents_digest(
+                    asked["model"], asked["model_args"], task, include_path, absolute=absolute
+                )
+            }
+        )
+        for absolute in (False, True)
+    )
     with contextlib.suppress(OSError, ValueError):
-        if (folder / _ASKED).read_text(encoding="utf-8") == text:
+        if (folder / _ASKED).read_text(encoding="utf-8") in (text, earlier):
             return False
     say(f"{task}: scoring {len(asked['vectors'])} vectors and the baseline ...")
     with replacing_dir(folder) as begun:

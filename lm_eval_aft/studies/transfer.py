@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,12 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.matrix import Matrix, MatrixCell
-from lm_eval_aft.evaluation.report import compare
+from lm_eval_aft.evaluation.report import Report, compare
 from lm_eval_aft.evaluation.stats import holm, verdict
-from lm_eval_aft.harness.identity import contents_digest
-from lm_eval_aft.library.files import PART
+from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
-from lm_eval_aft.studies.config import Study, StudyEntry
+from lm_eval_aft.studies.config import LibraryStudy, VectorEntry, require_plain
 from lm_eval_aft.studies.train_set import TrainSet, score_vectors
 
 _KEPT = (
@@ -66,7 +64,7 @@ class Transfer:
         entries = self._entries()
         failed = {}
         if entries:
-            study = Study.model_construct(vectors=entries)
+            study = LibraryStudy.model_construct(vectors=entries)
             failed = TrainSet(study, library, self.model, self.model_args).train(say=say, progress=progress)
         specs = {each.task: name for name, each in entries.items() if name not in failed} | dict(self.given)
         if not specs:
@@ -81,29 +79,28 @@ class Transfer:
         for task in self.tasks:
             asked = {
                 "model": self.model,
-                "contents": contents_digest(self.model, self.model_args, task, self._include_path()),
                 "vectors": {specs[name]: digest for name, digest in digests.items()},
                 "flags": list(self.flags),
                 "model_args": dict(self.model_args),
                 "placebo": self.placebo,
             }
             folder = self.output / "scores" / task
-            if not score_vectors(folder, task, asked, library, say):
+            if not score_vectors(folder, task, asked, self.settings.get("include_path") or (), library, say):
                 say(f"{task}: already scored.")
-            found += _rows(folder, {spec: name for name, spec in specs.items()})
+            report = compare(folder)
+            for each in report.not_finite:
+                say(str(each))
+            found += _rows(report, {spec: name for name, spec in specs.items()})
         missing = {name.removeprefix(f"{SHELF}/"): why for name, why in failed.items()}
         return _matrix(self.model, self.tasks, found, trained_on, missing)
 
-    def _include_path(self) -> tuple[str, ...]:
-        return tuple(self.settings.get("include_path") or ())
-
-    def _entries(self) -> dict[str, StudyEntry]:
+    def _entries(self) -> dict[str, VectorEntry]:
         """The vectors to train, by name."""
         found = {}
         for task in self.tasks if self.train else ():
             if task not in self.given:
                 # Its settings were read from flags already.
-                entry = StudyEntry.model_construct(name=f"{SHELF}/{task}", task=task, settings=self.settings)
+                entry = VectorEntry.model_construct(name=f"{SHELF}/{task}", task=task, settings=self.settings)
                 entry.plan()
                 found[entry.name] = entry
         return found
@@ -111,14 +108,13 @@ class Transfer:
     def _check(self) -> None:
         if len(set(self.tasks)) < len(self.tasks):
             raise AFTError("A task was named twice.", "Name each task once.")
-        for name in self.tasks:
-            if not re.fullmatch(PART, name):
-                raise AFTError(f"{name!r} is not the name of a task.", "Name tasks, not files.")
+        require_plain(self.tasks, self.settings.get("include_path") or ())
+        for name in self.tasks if self.train else ():
+            check_name(f"{SHELF}/{name}")  # by which the library will know its vector
 
 
-def _rows(folder: Path, names: Mapping[str, str]) -> list[tuple[str, bool, VerdictRow]]:
-    """A scored folder's rows on primary metrics: the vector's name, whether a placebo, the row."""
-    report = compare(folder)
+def _rows(report: Report, names: Mapping[str, str]) -> list[tuple[str, bool, VerdictRow]]:
+    """A report's rows on primary metrics: the vector's name, whether a placebo, the row."""
     specs = {each["run"]: str(each["values"].get("vector")) for each in report.settings}
     found = []
     for row in report.rows:

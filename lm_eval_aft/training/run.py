@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
 from lm_eval_aft._util.process import is_main_process, now, postponed
 from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.finite import baseline_not_finite
 from lm_eval_aft.harness.examples import encode
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
@@ -194,6 +196,8 @@ def run_sweep(
             saved=saved,
         )
         baseline = sweep.baseline()
+        if not math.isfinite(baseline.score):
+            raise baseline_not_finite(lm.model)
         if log and log.lines == 1:
             log.append(event="baseline", **baseline.to_dict())
         found = sweep.run()

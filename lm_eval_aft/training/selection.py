@@ -138,8 +138,8 @@ def find_criterion(name: str) -> Criterion:
 
 @register_criterion(DEFAULT_CRITERION)
 def by_cross_entropy(score: Ranked) -> Key:
-    """Temperature-fitted cross-entropy, then accuracy."""
-    return (score.score, -score.accuracy)
+    """Temperature-fitted cross-entropy, then accuracy; what is not finite comes last."""
+    return (score.score if math.isfinite(score.score) else math.inf, -score.accuracy)
 
 
 def mean_of_seeds(scores: Sequence[Ranked]) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from lm_eval_aft.engine.batching import (
     make_batch,
     token_budget_batches,
 )
+from lm_eval_aft.engine.finite import require_finite
 from lm_eval_aft.engine.precision import to_training_dtype
 from lm_eval_aft.harness.examples import Extractor
 from lm_eval_aft.harness.grading import Marker
@@ -130,12 +131,14 @@ def load_model(model: str | AFTLM, model_args: Mapping[str, Any] | None = None) 
     """The model to train on: by name with lm-eval's arguments, or as it is given.
 
     Loaded without a ``dtype``, it gets the fastest one, see `lm_eval_aft.engine.precision`.
+
+    Raises:
+        AFTError: it cannot be loaded, or gives NaN or infinite numbers in this dtype.
     """
-    if isinstance(model, AFTLM):
-        return model
-    lm = AFTLM(model, **(model_args or {}))
-    if "dtype" not in (model_args or {}):
+    lm = model if isinstance(model, AFTLM) else AFTLM(model, **(model_args or {}))
+    if lm is not model and "dtype" not in (model_args or {}):
         to_training_dtype(lm.model)
+    require_finite(lm)
     return lm
 
 

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval_aft import AFTError, SteeringVector, attach
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.backbone import cache_argument, find_backbone
-from lm_eval_aft.steering.intervention import GENERATED, POSITIONS, Passes, generating_from, prompt_roles
+from lm_eval_aft.steering.intervention import GENERATED, POSITIONS, RoleTracker, generating_from, prompt_roles
 from lm_eval_aft.steering.methods import METHODS, find_method
 from tests.support.families import tiny_model, tiny_tokenizer
 
@@ -245,8 +245,8 @@ def test_quantised_caches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None
     except (ImportError, ValueError) as error:
         pytest.skip(f"this transformers cannot quantise a cache with {backend} here: {str(error)[:60]}")
     seen: list[Any] = []
-    work_out = Passes._work_out
-    monkeypatch.setattr(Passes, "_work_out", lambda *args: seen.append(work_out(*args)) or seen[-1])
+    work_out = RoleTracker._work_out
+    monkeypatch.setattr(RoleTracker, "_work_out", lambda *args: seen.append(work_out(*args)) or seen[-1])
     steered(model, vector_for("static", "last"), **how)
     assert torch.equal(seen[0], prompt_roles(MASK))
     assert len(seen) == NEW
@@ -328,9 +328,9 @@ def test_a_future_release_gives_an_error_or_the_right_text(
     """A release in which the hooks see the cache otherwise: renamed, not at all, or with another meaning."""
     model, vector = tiny_model("llama"), vector_for("static", positions)
     wanted = expected(model, vector)
-    sight = Passes._work_out
+    sight = RoleTracker._work_out
 
-    def seen(self: Passes, inputs: Any) -> Any:
+    def seen(self: RoleTracker, inputs: Any) -> Any:
         changed = {}
         for key, value in inputs.items():
             if not callable(getattr(value, "get_seq_length", None)):
@@ -345,7 +345,7 @@ def test_a_future_release_gives_an_error_or_the_right_text(
             changed.pop("attention_mask", None)
         return sight(self, changed)
 
-    monkeypatch.setattr(Passes, "_work_out", seen)
+    monkeypatch.setattr(RoleTracker, "_work_out", seen)
     if view in ("renamed", "without length"):
         assert torch.equal(steered(model, vector), wanted)
     else:
@@ -392,7 +392,7 @@ def scoring_requests() -> list[Instance]:
     return [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
 
 
-def takes_everything_for_a_prompt(self: Passes, inputs: Any) -> Any:
+def takes_everything_for_a_prompt(self: RoleTracker, inputs: Any) -> Any:
     """What version 0.1 made of decoding steps under transformers 5.24."""
     return prompt_roles(torch.ones(inputs["input_ids"].shape[:2]))
 
@@ -403,7 +403,7 @@ def test_stock_generation_that_steers_other_tokens_is_not_used(
     texts = ["the cat sees", "one", "a small fish likes the red tree"]
     vector = vector_for("static", "prompt")
     right = AFTLM(checkpoint("llama"), vector=vector).generate_until(requests_for(texts), disable_tqdm=True)
-    monkeypatch.setattr(Passes, "_work_out", takes_everything_for_a_prompt)
+    monkeypatch.setattr(RoleTracker, "_work_out", takes_everything_for_a_prompt)
     lm = AFTLM(checkpoint("llama"), vector=vector)
     assert lm.generate_until(requests_for(texts), disable_tqdm=True) == right
     assert lm.paths_taken()["generated in shared batches"] == 3

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_aft import AFTError, SteeringVector, evaluate_pair, load_vector
 from lm_eval_aft.cli.main import aft
-from lm_eval_aft.engine.routing import Routing
+from lm_eval_aft.engine.active_steering import Routing
 from lm_eval_aft.evaluation.render import to_html, to_markdown
 from lm_eval_aft.evaluation.report import compare
 from lm_eval_aft.evaluation.run import plan_runs, vector_label

@@ -23,7 +23,7 @@ from lm_eval_aft.library.store import Library
 from lm_eval_aft.steering.fingerprint import compare_fingerprints, fingerprint
 from lm_eval_aft.steering.vector import describe_vector
 from lm_eval_aft.steering.vector_file import is_biased, read_header
-from lm_eval_aft.studies.config import read_study
+from lm_eval_aft.studies.config import read_library_study
 from tests.support.families import tiny_model
 
 
@@ -364,4 +364,4 @@ def test_tables_and_studies_refuse_what_yaml_hides(tmp_path: Path, text: str, wo
     path = tmp_path / "study.yaml"
     path.write_text(text)
     with pytest.raises(AFTError, match=word):
-        read_study(path)
+        read_library_study(path)

@@ -18,11 +18,13 @@ from click.testing import CliRunner
 
 from lm_eval_aft import AFTError, SteeringVector
 from lm_eval_aft.cli.main import aft
+from lm_eval_aft.cli.options import parse_model_args
 from lm_eval_aft.evaluation.render import write_report
 from lm_eval_aft.evaluation.report import compare
+from lm_eval_aft.harness.model_args import ARGUMENTS, read_model_args
 from lm_eval_aft.library.routers import make_router, parse_keyword_table, parse_task_table
 from lm_eval_aft.library.store import Library
-from lm_eval_aft.studies.config import read_bench, read_study
+from lm_eval_aft.studies.config import read_bench_study, read_library_study
 from lm_eval_aft.studies.jobs import build_cells
 from tests.result_folders import steered_by, write_results
 from tests.support.scripts import load_script
@@ -240,12 +242,12 @@ def test_tables_and_studies(mutations: int, tmp_path: Path) -> None:
         try:
             if text == STUDY:
                 (tmp_path / "study.yaml").write_bytes(raw)
-                study = read_study(tmp_path / "study.yaml")
+                study = read_library_study(tmp_path / "study.yaml")
                 for entry in study.entries:
                     entry.plan()
             elif text == BENCH:
                 (tmp_path / "study.yaml").write_bytes(raw)
-                build_cells(read_bench(tmp_path / "study.yaml"))
+                build_cells(read_bench_study(tmp_path / "study.yaml"))
             elif text == TABLES[0]:
                 parse_keyword_table(raw.decode(errors="replace")).route("solve this")
             else:
@@ -336,6 +338,89 @@ def test_command_lines(mutations: int, tmp_path: Path, monkeypatch: pytest.Monke
     assert set(codes) <= {0, 1, 2}
     assert codes[1] + codes[2] > mutations / 2
     assert [each.name for each in tmp_path.iterdir()] == ["inside"]
+
+
+MODEL_ARGS = (
+    "vector=math/a*0.5,coefficient=-2.5,fast=no,answer_only=yes,allow_mismatch=off,library=shelf",
+    "route=keyword:words.yaml,positions=all,blocks=model.layers,device=cpu,dtype=float32",
+    "revision=main,trust_remote_code=true,max_length=128,batch_size=8,add_bos_token=False,peft=adapter",
+    "softmax_dtype=float32,truncation=on,prefix_token_id=2,parallelize=0,gguf_file=m.gguf,logits_cache=1",
+    "attn_implementation=eager,low_cpu_mem_usage=true,enable_thinking=None,rope_theta=1e6,max_batch_size=4",
+)
+VALUES = (
+    *("yes", "NO", "oN", "0", "1", "2", "-1", "007", "1e3", "1e999", "nan", "true", "False", "None", "", " "),
+    *("1_000", "²", "٣", "0x10", "'no'", '"1"', "'", "maybe", "[1]", "{}", "a=b", "é", "\0", "x" * 3000),
+)
+SWITCHES = {"yes": True, "on": True, "true": True, "1": True, "no": False, "off": False, "false": False}
+SWITCHES["0"] = False
+
+
+@sizes(500, 10_000, 100_000)
+@pytest.mark.timeout(3600)
+def test_model_arguments(mutations: int) -> None:
+    """Refused in one message, or every value is what was written; as lm-eval hands them over, or as we do."""
+    from lm_eval.utils import simple_parse_args_string
+
+    rng, outcomes = random.Random(mutations), Counter[str]()
+    for _ in range(mutations):
+        text = _argument_damage(rng.choice(MODEL_ARGS), rng)
+        try:
+            theirs = read_model_args(simple_parse_args_string(text))
+        except AFTError:
+            theirs = None
+        except ValueError:  # lm-eval's own parser
+            theirs = None
+        try:
+            found = parse_model_args(text)
+        except AFTError as error:
+            outcomes["refused"] += 1
+            assert len(str(error.message)) < 1200, text
+            continue
+        outcomes["read"] += 1
+        given = {part.partition("=")[0]: part.partition("=")[2].strip() for part in text.strip().split(",")}
+        assert found.keys() == given.keys() - {""}, text
+        for name, value in found.items():
+            written = given[name]
+            quoted = len(written) > 1 and written[0] == written[-1] and written[0] in "'\""
+            bare = written[1:-1] if quoted else written
+            reader = ARGUMENTS[name].read.__name__ if name in ARGUMENTS else "as_given"
+            if value is None:
+                assert bare.lower() in ("none", "") and reader != "switch", (text, name)
+            elif reader in ("switch", "optional_switch"):
+                assert value is SWITCHES[bare.strip().lower()], (text, name)
+            elif reader == "number":
+                assert value == float(bare) and math.isfinite(value), (text, name)
+            elif reader == "whole":
+                assert type(value) is int and value == int(bare), (text, name)
+            elif reader == "text":
+                assert value == bare, (text, name)
+        if theirs is not None:
+            assert {k: str(v) for k, v in theirs.items() if type(found[k]) is not str} == {
+                k: str(v) for k, v in found.items() if type(v) is not str
+            }, text
+    assert min(outcomes["read"], outcomes["refused"]) > mutations / 20, outcomes
+
+
+def _argument_damage(text: str, rng: random.Random) -> str:
+    parts = rng.sample(text.split(","), rng.randrange(1, text.count(",") + 2))
+    for _ in range(rng.choice((1, 1, 2))):
+        at = rng.randrange(len(parts))
+        name, _, value = parts[at].partition("=")
+        what = rng.randrange(6)
+        if what <= 1:
+            value = rng.choice(VALUES)
+        elif what == 2:
+            value = "".join(rng.choice((c.upper(), c.lower())) for c in value)
+        elif what == 3:
+            place = rng.randrange(len(name) + 1)
+            name = name[:place] + rng.choice(("", "_", "x", " ", "é")) + name[place + rng.choice((0, 1)) :]
+        elif what == 4:
+            parts.append(parts[rng.randrange(len(parts))])
+        else:
+            place = rng.randrange(len(value) + 1)
+            value = value[:place] + chr(rng.choice((0, 32, 44, 61, 233, 8239, 0x1F600))) + value[place:]
+        parts[at] = f"{name}={value}"
+    return ",".join(parts)
 
 
 def _commands(group: click.Group, path: list[str]) -> list[tuple[list[str], click.Command]]:

@@ -155,7 +155,7 @@ def test_every_private_name_of_another_library_is_listed() -> None:
         if name not in OURS:
             taken.setdefault(name, []).append(where)
     missing = {name: where for name, where in taken.items() if name not in listed}
-    assert not missing, f"add these to lm_eval_aft/_util/private_names.py: {missing}"
+    assert not missing, f"add these to lm_eval_aft/_util/private_names.toml: {missing}"
     assert listed <= {*taken, *own}, "listed, but used no more"
 
 

@@ -28,7 +28,7 @@ from lm_eval_aft.library.routers import read_table
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector_file import MAX_FILE, MAX_HEADER
-from lm_eval_aft.studies.config import read_study
+from lm_eval_aft.studies.config import read_library_study
 from tests.result_folders import steered_by, write_results
 
 PACKAGE = Path(lm_eval_aft.__file__).parent
@@ -162,7 +162,7 @@ def test_a_pickle_in_every_input(tmp_path: Path, checkpoint: Callable[..., str])
         from lm_eval_aft.training.checkpoint import open_run
 
         refused(f"{kind} state", lambda: open_run(run, {}, resume=True))  # noqa: B023
-        for name, read in (("study.yaml", read_study), ("table.yaml", read_table)):
+        for name, read in (("study.yaml", read_library_study), ("table.yaml", read_table)):
             file = plant(place / name, content)
             refused(f"{kind} {name}", lambda: read(file))  # noqa: B023
         write_results(place / "results" / "baseline", {"toy": [0, 1]})
@@ -174,7 +174,7 @@ def test_a_pickle_in_every_input(tmp_path: Path, checkpoint: Callable[..., str])
             file.write_bytes(kept)
     assert len(tried) >= 30
     python = plant(tmp_path / "s.yaml", b"!!python/object/apply:os.system ['touch " + bytes(mark) + b"']\n")
-    refused("YAML", lambda: read_study(python))
+    refused("YAML", lambda: read_library_study(python))
     result = CliRunner().invoke(aft, ["vectors", "routes", str(python)])
     assert (result.exit_code, mark.exists()) == (1, False)
 

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
 from lm_eval_aft import AFTError
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.studies import jobs
-from lm_eval_aft.studies.config import read_bench
+from lm_eval_aft.studies.config import read_bench_study
+from tests.support.families import tiny_model, tiny_tokenizer
 
 QUICK = {
     "protocol": "maximum", "layers": "1", "train_docs": 8, "selection_docs": 12, "epochs": 1,
@@ -238,6 +240,48 @@ def test_an_output_folder_is_not_mixed_up(write: Callable[..., Path], tmp_path: 
     assert [line["event"] for line in lines].count("cell") == 1
 
 
+def test_answers_that_are_not_finite_get_no_verdict(write: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    study = write(tasks=["toy_choice"], methods=["static"], seeds=1)
+    call(study, output)
+    (samples,) = output.glob("scores/*/steered/*/samples_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    lines[0]["resps"][0] = [["nan", "False"]]
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ledger = output / "ledger.jsonl"
+    kept = [line for line in ledger.read_text().splitlines() if json.loads(line)["event"] != "cell"]
+    ledger.write_text("\n".join(kept) + "\n")
+    said = " ".join(call(study, output, "--resume", code=1).output.split())
+    assert "1 of 16 answers of toy_choice are no finite numbers; no verdict" in said
+    (cell,) = json.loads((output / "report.json").read_text())["cells"]
+    assert (cell["state"], cell["row"]) == ("failed", None)
+    assert "too large for this model" in cell["why"]
+
+
+def test_a_model_that_is_not_finite_ends_its_cells_and_no_others(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for part in ("up_proj", "down_proj"):
+            getattr(model.model.layers[1].mlp, part).weight.mul_(2000)
+    model.save_pretrained(tmp_path / "big")
+    tiny_tokenizer().save_pretrained(tmp_path / "big")
+    models = ["demo", {"name": "big", "pretrained": str(tmp_path / "big"), "dtype": "float16"}]
+    study = write(models=models, tasks=["toy_choice"], methods=["static"], seeds=1)
+    said = " ".join(call(study, tmp_path / "out", code=1).output.split())
+    assert "The model gives NaN or infinite numbers in float16, without any vector" in said
+    assert states(tmp_path / "out") == {"done": 1, "failed": 1}
+    session = jobs.Session(jobs.Store(tmp_path / "s"), device="cpu", batch_size="4", data=None)
+    good, bad = jobs.build_cells(read_bench_study(study))
+    loaded = session.model(good)
+    with pytest.raises(AFTError, match="in float16"):
+        session.model(bad)
+    again = session.model(good)  # not the one that was refused
+    assert again.get_model_info()["model_dtype"] == loaded.get_model_info()["model_dtype"]
+    assert again.config.hidden_size == loaded.config.hidden_size != model.config.hidden_size
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -283,12 +327,12 @@ def test_what_is_wrong_with_a_study_is_said(
     changes: dict[str, Any], message: str, write: Callable[..., Path]
 ) -> None:
     with pytest.raises(AFTError, match=message):
-        read_bench(write(**changes))
+        read_bench_study(write(**changes))
 
 
 def test_all_faults_are_told_at_once(write: Callable[..., Path]) -> None:
     with pytest.raises(AFTError, match="has 3 faults") as told:
-        read_bench(write(seeds=-1, tasks=[{"task": "t", "limit": 0}], colour="red"))
+        read_bench_study(write(seeds=-1, tasks=[{"task": "t", "limit": 0}], colour="red"))
     assert all(word in str(told.value) for word in ("seeds: ", "tasks[0].limit: ", "colour: "))
 
 
@@ -345,7 +389,7 @@ def test_the_local_study_in_small(data_root: Path, tmp_path: Path, monkeypatch: 
     """Fewer seeds, methods and documents; the models, the tasks and their real data as shipped."""
     monkeypatch.setenv("AFT_TEST_DATA", str(data_root))
     shipped = Path(__file__).parents[2] / "scripts/studies/local.yaml"
-    whole = read_bench(shipped)
+    whole = read_bench_study(shipped)
     assert [len(part) for part in (whole.models, whole.tasks, whole.methods, whole.seeds)] == [3, 5, 3, 2]
     table = yaml.safe_load(shipped.read_text())
     table["tasks"] = ["aft_demo_choice", {"task": "aft_demo_math", "limit": 4}, table["tasks"][2]]

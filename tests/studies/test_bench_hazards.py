@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 
 from lm_eval_aft import AFTError, SteeringVector
 from lm_eval_aft.evaluation.compare import VerdictRow
-from lm_eval_aft.harness.identity import contents_digest, model_identity, task_identity
+from lm_eval_aft.harness.identity import contents_digest, digest, model_identity, task_identity
 from lm_eval_aft.studies import ray, runner
-from lm_eval_aft.studies.config import BenchStudy, read_bench, read_study
+from lm_eval_aft.studies.config import BenchStudy, read_bench_study, read_library_study, require_plain
 from lm_eval_aft.studies.jobs import (
     Done,
     Job,
@@ -34,6 +35,7 @@ from lm_eval_aft.studies.jobs import (
 from lm_eval_aft.studies.ray import LOSSES
 from lm_eval_aft.studies.report import build_study_report, study_tables, summary
 from lm_eval_aft.studies.runner import StudyProgress
+from lm_eval_aft.studies.transfer import Transfer
 from lm_eval_aft.training.controls import check_control, random_like
 
 Outcomes = Callable[[StudyCell], dict[str, Any] | None]
@@ -58,7 +60,7 @@ def outcome(difference: float, *, sha: str, given_up: str = "", task: str = "t")
 def read(folder: Path, text: str) -> BenchStudy:
     path = folder / "study.yaml"
     path.write_text(text)
-    return read_bench(path)
+    return read_bench_study(path)
 
 
 def schedule(folder: Path, study: BenchStudy, outcomes: Outcomes) -> Schedule:
@@ -189,7 +191,7 @@ def study_of(folder: Path, resume: bool = False) -> list[str]:
     path = folder / "study.yaml"
     path.write_text(SMALL)
     report = runner.run_study(
-        read_bench(path), path, Store(folder / "out"), Hands(), resume=resume, progress=StudyProgress()
+        read_bench_study(path), path, Store(folder / "out"), Hands(), resume=resume, progress=StudyProgress()
     )
     return [f"{cell.state}: {cell.why}" for cell in report.cells]
 
@@ -224,7 +226,7 @@ def test_a_study_goes_on_from_the_file_it_keeps(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(runner, "assess", lambda cell, _store: outcome(0.1, sha=cell.key))
     study_of(tmp_path)
     kept = tmp_path / "out/study.yaml"
-    report = runner.run_study(read_bench(kept), kept, Store(tmp_path / "out"), Hands(), resume=True)
+    report = runner.run_study(read_bench_study(kept), kept, Store(tmp_path / "out"), Hands(), resume=True)
     assert [cell.state for cell in report.cells] == ["done", "done"]
 
 
@@ -259,9 +261,9 @@ def test_placebos_behave_and_are_not_pruned_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "scripts/studies").glob("*.yaml")))
 def test_every_shipped_studys_controls_fit_its_tasks(path: Path) -> None:
     if path.name == "library.yaml":
-        assert read_study(path).entries
+        assert read_library_study(path).entries
         return
-    study = read_bench(path)
+    study = read_bench_study(path)
     kinds = {"generate_until": "lm"}
     for cell in itertools.product(study.models, study.tasks, study.methods):
         plan = study.plan(*cell, 0)
@@ -349,10 +351,62 @@ def test_a_task_is_its_data_however_that_is_named(folder: Path, data: dict[str, 
     assert contents_digest("some/model", {}, "mine", [str(tasks)]) != digest
 
 
+def _coded(folder: Path) -> Path:
+    """A study of a task whose documents, in part, come from Python functions of its own and of a parent's."""
+    (folder / "tasks/mine").mkdir(parents=True)
+    (folder / "tasks/mine/mine.yaml").write_text(
+        TASK + "include: ../base.yaml\nprocess_docs: !function utils.first\ndataset_path: json\n"
+    )
+    (folder / "tasks/mine/utils.py").write_text("def first(docs):\n    return docs\n")
+    (folder / "tasks/base.yaml").write_text("process_results: !function shared.judge\n")
+    (folder / "tasks/shared.py").write_text("def judge(doc, results):\n    return {}\n")
+    study = folder / "study.yaml"
+    study.write_text("models: [demo]\ntasks: [mine, mmlu_pro_math]\ninclude_path: tasks/mine\n")
+    return study
+
+
+def test_a_moved_study_keeps_the_addresses_of_its_cells(tmp_path: Path) -> None:
+    before = [cell.key for cell in build_cells(read_bench_study(_coded(tmp_path / "here")))]
+    (tmp_path / "here").rename(tmp_path / "there")
+    study = read_bench_study(tmp_path / "there/study.yaml")
+    assert [cell.key for cell in build_cells(study)] == before
+    (tmp_path / "there/tasks/mine/utils.py").write_text("def first(docs):\n    return docs[:1]\n")
+    mine, theirs = (cell.key for cell in build_cells(study))
+    assert (mine != before[0], theirs) == (True, before[1])
+    (tmp_path / "there/tasks/shared.py").write_text("def judge(doc, results):\n    return {'acc': 1}\n")
+    assert build_cells(study)[0].key not in (mine, before[0])
+
+
+def test_addresses_of_0_1_with_the_paths_of_functions_are_known(tmp_path: Path) -> None:
+    study = read_bench_study(_coded(tmp_path))
+    cells = build_cells(study)
+    # As 0.1 made it: the digest of the resolved definition, functions by their absolute paths.
+    config = task_identity("mine", study.include_path, absolute=True)["config"]
+    assert config["process_docs"] == str(tmp_path / "tasks/mine/utils.first")
+    plan = {key: value for key, value in cells[0].plan.to_dict().items() if key != "include_path"}
+    about = ["aft-bench/1", model_identity("demo", {})]
+    about.append(task_identity("mine", study.include_path, absolute=True))
+    vector, baseline = digest([*about, plan]), digest([*about, None, asdict(cells[0].plan.prompts)])
+    key = digest([vector, baseline, 0])
+    assert key != cells[0].key
+    found = build_cells(study, {key: {}})
+    assert [(c.key, c.vector_key, c.baseline_key) for c in found[:1]] == [(key, vector, baseline)]
+    assert found[1:] == cells[1:]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("models: [{pretrained: demo, model_args: {coefficient: 3}}]", "steer by themselves"),
+        ("models: [{pretrained: demo, model_args: {answer_only: 'no'}}]", "answer_only= has no place"),
+        (
+            "models: [{pretrained: demo, model_args: {fast: 'maybe'}}]",
+            r"models\[0\].model_args: fast='maybe' is",
+        ),
+        ("models: [{pretrained: demo, model_args: {max_length: many}}]", "max_length='many' is not a whole"),
+        ("models: [{pretrained: demo, model_args: {trust_remote_cod: 1}}]", "mean trust_remote_code"),
+        ("models: [{pretrained: demo, model_args: {pretrained: gpt2}}]", "remove pretrained"),
+        ("models: [{pretrained: demo, model_args: {batch_size: 3}}]", "remove batch_size"),
         (
             "models: [{pretrained: demo, apply_chat_template: 'false'}]",
             "apply_chat_template: must be true or false, got 'false'",
@@ -369,6 +423,50 @@ def test_what_a_study_would_pass_over_is_refused(tmp_path: Path, line: str, said
         read(tmp_path, f"{line}\ntasks: [aft_demo_choice]\n")
 
 
+def test_model_arguments_of_a_study_are_what_they_say(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        "models: [{pretrained: demo, model_args: {fast: 'no', max_length: '64', truncation: on}}]\n"
+        "tasks: [aft_demo_choice]\n",
+    )
+    assert study.models[0].model_args == {"fast": False, "max_length": 64, "truncation": True}
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("x_*", r"'x_\*' is no plain task: .* \(x_group, x_one, x_tag, x_two\)"),
+        ("x_group", r"'x_group' is no plain task: .* \(x_one, x_two\)"),
+        ("x_tag", r"'x_tag' is no plain task: .* \(x_two\)"),
+        ("x_on", r"no harness task 'x_on'"),
+        ("x_one,x_two", "names several tasks"),
+        ("tasks/one.yaml", "names a file"),
+    ],
+)
+def test_patterns_groups_tags_and_files_are_no_task_of_a_cell(
+    tmp_path: Path, task: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "one.yaml").write_text(TASK.replace("mine", "x_one"))
+    (tasks / "two.yaml").write_text(TASK.replace("mine", "x_two") + "tag: x_tag\n")
+    (tasks / "group.yaml").write_text("group: x_group\ntask: [x_one, x_two]\n")
+    monkeypatch.setattr(  # of these tasks alone: all others take ten seconds
+        "lm_eval_aft.studies.config.full_index",
+        lambda include_path: TaskManager(include_path=list(include_path), include_defaults=False),
+    )
+    with pytest.raises(AFTError, match=said):
+        require_plain([task], [str(tasks)])
+    require_plain(["x_one", "x_two"], [str(tasks)])
+    if "," not in task and "/" not in task:
+        path = tmp_path / "study.yaml"
+        path.write_text(f"models: [demo]\ntasks: [{{task: '{task}', name: t}}]\ninclude_path: tasks\n")
+        with pytest.raises(AFTError, match=said):
+            build_cells(read_bench_study(path))
+    with pytest.raises(AFTError, match=said):
+        Transfer("demo", (task,), tmp_path / "out", settings={"include_path": (str(tasks),)}).run()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -383,13 +481,13 @@ def test_what_a_library_study_would_pass_over_is_refused(tmp_path: Path, more: s
     path = tmp_path / "s.yaml"
     path.write_text(f"vectors:\n  a/b: aft_demo_choice\n{more}\n")
     with pytest.raises(AFTError, match=said):
-        read_study(path)
+        read_library_study(path)
 
 
 def test_a_library_study_reads_rungs_as_flags_do(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("vectors:\n  a/b: aft_demo_choice\ndefaults: {rungs: '1:1:1:0.5'}\n")
-    (entry,) = read_study(path).entries
+    (entry,) = read_library_study(path).entries
     assert entry.plan().protocol.rungs[0].keep == 0.5
 
 

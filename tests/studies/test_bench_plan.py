@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.steering.backbone import find_backbone
-from lm_eval_aft.studies.config import read_bench
+from lm_eval_aft.studies.config import read_bench_study
 from lm_eval_aft.studies.jobs import build_cells
 from lm_eval_aft.studies.known_models import KNOWN, find_config, typical_documents
 from lm_eval_aft.studies.planner import CostEstimator, Shape, find_shape, plan_cost
@@ -52,7 +52,7 @@ PUBLISHED = {
 
 
 def models_of(study: str) -> list[str]:
-    return [entry.pretrained for entry in read_bench(STUDIES / f"{study}.yaml").models]
+    return [entry.pretrained for entry in read_bench_study(STUDIES / f"{study}.yaml").models]
 
 
 @pytest.mark.timeout(900)
@@ -85,7 +85,7 @@ def test_a_shipped_study_passes_its_dry_run_offline(study: str) -> None:
 def test_what_does_not_fit_is_planned_in_smaller_passes(tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text("models: [demo]\ntasks: [arc_easy]\nmethods: [static]\nrecipe: {protocol: rapid}\n")
-    (cell,) = build_cells(read_bench(study))[:1]
+    (cell,) = build_cells(read_bench_study(study))[:1]
     shape = find_shape(cell.model)
     roomy = Device("a GPU", "cuda", 1e14, 1e12, 1e12, 1e-5)
     whole = CostEstimator(shape, roomy)

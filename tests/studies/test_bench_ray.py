@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lm_eval_aft.studies.config import read_bench
+from lm_eval_aft.studies.config import read_bench_study
 from lm_eval_aft.studies.jobs import Session, Store
 from lm_eval_aft.studies.ray import Ray, RayOptions
 from lm_eval_aft.studies.runner import Local, run_study
@@ -61,7 +61,7 @@ def test_two_workers_one_of_which_dies_and_two_nodes_give_the_vectors_of_one_pro
 ) -> None:
     from ray.cluster_utils import Cluster
 
-    plan = read_bench(study)
+    plan = read_bench_study(study)
     alone, two, nodes = (Store(tmp_path / name) for name in ("alone", "two", "nodes"))
     run_study(plan, study, alone, Local(Session(alone, **SETTINGS)))
     whole = (alone.root / "report.csv").read_bytes()

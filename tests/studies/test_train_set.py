@@ -19,7 +19,7 @@ from lm_eval_aft import AFTError, load_vector
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.studies import train_set
-from lm_eval_aft.studies.config import read_study
+from lm_eval_aft.studies.config import read_library_study
 from lm_eval_aft.training import checkpoint
 
 QUICK = {
@@ -208,11 +208,11 @@ def test_what_cannot_be_trained_and_what_was_trained_otherwise_is_told(tmp_path:
 )
 def test_what_is_wrong_with_a_study_is_said(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(AFTError, match=message):
-        read_study(write_study(tmp_path, **changes))
+        read_library_study(write_study(tmp_path, **changes))
 
 
 def test_the_shipped_study(tmp_path: Path) -> None:
-    study = read_study(Path(__file__).parents[2] / "scripts/studies/library.yaml")
+    study = read_library_study(Path(__file__).parents[2] / "scripts/studies/library.yaml")
     assert {entry.name: entry.task for entry in study.entries} == {
         "math/word_problems": "gsm8k",
         "math/algebra": "hendrycks_math_algebra",
@@ -227,7 +227,7 @@ def test_the_shipped_study(tmp_path: Path) -> None:
 def test_settings_as_yaml_reads_them(tmp_path: Path, toy_tasks: Callable[..., str]) -> None:
     folder = Path(toy_tasks())
     vectors = {"a/b": {"task": "toy_choice", "lr": ["1e-3", 0.01], "num_fewshot": 2, "layers": [0, 2]}}
-    study = read_study(write_study(tmp_path, vectors=vectors, include_path=folder.name))
+    study = read_library_study(write_study(tmp_path, vectors=vectors, include_path=folder.name))
     plan = study.entries[0].plan()
     assert plan.protocol.lr == (1e-3, 1e-2)
     assert plan.protocol.layers == "0,2"

@@ -23,7 +23,7 @@ from lm_eval_aft.harness.splits import MixedSplits, interleaved
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector import describe_vector
-from lm_eval_aft.studies.config import Study, StudyEntry
+from lm_eval_aft.studies.config import LibraryStudy, VectorEntry
 from lm_eval_aft.training import checkpoint as events_module
 from lm_eval_aft.training.controls import apply_control
 from lm_eval_aft.training.objectives import LM, Choice, Mixture, Objective
@@ -276,8 +276,10 @@ def test_equal_mixtures_give_equal_vectors_and_each_task_counts(lm: AFTLM, tasks
 
 
 def test_a_study_scores_a_mixture_on_each_of_its_tasks() -> None:
-    entry = StudyEntry(name="mix/both", task="toy_choice,toy_other")
-    study = Study(vectors={"mix/both": entry, "one/other": StudyEntry(name="one/other", task="toy_other")})
+    entry = VectorEntry(name="mix/both", task="toy_choice,toy_other")
+    study = LibraryStudy(
+        vectors={"mix/both": entry, "one/other": VectorEntry(name="one/other", task="toy_other")}
+    )
     assert study.scored_tasks() == {"toy_choice": entry, "toy_other": entry}
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import uuid
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from torch import nn
 
 from lm_eval_aft._util.errors import AFTError
@@ -19,9 +25,16 @@ from lm_eval_aft.library.entry import ModelIdentity, misfits
 from lm_eval_aft.library.routers import ROUTERS, Router, make_router, question_of
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
-from lm_eval_aft.steering.fingerprint import fingerprint
-from lm_eval_aft.steering.hooks import RowSteering, SteeringHandle, attach, check_fits, layer_shifts
-from lm_eval_aft.steering.intervention import Passes
+from lm_eval_aft.steering.fingerprint import check_fingerprint, fingerprint
+from lm_eval_aft.steering.hooks import (
+    Ownership,
+    RowSteering,
+    SteeringHandle,
+    check_fits,
+    layer_shifts,
+    put_on,
+)
+from lm_eval_aft.steering.intervention import Hook, RoleTracker, one_model_only
 from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 from lm_eval_aft.steering.vector_file import FILE_NAME, read_header
 
@@ -176,7 +189,10 @@ def whole_spec(spec: str) -> str:
 
 
 class ActiveSteering:
-    """What steers a model now: one vector, a router over several, or (at first) nothing.
+    """What steers a model for one `AFTLM`: one vector, a router over several, or (at first) nothing.
+
+    It stays on the model until another one takes the model (`claim`), or another lm-eval model runs it;
+    `in_force` puts it back. What is garbage collected leaves nothing behind.
 
     Attributes:
         vector: the active vector, with the coefficient and positions it is applied with.
@@ -191,7 +207,10 @@ class ActiveSteering:
         self.vector: SteeringVector | None = None
         self.routing: Routing | None = None
         self.rows: RowSteering | None = None
+        self.ownership = Ownership.of(self.backbone)
         self._handle = SteeringHandle([])
+        weakref.finalize(self, self._handle.remove).atexit = False
+        self.ownership.require_plain()
 
     @property
     def backbone(self) -> Backbone:
@@ -226,10 +245,7 @@ class ActiveSteering:
 
     def clear(self) -> None:
         """Make this the baseline."""
-        self._handle.remove()
-        if self.rows is not None:
-            self.rows.remove()
-        self.vector = self.routing = self.rows = None
+        self._change(None, None)
 
     def use(
         self, vector: SteeringVector, coefficient: float | None, positions: str | None, allow_mismatch: bool
@@ -237,24 +253,75 @@ class ActiveSteering:
         """Attach one vector, with the coefficient and positions given or its own."""
         self.clear()
         vector = vector.adjusted(coefficient, positions)
-        self._handle = attach(
-            self.model, vector, tokenizer=self.tokenizer, allow_mismatch=allow_mismatch, blocks=self.blocks
-        )
-        self.vector = vector
+        check_fits(vector, self.backbone)
+        check_fingerprint(vector.metadata, self.model, self.tokenizer, allow_mismatch=allow_mismatch)
+        self._change(vector, None)
 
     def follow(self, routing: Routing) -> None:
         """Attach a router's vectors, each for the rows of the documents it is picked for."""
         self.clear()
-        backbone = self.backbone
         for vector in routing.vectors.values():
-            check_fits(vector, backbone)
+            check_fits(vector, self.backbone)
         routing.forget()
-        vectors = routing.vectors.values()
-        some = any(vector.positions != "all" for vector in vectors)
-        passes = Passes.of(self.model, backbone.name) if some else None
-        self.rows = RowSteering(backbone, [layer_shifts(vector, passes=passes) for vector in vectors])
-        self._handle = SteeringHandle([] if passes is None else [passes])
-        self.routing = routing
+        self._change(None, routing)
+
+    def _change(self, vector: SteeringVector | None, routing: Routing | None) -> None:
+        with self.ownership.lock:
+            self.release()
+            self.vector, self.routing, self.rows = vector, routing, None
+            self.claim()
+
+    def claim(self) -> None:
+        """Put this on the model, in place of what another one put there."""
+        with self.ownership.lock:
+            if self.ownership.held_by(self):
+                return
+            self.ownership.take(self)
+            backbone = self.backbone
+            if self.vector is not None:
+                self._handle.add(put_on(self.model, backbone, self.vector))
+            elif self.routing is not None:
+                self._handle.add(self._put_on_rows(backbone, list(self.routing.vectors.values())))
+            if self._handle:
+                with one_model_only():
+                    guard = Hook(partial(_let_go_for_others, weakref.ref(self)))
+                self._handle.add(SteeringHandle([backbone.blocks[0].register_forward_pre_hook(guard)]))
+
+    def _put_on_rows(self, backbone: Backbone, vectors: Sequence[SteeringVector]) -> SteeringHandle:
+        handle = SteeringHandle([])
+        tracker = None
+        if any(vector.positions != "all" for vector in vectors):
+            tracker = RoleTracker.of(self.model, backbone.name)
+            handle.add(SteeringHandle([tracker]))
+        shifts = [layer_shifts(vector, tracker=tracker) for vector in vectors]
+        with one_model_only():
+            if self.rows is None:
+                self.rows = RowSteering(backbone, shifts)
+            else:
+                self.rows.put_on(shifts)
+        handle.add(SteeringHandle([self.rows]))
+        return handle
+
+    def release(self) -> None:
+        """Take everything off the model; what steers it is put back by `claim`."""
+        self._handle.remove()
+        self.ownership.leave(self)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Inside the block the model is steered by this alone, and no other thread's `ActiveSteering`.
+
+        Raises:
+            AFTError: vectors are attached to the model besides; see `lm_eval_aft.attach`.
+        """
+        with self.ownership.lock:
+            self.ownership.require_plain()
+            self.claim()
+            token = _in_force.set(self)
+            try:
+                yield
+            finally:
+                _in_force.reset(token)
 
     def open_routing(self, spec: str, library: Library, name: str, allow_mismatch: bool) -> Routing:
         """A router over those vectors of a library that fit the model, which messages call ``name``."""
@@ -262,3 +329,25 @@ class ActiveSteering:
         sketch = fingerprint(self.model, self.tokenizer)
         identity = ModelIdentity(name, backbone.hidden_size, len(backbone.blocks), sketch, weights=True)
         return Routing.open(spec, library, identity, allow_mismatch=allow_mismatch)
+
+
+_in_force: ContextVar[ActiveSteering | None] = ContextVar("in_force", default=None)
+
+
+def _let_go_for_others(mine: Callable[[], ActiveSteering | None], *_: Any) -> None:
+    """Before a pass that another lm-eval model makes, `hf` for one, take the vector off the model."""
+    steering = mine()
+    if steering is None or _in_force.get() is steering:
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, LM):
+            if getattr(caller, "active", None) is not steering:
+                logger.warning(
+                    "%s runs a model that --model aft steers: it runs it without the vector.",
+                    type(caller).__name__,
+                )
+                steering.release()
+            return
+        frame = frame.f_back
