@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -48,6 +49,15 @@ Examples:
   aft export v --model M --model-args peft=my-adapter --to merged -o m-with-adapter-and-vector
   lm_eval --model hf --model_args pretrained=pythia-arc --tasks arc_challenge
 """
+
+
+def _arguments(model: str | None, text: str | None, revision: str | None) -> dict[str, Any]:
+    from lm_eval_aft.harness.model_args import check_source, refuse_steering
+
+    args = parse_model_args(text, revision=revision)
+    refuse_steering(args, "they are about the base model, not about what steers it")
+    check_source(model, args)
+    return args
 
 
 model_args_option = click.option(
@@ -95,7 +105,7 @@ def export(
             kind,
             output,
             model=model,
-            model_args=parse_model_args(model_args, revision=revision),
+            model_args=_arguments(model, model_args, revision),
             allow_mismatch=allow_mismatch,
             blocks=blocks,
             progress=progress,
@@ -142,7 +152,7 @@ def import_(
             source,
             output,
             model=model,
-            model_args=parse_model_args(model_args, revision=revision),
+            model_args=_arguments(model, model_args, revision),
             layers=layers,
             progress=progress,
         )

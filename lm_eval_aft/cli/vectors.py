@@ -567,6 +567,7 @@ def verify(library: Path | None, names: tuple[str, ...]) -> None:
 def routes(table: Path | None, text: str | None) -> None:
     """Print or check a keyword table.
 
+    A router looks at a document's own question: few-shot examples and instructions do not count.
     Without TABLE, prints the one that comes with the package; your own TABLE is checked.
 
     \b

@@ -20,9 +20,11 @@ _NONE = ("", "none", "null", "~")
 
 
 class Router(ABC):
-    """Picks a vector for each request.
+    """Picks a vector for each request, by the task and the document's own question.
 
-    To add a router, write a class here under ``@register_router``.
+    The question (`question_of`) is all of the prompt that a router sees: the words of few-shot examples and
+    instructions are the same for every document. To add a router, write a class here under
+    ``@register_router``.
 
     Attributes:
         name: what a spec (``NAME`` or ``NAME:ARGUMENT``) calls it.
@@ -48,8 +50,7 @@ class Router(ABC):
         """The library name of the vector for a request, or ``None`` for no steering.
 
         Args:
-            text: what the model is asked; preferably the document's own question, without few-shot
-                examples, whose words would count too.
+            text: the document's own question, without few-shot examples and instructions.
             task: name of the harness task.
         """
 
