@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from lm_eval_aft._util.errors import AFTError, model_not_loaded
 from lm_eval_aft._util.files import canonical_json
@@ -129,7 +128,9 @@ def load_base(name: str, args: Mapping[str, Any] | None = None, blocks: str | No
 
 def same_base(base: Base) -> list[str]:
     """A note where the export works only on a base that is loaded with the same arguments."""
-    told = ",".join(f"{key}={base.args[key]}" for key in WEIGHT_ARGS if base.args.get(key))
+    told = ",".join(
+        f"{key}={base.args[key]}" for key in WEIGHT_ARGS if base.args.get(key) not in (None, "main")
+    )
     return [f"it is for {base.name} loaded with {told}: give these to lm-eval as well"] if told else []
 
 
@@ -526,16 +527,9 @@ def hooked_logits(base: Base, shifts: dict[int, Tensor], prompts: list[Tensor]) 
 
 
 def forward_in_float32(model: Any, ids: Tensor, **options: Any) -> Any:
-    """``model``'s output for ``ids``, computed in float32; on a copy where it cannot be done in place."""
-    try:
-        with computing_in_float32(model):
-            return model(input_ids=ids, use_cache=False, **options)
-    except RuntimeError:
-        if all(not _coarse(module) for module in model.modules()):
-            raise
-    # Mamba's blocks read weights of modules that they do not call, which no hook can widen. The copy keeps
-    # the steering hooks.
-    return copy.deepcopy(model).float()(input_ids=ids, use_cache=False, **options)
+    """``model``'s output for ``ids``, computed in float32."""
+    with ComputingInFloat32():
+        return model(input_ids=ids, use_cache=False, **options)
 
 
 def compare_logits(base: list[Tensor], steered: list[Tensor], export: list[Tensor]) -> Agreement:
@@ -568,65 +562,48 @@ def require_agreement(agreement: Agreement, what: str) -> Agreement:
     return agreement
 
 
-@contextmanager
-def computing_in_float32(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` in float32 arithmetic without a float32 copy of it.
+class ComputingInFloat32(TorchFunctionMode):
+    """Inside the block, models run in float32 arithmetic, without a float32 copy of their weights.
 
-    Each module's own weights are turned to float32 only while it runs, large matrices in pieces.
-    Nothing is patched where all weights are float32 already.
+    Each 16-bit parameter is turned to float32 for the one operation that reads it, large matrices in pieces.
     """
-    handles: list[Any] = []
-    patched: list[nn.Module] = []
 
-    def widen(module: nn.Module, _inputs: Any) -> None:
-        module.__dict__["_aft_saved"] = saved = [(p, p.data) for p in _coarse(module)]
-        for parameter, data in saved:
-            parameter.data = data.float()
-
-    def restore(module: nn.Module, _inputs: Any, output: Any) -> Any:
-        for parameter, data in module.__dict__.pop("_aft_saved", []):
-            parameter.data = data
-        return output
-
-    try:
-        for module in model.modules():
-            if not _coarse(module):
-                continue
-            if type(module) is nn.Linear and module.weight.numel() > _CHUNK:
-                module.forward = _linear_in_pieces(module)  # type: ignore[method-assign]
-                patched.append(module)
-            elif type(module) is nn.Embedding:
-                handles.append(module.register_forward_hook(lambda _m, _i, output: output.float()))
-            else:
-                handles.append(module.register_forward_pre_hook(widen))
-                handles.append(module.register_forward_hook(restore, always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in patched:
-            del module.forward
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") == "__get__":  # a property: dtype, shape, T, ...
+            found = function(*args, **kwargs)
+            if not _is_coarse(args[0]):
+                return found
+            if isinstance(found, Tensor):
+                return found.float()
+            return torch.float32 if found is args[0].dtype else found
+        if function is functional.embedding:
+            return function(*args, **kwargs).float()
+        if function is functional.linear and _is_coarse(args[1]) and args[1].numel() > _CHUNK:
+            return _linear_in_pieces(*args, **kwargs)
+        kwargs = {key: _widened(value) for key, value in kwargs.items()}
+        return function(*map(_widened, args), **kwargs)
 
 
-def _coarse(module: nn.Module) -> list[nn.Parameter]:
-    own = module.parameters(recurse=False)
-    return [p for p in own if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64)]
+def _is_coarse(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) and value.dtype in (torch.float16, torch.bfloat16)
 
 
-def _linear_in_pieces(module: nn.Linear) -> Any:
-    rows = max(1, _CHUNK // module.in_features)
+def _widened(value: Any) -> Any:
+    if isinstance(value, list | tuple) and any(map(_is_coarse, value)):
+        return [_widened(each) for each in value]
+    return value.float() if _is_coarse(value) else value
 
-    def forward(inputs: Tensor) -> Tensor:
-        # One buffer for all pieces: allocated one by one, they would fragment the heap.
-        buffer = torch.empty(rows, module.in_features)
-        output = torch.empty(*inputs.shape[:-1], module.out_features)
-        for start in range(0, module.out_features, rows):
-            weight = module.weight[start : start + rows]
-            piece = functional.linear(inputs, buffer[: len(weight)].copy_(weight))
-            output[..., start : start + rows] = piece
-        return output if module.bias is None else output + module.bias.float()
 
-    return forward
+def _linear_in_pieces(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    outputs, width = weight.shape
+    rows = max(1, _CHUNK // width)
+    # One buffer for all pieces: allocated one by one, they would fragment the heap.
+    buffer, output = torch.empty(rows, width), torch.empty(*inputs.shape[:-1], outputs)
+    for start in range(0, outputs, rows):
+        piece = weight[start : start + rows]
+        output[..., start : start + rows] = functional.linear(inputs, buffer[: len(piece)].copy_(piece))
+    return output if bias is None else output + bias.float()
 
 
 def _keep(model: Any) -> dict[str, int]:
@@ -665,7 +642,7 @@ def write_card(
         tags=["activation-steering"],
     )
     layers, tasks = ", ".join(map(str, vector.layers)), task_names(vector.metadata)
-    at = "".join(f" ({key} `{value}`)" for key, value in base.args.items())
+    at = "".join(f" ({key} `{base.args[key]}`)" for key in WEIGHT_ARGS if base.args.get(key))
     lines = [
         f"# {base.name} with a steering vector",
         "",
