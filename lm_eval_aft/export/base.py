@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +72,6 @@ class Base:
     def revision(self) -> str | None:
         """The revision on the Hub, if one was asked for."""
         return self.args.get("revision")
-
-    @property
-    def further(self) -> dict[str, Any]:
-        """The arguments besides the revision: ``peft``, ``gguf_file``, ..."""
-        return {key: value for key, value in self.args.items() if key != "revision"}
 
     @property
     def config(self) -> Any:
@@ -351,12 +347,9 @@ def restore(vector: SteeringVector, text: object, where: str) -> list[str]:
 
 def identity(base: Base) -> dict[str, Any]:
     """The entries of a vector's metadata that say which model it is for."""
+    more = {key: value for key, value in base.args.items() if key != "revision"}
     return {
-        "base_model": {
-            "name": base.name,
-            "revision": base.revision,
-            **({"args": base.further} if base.further else {}),
-        },
+        "base_model": {"name": base.name, "revision": base.revision, **({"args": more} if more else {})},
         "num_hidden_layers": len(base.backbone.blocks),
         "fingerprint": fingerprint(base.model, base.tokenizer),
     }
@@ -390,11 +383,7 @@ def place(
 def told_strength(vector: SteeringVector) -> str:
     """How strong an imported direction is, in a phrase: other tools multiply by a factor given at use."""
     norms = [float(values.norm()) for values in vector.layers.values()]
-    size = (
-        f"{min(norms):.3g}"
-        if max(norms) - min(norms) < 1e-3 * max(norms)
-        else f"{min(norms):.3g} to {max(norms):.3g}"
-    )
+    size = " to ".join(dict.fromkeys(f"{norm:.3g}" for norm in (min(norms), max(norms))))
     every = f" at every one of its {len(norms)} blocks" if len(norms) > 1 else ""
     return (
         f"its norm is {size}{every}; the factor it is meant to be used with, and the blocks if not all, are "
@@ -408,14 +397,14 @@ def assign_model(vector: SteeringVector, identity: dict[str, Any]) -> list[str]:
     Raises:
         AFTError: the fingerprint in its record is damaged.
     """
-    recorded, trained_on = (vector.metadata.get(key) for key in ("fingerprint", "base_model"))
+    recorded, trained_on = (
+        vector.metadata.get("fingerprint"),
+        mapping_or_empty(vector.metadata.get("base_model")),
+    )
     vector.metadata |= identity
-    if recorded is None:
-        return []
-    differences = compare_fingerprints(recorded, identity["fingerprint"])
+    differences = [] if recorded is None else compare_fingerprints(recorded, identity["fingerprint"])
     if not differences:
         return []
-    trained_on = mapping_or_empty(trained_on)
     vector.metadata["imported_from"]["trained_on"] = trained_on.get("name")
     return [
         f"it was trained on {describe_base(trained_on)}, not on this model: {', '.join(differences)} differ"
@@ -447,19 +436,14 @@ def _sketch(layers: dict[int, Tensor]) -> dict[str, Any]:
 def _belongs(recorded: Any, present: dict[str, Any]) -> bool:
     """Whether two sketches are of the same values, up to rounding."""
     try:
-        if recorded.keys() != present.keys():
-            return False
-        for layer, now in present.items():
-            was, norm = recorded[layer], now["norm"]
-            pairs = zip(was["entries"], now["entries"], strict=True)
-            largest = max(map(abs, now["entries"]))
-            if abs(was["norm"] - norm) > _TOLERANCE * norm:
-                return False
-            if any(abs(a - b) > _TOLERANCE * largest for a, b in pairs):
-                return False
+        return recorded.keys() == present.keys() and all(
+            math.isclose(recorded[layer]["norm"], now["norm"], rel_tol=_TOLERANCE)
+            and max(abs(a - b) for a, b in zip(recorded[layer]["entries"], now["entries"], strict=True))
+            <= _TOLERANCE * max(map(abs, now["entries"]))
+            for layer, now in present.items()
+        )
     except (AttributeError, KeyError, TypeError, ValueError):  # a stranger's record
         return False
-    return True
 
 
 # Comparing an export with the hooked model: logits on probe prompts, in float32 arithmetic.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -112,15 +111,7 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = [(str(t.name), t.tensor_type.name, t.data) for t in reader.tensors]
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:
         raise AFTError(f"{path} cannot be read as GGUF: {error}.", "Copy it again.") from error
     architecture = fields.get("general.architecture")
     if architecture != ARCHITECTURE:
@@ -196,75 +187,63 @@ def check_header(path: Path) -> None:
         with path.open("rb") as stream:
             size = path.stat().st_size
             check_lengths(path, size, 0)
-            _walk(_Scan(path, stream, size))
+            _walk(path, stream, size)
     except OSError as error:
         raise AFTError(f"{path} cannot be read: {error.strerror}.", "Check the path and rights.") from error
 
 
-@dataclass
-class _Scan:
-    path: Path
-    stream: BinaryIO
-    size: int
-    order: str = "<"
+def _walk(path: Path, stream: BinaryIO, size: int) -> None:
+    order = "<"
 
-    def number(self, kind: str) -> int:
-        data = self.stream.read(struct.calcsize(kind))
+    def refuse(why: str) -> NoReturn:
+        raise AFTError(f"{path} cannot be read as GGUF: {why}.", "Copy it again.")
+
+    def number(kind: str) -> int:
+        data = stream.read(struct.calcsize(kind))
         if len(data) < struct.calcsize(kind):
-            self.refuse("it ends in the middle of its header")
-        return int(struct.unpack(self.order + kind, data)[0])
+            refuse("it ends in the middle of its header")
+        return int(struct.unpack(order + kind, data)[0])
 
-    def skip(self, length: int) -> None:
-        if length > self.size - self.stream.tell():
-            self.refuse(f"it declares {length:,} bytes where fewer are left")
-        self.stream.seek(length, 1)
-
-    def count(self, what: str) -> int:
-        found = self.number("Q")
+    def count(what: str) -> int:
+        found = number("Q")
         if found > _MOST:
-            self.refuse(f"it declares {found:,} {what}, more than any control vector has")
+            refuse(f"it declares {found:,} {what}, more than any control vector has")
         return found
 
-    def string(self) -> None:
-        length = self.number("Q")
+    def skip(length: int) -> None:
+        if length > size - stream.tell():
+            refuse(f"it declares {length:,} bytes where fewer are left")
+        stream.seek(length, 1)
+
+    def skip_string() -> None:
+        length = number("Q")
         if length > MAX_HEADER:
-            self.refuse(f"it declares a text of {length:,} bytes")
-        self.skip(length)
+            refuse(f"it declares a text of {length:,} bytes")
+        skip(length)
 
-    def refuse(self, why: str) -> NoReturn:
-        raise AFTError(f"{self.path} cannot be read as GGUF: {why}.", "Copy it again.")
-
-
-def _walk(scan: _Scan) -> None:
-    if scan.stream.read(4) != b"GGUF":
-        scan.refuse("it does not begin with GGUF")
-    version = scan.number("I")
+    if stream.read(4) != b"GGUF":
+        refuse("it does not begin with GGUF")
+    version = number("I")
     if version & 0xFFFF == 0:  # written on a machine of the other byte order
-        scan.order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
+        order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
     if version not in (2, 3):
-        scan.refuse(f"it is of version {version}; 2 and 3 are known")
-    scan.count("tensors")
+        refuse(f"it is of version {version}; 2 and 3 are known")
+    count("tensors")
     elements = 0
-    for _ in range(scan.count("entries")):
-        scan.string()
-        kind = scan.number("I")
+    for _ in range(count("entries")):
+        skip_string()
+        kind, length = number("I"), 1
         if kind == _ARRAY:
-            kind, length = scan.number("I"), scan.count("elements in one array")
-            if kind == _ARRAY:
-                scan.refuse("it holds arrays of arrays")
+            kind, length = number("I"), count("elements in one array")
             elements += length
-            if elements > _MOST:
-                scan.refuse("its arrays are longer than any control vector's")
-            _values(scan, kind, length)
+        if kind == _ARRAY:
+            refuse("it holds arrays of arrays")
+        if elements > _MOST:
+            refuse("its arrays are longer than any control vector's")
+        if kind == _STRING:
+            for _ in range(length):
+                skip_string()
+        elif kind in _BYTES:
+            skip(_BYTES[kind] * length)
         else:
-            _values(scan, kind, 1)
-
-
-def _values(scan: _Scan, kind: int, length: int) -> None:
-    if kind == _STRING:
-        for _ in range(length):
-            scan.string()
-    elif kind in _BYTES:
-        scan.skip(_BYTES[kind] * length)
-    else:
-        scan.refuse(f"it holds a value of type {kind}, which is not known")
+            refuse(f"it holds a value of type {kind}, which is not known")

@@ -164,12 +164,10 @@ def read_adapter(
     progress("looking for a place")
     shifts: dict[int, Tensor] = {}
     for module, bias in biases.items():
-        inner = module.removeprefix(f"{base.backbone.name}.")
-        index, _, name = inner.partition(".")
-        numbered = index.isascii() and index.isdigit() and len(index) < 10
-        if inner == module or not numbered or int(index) >= len(base.backbone.blocks):
+        found = re.fullmatch(rf"{re.escape(base.backbone.name)}\.([0-9]{{1,9}})\.(.+)", module)
+        if found is None or int(found[1]) >= len(base.backbone.blocks):
             raise AFTError(f"The adapter acts on {module}, which is in no block of {base.name}.")
-        layer = int(index)
+        layer, name = int(found[1]), found[2]
         slots = {slot.name: slot for slot in find_bias_slots(base.model, base.backbone, layer)}
         if name not in slots:
             raise AFTError(
