@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,21 +134,12 @@ def is_expression(text: str) -> bool:
     return re.search(r"""[+*()"'\s]|^-""", text) is not None
 
 
-@dataclass(frozen=True)
-class _Sum:
-    """A number plus weighted names."""
+# The weights of each name, to be added up; of numbers without a name under "".
+_Weights = dict[str, list[float]]
 
-    constant: float
-    weights: dict[str, list[float]]
 
-    def scaled(self, factor: float) -> _Sum:
-        weights = {name: [w * factor for w in each] for name, each in self.weights.items()}
-        return _Sum(self.constant * factor, weights)
-
-    def plus(self, other: _Sum) -> _Sum:
-        names = dict.fromkeys([*self.weights, *other.weights])
-        weights = {n: self.weights.get(n, []) + other.weights.get(n, []) for n in names}
-        return _Sum(self.constant + other.constant, weights)
+def _scaled(weights: _Weights, factor: float) -> _Weights:
+    return {name: [weight * factor for weight in each] for name, each in weights.items()}
 
 
 def parse_expression(text: str) -> dict[str, float]:
@@ -170,12 +160,13 @@ def parse_expression(text: str) -> dict[str, float]:
     found = parser.expression(0)
     if parser.kind:
         raise parser.error(f"{parser.value!r} is not expected")
-    if not found.weights:
+    constant = sum(found.pop("", []))
+    if not found:
         raise parser.error("it names no vector")
-    if found.constant != 0:
+    if constant != 0:
         raise parser.error("a number cannot be added to a vector")
     weights = {}
-    for name, each in found.weights.items():
+    for name, each in found.items():
         try:
             weights[name] = math.fsum(each)  # exactly rounded: the order does not matter
         except (OverflowError, ValueError):
@@ -213,28 +204,28 @@ class _Parser:
                 f"{self.value!r} cannot be named in an expression (give that vector a library name)"
             )
 
-    def expression(self, depth: int) -> _Sum:
+    def expression(self, depth: int) -> _Weights:
         total = self.term(depth)
         while self.value in ("+", "-") and self.kind == "sign":
             sign = 1.0 if self.value == "+" else -1.0
             self.advance()
-            total = total.plus(self.term(depth).scaled(sign))
+            for name, each in _scaled(self.term(depth), sign).items():
+                total[name] = total.get(name, []) + each
         return total
 
-    def term(self, depth: int) -> _Sum:
+    def term(self, depth: int) -> _Weights:
         product = self.factor(depth)
         while self.kind == "sign" and self.value == "*":
             self.advance()
-            factor = self.factor(depth)
-            if product.weights and factor.weights:
+            number, other = product, self.factor(depth)
+            if any(number) and any(other):  # names in both
                 raise self.error("two vectors cannot be multiplied")
-            if product.weights:
-                product = product.scaled(factor.constant)
-            else:
-                product = factor.scaled(product.constant)
+            if any(number):
+                number, other = other, number
+            product = _scaled(other, sum(number[""]))
         return product
 
-    def factor(self, depth: int) -> _Sum:
+    def factor(self, depth: int) -> _Weights:
         if depth > _DEEPEST:
             raise self.error("it is nested too deeply")
         kind, value = self.kind, self.value
@@ -246,11 +237,11 @@ class _Parser:
         if kind == "number":
             if not math.isfinite(float(value)):
                 raise self.error(f"{value} is not a finite number")
-            return _Sum(float(value), {})
+            return {"": [float(value)]}
         if kind == "name":
-            return _Sum(0.0, {value: [1.0]})
+            return {value: [1.0]}
         if value in ("+", "-"):
-            return self.factor(depth + 1).scaled(1.0 if value == "+" else -1.0)
+            return _scaled(self.factor(depth + 1), 1.0 if value == "+" else -1.0)
         inner = self.expression(depth + 1)
         if self.kind != "sign" or self.value != ")":
             raise self.error("a parenthesis is not closed")
