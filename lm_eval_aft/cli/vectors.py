@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import appearing, exclusive_dir
 from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
 from lm_eval_aft.cli.options import ended, offline_option, parse_model_args, print_table
-from lm_eval_aft.library.files import check_name, is_name, printable
+from lm_eval_aft.library.files import is_name, printable
 
 if TYPE_CHECKING:
     from lm_eval_aft.library.entry import Entry
@@ -206,7 +205,6 @@ def compose(
     if not (output or name or report):
         raise AFTError("Nothing to do with the sum.", "Give -o FOLDER, --name CATEGORY/NAME or --report.")
     shelf = Library(library)
-    _check_places(output, shelf, name)  # both, before either is written
     operands = [Operand(n, w, load_vector(n, shelf)) for n, w in parse_expression(expression).items()]
     vector = combine(operands, expression)
     if report:
@@ -250,21 +248,14 @@ def _print_conflicts(found: Sequence[Mapping[str, Any]]) -> None:
         click.echo("No two of the vectors share a layer.")
 
 
-def _check_places(output: Path | None, shelf: Library, name: str | None) -> None:
-    if name is not None and os.path.lexists(shelf.root / check_name(name)):
-        raise AFTError(f"The library {shelf.root} already has {name!r}.", "Choose another name.")
-    if output is None:
-        return
-    if output.suffix == ".safetensors":
-        raise AFTError(f"{output} names a file; a folder is written.", "Give a name without .safetensors.")
-    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
-        raise AFTError(f"{output} exists already.", "Choose another folder.")
-
-
 def _write_whole(output: Path, vector: SteeringVector) -> None:
     """Write a vector into a new or an empty folder, whole or not at all."""
+    if output.suffix == ".safetensors":
+        raise AFTError(f"{output} names a file; a folder is written.", "Give a name without .safetensors.")
     target = output.resolve()
-    empty = target.is_dir()  # perhaps somebody's working directory: it is not replaced
+    empty = target.is_dir() and not any(
+        target.iterdir()
+    )  # perhaps somebody's working directory: it is not replaced
     with appearing(target / ".aft-compose" if empty else target) as folder:
         _write(folder, vector)
     if empty:

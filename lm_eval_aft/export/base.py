@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -265,6 +266,16 @@ class Export:
     kind: str
     agreement: Agreement | None
     notes: list[str]
+
+
+def optional_package(name: str, needing: str) -> Any:
+    """A package that comes with an extra of ours; raises `AFTError` where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise AFTError(
+            f"{needing} need the {name} package.", f"Install it: pip install 'lm-eval-aft[{name}]'"
+        ) from error
 
 
 # The vector's own record in what is exported, so that an import restores it.

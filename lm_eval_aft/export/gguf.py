@@ -20,6 +20,7 @@ from lm_eval_aft._util.files import appearing
 from lm_eval_aft.export.base import (
     Export,
     ExportJob,
+    optional_package,
     place,
     record,
     restore,
@@ -48,7 +49,7 @@ def write(job: ExportJob) -> Export:
         AFTError: gguf is missing, or the file does not read back equal.
     """
     base, shifts, progress = job.base, job.shifts, job.progress
-    gguf = _library()
+    gguf = optional_package("gguf", "GGUF files")
     hint, own = model_hint(gguf, base.config.model_type), record(job.vector, shifts)
     with appearing(job.target, 10**6) as file:
         progress("writing")
@@ -105,7 +106,7 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
         AFTError: gguf is missing, not a control vector, damaged, or holds anything but finite F32
             directions of one width.
     """
-    gguf = _library()
+    gguf = optional_package("gguf", "GGUF files")
     check_header(path)  # the package trusts the lengths that a file declares
     try:
         reader = gguf.GGUFReader(path)
@@ -156,16 +157,6 @@ def model_hint(gguf: Any, model_type: str) -> str:
         if name.replace("-", "").replace("_", "") == plain:
             return str(name)
     return model_type
-
-
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise AFTError(
-            "GGUF files need the gguf package.", "Install it: pip install 'lm-eval-aft[gguf]'"
-        ) from error
-    return gguf
 
 
 # The lengths that a GGUF file declares, compared with the file before any reader trusts them.

@@ -114,7 +114,7 @@ def _merge_adapter(base: Base, shifts: dict[int, Tensor], prompts: list[Tensor])
             f"The adapter {base.args['peft']} cannot be merged into its model: {str(error)[:200]}.",
             "Use --to gguf or --to steered, which leave the model as it is.",
         ) from error
-    base.backbone = find_backbone(base.model)
+    base.backbone = find_backbone(base.model, base.backbone.name.removeprefix("base_model.model."))
     agreement = compare_logits(with_adapter, with_adapter, hooked_logits(base, shifts, prompts))
     return (
         f"the adapter {base.args['peft']} was merged into the weights first, which moves logits by at most "

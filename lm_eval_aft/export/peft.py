@@ -30,6 +30,7 @@ from lm_eval_aft.export.base import (
     hooked_logits,
     identity,
     load_base,
+    optional_package,
     probe_logits,
     probe_prompts,
     read_record,
@@ -63,7 +64,7 @@ def write(job: ExportJob) -> Export:
         AFTError: peft is missing, no Linear can stand for the vector, or the check fails.
     """
     base, shifts, progress = job.base, job.shifts, job.progress
-    peft = _library()
+    peft = optional_package("peft", "Adapters")
     if base.args.get("peft"):
         raise AFTError(
             f"{base.name} has the adapter {base.args['peft']} already, and lm-eval's peft= takes one.",
@@ -160,7 +161,7 @@ def read_adapter(
     Raises:
         AFTError: it acts on Linears that do not write into the residual stream, or peft cannot load it.
     """
-    peft = _library()
+    peft = optional_package("peft", "Adapters")
     progress("looking for a place")
     shifts: dict[int, Tensor] = {}
     for module, bias in biases.items():
@@ -192,16 +193,6 @@ def read_adapter(
         agreement = compare_logits(plain, probe_logits(loaded, prompts), steered)
         loaded.unload()
     return shifts, require_agreement(agreement, "vector")
-
-
-def _library() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise AFTError(
-            "Adapters need the peft package.", "Install it: pip install 'lm-eval-aft[peft]'"
-        ) from error
-    return peft
 
 
 def _config(peft: Any, targets: list[str], linear: bool) -> Any:
