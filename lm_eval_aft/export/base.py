@@ -395,9 +395,9 @@ def told_strength(vector: SteeringVector) -> str:
     """How strong an imported direction is, in a phrase: other tools multiply by a factor given at use."""
     norms = [float(values.norm()) for values in vector.layers.values()]
     size = " to ".join(dict.fromkeys(f"{norm:.3g}" for norm in (min(norms), max(norms))))
-    every = f" at every one of its {len(norms)} blocks" if len(norms) > 1 else ""
+    where = f" at each of its {len(norms)} blocks" if len(norms) > 1 else ""
     return (
-        f"its norm is {size}{every}; the factor it is meant to be used with, and the blocks if not all, are "
+        f"its norm{where} is {size}; the factor it is meant to be used with, and the blocks if not all, are "
         "not in the file: choose them with coefficient= and `aft import --layer`"
     )
 

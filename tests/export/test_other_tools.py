@@ -75,7 +75,7 @@ def test_direction_0_is_added_after_block_0(checkpoint: Callable[..., str], tmp_
     vector = SteeringVector.load(folder)
     assert list(vector.layers) == [0, 1, 2, 3]
     assert vector.metadata["imported_from"]["method"] == "diffmean"
-    assert any("its norm is" in note and "at every one of its 4 blocks" in note for note in notes)
+    assert any("its norm at each of its 4 blocks is" in note for note in notes)
 
     model, caught = tiny_model("llama"), []
     ids = torch.arange(2, 30)[None]
