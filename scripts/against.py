@@ -14,6 +14,7 @@ the rounds' ratios, and the largest difference of the numbers computed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -193,7 +194,8 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         if self.kind != "startup":
             assert self.process.stdin is not None
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+                self.process.stdin.close()
             self.process.wait(60)
 
     def round(self) -> tuple[dict[str, float], list[float]]:
@@ -202,8 +204,9 @@ class Worker:
             return {name: self._start(command) for name, command in COMMANDS.items()}, []
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"The worker of {self.root} ended: {' '.join(self.command)}")

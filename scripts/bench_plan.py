@@ -30,8 +30,7 @@ from lm_eval_aft.cli.train import duration
 from lm_eval_aft.engine.batching import Document
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.intervention import Intervention
-from lm_eval_aft.studies.known_models import Lengths, documents_of, find_config, typical_documents
-from lm_eval_aft.studies.planner import plan_cost
+from lm_eval_aft.studies.planner import Lengths, documents_of, find_config, plan_cost, typical_documents
 from lm_eval_aft.studies.simulated_device import DEVICES, this_cpu
 from lm_eval_aft.training.candidate import Candidate, Recipe
 from lm_eval_aft.training.cost import flops_of, peak_memory

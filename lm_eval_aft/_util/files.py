@@ -24,6 +24,7 @@ from lm_eval_aft._util.process import is_main_process
 
 logger = logging.getLogger(__name__)
 LOCK = ".aft.lock"
+_FREE_SPACE = "Free some space or choose another place."
 # Errors of file systems without locks, such as some network mounts.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -87,6 +88,16 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 
 @contextmanager
+def _told(target: Path, hint: str) -> Iterator[None]:
+    """Inside the block an error in writing is one message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AFTError(f"Cannot write {target}: {reason}.", hint) from error
+
+
+@contextmanager
 def appearing(target: Path, expected_bytes: int = 0) -> Iterator[Path]:
     """Yield a path in a temporary folder beside ``target``; move it there if the block succeeds.
 
@@ -102,36 +113,26 @@ def appearing(target: Path, expected_bytes: int = 0) -> Iterator[Path]:
     target = Path(os.path.abspath(target))  # noqa: PTH100 - a link is replaced by nothing, so not resolved
     check_absent(target)
     missing = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < expected_bytes:
-            raise AFTError(
-                f"{target.parent} has {free / 1e9:.1f} GB free; "
-                f"the export needs {expected_bytes / 1e9:.1f} GB.",
-                "Free some space or choose another place.",
-            )
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except (OSError, AFTError) as error:
-        _remove_empty(missing)
-        if isinstance(error, AFTError):
-            raise
-        raise AFTError(f"Cannot write {target}: {error.strerror}.", "Choose another place.") from error
-    done = False
-    try:
-        # Named like the target, as some loaders look at the name.
-        yield folder / target.name
-        check_absent(target)
-        (folder / target.name).rename(target)
-        done = True
-    except (OSError, SafetensorError) as error:
-        raise AFTError(
-            f"Cannot write {target}: {error}.", "Free some space or choose another place."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not done:
-            _remove_empty(missing)
+    with contextlib.ExitStack() as undone:
+        undone.callback(_remove_empty, missing)
+        with _told(target, "Choose another place."):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(target.parent).free
+            if free < expected_bytes:
+                raise AFTError(
+                    f"{target.parent} has {free / 1e9:.1f} GB free; "
+                    f"the export needs {expected_bytes / 1e9:.1f} GB.",
+                    _FREE_SPACE,
+                )
+            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        undone.callback(shutil.rmtree, folder, ignore_errors=True)
+        with _told(target, _FREE_SPACE):
+            # Named like the target, as some loaders look at the name.
+            yield folder / target.name
+            check_absent(target)
+            (folder / target.name).rename(target)
+        undone.pop_all()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_absent(target: Path) -> None:
@@ -164,25 +165,20 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         AFTError: the place cannot be written (missing rights, no space).
     """
-    try:
+    with _told(target, "Choose another place."):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
-    except OSError as error:
-        raise AFTError(f"Cannot write {target}: {error.strerror}.", "Choose another place.") from error
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())  # else a loss of power may leave the new name with an empty file
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600, which would not survive sharing
-        temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise AFTError(
-            f"Cannot write {target}: {error}.", "Free some space or choose another place."
-        ) from error
+        with _told(target, _FREE_SPACE):
+            yield temporary
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())  # else a loss of power may leave the new name with an empty file
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp gives 0600, which would not survive sharing
+            temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -70,6 +70,7 @@ class PrivateName:
         return "" if fine else "it is gone, or not as it was"
 
     def _findings(self) -> Iterator[bool]:
+        """The outcomes of the checks in turn; a name that is not there is an error of any kind."""
         for place in self.has:
             resolve_name(place)
         yield from (hasattr(_llama_config(), name) for name in self.config)
@@ -84,7 +85,7 @@ class PrivateName:
         for place, code in self.reads.items():
             yield "".join(code.split()) in "".join(inspect.getsource(resolve_name(place)).split())
         if self.tried:
-            yield bool(_TRIALS[self.tried]())
+            yield bool(globals()[f"_{self.tried}"]())
 
 
 @cache
@@ -141,15 +142,6 @@ def require(key: str) -> None:
         raise gone(key, reason)
 
 
-_TRIALS: dict[str, Callable[[], Any]] = {}
-
-
-def _trial(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Decorator: a check by the name that ``tried`` gives it."""
-    _TRIALS[function.__name__.lstrip("_")] = function
-    return function
-
-
 def _parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
@@ -171,7 +163,6 @@ def _keyword(model: Any) -> str:
     return found[0]
 
 
-@_trial
 def _cache_keyword() -> bool:
     """The models that ship with transformers take a cache by a name that is known."""
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
@@ -202,7 +193,6 @@ def asked_of_a_cache(model: Any) -> set[str]:
     return asked
 
 
-@_trial
 def _cache_calls() -> bool:
     import torch
     from transformers import LlamaForCausalLM
@@ -222,7 +212,6 @@ def _llama_config() -> Any:
     )
 
 
-@_trial
 def _rope_parameters() -> bool:
     from transformers import LlamaConfig
 
@@ -230,14 +219,12 @@ def _rope_parameters() -> bool:
     return bool(LlamaConfig(rope_parameters=scaled).rope_parameters["rope_type"] == "dynamic")
 
 
-@_trial
 def _blocks_take_hidden_states() -> bool:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     return _parameters(LlamaDecoderLayer.forward)[1] == "hidden_states"
 
 
-@_trial
 def _execution_device() -> bool:
     import torch
     from accelerate import cpu_offload
@@ -246,7 +233,6 @@ def _execution_device() -> bool:
     return torch.device(module[0]._hf_hook.execution_device).type == "cpu"
 
 
-@_trial
 def _device_map() -> bool:
     import torch
     from accelerate import dispatch_model
@@ -255,7 +241,6 @@ def _device_map() -> bool:
     return bool(module.hf_device_map == {"": "cpu"})
 
 
-@_trial
 def _attention_counted() -> bool:
     """Attention on a CPU runs the two kernels that are counted, forwards and backwards."""
     import torch
@@ -280,7 +265,6 @@ def _attention_counted() -> bool:
     return ran == ["forward", "backward"]
 
 
-@_trial
 def _onednn() -> bool:
     """A small product by oneDNN's kernels, which PyTorch has for itself, comes to the plain one."""
     import torch
@@ -314,14 +298,12 @@ def _compiled_module() -> bool:
     return compiled._orig_mod is module and module._compiled_call_impl is not None
 
 
-@_trial
 def _registry() -> bool:
     importlib.import_module("lm_eval.models")
     table = resolve_name("lm_eval.api.registry:model_registry")
     return "target" in _parameters(table.register) and "hf" in table
 
 
-@_trial
 def _cache_hook() -> bool:
     """lm-eval hands its cache to the model, and one table of it is used for looking up and for writing."""
     caching_lm = resolve_name("lm_eval.api.model:CachingLM")
@@ -339,7 +321,6 @@ def _cache_hook() -> bool:
             caching.dbdict.close()
 
 
-@_trial
 def _table_renamed() -> bool:
     """A `SqliteDict` reads and writes the table that its ``tablename`` names, changed at any time."""
     from sqlitedict import SqliteDict
@@ -358,7 +339,6 @@ def _table_renamed() -> bool:
             database.close()
 
 
-@_trial
 def _adapters() -> bool:
     """Adapters keep what they hold where an export writes it."""
     import peft
@@ -379,14 +359,12 @@ def _adapters() -> bool:
     )
 
 
-@_trial
 def _hub_errors() -> bool:
     from huggingface_hub import errors
 
     return errors.HfHubHTTPError.__mro__[1] not in (OSError, Exception)
 
 
-@_trial
 def _header_bytes() -> bool:
     """A safetensors file is eight bytes of length, that many of JSON, then the numbers."""
     import json
@@ -401,20 +379,17 @@ def _header_bytes() -> bool:
     return header == {"__metadata__": {"key": "value"}, "a": entry} and len(data) == 8 + length + 8
 
 
-@_trial
 def _storage_address() -> bool:
     import torch
 
     return isinstance(torch.ones(1).untyped_storage()._cdata, int)
 
 
-@_trial
 def _encode_pair() -> bool:
     encode = resolve_name("lm_eval.models.huggingface:HFLM._encode_pair")
     return _parameters(encode)[1:] == ["context", "continuation"]
 
 
-@_trial
 def _offline_switch() -> bool:
     config = importlib.import_module("datasets.config")
     return hasattr(config, "HF_HUB_OFFLINE") or hasattr(config, "HF_DATASETS_OFFLINE")

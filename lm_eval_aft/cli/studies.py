@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
@@ -19,6 +19,7 @@ from lm_eval_aft.cli.train import plan_settings, print_cost, print_stages, scori
 if TYPE_CHECKING:
     from lm_eval_aft.studies.config import BenchStudy
     from lm_eval_aft.studies.jobs import Store, StudyCell
+    from lm_eval_aft.studies.planner import CostEstimator
     from lm_eval_aft.studies.report import BenchReport
     from lm_eval_aft.studies.runner import Executor
     from lm_eval_aft.studies.search import Point
@@ -59,14 +60,16 @@ if TYPE_CHECKING:
 @click.option(
     "--workers", type=click.IntRange(min=1), help="Ray: how many.  [default: as many as there is room for]"
 )
-@click.option("--ray-address", help="Ray: cluster to join (auto, ray://host:10001).  [default: a local one]")
 @click.option(
-    "--gpus-per-worker", type=float, help="Ray: GPUs of each worker, may be 0.5.  [default: 1 if any]"
+    "--ray-address", "address", help="Ray: cluster to join (auto, ray://host:10001).  [default: a local one]"
 )
 @click.option(
-    "--cpus-per-worker", type=float, default=1.0, show_default=True, help="Ray: CPUs of each worker."
+    "--gpus-per-worker", "gpus", type=float, help="Ray: GPUs of each worker, may be 0.5.  [default: 1 if any]"
 )
-@click.option("--ray-runtime-env", help="Ray: runtime environment, JSON or a YAML file.")
+@click.option(
+    "--cpus-per-worker", "cpus", type=float, default=1.0, show_default=True, help="Ray: CPUs of each worker."
+)
+@click.option("--ray-runtime-env", "runtime_env", help="Ray: runtime environment, JSON or a YAML file.")
 def bench(
     study: Path,
     output: Path | None,
@@ -138,27 +141,21 @@ def bench(
 
 
 def _executor(name: str, plan: BenchStudy, store: Store, device: str | None, ray: dict[str, Any]) -> Executor:
+    settings: dict[str, Any] = {"device": device, "batch_size": plan.evaluation.batch_size, "data": plan.data}
+    if name == "ray":
+        from lm_eval_aft.studies.ray import Ray, RayOptions, read_runtime_env
+
+        options = RayOptions(**ray | {"runtime_env": read_runtime_env(ray["runtime_env"])})
+        return Ray(store, settings, options)
     from lm_eval_aft.studies.jobs import Session
     from lm_eval_aft.studies.runner import Local
 
-    if name == "local":
-        given = [key for key, value in ray.items() if value is not None and key != "cpus_per_worker"]
-        if given:
-            flag = given[0].replace("_", "-")
-            raise AFTError(f"--{flag} is an option for Ray.", "Add --executor ray.")
-        return Local(Session(store, device=device, batch_size=plan.evaluation.batch_size, data=plan.data))
-    from lm_eval_aft.studies.ray import Ray, RayOptions, read_runtime_env
-
-    options = RayOptions(
-        address=ray["ray_address"],
-        workers=ray["workers"],
-        gpus=ray["gpus_per_worker"],
-        cpus=ray["cpus_per_worker"],
-        runtime_env=read_runtime_env(ray["ray_runtime_env"]),
-    )
-    return Ray(
-        store, {"device": device, "batch_size": plan.evaluation.batch_size, "data": plan.data}, options
-    )
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if option.name in ray and given:
+            raise AFTError(f"{option.opts[0]} is an option for Ray.", "Add --executor ray.")
+    return Local(Session(store, **settings))
 
 
 def _print_report(report: BenchReport, output: Path) -> None:
@@ -174,80 +171,66 @@ def _print_report(report: BenchReport, output: Path) -> None:
 
 # What ``aft bench --dry-run`` prints: cells, steps, operations, hours and memory, model by model.
 
-GIB = 2**30
-
-
-@dataclass
-class _PlanTables:
-    """Rows of the two tables.
-
-    Attributes:
-        rows: by model, task and method.
-        models: by model.
-        shipped: models whose shape is known here and was not read.
-    """
-
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-    models: list[tuple[str, ...]] = field(default_factory=list)
-    shipped: list[str] = field(default_factory=list)
-
 
 def print_plan(study: BenchStudy, output: Path | None, only: Sequence[str], plan_for: str) -> None:
     """Print what a study would run and cost; nothing is loaded, trained or written."""
     from tqdm import tqdm
 
     from lm_eval_aft.studies.jobs import build_cells
+    from lm_eval_aft.studies.planner import CostEstimator, find_shape
     from lm_eval_aft.studies.simulated_device import DEVICES, this_cpu
     from lm_eval_aft.training.cost import Spent
 
     finished = _finished(output)
     cells = [cell for cell in build_cells(study, finished) if cell.matches(only)]
     device = this_cpu() if plan_for == "cpu" else DEVICES[plan_for]
-    shots, shown, whole = _shots(study), _PlanTables(), Spent()
+    shots, whole, shipped = _shots(study), Spent(), []
+    rows: list[tuple[str, ...]] = []
+    models: list[tuple[str, ...]] = []
     kinds = dict.fromkeys((cell.model.name, cell.task.name, cell.method.name) for cell in cells)
     with tqdm(total=len(kinds), desc="planning", unit="kind", leave=False, disable=None) as bar:
         for entry in study.models:
             if own := [cell for cell in cells if cell.model.name == entry.name]:
-                whole += _plan_model(own, shots, device, shown, bar)
+                shape = find_shape(entry)
+                shipped += [entry.name] if shape.shipped else []
+                more, line, spent = _plan_model(own, CostEstimator(shape, device), shots, bar)
+                rows += more
+                models.append(line)
+                whole += spent
     columns = ("model", "task", "method", "cells", "candidates", "steps", "operations", "hours")
-    print_table(f"Study {study.name} (nothing was run)", columns, shown.rows)
+    print_table(f"Study {study.name} (nothing was run)", columns, rows)
     heads = ("model", "parameters", "dtype", "cells", "weights", "above", "GiB in all", "fits")
     title = f"By model on {device.name}; memory in GiB, baselines included"
-    print_table(title, (*heads, "operations", "hours"), shown.models)
-    done = sum(cell.key in finished for cell in cells)
-    _print_notes(study, cells, done, shown, device, whole)
+    print_table(title, (*heads, "operations", "hours"), models)
+    _print_notes(study, cells, sum(cell.key in finished for cell in cells), shipped, device, whole)
 
 
-def _plan_model(own: Sequence[StudyCell], shots: Any, device: Device, shown: _PlanTables, bar: Any) -> Spent:
-    """Add a model's rows to the tables; what its cells and baselines take."""
-    from lm_eval_aft.studies.planner import CostEstimator, find_shape
+def _plan_model(
+    own: Sequence[StudyCell], estimator: CostEstimator, shots: Any, bar: Any
+) -> tuple[list[tuple[str, ...]], tuple[str, ...], Spent]:
+    """A model's rows by task and method, its row among the models, and what it takes with its baselines."""
     from lm_eval_aft.training.cost import Spent
 
-    name = own[0].model.name
-    shape = find_shape(own[0].model)
-    if shape.shipped:
-        shown.shipped.append(name)
-    estimator = CostEstimator(shape, device)
-    total, plans = Spent(), []
+    rows, total, plans = [], Spent(), []
     for task, method in dict.fromkeys((cell.task.name, cell.method.name) for cell in own):
-        bar.set_postfix_str(f"{name}/{task}/{method}")
+        bar.set_postfix_str(f"{own[0].model.name}/{task}/{method}")
         same = [cell for cell in own if (cell.task.name, cell.method.name) == (task, method)]
         plan = estimator.plan(same[0], shots(same[0]))
         spent = estimator.spent(same[0], shots(same[0])) * len(same)
         total += spent
         plans.append((plan, same[0]))
         numbers = (f"{len(same) * n:,}" for n in (plan.candidates, plan.steps))
-        shown.rows.append((name, task, method, str(len(same)), *numbers, *_spent(spent)))
+        rows.append((own[0].model.name, task, method, str(len(same)), *numbers, *_spent(spent)))
         bar.update()
     for cell in {cell.baseline_key: cell for cell in own}.values():
         total += estimator.baseline(cell, shots(cell))
     most, cell = max(plans, key=lambda each: each[0].peak_bytes)
     budget = estimator.fitting_budget(cell, shots(cell))
     fits = "yes" if budget == estimator.budget else f"in {budget:,} tokens" if budget else "NO"
-    gibibytes = (f"{each / GIB:.1f}" for each in (most.weight_bytes, most.peak_bytes, most.total_bytes))
-    size, dtype = f"{most.parameters / 1e9:.3g} B", str(shape.dtype).removeprefix("torch.")
-    shown.models.append((name, size, dtype, str(len(own)), *gibibytes, fits, *_spent(total)))
-    return total
+    gibibytes = (f"{each / 2**30:.1f}" for each in (most.weight_bytes, most.peak_bytes, most.total_bytes))
+    size, dtype = f"{most.parameters / 1e9:.3g} B", str(estimator.shape.dtype).removeprefix("torch.")
+    line = (own[0].model.name, size, dtype, str(len(own)), *gibibytes, fits, *_spent(total))
+    return rows, line, total
 
 
 def _spent(spent: Spent) -> tuple[str, str]:
@@ -259,11 +242,11 @@ def _print_notes(
     study: BenchStudy,
     cells: Sequence[StudyCell],
     finished: int,
-    shown: _PlanTables,
+    shipped: Sequence[str],
     device: Device,
     whole: Spent,
 ) -> None:
-    from lm_eval_aft.studies.known_models import TASK_SIZES
+    from lm_eval_aft.studies.planner import TASK_SIZES
 
     baselines, (operations, hours) = len({cell.baseline_key for cell in cells}), _spent(whole)
     click.echo(
@@ -279,9 +262,8 @@ def _print_notes(
         "takes as many operations and less time. When training runs out of memory it continues with passes "
         "of fewer tokens; `fits` gives the number of tokens at which it would fit."
     )
-    if shown.shipped:
-        models = ", ".join(shown.shipped)
-        click.echo(f"Not read from the Hub: shapes of {models} are those in the same file.")
+    if shipped:
+        click.echo(f"Not read from the Hub: shapes of {', '.join(shipped)} are those in the same file.")
     if assumed := sorted({cell.task.name for cell in cells if cell.task.task not in TASK_SIZES}):
         click.echo(f"Lengths of {', '.join(assumed)} are not known: taken as typical.")
     if study.prune:

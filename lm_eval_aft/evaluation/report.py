@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shlex
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -43,6 +41,8 @@ from lm_eval_aft.evaluation.results import (
 )
 from lm_eval_aft.evaluation.stats import ALPHA, BETTER, NO_DIFFERENCE, WORSE, mean_stderr
 from lm_eval_aft.evaluation.vector_info import VectorInfo, read_vector_info
+from lm_eval_aft.harness.commands import lm_eval_command, task_words
+from lm_eval_aft.harness.tasks import read_definition
 
 ANSWER_ONLY_WORDING = (
     "The questions were removed and the options scored alone, for the baseline and for the vector. A gain "
@@ -258,8 +258,9 @@ def _run_warnings(baseline: ScoredRun, run: ScoredRun, info: VectorInfo) -> Iter
         shots = run.tasks[task].results.get("n-shot", {}).get(task)
         if shots != trained:
             yield f"{run.name}: trained on {trained}-shot prompts of {task}, scored {shots}-shot."
-    if info.facts and bool(info.facts.get("chat_template")) != bool(results.get("chat_template_sha")):
-        yield f"{run.name}: trained with a chat template and scored without one, or the reverse."
+    for trained, scored in _prompts(info, run):
+        if trained != scored:
+            yield f"{run.name}: trained with {trained}, scored with {scored}."
     for library in ("lm_eval", "transformers"):
         used, old = results.get(f"{library}_version"), baseline.any.get(f"{library}_version")
         if used != old:
@@ -267,6 +268,27 @@ def _run_warnings(baseline: ScoredRun, run: ScoredRun, info: VectorInfo) -> Iter
     unfit = not_finite(baseline, run)
     yield from map(str, unfit)
     yield from _displaced(baseline, run, {each.task for each in unfit})
+
+
+def _prompts(info: VectorInfo, run: ScoredRun) -> Iterator[tuple[str, str]]:
+    """Settings of the prompts, each in words: as the vector was trained, and as it was scored."""
+    trained, scored = info.prompts, run.any
+    if info.facts:
+        template, other = info.facts.get("chat_template"), scored.get("chat_template_sha")
+        yield _named("chat template", template and template[:8]), _named("chat template", other and other[:8])
+    if not trained:
+        return
+    system = "system instruction"
+    yield _named(system, trained.get("system_instruction")), _named(system, scored.get("system_instruction"))
+    if any(scored.get("n-shot", {}).get(task) for task in run.tasks):
+        turns, text = "few-shot examples as chat turns", "few-shot examples as one text"
+        multiturn = trained.get("fewshot_as_multiturn")
+        multiturn = trained.get("apply_chat_template") if multiturn is None else multiturn
+        yield turns if multiturn else text, turns if scored.get("fewshot_as_multiturn") else text
+
+
+def _named(what: str, value: str | None) -> str:
+    return f"the {what} {value!r}" if value else f"no {what}"
 
 
 def _displaced(baseline: ScoredRun, run: ScoredRun, unfit: Container[str]) -> Iterator[str]:
@@ -593,58 +615,53 @@ def commands(run: ScoredRun) -> list[str]:
     calls: dict[tuple[Path, str], list[str]] = {}
     for task, each in run.tasks.items():
         # Tasks may have their own numbers of shots.
-        calls.setdefault((each.file, str(each.results.get("n-shot", {}).get(task))), []).append(task)
-    return [_command(run, tasks, shots) for (_, shots), tasks in calls.items()]
+        asked = bool(each.results["config"]["aft"].get("asked"))
+        shots = "" if asked else str(each.results.get("n-shot", {}).get(task))
+        calls.setdefault((each.file, shots), []).append(task)
+    return [_command(run, tasks) for tasks in calls.values()]
 
 
-def _command(run: ScoredRun, tasks: list[str], shots: str) -> str:
+def _command(run: ScoredRun, tasks: list[str]) -> str:
     results = run.tasks[tasks[0]].results
     config: dict[str, Any] = results.get("config", {})
-    words = ["lm_eval", "--model", str(config.get("model"))]
-    arguments = ",".join(f"{key}={value}" for key, value in model_args(results).items())
-    if arguments:
-        words += ["--model_args", arguments]
-    words += ["--tasks", ",".join(tasks)]
-    if shots != "None":
-        words += ["--num_fewshot", shots]
-    for flag in ("batch_size", "device", "limit"):
-        if config.get(flag) is not None:
-            value = config[flag]
-            text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-            words += [f"--{flag}", text]
-    generation = config.get("gen_kwargs")
-    if generation:
-        words += ["--gen_kwargs", _pairs(generation) if isinstance(generation, dict) else str(generation)]
-    if results.get("chat_template_sha"):
-        words.append("--apply_chat_template")
-    if results.get("system_instruction"):
-        words += ["--system_instruction", str(results["system_instruction"])]
-    if results.get("fewshot_as_multiturn"):
-        words.append("--fewshot_as_multiturn")
-    elif results.get("chat_template_sha"):  # otherwise a template turns it on
-        words += ["--fewshot_as_multiturn", "false"]
-    seeds = [config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")]
-    if any(seed is not None for seed in seeds):
-        words += ["--seed", ",".join(map(str, seeds))]
-    for folder in _task_folders(results, tasks):
-        words += ["--include_path", folder]
-    return shlex.join([*words, "--log_samples", "--output_path", f"RESULTS/{run.name}"])
+    template, multiturn = results.get("chat_template_sha"), results.get("fewshot_as_multiturn")
+    names, folder = task_words({task: _source(run.tasks[task].config) for task in tasks})
+    settings = {
+        "num_fewshot": results.get("n-shot", {}).get(tasks[0]),
+        **{name: config.get(name) for name in ("batch_size", "device", "limit", "gen_kwargs")},
+        "apply_chat_template": bool(template),
+        "system_instruction": results.get("system_instruction"),
+        "fewshot_as_multiturn": bool(multiturn) if template or multiturn else None,
+        "seed": [config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")],
+        "metadata": _given_metadata(run.tasks[tasks[0]]),
+        "include_path": folder,
+    }
+    if set(settings["seed"]) == {None}:
+        del settings["seed"]
+    # `aft eval` records what it was asked for: the name of a template, tasks as a group, and more.
+    if asked := dict(config.get("aft", {}).get("asked") or {}):
+        names = asked.pop("tasks", names)
+        settings |= {"num_fewshot": None, **asked}
+    last = {"log_samples": True, "output_path": f"RESULTS/{run.name}"}
+    return lm_eval_command(str(config.get("model")), model_args(results), names, settings | last)
 
 
-def _task_folders(results: dict[str, Any], tasks: list[str]) -> list[str]:
-    """The first folder of task files that are not lm-eval's own; lm-eval takes one."""
-    for task in tasks:
-        source = (results.get("configs", {}).get(task, {}).get("metadata") or {}).get("config_source")
-        if source and "lm_eval/tasks" not in Path(source).as_posix():
-            return [str(Path(source).parent)]
-    return []
+def _source(config: dict[str, Any]) -> Path | None:
+    found = (config.get("metadata") or {}).get("config_source")
+    return Path(found) if found and found != "inline" else None
 
 
-def _pairs(values: dict[str, Any]) -> str:
-    """``key=value,key=value`` if values are simple, else JSON, which lm-eval reads too."""
-    if all(isinstance(value, str | int | float) and "," not in str(value) for value in values.values()):
-        return ",".join(f"{key}={value}" for key, value in values.items())
-    return json.dumps(values)
+def _given_metadata(run: TaskRun) -> dict[str, Any]:
+    """What was given as ``--metadata``: not the model arguments, nor what the task's file says."""
+    given, arguments, source = (
+        dict(run.config.get("metadata") or {}),
+        model_args(run.results),
+        _source(run.config),
+    )
+    own = {"version": None, "config_source": None, "device": None, **arguments}
+    if source is not None and source.is_file():
+        own |= read_definition(source).get("metadata") or {}
+    return {key: value for key, value in given.items() if key not in own}
 
 
 # The Open LLM Leaderboard v1's settings, and scores published under them.

@@ -352,7 +352,9 @@ def model_args(results: dict[str, Any]) -> dict[str, Any]:
     found = results.get("config", {}).get("model_args") or {}
     if isinstance(found, dict):
         return found
-    return dict(part.partition("=")[::2] for part in str(found).split(",") if part)
+    from lm_eval.utils import simple_parse_args_string
+
+    return dict(simple_parse_args_string(str(found)))
 
 
 # lm-eval's samples files, one logged document per line.

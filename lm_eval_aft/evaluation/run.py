@@ -21,9 +21,9 @@ from lm_eval_aft.engine.finite import require_finite
 from lm_eval_aft.evaluation.results import unfinished
 from lm_eval_aft.harness.tasks import (
     environment_asked_once,
-    load_resolved,
+    find_tasks,
+    load_tasks,
     require_scorable,
-    resolve_tasks,
     scorable,
 )
 from lm_eval_aft.library.load import folder_of, load_vector
@@ -124,9 +124,9 @@ def _evaluate(
     # As lm-eval does: tasks that build their documents for a model are given it.
     config.metadata = {"pretrained": model, **arguments, **(config.metadata or {})}
     included = [config.include_path] if config.include_path else []
-    config.tasks, manager = resolve_tasks(tasks, included, config.metadata)
+    manager, config.tasks = find_tasks(tasks, included, config.metadata)
     if any(run.answer_only for run in runs):
-        for task, why in require_scorable(load_resolved(manager, config.tasks)["tasks"])[1].items():
+        for task, why in require_scorable(load_tasks(manager, config.tasks)["tasks"])[1].items():
             print(f"answer-only runs leave out {task}: {why}", flush=True)
     device = arguments.pop("device", None) or (None if config.device == "cuda:0" else config.device)
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size or 64}
@@ -231,6 +231,12 @@ def score(
     if lm.routing is not None:
         _record_routes(lm.routing, results, samples)
     results["config"] |= {"model": "aft", "model_args": model_args}
+    own = {"device": lm.device, **model_args}
+    results["config"]["aft"]["asked"] = {
+        "tasks": list(results["configs"]) if run.answer_only else list(config.tasks),
+        **{name: value for name in _ASKED if (value := getattr(config, name)) not in (None, False, "", {})},
+        "metadata": {name: value for name, value in (config.metadata or {}).items() if name not in own},
+    }
     tracker.general_config_tracker.log_experiment_args(
         "aft",
         model_args,
@@ -254,6 +260,11 @@ _PASSED_ON = (
     *("num_fewshot", "batch_size", "max_batch_size", "use_cache", "limit", "samples", "check_integrity"),
     *("write_out", "system_instruction", "apply_chat_template", "confirm_run_unsafe_code", "metadata"),
 )
+# Those that results do not show, or not as they were given.
+_ASKED = (
+    *("num_fewshot", "gen_kwargs", "apply_chat_template", "include_path", "samples"),
+    "confirm_run_unsafe_code",
+)
 _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
@@ -263,7 +274,7 @@ def _simple_evaluate(
     """lm-eval's results; ``None`` in other processes than the main one."""
     from lm_eval import simple_evaluate
 
-    loaded = load_resolved(manager, config.tasks)
+    loaded = load_tasks(manager, config.tasks)
     if run.answer_only:
         # The task objects: by their names they would lose their group's settings.
         tasks = [loaded["tasks"][name] for name in scorable(loaded["tasks"])[0]]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.evaluation.results import ScoredRun
+from lm_eval_aft.harness.commands import base_model, pairs
 from lm_eval_aft.steering.vector_file import is_biased
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class VectorInfo:
 
     Attributes:
         facts: what the report shows of it, by name.
+        prompts: the settings of the prompts it was trained on, by name; empty if not recorded.
         biased: its own metadata say that it was selected on evaluation documents.
         selection_documents: first digits of the ``doc_hash`` of each document it was selected on.
         baseline: selection scores of the model without a vector, if recorded.
@@ -40,6 +42,7 @@ class VectorInfo:
     path: str | None
     sha256: str | None
     facts: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)
     biased: bool = False
     selection_documents: list[str] = field(default_factory=list)
     baseline: dict[str, Any] | None = None
@@ -135,6 +138,7 @@ def _fill(info: VectorInfo, meta: dict[str, Any], layers: list[int]) -> None:
     protocol, splits, selection = (meta.get(key) or {} for key in ("protocol", "splits", "selection"))
     info.biased = info.biased or is_biased(meta)
     info.selection_documents = _selection_documents(meta)
+    info.prompts = dict(meta.get("prompts") or {})
     info.facts = {
         "task": meta.get("task"),
         "base model": (meta.get("base_model") or {}).get("name"),
@@ -182,7 +186,7 @@ def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: l
         for line in ledger.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             if entry.get("event") == "start":
-                info.command = _training_command(entry["settings"], info.facts.get("base model"))
+                info.command = _training_command(entry["settings"], meta)
             elif entry.get("event") == "epoch" and entry.get("stage") not in ("search", "penalty"):
                 name = entry["candidate"]
                 curve = {"name": name, "layer": entry["layer"], "seed": entry["seed"], "points": []}
@@ -197,13 +201,15 @@ def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: l
     info.curves = list(curves.values())
 
 
-def _training_command(settings: dict[str, Any], model: Any) -> str:
+def _training_command(settings: dict[str, Any], meta: dict[str, Any]) -> str:
     """The ``aft train`` call that trains this vector again."""
     from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, PROTOCOLS  # torch
 
     protocol = dict(settings.get("protocol") or {})
     prompts = settings.get("prompts") or {}
-    words = ["aft", "train", "--model", str(model), "--task", str(settings["task"])]
+    words = ["aft", "train", "--model", base_model(meta)[0]]
+    for task in str(settings["task"]).split(","):
+        words += ["--task", task]
     plain = (
         *("first_seed", "train_docs", "selection_docs", "train_split", "objective", "metric", "choice_loss"),
         *("margin", "label_smoothing", "control", "method", "positions", "norm_cap"),
@@ -234,6 +240,9 @@ def _training_command(settings: dict[str, Any], model: Any) -> str:
         words.append("--fewshot-as-multiturn" if prompts["fewshot_as_multiturn"] else "--fewshot-as-text")
     for path in settings.get("include_path") or ():
         words += ["--include-path", str(path)]
+    for flag, values in (("--model-args", base_model(meta)[1]), ("--metadata", meta.get("task_metadata"))):
+        if values:
+            words += [flag, pairs(values)]
     return shlex.join([*words, "--output", "VECTOR"])
 
 

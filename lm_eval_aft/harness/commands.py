@@ -111,10 +111,7 @@ def vector_command(meta: Mapping[str, Any], vector: str, output: str | None = No
         vector: the vector as the command should name it.
         output: folder for the results of an ``aft eval`` command; without it, the command is ``lm_eval``.
     """
-    base = meta.get("base_model") or {}
-    model, arguments = str(base.get("name") or "MODEL"), dict(base.get("args") or {})
-    if base.get("revision") not in (None, "", "main"):
-        arguments.setdefault("revision", base["revision"])
+    model, arguments = base_model(meta)
     names = [name.strip() for name in str(meta.get("task") or "TASK").split(",")]
     included = meta.get("include_path") or ()
     tasks, folder = task_words({name: _definition(name, included) for name in names})
@@ -129,6 +126,15 @@ def vector_command(meta: Mapping[str, Any], vector: str, output: str | None = No
     if folder == _OUR_TASKS:  # `aft` knows them
         del settings["include_path"]
     return aft_eval_command(model, arguments, tasks, settings, vector=vector, output=output)
+
+
+def base_model(meta: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the model that a vector was trained on, and the arguments it was loaded with."""
+    base = meta.get("base_model") or {}
+    arguments = dict(base.get("args") or {})
+    if base.get("revision") not in (None, "", "main"):
+        arguments.setdefault("revision", base["revision"])
+    return str(base.get("name") or "MODEL"), arguments
 
 
 def _definition(name: str, include_path: Sequence[str | Path]) -> Path | None:

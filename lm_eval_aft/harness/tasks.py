@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,53 +49,47 @@ def task_folders(include_path: Sequence[str | Path] = ()) -> list[Path]:
     return [*map(Path, include_path), tasks_path(), Path(lm_eval.tasks.__file__).parent]
 
 
-def resolve_tasks(
-    given: Sequence[str], include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
-) -> tuple[list[str], TaskManager]:
-    """What ``lm_eval --tasks`` takes: names, patterns, groups, tags, YAML files and folders of these.
+def find_tasks(
+    specs: Sequence[str], include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
+) -> tuple[TaskManager, list[str]]:
+    """What ``lm_eval --tasks`` makes of names, patterns, groups, tags, YAML files and folders of these.
 
     Args:
-        given: each entry may be several, comma-separated.
+        specs: each entry may be several, comma-separated.
         include_path: folders with tasks of the user's own.
         metadata: what lm-eval hands to tasks that build their documents for a model: the model's name as
             ``pretrained``, its arguments, and ``--metadata``.
 
     Returns:
-        Names and absolute paths of files, and a manager whose ``load`` takes them (see `load_tasks`).
+        The task manager, and what its ``load`` takes: names and paths of YAML files, each once.
 
     Raises:
         AFTError: something that is none of these; the nearest names are listed.
     """
-    wanted = [name.strip() for each in given for name in str(each).split(",") if name.strip()]
-    if not wanted:
+    words = [word.strip() for spec in specs for word in str(spec).split(",") if word.strip()]
+    if not words:
         raise AFTError("No task was named.", "`aft tasks` lists them.")
-    files = {
-        name: _task_files(name)
-        for name in wanted
-        if _is_file(name) or (os.sep in name and Path(name).is_dir())
-    }
-    plain = [name for name in wanted if name not in files]
+    named = [word for word in words if not _is_file(word) and not (os.sep in word and Path(word).is_dir())]
+    files = {word: _task_files(word) for word in words if word not in named}
+    manager = task_manager_for(named, include_path, metadata)
+    for word in named:  # a registered task goes before a folder that is called like it
+        if not manager.match_tasks([word]) and Path(word).is_dir():
+            files[word] = _task_files(word)
     # lm-eval takes groups by name only, and their members may be anywhere.
-    groups = {path: str(name) for paths in files.values() for path, name in paths.items() if name}
-    include_path = [*include_path, *(path.parent for path in groups)]
-    manager = (
-        full_index(include_path, metadata) if groups else task_manager_for(plain, include_path, metadata)
-    )
-    for name in plain:
-        if not manager.match_tasks([name]) and Path(name).is_dir():
-            files[name] = _task_files(name)
-    check_names([name for name in wanted if name not in files], manager)
-    found: list[str] = []
-    for name in wanted:
-        if name in files:
-            found += [group or str(path) for path, group in files[name].items()]
-        else:
-            found += manager.match_tasks([name])
-    return list(dict.fromkeys(found)), manager
+    if groups := [path.parent for found in files.values() for path, group in found.items() if group]:
+        manager = full_index([*include_path, *groups], metadata)
+    check_names([word for word in named if word not in files], manager)
+    found = [
+        [group or str(path) for path, group in files[word].items()]
+        if word in files
+        else manager.match_tasks([word])
+        for word in words
+    ]
+    return manager, list(dict.fromkeys(chain.from_iterable(found)))
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
+def _is_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
 
 
 def _task_files(place: str) -> dict[Path, str | None]:
@@ -114,27 +109,11 @@ def _task_files(place: str) -> dict[Path, str | None]:
     return found
 
 
-def load_tasks(
-    given: Sequence[str], include_path: Sequence[str | Path] = (), metadata: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The single tasks that ``given`` stands for, by name; arguments as of `resolve_tasks`.
+def load_tasks(manager: TaskManager, names: Sequence[str]) -> Any:
+    """Tasks and groups with their data: what ``manager.load`` gives of what `find_tasks` found.
 
     Raises:
-        AFTError: see `resolve_tasks`; or the data cannot be loaded, or the tasks' own code fails.
-    """
-    names, manager = resolve_tasks(given, include_path, metadata)
-    found: dict[str, Any] = {}
-    for name in names:
-        found |= load_resolved(manager, [name])["tasks"]
-    return found
-
-
-def load_resolved(manager: TaskManager, names: Sequence[str]) -> Any:
-    """What ``manager.load`` makes of the names that `resolve_tasks` found: tasks, groups and their members.
-
-    Raises:
-        AFTError: one is named twice, by itself and in a group; the data cannot be loaded, or a task's own
-            code fails.
+        AFTError: one is named twice, by itself and in a group, or cannot be loaded.
     """
     try:
         return manager.load(list(names))
@@ -182,12 +161,12 @@ def _not_loaded(name: str, error: Exception) -> AFTError:
 
 
 def load_task(name: str, include_path: Sequence[str | Path] = ()) -> ConfigurableTask:
-    """Load one harness task by name (or by the path of its YAML).
+    """The one task that a name or the path of a YAML file stands for.
 
     Raises:
-        AFTError: as `load_tasks`, or ``name`` stands for several tasks.
+        AFTError: as `find_tasks` and `load_tasks`, or ``name`` stands for several tasks.
     """
-    found = load_tasks([name], include_path)
+    found = load_tasks(*find_tasks([name], include_path))["tasks"]
     if len(found) != 1:
         raise AFTError(
             f"{name!r} stands for several tasks.", f"Choose one of: {', '.join(list(found)[:20])}."

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.settings import read_yaml
+from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.engine.batching import Document, lay_out, units
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.methods import DEFAULT_METHOD, Method, find_method
 from lm_eval_aft.studies.config import ModelEntry
 from lm_eval_aft.studies.jobs import StudyCell
-from lm_eval_aft.studies.known_models import KNOWN, OTHER_TASKS, TASK_SIZES, find_config
 from lm_eval_aft.studies.simulated_device import (
     Device,
     MetaEngine,
@@ -32,6 +33,108 @@ from lm_eval_aft.training.cost import Estimate, PeakMemory, Rates, Spent
 from lm_eval_aft.training.objectives import Objective, make_objective
 from lm_eval_aft.training.recipe import Protocol, Stage, find_protocol, parse_layers, schedule
 from lm_eval_aft.training.trainer import DEFAULT_TOKEN_BUDGET, TOKEN_BUDGET, master_dtype
+
+# Shapes of published models and lengths of well-known tasks' documents, for plans made offline: the numbers
+# are in ``known_models.yaml``.
+
+Lengths = tuple[int, tuple[int, ...]]  # tokens of the context, tokens of each continuation
+
+
+@dataclass(frozen=True)
+class TaskSize:
+    """How many documents a task has, and how long they are.
+
+    Attributes:
+        train, evaluation: documents in those splits.
+        example: tokens that each few-shot example adds, on average.
+        lengths: of typical documents, the longest last.
+    """
+
+    train: int
+    evaluation: int
+    example: int
+    lengths: tuple[Lengths, ...]
+
+    def documents(self, num_fewshot: int = 0, share: int = 1) -> list[Document]:
+        """Typical documents without contents; the longest comes last.
+
+        Args:
+            share: how many of each length show the same examples, where they show any.
+        """
+        examples = num_fewshot * self.example
+        if not examples or share == 1:
+            return documents_of([(examples + context, tails) for context, tails in self.lengths])
+        found = []
+        for group, (context, tails) in enumerate(self.lengths):
+            for member in range(share):
+                prompt = (0,) * examples + (1 + member,) * context
+                pairs = tuple((prompt, (0,) * tail) for tail in tails)
+                found.append(Document(pairs, (0,), tuple(map(float, tails)), group=group))
+        return found
+
+
+def _task_size(given: dict[str, Any]) -> TaskSize:
+    return TaskSize(
+        **given | {"lengths": tuple((context, tuple(tails)) for context, tails in given["lengths"])}
+    )
+
+
+_DATA = read_yaml(Path(__file__).with_name("known_models.yaml").read_text(encoding="utf-8"))
+# Hub id -> model type, and the settings of its config that are not the default.
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    model: (settings.pop("model_type"), settings) for model, settings in _DATA["models"].items()
+}
+TASK_SIZES = {task: _task_size(given) for task, given in _DATA["tasks"].items()}
+OTHER_TASKS = _task_size(_DATA["other_tasks"])  # assumed for any task that is not listed
+
+
+def find_config(model: str) -> Any:
+    """The transformers config of a Hub model or local folder; known shapes need no network.
+
+    Raises:
+        AFTError: neither known nor to be had.
+    """
+    from transformers import AutoConfig
+
+    if model in KNOWN:
+        family, settings = KNOWN[model]
+        return AutoConfig.for_model(family, **settings)
+    try:
+        return AutoConfig.from_pretrained(resolve_pretrained(model))
+    except (OSError, ValueError) as error:
+        raise AFTError(
+            f"The config of {model!r} cannot be had: {str(error).strip().splitlines()[0]}",
+            f"Give a local folder, go online, or use one of: {', '.join(KNOWN)}.",
+        ) from error
+
+
+def typical_documents(task: str, num_fewshot: int = 0, share: int = 1) -> list[Document]:
+    """Documents as long as a well-known task's, see `TaskSize.documents`.
+
+    >>> context, answer = typical_documents("gsm8k", num_fewshot=5)[0].pairs[0]
+    >>> len(context), len(answer)
+    (1224, 81)
+
+    Raises:
+        AFTError: the task's lengths are not known here.
+    """
+    if task not in TASK_SIZES:
+        raise AFTError(
+            f"The lengths of the documents of {task!r} are not known.",
+            f"Known: {', '.join(TASK_SIZES)}. Use documents_of with lengths of your own.",
+        )
+    return TASK_SIZES[task].documents(num_fewshot, share)
+
+
+def documents_of(lengths: Sequence[Lengths]) -> list[Document]:
+    """Documents of these lengths in tokens, without contents."""
+    return [
+        Document(tuple(((0,) * context, (0,) * tail) for tail in tails), (0,), tuple(map(float, tails)))
+        for context, tails in lengths
+    ]
+
+
+# What cells take.
 
 LEAST_BUDGET = 512  # tokens; less than that is one document a pass
 
@@ -113,10 +216,6 @@ class Shape:
     config: Any
     shipped: bool
     dtype: torch.dtype
-
-    def model(self) -> nn.Module:
-        """The model on the meta device."""
-        return meta_model(self.config, self.dtype)
 
 
 def find_shape(entry: ModelEntry) -> Shape:
@@ -203,7 +302,7 @@ def plan_cost(
     """What one run of ``train-vector`` would cost, from a transformers config; nothing is loaded.
 
     Args:
-        config: of a causal LM; see `lm_eval_aft.studies.known_models`.
+        config: of a causal LM; see `find_config`.
         protocol: by name, or one that was changed.
         documents: of typical lengths, the longest last; it decides the memory, the others the time.
             Those of one group (showing the same examples) share rows and steps, as in training.

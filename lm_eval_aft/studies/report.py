@@ -306,7 +306,7 @@ def _error(row: VerdictRow) -> float:
 
 
 def _over_seeds(
-    series: Sequence[Mapping[int, float]], seeds: Sequence[int], vectors: int, error: float
+    series: Sequence[tuple[Mapping[int, float], int]], seeds: Sequence[int], error: float, missing: str
 ) -> dict[str, Any]:
     """Mean over pairs of model and task, seed by seed, with its 95 % interval where a claim may be made.
 
@@ -316,22 +316,31 @@ def _over_seeds(
     say nothing about the method, so each pair counts with the seeds that it has.
 
     Args:
-        series: points by seed, of each pair that has any.
-        vectors: the most distinct vectors among a pair's seeds.
+        series: of each pair, points by seed, and how many distinct vectors its seeds came to.
         error: standard error of the mean over documents.
+        missing: what is said of pairs without any seed.
     """
-    whole = [each for each in series if all(seed in each for seed in seeds)]
-    found: dict[str, Any] = {"seeds": len(seeds), "pairs": len(series), "low": None, "high": None}
-    found["mean"] = statistics.fmean(statistics.fmean(each.values()) for each in series)
-    if len(whole) < len(series):
-        return found | {"why": f"{len(series) - len(whole)} of them without every seed"}
-    if len(seeds) < LEAST_SEEDS:
-        return found | {"why": f"fewer than {LEAST_SEEDS} seeds"}
-    if vectors == 1:
-        return found | {"why": "every seed makes the same vector"}
-    means = [statistics.fmean(each[seed] for each in series) for seed in seeds]
-    half = math.hypot(float(stdtrit(len(means) - 1, 0.975)) * (mean_stderr(means) or 0.0), 1.96 * error)
-    return found | {"low": found["mean"] - half, "high": found["mean"] + half, "why": ""}
+    values = [points for points, _ in series if points]
+    if not values:
+        return {}
+    partial = sum(any(seed not in each for seed in seeds) for each in values)
+    why = ""
+    if partial:
+        why = f"{partial} of them without every seed"
+    elif len(seeds) < LEAST_SEEDS:
+        why = f"fewer than {LEAST_SEEDS} seeds"
+    elif max(vectors for _, vectors in series) == 1:
+        why = "every seed makes the same vector"
+    elif len(values) < len(series):
+        why = missing.format(len(series) - len(values))
+    mean = statistics.fmean(statistics.fmean(each.values()) for each in values)
+    found: dict[str, Any] = {"seeds": len(seeds), "pairs": len(values), "low": None, "high": None}
+    found |= {"mean": mean, "why": why}
+    if not why:
+        means = [statistics.fmean(each[seed] for each in values) for seed in seeds]
+        half = math.hypot(float(stdtrit(len(means) - 1, 0.975)) * (mean_stderr(means) or 0.0), 1.96 * error)
+        found |= {"low": mean - half, "high": mean + half}
+    return found
 
 
 def _documents(rows: Sequence[CellRow], method: str) -> float:
@@ -351,16 +360,10 @@ def _documents(rows: Sequence[CellRow], method: str) -> float:
 def method_means(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]]:
     """Each method's mean over its models and tasks, as a claim about the method and not one vector."""
     found = []
-    for method in study.methods:
-        series = _by_pair(rows, method.name).values()
-        values = [each.points for each in series if each.points]
-        if values:
-            vectors = max(each.vectors for each in series)
-            means = _over_seeds(values, study.seeds, vectors, _documents(rows, method.name))
-            missing = len(series) - len(values)
-            if missing and not means["why"]:
-                means |= {"low": None, "high": None, "why": f"{missing} more without any seed"}
-            found.append({"method": method.name} | means)
+    for name in (method.name for method in study.methods):
+        series = [(each.points, each.vectors) for each in _by_pair(rows, name).values()]
+        if means := _over_seeds(series, study.seeds, _documents(rows, name), "{} more without any seed"):
+            found.append({"method": name} | means)
     return found
 
 
@@ -369,15 +372,13 @@ def contrasts(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]
     first, *others = [method.name for method in study.methods]
     before, found = _by_pair(rows, first), []
     for name in others:
-        after = _by_pair(rows, name)
-        both = [(after[pair], before[pair]) for pair in after if pair in before]
-        values = [{s: a.points[s] - b.points[s] for s in a.points if s in b.points} for a, b in both]
-        if any(values):
-            vectors = max(max(a.vectors, b.vectors) for a, b in both)
-            error = math.hypot(_documents(rows, name), _documents(rows, first))
-            means = _over_seeds([each for each in values if each], study.seeds, vectors, error)
-            if not all(values) and not means["why"]:
-                means |= {"low": None, "high": None, "why": "not all of them in both"}
+        both = [(after, before[pair]) for pair, after in _by_pair(rows, name).items() if pair in before]
+        series = [
+            ({s: a.points[s] - b.points[s] for s in a.points if s in b.points}, max(a.vectors, b.vectors))
+            for a, b in both
+        ]
+        error = math.hypot(_documents(rows, name), _documents(rows, first))
+        if means := _over_seeds(series, study.seeds, error, "not all of them in both"):
             found.append({"method": name, "against": first} | means)
     return found
 
@@ -392,19 +393,20 @@ def beside_earlier(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str,
     for given in EARLIER_STUDY[study.earlier]["figures"] if study.earlier else ():
         quoted = {"model": "", "task": "", "method": "", "points": 0, "n": None, "note": ""} | given
         ours = [
-            row
+            (row.points, row.row.n)
             for row in rows
-            if not row.control
-            and row.points is not None
+            if row.points is not None
+            and row.row
+            and not row.control
             and kinds[row.method] == quoted["method"]
             and quoted["model"] in ("", pretrained[row.model])
             and quoted["task"] in ("", harness[row.task])
         ]
-        values = [row.points for row in ours if row.points is not None]
+        values = [points for points, _ in ours]
         found.append(
             quoted
             | {"ours": statistics.fmean(values) if values else None, "best": max(values, default=None)}
-            | {"cells": len(values), "our_n": sorted({row.row.n for row in ours if row.row})}
+            | {"cells": len(values), "our_n": sorted({n for _, n in ours})}
         )
     return found
 
@@ -457,27 +459,21 @@ def _interval(low: float | None, high: float | None) -> str:
 
 
 def _pivot_tables(report: BenchReport) -> list[RenderedTable]:
+    def text(value: dict[str, Any]) -> str:
+        if value["points"] is None:
+            return ", ".join(value["states"])
+        return f"{_points(value['points'])} {'▲' * value['better']}{'▼' * value['worse']}".strip()
+
+    intro = (
+        "Mean difference from the frozen model over seeds, in points, on each task's primary metric; "
+        "▲ ▼ one seed's vector better or worse after Holm."
+    )
     found = []
     for pivot in report.pivots:
-        lines = []
-        for line in pivot["lines"]:
-            texts = [line["model"]]
-            for value in line["values"]:
-                if value["points"] is None:
-                    texts.append(", ".join(value["states"]))
-                    continue
-                marks = "▲" * value["better"] + "▼" * value["worse"]
-                texts.append(f"{_points(value['points'])} {marks}".strip())
-            lines.append(texts)
-        sizes = [
-            next((line["values"][i]["n"] for line in pivot["lines"] if line["values"][i]["n"]), "–")
-            for i in range(len(pivot["tasks"]))
-        ]
-        columns = ["model", *(f"{task} (n = {n})" for task, n in zip(pivot["tasks"], sizes, strict=True))]
-        intro = (
-            "Mean difference from the frozen model over seeds, in points, on each task's primary metric; "
-            "▲ ▼ one seed's vector better or worse after Holm."
-        )
+        columns = ["model"]
+        for task, *values in zip(pivot["tasks"], *(line["values"] for line in pivot["lines"]), strict=True):
+            columns.append(f"{task} (n = {next((each['n'] for each in values if each['n']), '–')})")
+        lines = [[line["model"], *map(text, line["values"])] for line in pivot["lines"]]
         found.append(RenderedTable(f"Models × tasks: {pivot['method']}", columns, lines, intro))
     return found
 
@@ -493,12 +489,15 @@ def _cells(report: BenchReport) -> RenderedTable:
     for each in report.cells:
         head = [each.model, each.task, each.method, str(each.seed)]
         if each.row is None:
-            why = f": {each.why}" if each.why else ""
-            lines.append([*head, *["–"] * (len(_COLUMNS) - 5), f"{each.state}{why}"])
+            state = f"{each.state}: {each.why}" if each.why else each.state
+            lines.append([*head, *["–"] * (len(_COLUMNS) - 5), state])
             tones.append("none")
             continue
         texts = formatting.row_cells(each.row)
-        lines.append([*head, _layers(each), texts[1], *texts[3:12], _verdict(each, texts[12])])
+        layers = each.vector.get("layers") or []
+        shown = f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else ", ".join(map(str, layers))
+        verdict_text = f"{texts[12]}; {each.why}" if each.why and each.state == DONE else texts[12]
+        lines.append([*head, shown, texts[1], *texts[3:12], verdict_text])
         tones.append(plots.tone(each.row))
     return RenderedTable("Every cell", _COLUMNS, lines, tones=tones)
 
@@ -510,22 +509,13 @@ def _brief(table: RenderedTable) -> RenderedTable:
     return RenderedTable(table.title, ["model/task/method/seed", *wanted], lines)
 
 
-def _layers(each: CellRow) -> str:
-    layers = each.vector.get("layers") or []
-    return f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else ", ".join(map(str, layers))
-
-
-def _verdict(each: CellRow, text: str) -> str:
-    return f"{text}; {each.why}" if each.why and each.state == DONE else text
-
-
 def _placebos(report: BenchReport) -> RenderedTable:
-    lines = []
-    for each in report.cells:
-        for row in each.others:
-            if row.primary and row.kind == "placebo":
-                texts = formatting.row_cells(row)
-                lines.append([each.name, row.run.rpartition(" ")[2], *texts[3:10]])
+    lines = [
+        [each.name, row.run.rpartition(" ")[2], *formatting.row_cells(row)[3:10]]
+        for each in report.cells
+        for row in each.others
+        if row.primary and row.kind == "placebo"
+    ]
     return RenderedTable("Placebos", ["cell", "placebo", *_COLUMNS[6:13]], lines)
 
 
@@ -537,13 +527,16 @@ def _averages(title: str, name: str, rows: list[dict[str, Any]]) -> RenderedTabl
 
 
 def _methods(report: BenchReport) -> RenderedTable:
-    lines = []
-    for row in [*report.methods, *report.contrasts]:
-        name = f"{row['method']} − {row['against']}" if "against" in row else row["method"]
-        interval = _interval(row["low"], row["high"])
-        if row["low"] is None:
-            interval = f"no claim: {row['why']}"
-        lines.append([name, str(row["pairs"]), str(row["seeds"]), _points(row["mean"]), interval])
+    lines = [
+        [
+            f"{row['method']} − {row['against']}" if "against" in row else row["method"],
+            str(row["pairs"]),
+            str(row["seeds"]),
+            _points(row["mean"]),
+            f"no claim: {row['why']}" if row["low"] is None else _interval(row["low"], row["high"]),
+        ]
+        for row in [*report.methods, *report.contrasts]
+    ]
     columns = ["method", "models × tasks", "seeds", "mean difference (points)", "95 % interval"]
     intro = (
         "What may be claimed about a method: the mean over these models and tasks, seed by seed, with its "
@@ -554,23 +547,29 @@ def _methods(report: BenchReport) -> RenderedTable:
 
 
 def _seeds(report: BenchReport) -> RenderedTable:
-    lines = []
-    for row in report.seeds:
-        mean = formatting.points(row["mean"], row["share"])
-        interval = formatting.interval(row["low"], row["high"], row["share"])
-        lines.append([row["run"], row["task"], str(row["seeds"]), mean, interval])
+    lines = [
+        [
+            *(row["run"], row["task"], str(row["seeds"]), formatting.points(row["mean"], row["share"])),
+            formatting.interval(row["low"], row["high"], row["share"]),
+        ]
+        for row in report.seeds
+    ]
     columns = ["model / method", "task", "seeds", "mean difference (points)", "95 % interval over seeds"]
     return RenderedTable("Over seeds", columns, lines)
 
 
 def _negative_table(report: BenchReport) -> RenderedTable:
-    lines = []
-    for row in report.negative:
-        change = row["selection_change"]
-        left_out = f"{len(row['pruned'])} further seed(s) not run" if row["pruned"] else "–"
-        whole = "every method gave up on this model and task" if row["whole_pair"] else "this method only"
-        selection = "–" if change is None else f"{change:+.4f}"
-        lines.append([row["name"], row["why"], selection, _points(row["points"]), whole, left_out])
+    lines = [
+        [
+            row["name"],
+            row["why"],
+            "–" if row["selection_change"] is None else f"{row['selection_change']:+.4f}",
+            _points(row["points"]),
+            "every method gave up on this model and task" if row["whole_pair"] else "this method only",
+            f"{len(row['pruned'])} further seed(s) not run" if row["pruned"] else "–",
+        ]
+        for row in report.negative
+    ]
     columns = ["cell", "why", "selection score (nats)", "difference (points)", "scope", "pruned"]
     return RenderedTable("Negative results", columns, lines)
 
@@ -578,12 +577,11 @@ def _negative_table(report: BenchReport) -> RenderedTable:
 def _earlier(report: BenchReport) -> RenderedTable:
     lines = []
     for row in report.earlier:
-        theirs = f"{_points(float(row['points']))} (n = {row['n'] or 'not told'})"
         n = " or ".join(map(str, row["our_n"]))
         ours = "–" if row["ours"] is None else f"{_points(row['ours'])} (n = {n}, {row['cells']} cells)"
-        best = _points(row["best"])
+        theirs = f"{_points(float(row['points']))} (n = {row['n'] or 'not told'})"
         model, task, note = row["model"] or "any", row["task"] or "any", row["note"] or "–"
-        lines.append([model, task, row["method"], theirs, ours, best, note])
+        lines.append([model, task, row["method"], theirs, ours, _points(row["best"]), note])
     columns = ["model", "task", "method", "earlier study", "here, mean", "here, best cell", "its note"]
     intro = (
         "The earlier study chose its vectors on documents that it reported, so by the rules of this report "

@@ -13,7 +13,7 @@ from lm_eval_aft import AFTError
 from lm_eval_aft.evaluation.results import read_run
 from lm_eval_aft.evaluation.run import evaluate_pair
 from lm_eval_aft.harness import tasks as harness_tasks
-from lm_eval_aft.harness.tasks import load_resolved, resolve_tasks
+from lm_eval_aft.harness.tasks import find_tasks, load_tasks
 from tests.conftest import toy_documents
 
 TASK = """\
@@ -90,8 +90,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_names(folder: Path, given: list[str], names: list[str]) -> None:
-    found, manager = resolve_tasks(given, ["mine"], {"size": 4})
-    loaded = load_resolved(manager, found)
+    manager, found = find_tasks(given, ["mine"], {"size": 4})
+    loaded = load_tasks(manager, found)
     assert list(loaded["tasks"]) == names
     assert list(loaded["groups"]) == (["x_group"] if "x_group" in given[0] else [])
 
@@ -108,13 +108,13 @@ def test_names(folder: Path, given: list[str], names: list[str]) -> None:
 )
 def test_what_is_no_task(folder: Path, given: list[str], message: str) -> None:
     with pytest.raises(AFTError, match=message):
-        load_resolved(*reversed(resolve_tasks(given, ["mine"])))
+        load_tasks(*find_tasks(given, ["mine"]))
 
 
 def test_a_damaged_file(folder: Path) -> None:
     (folder / "x_bad.yaml").write_text("task: [")
     with pytest.raises(AFTError, match=r"x_bad.yaml cannot be read"):
-        resolve_tasks(["mine/x_bad.yaml"])
+        find_tasks(["mine/x_bad.yaml"])
 
 
 def test_scored_under_their_names(folder: Path, checkpoint: Callable[..., str], tmp_path: Path) -> None:

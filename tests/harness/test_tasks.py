@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.harness import tasks
-from lm_eval_aft.harness.tasks import load_task, load_tasks, resolve_tasks
+from lm_eval_aft.harness.tasks import find_tasks, load_task, load_tasks
 
 PLAIN = """\
 task: {name}
@@ -47,6 +47,11 @@ def sized(**metadata):
 """
 
 
+def loaded(specs: Sequence[str], *args: Any) -> dict[str, Any]:
+    found: dict[str, Any] = load_tasks(*find_tasks(specs, *args))["tasks"]
+    return found
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two plain tasks, a group of them, and one made from metadata."""
@@ -54,7 +59,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("own_a", "own_b"):
         (tmp_path / f"{name}.yaml").write_text(PLAIN.format(name=name, folder=tmp_path))
-    (tmp_path / "own_group.yaml").write_text("group: own_both\ntask: [own_a, own_b]\n")
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "groups" / "own_group.yaml").write_text("group: own_both\ntask: [own_a, own_b]\n")
     (tmp_path / "utils.py").write_text(CODE)
 
     def index(include_path: Sequence[str | Path], metadata: dict[str, Any] | None = None) -> TaskManager:
@@ -70,17 +76,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_all_that_lm_eval_takes_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     both = ["own_a", "own_b"]
-    assert list(load_tasks(["own_b"], [folder])) == ["own_b"]
-    assert list(load_tasks(["own_a,own_b"], [folder])) == both
-    assert list(load_tasks(["own_?"], [folder])) == both
-    assert list(load_tasks(["own_both"], [folder])) == both
-    assert list(load_tasks(["own_tag"], [folder])) == both
-    assert list(load_tasks([f"{folder}/own_a.yaml"])) == ["own_a"]
-    assert list(load_tasks([f"{folder.name}/own_[ab].yaml"])) == both
-    assert list(load_tasks([str(folder)], [folder])) == both
-    assert list(load_tasks([folder.name], [folder])) == both
-    assert list(load_tasks([str(folder / "own_group.yaml")], [folder])) == both
-    specs, manager = resolve_tasks(["own_a", f"{folder}/own_b.yaml"], [folder])
+    assert list(loaded(["own_b"], [folder])) == ["own_b"]
+    assert list(loaded(["own_a,own_b"], [folder])) == both
+    assert list(loaded(["own_?"], [folder])) == both
+    assert list(loaded(["own_both"], [folder])) == both
+    assert list(loaded(["own_tag"], [folder])) == both
+    assert list(loaded([f"{folder}/own_a.yaml"])) == ["own_a"]
+    assert list(loaded([f"{folder.name}/own_[ab].yaml"])) == both
+    assert list(loaded([str(folder)], [folder])) == both
+    assert list(loaded([folder.name], [folder])) == both
+    assert list(loaded([str(folder / "groups" / "own_group.yaml")], [folder])) == both
+    assert list(loaded([str(folder / "groups")], [folder])) == both
+    manager, specs = find_tasks(["own_a", f"{folder}/own_b.yaml"], [folder])
     assert specs == ["own_a", f"{folder}/own_b.yaml"]
     assert list(manager.load(specs)["tasks"]) == both
 
@@ -89,7 +96,7 @@ def test_a_name_goes_before_a_folder_of_that_name(folder: Path, monkeypatch: pyt
     (folder / "own_a").mkdir()
     (folder / "own_a" / "other.yaml").write_text(PLAIN.format(name="other", folder=folder))
     monkeypatch.chdir(folder)
-    assert list(load_tasks(["own_a"], [folder])) == ["own_a"]
+    assert list(loaded(["own_a"], [folder])) == ["own_a"]
 
 
 def test_what_is_nothing_of_these_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +106,7 @@ def test_what_is_nothing_of_these_is_refused(folder: Path, monkeypatch: pytest.M
         ("", "No task was named"),
         ("nope.yaml", "There is no task file nope.yaml"),
         ("zzz*", r"There is no harness task 'zzz\*'"),
+        ("own_both,own_a", "A task is named twice: Duplicate task 'own_a'"),
         ("own_both", "stands for several tasks.\nChoose one of: own_a, own_b"),
     ):
         with pytest.raises(AFTError, match=what):
@@ -110,13 +118,11 @@ def test_what_is_nothing_of_these_is_refused(folder: Path, monkeypatch: pytest.M
 
 def test_tasks_get_lm_evals_metadata(folder: Path) -> None:
     (folder / "own_made.yaml").write_text(MADE)
-    found = load_tasks(["own_made"], [folder], {"pretrained": "some/model", "size": 3})
+    found = loaded(["own_made"], [folder], {"pretrained": "some/model", "size": 3})
     assert len(found["own_made"].dataset["train"]) == 3
-    assert (
-        len(load_tasks([f"{folder}/own_made.yaml"], [], {"pretrained": "m"})["own_made"].dataset["test"]) == 6
-    )
+    assert len(loaded([f"{folder}/own_made.yaml"], [], {"pretrained": "m"})["own_made"].dataset["test"]) == 6
     with pytest.raises(AFTError, match=r"code of task 'own_made' fails: ValueError: need pretrained= in the"):
-        load_tasks(["own_made"], [folder])
+        loaded(["own_made"], [folder])
 
 
 def test_missing_data_is_told_apart_from_code_that_fails(folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
+import re
 import shutil
 import time
 from collections import Counter
@@ -89,7 +91,7 @@ def _vector(folder: Path) -> Path:
 @pytest.mark.timeout(3600)
 def test_headers_that_load_can_be_used(mutations: int, tmp_path: Path) -> None:
     """Whatever parts of the header are changed: listing, showing, adding up, cards and reports cope."""
-    from lm_eval_aft.library.compose import compose
+    from lm_eval_aft.library.load import load_vector
     from lm_eval_aft.training.artifacts import write_card
 
     rng, outcomes = random.Random(mutations), Counter[str]()
@@ -109,7 +111,7 @@ def test_headers_that_load_can_be_used(mutations: int, tmp_path: Path) -> None:
         assert [entry.name for entry in shelf.entries()] == ["a/changed", "a/whole"]
 
         def card() -> None:
-            both = compose('"a/whole"*0.5 + "a/changed"', lambda name: SteeringVector.load(shelf.path(name)))
+            both = load_vector('"a/whole"*0.5 + "a/changed"', shelf)
             write_card(tmp_path / "card", both)
 
         show = ["vectors", "show", "--library", str(shelf.root), "a/changed"]
@@ -361,7 +363,7 @@ def test_model_arguments(mutations: int) -> None:
     """Refused in one message, or every value is what was written; as lm-eval hands them over, or as we do."""
     from lm_eval.utils import simple_parse_args_string
 
-    rng, outcomes = random.Random(mutations), Counter[str]()
+    rng, outcomes, longest = random.Random(mutations), Counter[str](), 0
     for _ in range(mutations):
         text = _argument_damage(rng.choice(MODEL_ARGS), rng)
         try:
@@ -374,7 +376,7 @@ def test_model_arguments(mutations: int) -> None:
             found = parse_model_args(text)
         except AFTError as error:
             outcomes["refused"] += 1
-            assert len(str(error.message)) < 1200, text
+            longest = max(longest, len(error.message))
             continue
         outcomes["read"] += 1
         given = {part.partition("=")[0]: part.partition("=")[2].strip() for part in text.strip().split(",")}
@@ -385,13 +387,16 @@ def test_model_arguments(mutations: int) -> None:
             bare = written[1:-1] if quoted else written
             reader = ARGUMENTS[name].read.__name__ if name in ARGUMENTS else "as_given"
             if value is None:
-                assert bare.lower() in ("none", "") and reader != "switch", (text, name)
+                assert bare.lower() in ("none", ""), (text, name)
+                assert reader != "switch", (text, name)
             elif reader in ("switch", "optional_switch"):
                 assert value is SWITCHES[bare.strip().lower()], (text, name)
             elif reader == "number":
-                assert value == float(bare) and math.isfinite(value), (text, name)
+                assert math.isfinite(value), (text, name)
+                assert value == float(bare), (text, name)
             elif reader == "whole":
-                assert type(value) is int and value == int(bare), (text, name)
+                assert type(value) is int, (text, name)
+                assert value == int(bare), (text, name)
             elif reader == "text":
                 assert value == bare, (text, name)
         if theirs is not None:
@@ -399,6 +404,117 @@ def test_model_arguments(mutations: int) -> None:
                 k: str(v) for k, v in found.items() if type(v) is not str
             }, text
     assert min(outcomes["read"], outcomes["refused"]) > mutations / 20, outcomes
+    assert longest < 1200
+
+
+SPECS = (
+    "x_one",
+    "x_two,x_three",
+    "x_*",
+    "x_group",
+    "x_tag",
+    "tasks/one.yaml",
+    "tasks/*.yaml",
+    "tasks",
+    "x_t?o",
+)
+
+
+@pytest.fixture
+def own_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
+    """Three tasks, a group and a tag below the working directory; the harness's own are not indexed."""
+    from lm_eval.tasks import TaskManager
+
+    from lm_eval_aft.harness import tasks as module
+
+    folder = tmp_path / "work" / "tasks"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder.parent)
+    for name, more in (("one", ""), ("two", "tag: x_tag"), ("three", "tag: [x_tag, x_other]")):
+        (folder / f"{name}.yaml").write_text(
+            f"task: x_{name}\noutput_type: multiple_choice\ntest_split: test\ndataset_path: json\n"
+            f"doc_to_text: q\ndoc_to_target: 0\ndoc_to_choice: [a, b]\n{more}\n"
+        )
+    (folder / "group.yaml").write_text("group: x_group\ntask: [x_one, x_two]\n")
+    (folder / "notes.yaml").write_text("just: notes\n")
+
+    def small(include_path: Any = (), metadata: Any = None, **_: Any) -> TaskManager:
+        paths = [
+            str(folder),
+            *map(str, [include_path] if isinstance(include_path, str) else include_path or ()),
+        ]
+        return TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+
+    caplog.set_level(logging.ERROR, "lm_eval")  # it tells of each task that is found twice
+    monkeypatch.setattr(module, "full_index", small)
+    monkeypatch.setattr("tests.package.test_fuzz.STOCK_INDEX", small)
+    module._search_stock.cache_clear()
+    monkeypatch.setattr(module, "_search_stock", lambda *_: None)
+    return folder
+
+
+STOCK_INDEX: Any = None
+
+
+def _stock_names(spec: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str] | None:
+    """The tasks and groups that ``lm_eval --tasks SPEC`` would score; ``None`` where it ends in an error."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    config = EvaluatorConfig(tasks=[spec], include_path=str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", lambda **given: STOCK_INDEX(**given))
+        try:
+            config.process_tasks()
+        except (ValueError, OSError, KeyError, re.error):
+            return None
+    found: list[Any] = config.tasks
+    return [each if isinstance(each, str) else str(each.get("group") or each.get("task")) for each in found]
+
+
+@sizes(150, 1000, 10_000)
+@pytest.mark.timeout(3600)
+def test_task_specifications(mutations: int, own_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lm-eval scores under a name, a pattern, a group, a tag, a file or a folder, or one message."""
+    from lm_eval_aft.harness.tasks import find_tasks, read_definition
+
+    rng, outcomes = random.Random(mutations), Counter[str]()
+    for _ in range(mutations):
+        spec = _spec_damage(rng)
+        theirs = _stock_names(spec, own_tasks, monkeypatch)
+        try:
+            _, names = find_tasks([spec], [str(own_tasks)])
+        except AFTError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["found"] += 1
+        read = {name: read_definition(Path(name)) for name in names if name.endswith((".yaml", ".yml"))}
+        found = [str(read[n].get("group") or read[n].get("task")) if n in read else n for n in names]
+        if theirs is None:
+            outcomes["lm-eval refuses"] += 1
+        else:
+            assert sorted(set(found)) == sorted({each for each in theirs if each != "None"}), spec
+    assert min(outcomes["found"], outcomes["refused"]) > mutations / 20, outcomes
+    assert outcomes["lm-eval refuses"] < outcomes["found"] / 2, outcomes
+
+
+def _spec_damage(rng: random.Random) -> str:
+    spec = rng.choice(SPECS)
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        what = rng.randrange(5)
+        place = rng.randrange(len(spec) + 1)
+        if what == 0:
+            spec = f"{spec},{rng.choice(SPECS)}"
+        elif what == 1:
+            spec = spec[:place] + rng.choice("*?[]!x_,/. ~{}\\\0é") + spec[place:]
+        elif what == 2:
+            spec = spec[:place] + spec[place + 1 :]
+        elif what == 3:
+            spec = rng.choice(
+                (spec.upper(), f" {spec} ", f"./{spec}", f"../work/{spec}", f"{spec}/", f"{spec},")
+            )
+        else:
+            spec = rng.choice((spec, *(word for word in WORDS if not word.startswith("-"))))
+    return spec
 
 
 def _argument_damage(text: str, rng: random.Random) -> str:

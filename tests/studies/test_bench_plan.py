@@ -17,8 +17,15 @@ from lm_eval_aft.cli.main import aft
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.studies.config import read_bench_study
 from lm_eval_aft.studies.jobs import build_cells
-from lm_eval_aft.studies.known_models import KNOWN, find_config, typical_documents
-from lm_eval_aft.studies.planner import CostEstimator, Shape, find_shape, plan_cost
+from lm_eval_aft.studies.planner import (
+    KNOWN,
+    CostEstimator,
+    Shape,
+    find_config,
+    find_shape,
+    plan_cost,
+    typical_documents,
+)
 from lm_eval_aft.studies.simulated_device import Device
 from lm_eval_aft.training.cost import flops_of
 from lm_eval_aft.training.objectives import make_objective
