@@ -66,6 +66,7 @@ def lm_eval_flags(settings: Mapping[str, Any]) -> list[str]:
             text = json.dumps(value) if name == "samples" else pairs(value)
         else:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            text = "false" if value is False else text
         if value is True:
             words.append(f"--{name}")
         elif text.startswith("-"):  # argparse would take it for a flag

@@ -17,7 +17,7 @@ from lm_eval_aft._util.settings import settings
 from lm_eval_aft.engine.batching import Document
 from lm_eval_aft.harness.commands import lm_eval_flags
 from lm_eval_aft.harness.output_types import OUTPUT_TYPES
-from lm_eval_aft.harness.tasks import NOT_TEXT, set_num_fewshot
+from lm_eval_aft.harness.tasks import NOT_TEXT, refuse_thinking, set_num_fewshot
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -98,11 +98,13 @@ class Extractor:
                 f"The prompts of task {task.config.task!r} hold images or sounds.",
                 "Vectors are trained on text: choose a task with text only.",
             )
+        self.output_type = OUTPUT_TYPES[task.OUTPUT_TYPE]
+        if not self.output_type.generates:
+            refuse_thinking(lm, [task.config.task])
         self.task, self.lm, self.prompts = task, lm, prompts
         self.in_bytes = False
         self.fault: AFTError | None = None
         self.num_fewshot = set_num_fewshot(task, prompts.num_fewshot)
-        self.output_type = OUTPUT_TYPES[task.OUTPUT_TYPE]
         self.objective = self.output_type.objective
         self._chat_template = lm.apply_chat_template if prompts.apply_chat_template else None
         multiturn = prompts.fewshot_as_multiturn

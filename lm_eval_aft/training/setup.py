@@ -138,11 +138,9 @@ def load_model(model: str | AFTLM, model_args: Mapping[str, Any] | None = None) 
     Raises:
         AFTError: it cannot be loaded, is steered, or gives NaN or infinite numbers in this dtype.
     """
-    why = "a vector is trained on the model alone"
-    refuse_steering(model_args or {}, why)
+    refuse_steering(model_args or {}, "a vector is trained on the model alone")
     if isinstance(model, AFTLM):
-        steers = {"vector": model.vector, "route": model.routing, "answer_only": model.answer_only}
-        refuse_steering({name: value for name, value in steers.items() if value}, why)
+        model.require_plain()
     lm = model if isinstance(model, AFTLM) else AFTLM(model, **(model_args or {}))
     if lm is not model and "dtype" not in (model_args or {}):
         to_training_dtype(lm.model)
@@ -234,13 +232,6 @@ def _objective_name(plan: TrainingPlan, extractors: Sequence[Extractor]) -> str:
         raise AFTError(
             f"The objective {wanted!r} does not fit {plan.task!r}.", f"Use {extractors[0].objective}."
         )
-    for extractor in extractors:
-        if getattr(extractor.lm, "enable_thinking", None) and not extractor.output_type.generates:
-            raise AFTError(
-                f"enable_thinking= does not fit {extractor.task.config.task!r}: its answers are not "
-                "generated, and lm-eval refuses to score them like that.",
-                "Leave it out, or take a task of type generate_until.",
-            )
     return wanted
 
 

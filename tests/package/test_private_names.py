@@ -244,6 +244,9 @@ NO_CONFIG = instead("transformers", "LlamaConfig", lambda **_: Bare())
 
 GONE: dict[str, Take] = {
     "transformers: PreTrainedConfig._attn_implementation": NO_CONFIG,
+    "transformers: PreTrainedModel.all_tied_weights_keys": instead(
+        "transformers", "LlamaForCausalLM", lambda config: Bare()
+    ),
     "transformers: PreTrainedModel._is_stateful": without("transformers", "PreTrainedModel._is_stateful"),
     "transformers: PreTrainedConfig._name_or_path": instead(
         "transformers", "LlamaConfig", lambda **_: Bare()
@@ -287,7 +290,9 @@ GONE: dict[str, Take] = {
     "torch: torch.utils.flop_counter (flop_registry, register_flop_formula, sdpa_flop_count)": without(
         "torch.utils.flop_counter", "sdpa_flop_count"
     ),
-    "torch: _orig_mod of compiled modules": instead("torch", "compile", lambda module: Bare()),
+    "torch: _orig_mod, _compiled_call_impl of compiled modules": instead(
+        "torch", "compile", lambda module: Bare()
+    ),
     "torch: torch.utils.collect_env.get_pretty_env_info": without(
         "torch.utils.collect_env", "get_pretty_env_info"
     ),

@@ -213,15 +213,13 @@ def test_scores_computed_by_the_task_itself_are_told_everywhere(
 
 @pytest.mark.parametrize("name", ["vector", "coefficient", "answer_only", "library", "route", "positions"])
 def test_arguments_that_would_change_what_is_trained_are_refused(name: str, checkpoint: str) -> None:
-    with pytest.raises(
-        AFTError, match=f"model argument {name}= has no place here: a vector is trained on the"
-    ):
+    with pytest.raises(AFTError, match=f"model argument {name}= has no place here: a vector is trained"):
         load_model(checkpoint, {name: "1"})
 
 
 def test_a_model_that_is_steered_already_is_refused(checkpoint: str) -> None:
     lm = AFTLM(checkpoint, device="cpu", vector=SteeringVector({1: torch.ones(32)}), allow_mismatch=True)
-    with pytest.raises(AFTError, match="model argument vector= has no place"):
+    with pytest.raises(AFTError, match="The model is steered"):
         load_model(lm)
     lm.steer(None)
     assert load_model(lm) is lm
@@ -231,7 +229,7 @@ def test_thinking_is_refused_where_nothing_is_generated(lm: AFTLM, tmp_path: Pat
     include = a_task(tmp_path, CHOICE)
     lm.enable_thinking = True
     try:
-        with pytest.raises(AFTError, match="enable_thinking= does not fit 'own'"):
+        with pytest.raises(AFTError, match="enable_thinking=true is for tasks that generate, and own"):
             prepare(lm, TrainingPlan.of("own", include_path=include, **PLAN))
     finally:
         lm.enable_thinking = None
