@@ -24,8 +24,8 @@ from lm_eval_aft._util.files import canonical_json
 from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.engine.active_steering import ActiveSteering, Routing, whole_spec
-from lm_eval_aft.engine.fallback import Companions, Paths
-from lm_eval_aft.engine.finite import baseline_not_finite
+from lm_eval_aft.engine.checks import baseline_not_finite
+from lm_eval_aft.engine.fallback import Companions, ScoringPaths
 from lm_eval_aft.engine.generation import Texts
 from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
@@ -145,7 +145,7 @@ class AFTLM(StockLM):
             self.active.remove_when_gone()
         check_causal(self.model)
         self.fast, self.answer_only = given.fast, given.answer_only
-        self._shared: tuple[Paths, Texts] | None = None
+        self._shared: tuple[ScoringPaths, Texts] | None = None
         self._companions: Companions | None = None
         self.require_finite = False  # whether a baseline whose answers are NaN or infinite ends the run
         self._asked = 0
@@ -352,7 +352,7 @@ class AFTLM(StockLM):
             texts |= zip(left, self.some_stock_texts([requests[i] for i in left]), strict=True)
         return [texts[i] for i in range(len(requests))]
 
-    def _fast(self) -> tuple[Paths, Texts]:
+    def _fast(self) -> tuple[ScoringPaths, Texts]:
         """The optimised scoring and generation; made on first use."""
         if self._shared is None:
             scorer = Scorer(
@@ -363,7 +363,7 @@ class AFTLM(StockLM):
                 autocast=self.mixed_precision_dtype,
                 rows=self.active.rows,
             )
-            self._shared = Paths(self, scorer), Texts(self, scorer)
+            self._shared = ScoringPaths(self, scorer), Texts(self, scorer)
         return self._shared
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:

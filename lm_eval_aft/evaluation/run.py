@@ -17,7 +17,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, sha256
 from lm_eval_aft._util.private_names import borrowed, require
 from lm_eval_aft.engine.active_steering import Routing, whole_spec
-from lm_eval_aft.engine.finite import require_finite
+from lm_eval_aft.engine.checks import require_finite
 from lm_eval_aft.evaluation.results import unfinished
 from lm_eval_aft.harness.tasks import (
     environment_asked_once,

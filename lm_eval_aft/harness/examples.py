@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft._util.settings import settings
-from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.harness.commands import lm_eval_flags
 from lm_eval_aft.harness.output_types import OUTPUT_TYPES
 from lm_eval_aft.harness.tasks import NOT_TEXT, refuse_thinking, set_num_fewshot
@@ -204,7 +204,7 @@ def token_pair(lm: HFLM, context: str, continuation: str) -> tuple[list[int], li
     return head, tail
 
 
-def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:
+def encode(examples: Iterable[Example], lm: HFLM) -> list[TokenizedDocument]:
     """Token ids of examples, split and cut on the left exactly as ``hf`` would."""
     documents = []
     limit = lm.max_length
@@ -220,5 +220,7 @@ def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:
             tail = tail[:limit]
             # Room for one token more than the window: the last one is only predicted.
             pairs.append((tuple(head[-(limit + 1 - len(tail)) :]), tuple(tail)))
-        documents.append(Document(tuple(pairs), example.gold, example.lengths, example.task, example.group))
+        documents.append(
+            TokenizedDocument(tuple(pairs), example.gold, example.lengths, example.task, example.group)
+        )
     return documents

@@ -438,7 +438,7 @@ class Session:
 
     def model(self, cell: StudyCell) -> AFTLM:
         """The cell's model; another one is unloaded first."""
-        from lm_eval_aft.engine.finite import require_finite
+        from lm_eval_aft.engine.checks import require_finite
         from lm_eval_aft.lm import AFTLM
 
         entry = cell.model

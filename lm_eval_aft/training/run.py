@@ -18,8 +18,8 @@ from tqdm import tqdm
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
 from lm_eval_aft._util.process import is_main_process, now, postponed
-from lm_eval_aft.engine.batching import Document
-from lm_eval_aft.engine.finite import baseline_not_finite
+from lm_eval_aft.engine.batching import TokenizedDocument
+from lm_eval_aft.engine.checks import baseline_not_finite
 from lm_eval_aft.harness.examples import encode
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
@@ -235,7 +235,7 @@ def run_sweep(
     return result
 
 
-def _encoded(prepared: Prepared) -> tuple[list[Document], dict[int, list[Document]]]:
+def _encoded(prepared: Prepared) -> tuple[list[TokenizedDocument], dict[int, list[TokenizedDocument]]]:
     """The selection documents, and the training documents of each seed, as the model reads them."""
     plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
     train = {seed: encode(apply_control(splits.train(seed), plan.control, seed), lm) for seed in plan.seeds()}
@@ -278,7 +278,7 @@ def cost(prepared: Prepared) -> Estimate:
 
 
 def _screen(
-    screen: str, engine: Engine, layers: list[int], documents: Sequence[Document]
+    screen: str, engine: Engine, layers: list[int], documents: Sequence[TokenizedDocument]
 ) -> tuple[list[int], dict[str, Any] | None]:
     """The layers to sweep, in order, and the screen's result."""
     if screen == "off":

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.engine.batching import (
     Batch,
-    Document,
+    TokenizedDocument,
     capture,
     continuation_logits,
     make_batch,
     token_budget_batches,
 )
-from lm_eval_aft.engine.finite import require_finite
+from lm_eval_aft.engine.checks import require_finite
 from lm_eval_aft.engine.precision import to_training_dtype
 from lm_eval_aft.harness.examples import Extractor
 from lm_eval_aft.harness.grading import Marker
@@ -76,7 +76,7 @@ class Prepared:
     @property
     def sites(self) -> list[int]:
         """The layers that get candidates: only the first, where a method steers all at once."""
-        return self.layers[:1] if self.method.together else self.layers
+        return self.layers[:1] if self.method.steers_all_layers else self.layers
 
     def stages(self) -> list[Stage]:
         """What will be trained, before any retry."""
@@ -286,8 +286,8 @@ class Starts:
     """
 
     prepared: Prepared
-    train: Mapping[int, Sequence[Document]]
-    probe: Sequence[Document]
+    train: Mapping[int, Sequence[TokenizedDocument]]
+    probe: Sequence[TokenizedDocument]
     _differences: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
     def __call__(self, layer: int, seed: int, noise: int | None = None) -> Intervention:
@@ -296,9 +296,9 @@ class Starts:
         Random parameters are drawn from ``seed``, a retry's vectors from ``noise``.
         """
         model, backbone, method = self.prepared.lm.model, self.prepared.backbone, self.prepared.method
-        layers = tuple(self.prepared.layers) if method.together else (layer,)
+        layers = tuple(self.prepared.layers) if method.steers_all_layers else (layer,)
         generator = torch.Generator().manual_seed(seed)
-        tensors = method.start(backbone.hidden_size, layers, generator)
+        tensors = method.initial_tensors(backbone.hidden_size, layers, generator)
         if not method.trained:
             found = self._contrast(seed)
             tensors |= {f"layers.{each}": found[each].clone() for each in layers}
@@ -329,7 +329,7 @@ def small_random(
         residual_norm: median norm of the hidden states at its layer.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(width, generator=generator).mul_(method.noise(width, residual_norm))
+    return torch.randn(width, generator=generator).mul_(method.retry_std(width, residual_norm))
 
 
 # Vectors without training: the difference between right and wrong answers' hidden states.
@@ -339,7 +339,7 @@ TOKENS = 4096  # in one pass
 
 @torch.no_grad()
 def mean_differences(
-    model: nn.Module, backbone: Backbone, documents: Sequence[Document], window: int
+    model: nn.Module, backbone: Backbone, documents: Sequence[TokenizedDocument], window: int
 ) -> dict[int, Tensor]:
     """For every layer, shape ``(hidden_size,)``, fp32: right options' hidden states minus wrong ones'.
 
@@ -371,27 +371,27 @@ def mean_differences(
     return {layer: (total / len(rows)).float() for layer, total in totals.items()}
 
 
-def _with_wrong_options(documents: Sequence[Document]) -> list[Document]:
+def _with_wrong_options(documents: Sequence[TokenizedDocument]) -> list[TokenizedDocument]:
     found = []
     for i, document in enumerate(documents):
         if len(document.pairs) == 1:
             context, own = document.pairs[0]
             _, other = documents[(i + 1) % len(documents)].pairs[0]
-            document = Document(((context, own), (context, other)), (0,), (1.0, 1.0))
+            document = TokenizedDocument(((context, own), (context, other)), (0,), (1.0, 1.0))
         found.append(document)
     return found
 
 
-def _whole(document: Document, window: int) -> Document:
+def _whole(document: TokenizedDocument, window: int) -> TokenizedDocument:
     """The document with one more token after each option, so that the options' last tokens are read too."""
     pairs = []
     for context, tail in document.pairs:
         kept = tail[: window - 1]
         pairs.append((context[-(window - len(kept)) :], (*kept, kept[-1])))
-    return Document(tuple(pairs), document.gold, document.lengths)
+    return TokenizedDocument(tuple(pairs), document.gold, document.lengths)
 
 
-def _weights(documents: Sequence[Document]) -> Tensor:
+def _weights(documents: Sequence[TokenizedDocument]) -> Tensor:
     """Each option's (row's) weight: in a document right ones sum to 1, wrong ones to -1."""
     weights: list[float] = []
     for document in documents:
@@ -420,7 +420,7 @@ def check_screen(screen: str, plain: bool = True) -> None:
         raise AFTError(f"There is no screen {screen!r}.", "Use off, order, or how many layers to keep.")
 
 
-def first_gradients(engine: Trajectory, documents: Sequence[Document]) -> dict[int, Tensor]:
+def first_gradients(engine: Trajectory, documents: Sequence[TokenizedDocument]) -> dict[int, Tensor]:
     """Gradient of the mean loss at v = 0 for a vector at each block, shape ``(hidden_size,)``, fp32."""
     totals: dict[int, Tensor] = {}
     for batch in engine.batches(documents):

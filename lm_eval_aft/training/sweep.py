@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.harness.splits import interleaved
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.methods import METHODS
@@ -104,8 +104,8 @@ class Sweep:
     layers: Sequence[int]
     _: KW_ONLY
     seeds: Sequence[int]
-    train: dict[int, list[Document]]
-    selection: Sequence[Document]
+    train: dict[int, list[TokenizedDocument]]
+    selection: Sequence[TokenizedDocument]
     start: Callable[[int, int, int | None], Intervention]
     events: RunRecorder
     workers: Workers = field(default_factory=Workers)
@@ -259,7 +259,7 @@ class Sweep:
         if done:
             self.events.tick(done)
 
-    def _train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]]) -> None:
+    def _train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[TokenizedDocument]]) -> None:
         """One step at a time: between two steps the run can be saved, and ended."""
         for step in steps:
             self.engine.train(candidates, [step], self.events.tick)
@@ -303,7 +303,7 @@ class Sweep:
 
 
 def coefficients(
-    prepared: Prepared, engine: Engine, found: SweepResult, selection: Sequence[Document], tick: Tick
+    prepared: Prepared, engine: Engine, found: SweepResult, selection: Sequence[TokenizedDocument], tick: Tick
 ) -> dict[int, Calibration]:
     """The finalists' coefficients by seed, where the plan leaves them open.
 
@@ -331,7 +331,7 @@ def score_again(
     finalists: dict[int, SteeringVector],
     found: SweepResult,
     engine: Engine,
-    selection: Sequence[Document],
+    selection: Sequence[TokenizedDocument],
     workers: Workers,
 ) -> None:
     """Put the selection scores of the vectors as they are saved into their headers.
@@ -387,7 +387,7 @@ def calibrate(
     engine: Engine,
     candidate: Candidate,
     baseline: Score,
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     cap: float | None,
     tick: Tick,
 ) -> Calibration:

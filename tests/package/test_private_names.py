@@ -32,7 +32,7 @@ from lm_eval_aft._util.private_names import (
     require,
     version,
 )
-from lm_eval_aft.engine.compatibility import refused
+from lm_eval_aft.engine.checks import packing_ruled_out
 from lm_eval_aft.engine.kv_cache import RowCache
 from lm_eval_aft.steering.backbone import UNTOLD, attention_kernel, cache_argument
 from tests.conftest import FAMILIES, tiny_model
@@ -373,13 +373,13 @@ def test_rows_are_not_packed_where_attention_or_state_is_untold(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
-    assert refused(model, 8) == ""
+    assert packing_ruled_out(model, 8) == ""
     target = PreTrainedModel if name == "_is_stateful" else type(model.config)
     with monkeypatch.context() as patch:
         for kind in target.__mro__:
             if name in vars(kind):
                 patch.delattr(kind, name)
-        assert "does not say" in refused(model, 8)
+        assert "does not say" in packing_ruled_out(model, 8)
         if name == "_attn_implementation":
             assert attention_kernel(model) == UNTOLD
 

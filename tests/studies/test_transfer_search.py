@@ -161,7 +161,10 @@ def test_optuna_search_goes_on_to_the_same_end(
 
     with monkeypatch.context() as patched:
         patched.setattr(search_module, "train_vector", dying)
-        assert "goes on" in call(*words, "--output", str(cut), "--trials", "5", code=130).output
+        assert (
+            "the same command continues"
+            in call(*words, "--output", str(cut), "--trials", "5", code=130).output
+        )
     assert len(searched(cut)) == 2
     call(*words, "--output", str(cut), "--trials", "5")
     assert searched(cut) == searched(whole)
