@@ -581,22 +581,34 @@ def _options(
     half = len(texts) // 2
     if half and texts[:half] == texts[half:] and all(each[0] != arguments[0][0] for each in arguments[half:]):
         texts = texts[:half]
-    lengths = [max(1, len(text)) if metric == "acc_norm" else 1 for text in texts]
-    columns = []
-    for sample in (first, second):
-        scores = [log_likelihood(sample, i) for i in range(len(texts))]
-        normalized = [-1e30 if s is None else s / n for s, n in zip(scores, lengths, strict=True)]
-        columns.append((scores, normalized.index(max(normalized))))
+    old, new = ([log_likelihood(each, i) for i in range(len(texts))] for each in (first, second))
+    before, after = (_chosen(metric, texts, each) for each in (first, second))
     target = str(first["target"])
     gold = {int(target)} if target.isdecimal() and int(target) < len(texts) else {
         i for i, text in enumerate(texts) if text.strip() == target.strip()
     }  # fmt: skip
-    (old, chosen_before), (new, chosen_after) = columns
     return [
         {"text": text, "gold": i in gold, "before": old[i], "after": new[i]}
-        | {"chosen_before": i == chosen_before, "chosen_after": i == chosen_after}
+        | {"chosen_before": i in before, "chosen_after": i in after}
         for i, text in enumerate(texts)
     ]
+
+
+def _chosen(metric: str, texts: list[str], sample: dict[str, Any]) -> set[int]:
+    """The options that a run chose, as lm-eval's metric of that name does; else the likeliest."""
+    if metric == "exact_match":  # those that greedy decoding would have written
+        return {i for i in range(len(texts)) if str(sample["resps"][i][0][1]) == "True"}
+
+    def score(i: int) -> float:
+        value = log_likelihood(sample, i)
+        if value is None:
+            return -1e30
+        if metric == "acc_mutual_info":
+            return value - (log_likelihood(sample, len(texts) + i) or 0.0)
+        size = {"acc_norm": len(texts[i]), "acc_bytes": len(texts[i].encode())}.get(metric, 1)
+        return value / max(1, size)
+
+    return {max(range(len(texts)), key=score)}
 
 
 def _generation(sample: dict[str, Any]) -> dict[str, Any]:

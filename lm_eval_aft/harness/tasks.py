@@ -148,7 +148,9 @@ def _not_loaded(name: str, error: Exception) -> AFTError:
             f"The code of task {name} fails: {type(error).__name__}: {told}",
             "If it builds its documents for a model, it reads the model arguments and --metadata.",
         )
-    if isinstance(error, OSError):
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__:
+        told = _first_line(error.__cause__)  # the error itself says only that there was one
+    if isinstance(error, OSError) or type(error).__module__.startswith("datasets."):
         return AFTError(
             f"The data of task {name} cannot be loaded: {told}",
             "Check the network, or run where the data set's folder is (offline, lm-eval finds "

@@ -132,7 +132,7 @@ EVALUATED = [
 def test_of_runs_by_aft_eval(
     place: Path, monkeypatch: pytest.MonkeyPatch, tasks: list[str], flags: list[str]
 ) -> None:
-    arguments = {"subfolder": "sub", "device": "cpu", "tokenizer": "hub/sub", "peft": "adapter"}
+    arguments = {"subfolder": "sub", "device": "cpu", "peft": "adapter"}
     flags = [*flags, *(["--include_path", "tasks"] if "/" not in tasks[0] else [])]
     more = {**arguments, "allow_mismatch": True}
     evaluate_pair("hub", "v", tasks, "first", model_args=more, flags=flags)
@@ -149,7 +149,7 @@ def test_prompts_that_differ_from_training(place: Path) -> None:
     chat = ["--apply_chat_template", "default", "--system_instruction", "Be small ."]
     notes = {}
     for name, more in (("plain", []), ("chat", chat), ("text", [*chat, "--fewshot_as_multiturn", "false"])):
-        arguments = {"subfolder": "sub", "device": "cpu", "tokenizer": "hub/sub"}
+        arguments = {"subfolder": "sub", "device": "cpu"}
         evaluate_pair("hub", "v", ["toy_choice"], name, model_args=arguments, flags=[*flags, *more])
         base, run = (read_run(place / name / each) for each in ("baseline", "steered/v"))
         notes[name] = "; ".join(_run_warnings(base, run, read_vector_info(run)))
