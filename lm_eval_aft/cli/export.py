@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from lm_eval_aft._util.process import quiet_libraries
-from lm_eval_aft.cli.options import offline_option
+from lm_eval_aft.cli.options import offline_option, parse_model_args
 from lm_eval_aft.export.formats import FORMATS, export_vector, import_vector
 
 
@@ -45,8 +46,23 @@ Examples:
   aft export arc --to merged --output pythia-arc
   aft export demo-results/vector --model demo --to peft -o adapter
   aft export arc --model Qwen/Qwen2-0.5B --to gguf -o arc.gguf
+  aft export v --model M --model-args peft=my-adapter --to merged -o m-with-adapter-and-vector
   lm_eval --model hf --model_args pretrained=pythia-arc --tasks arc_challenge
 """
+
+
+def _arguments(model: str | None, text: str | None, revision: str | None) -> dict[str, Any]:
+    from lm_eval_aft.harness.model_args import check_source, refuse_steering
+
+    args = parse_model_args(text, revision=revision)
+    refuse_steering(args, "they are about the base model, not about what steers it")
+    check_source(model, args)
+    return args
+
+
+model_args_option = click.option(
+    "--model-args", help="Further arguments of lm-eval's hf model: subfolder=..., gguf_file=..., peft=..."
+)
 
 
 @click.command("export", help=_export_help())
@@ -62,6 +78,7 @@ Examples:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=_output_help())
 @click.option("--model", help="Hub name or local folder of the base model.  [default: the vector's own]")
 @click.option("--revision", help="The base model's revision on the Hub.")
+@model_args_option
 @click.option("--coefficient", type=float, help="Replaces the vector's own coefficient.")
 @click.option("--allow-mismatch", is_flag=True, help="Export for another model than the vector's.")
 @click.option("--blocks", help="Dotted path of the decoder blocks, for architectures not recognised.")
@@ -71,6 +88,7 @@ def export(
     output: Path,
     model: str | None,
     revision: str | None,
+    model_args: str | None,
     coefficient: float | None,
     allow_mismatch: bool,
     blocks: str | None,
@@ -87,7 +105,7 @@ def export(
             kind,
             output,
             model=model,
-            revision=revision,
+            model_args=_arguments(model, model_args, revision),
             allow_mismatch=allow_mismatch,
             blocks=blocks,
             progress=progress,
@@ -104,20 +122,40 @@ def export(
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Vector folder to make.")
 @click.option("--model", help="The model it is for.  [default: the one an adapter names; none for .gguf]")
 @click.option("--revision", help="That model's revision on the Hub.")
-def import_(source: Path, output: Path, model: str | None, revision: str | None) -> None:
+@model_args_option
+@click.option(
+    "--layer", "layers", type=click.IntRange(min=0), multiple=True, help="Keep this block only; may repeat."
+)
+def import_(
+    source: Path,
+    output: Path,
+    model: str | None,
+    revision: str | None,
+    model_args: str | None,
+    layers: tuple[int, ...],
+) -> None:
     """Make a vector folder of what another tool wrote.
 
-    SOURCE is a control vector of llama.cpp or repeng (.gguf), or a PEFT adapter folder that adds a
-    constant: BEFT, or LoRA with zero matrices and lora_bias. Pickles are never opened.
+    SOURCE is a control vector of llama.cpp, repeng or EasySteer (.gguf), a steering vector of vllm-lens
+    (.json), or a PEFT adapter folder that adds a constant: BEFT, or LoRA with zero matrices and
+    lora_bias. Pickles (.pt, .bin) are never opened.
 
     \b
     Examples:
       aft import happy.gguf --model mistralai/Mistral-7B-v0.1 -o happy
+      aft import diffmean.gguf --layer 14 --layer 15 -o vector
       aft import adapter -o vector
     """
     quiet_libraries()
     with _stages() as progress:
-        path, notes = import_vector(source, output, model=model, revision=revision, progress=progress)
+        path, notes = import_vector(
+            source,
+            output,
+            model=model,
+            model_args=_arguments(model, model_args, revision),
+            layers=layers,
+            progress=progress,
+        )
     for note in notes:
         click.echo(f"{note[0].upper()}{note[1:]}.")
     click.echo(f"Wrote {path}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import exclusive_dir
+from lm_eval_aft._util.files import appearing, exclusive_dir
 from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
 from lm_eval_aft.cli.options import ended, offline_option, parse_model_args, print_table
-from lm_eval_aft.library.files import check_name, is_name, printable
+from lm_eval_aft.library.files import is_name, printable
 
 if TYPE_CHECKING:
     from lm_eval_aft.library.entry import Entry
@@ -26,9 +25,18 @@ if TYPE_CHECKING:
     from lm_eval_aft.steering.vector import SteeringVector
     from lm_eval_aft.studies.train_set import TrainSet
 
+
+def _library(_context: click.Context, _parameter: click.Parameter, folder: Path | None) -> Library:
+    from lm_eval_aft.library.store import Library
+
+    return Library(folder)
+
+
 library_option = click.option(
     "--library",
+    "shelf",
     type=click.Path(path_type=Path, file_okay=False),
+    callback=_library,
     help="Folder of the library.  [default: $AFT_LIBRARY, or a folder among your user data]",
 )
 
@@ -62,7 +70,7 @@ def vectors() -> None:
 @click.option("--dry-run", is_flag=True, help="Print what would be uploaded; no network.")
 @click.argument("vectors", nargs=-1, required=True)
 def push(
-    library: Path | None,
+    shelf: Library,
     repo: str,
     as_library: bool,
     private: bool,
@@ -87,11 +95,9 @@ def push(
     from lm_eval_aft.library.hub import plan_push
     from lm_eval_aft.library.hub import push as upload
     from lm_eval_aft.library.load import holds_vector
-    from lm_eval_aft.library.store import Library
     from lm_eval_aft.steering.vector import SteeringVector
     from lm_eval_aft.training.artifacts import write_card
 
-    shelf = Library(library)
     several = as_library or len(vectors) > 1
     with ExitStack() as stack:
         planned = []
@@ -136,7 +142,7 @@ def push(
 @click.option("--dry-run", is_flag=True, help="Print what would be fetched.")
 @click.argument("repo")
 def pull(
-    library: Path | None,
+    shelf: Library,
     name: str | None,
     wanted: tuple[str, ...],
     revision: str | None,
@@ -158,7 +164,6 @@ def pull(
     _quiet()
     from lm_eval_aft.library.hub import choose, look
     from lm_eval_aft.library.hub import pull as download
-    from lm_eval_aft.library.store import Library
 
     remote = look(repo, revision)
     if dry_run:
@@ -169,9 +174,7 @@ def pull(
         ]
         print_table(f"Would fetch from {repo} at {remote.commit[:12]}", ("file", "bytes"), rows)
     else:
-        pulled = download(
-            remote, Library(library), vectors=wanted, name=name, revision=revision, replace=replace
-        )
+        pulled = download(remote, shelf, vectors=wanted, name=name, revision=revision, replace=replace)
         for each in pulled:
             click.echo(f"Pulled: {each.name} at {each.commit[:12]} in {each.folder}")
     if remote.left_out:
@@ -186,9 +189,7 @@ def pull(
 @click.option("--name", help="Put the new vector into the library under this name.")
 @click.option("--report", is_flag=True, help="Print the cosine similarity of the vectors at each layer.")
 @click.argument("expression")
-def compose(
-    library: Path | None, output: Path | None, name: str | None, report: bool, expression: str
-) -> None:
+def compose(shelf: Library, output: Path | None, name: str | None, report: bool, expression: str) -> None:
     """Add vectors to each other.
 
     EXPRESSION names them with their weights. They are added layer by layer. Only vectors of one base
@@ -200,14 +201,10 @@ def compose(
       aft vectors compose "style/careful - style/careless" --report
     """
     from lm_eval_aft.library.compose import Operand, combine, conflicts
-    from lm_eval_aft.library.expression import parse_expression
-    from lm_eval_aft.library.load import load_vector
-    from lm_eval_aft.library.store import Library
+    from lm_eval_aft.library.load import load_vector, parse_expression
 
     if not (output or name or report):
         raise AFTError("Nothing to do with the sum.", "Give -o FOLDER, --name CATEGORY/NAME or --report.")
-    shelf = Library(library)
-    _check_places(output, shelf, name)  # both, before either is written
     operands = [Operand(n, w, load_vector(n, shelf)) for n, w in parse_expression(expression).items()]
     vector = combine(operands, expression)
     if report:
@@ -251,33 +248,20 @@ def _print_conflicts(found: Sequence[Mapping[str, Any]]) -> None:
         click.echo("No two of the vectors share a layer.")
 
 
-def _check_places(output: Path | None, shelf: Library, name: str | None) -> None:
-    if name is not None and os.path.lexists(shelf.root / check_name(name)):
-        raise AFTError(f"The library {shelf.root} already has {name!r}.", "Choose another name.")
-    if output is None:
-        return
-    if output.suffix == ".safetensors":
-        raise AFTError(f"{output} names a file; a folder is written.", "Give a name without .safetensors.")
-    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
-        raise AFTError(f"{output} exists already.", "Choose another folder.")
-
-
 def _write_whole(output: Path, vector: SteeringVector) -> None:
     """Write a vector into a new or an empty folder, whole or not at all."""
+    if output.suffix == ".safetensors":
+        raise AFTError(f"{output} names a file; a folder is written.", "Give a name without .safetensors.")
     target = output.resolve()
-    beside = target if target.is_dir() else target.parent
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".aft-compose-", dir=beside) as place:
-            folder = Path(place) / "vector"
-            _write(folder, vector)
-            if beside == target:  # perhaps somebody's working directory: it is not replaced
-                for each in sorted(folder.iterdir()):  # the vector last: a folder that has one is complete
-                    each.rename(target / each.name)
-            else:
-                folder.rename(target)
-    except OSError as error:
-        raise AFTError(f"Cannot write {output}: {error.strerror}.", "Choose another folder.") from error
+    empty = target.is_dir() and not any(
+        target.iterdir()
+    )  # perhaps somebody's working directory: it is not replaced
+    with appearing(target / ".aft-compose" if empty else target) as folder:
+        _write(folder, vector)
+    if empty:
+        for each in sorted((target / ".aft-compose").iterdir()):  # the vector last: then it is complete
+            each.rename(target / each.name)
+        (target / ".aft-compose").rmdir()
 
 
 def _write(folder: Path, vector: SteeringVector) -> None:
@@ -305,7 +289,7 @@ def _write(folder: Path, vector: SteeringVector) -> None:
 @click.option("--model-args", help="Further arguments of lm-eval's hf model: revision=...")
 def train_set(
     study: Path,
-    library: Path | None,
+    shelf: Library,
     model: str | None,
     resume: bool,
     dry_run: bool,
@@ -340,7 +324,6 @@ def train_set(
       scores: {limit: 200}
     """
     quiet_libraries()
-    from lm_eval_aft.library.store import Library
     from lm_eval_aft.studies.config import read_library_study
     from lm_eval_aft.studies.train_set import TrainSet
 
@@ -348,7 +331,6 @@ def train_set(
     base = model or plan.model
     if base is None:
         raise AFTError(f"The study {study} names no model.", "Give one with --model.")
-    shelf = Library(library)
     arguments = parse_model_args(model_args, device=device, dtype=dtype)
     job = TrainSet(plan, shelf, base, arguments)
     if dry_run:
@@ -409,7 +391,7 @@ def _print_plan(job: TrainSet) -> None:
 @click.option("--weights", is_flag=True, help="With --fits: load the model and compare the weights too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every field.")
 def list_vectors(
-    library: Path | None,
+    shelf: Library,
     base_model: str | None,
     task: str | None,
     category: str | None,
@@ -428,11 +410,9 @@ def list_vectors(
       aft vectors list --task 'arc*'
       aft vectors list --fits EleutherAI/pythia-160m --json
     """
-    from lm_eval_aft.library.store import Library
 
     if weights and not model:
         raise AFTError("--weights compares with a model.", "Name it with --fits MODEL.")
-    shelf = Library(library)
     everything = shelf.entries()
     found = [entry for entry in everything if entry.matches(base_model, task, category)]
     if model:
@@ -453,7 +433,7 @@ def list_vectors(
 @library_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: the fields and the whole header.")
 @click.argument("name")
-def show(library: Path | None, as_json: bool, name: str) -> None:
+def show(shelf: Library, as_json: bool, name: str) -> None:
     """Show one vector, NAME as `aft vectors list` prints it.
 
     \b
@@ -461,10 +441,8 @@ def show(library: Path | None, as_json: bool, name: str) -> None:
       aft vectors show math/word_problems
     """
     from lm_eval_aft.library.files import SOURCE
-    from lm_eval_aft.library.store import Library
     from lm_eval_aft.steering.vector_file import FILE_NAME, read_header
 
-    shelf = Library(library)
     folder, entry = shelf.path(name), shelf.entry(name)
     if entry.error:
         raise AFTError(entry.error, "`aft vectors remove` deletes it.")
@@ -498,7 +476,7 @@ def show(library: Path | None, as_json: bool, name: str) -> None:
 @click.option("--name", required=True, help="What to call it: CATEGORY/NAME, as in math/word_problems.")
 @click.option("--replace", is_flag=True, help="Replace a vector of that name.")
 @click.argument("vector", type=click.Path(path_type=Path))
-def add(library: Path | None, name: str, replace: bool, vector: Path) -> None:
+def add(shelf: Library, name: str, replace: bool, vector: Path) -> None:
     """Copy a vector into the library.
 
     VECTOR is a vector folder or a .safetensors file. It is checked first and added as a whole or not
@@ -509,9 +487,8 @@ def add(library: Path | None, name: str, replace: bool, vector: Path) -> None:
       aft vectors add runs/gsm8k --name math/word_problems
       aft vectors add v.safetensors --library ./shared --name math/v2 --replace
     """
-    from lm_eval_aft.library.store import Library
 
-    folder = Library(library).add(vector, name, replace=replace)
+    folder = shelf.add(vector, name, replace=replace)
     click.echo(f"Added: {folder}")
 
 
@@ -519,16 +496,14 @@ def add(library: Path | None, name: str, replace: bool, vector: Path) -> None:
 @library_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.argument("names", nargs=-1, required=True)
-def remove(library: Path | None, yes: bool, names: tuple[str, ...]) -> None:
+def remove(shelf: Library, yes: bool, names: tuple[str, ...]) -> None:
     """Delete vectors from the library, files and all.
 
     \b
     Example:
       aft vectors remove math/old math/older --yes
     """
-    from lm_eval_aft.library.store import Library
 
-    shelf = Library(library)
     folders = [shelf.path(name) for name in names]  # all must exist before the first is deleted
     if not yes:
         click.confirm(f"Delete {', '.join(map(str, folders))}?", abort=True)
@@ -540,7 +515,7 @@ def remove(library: Path | None, yes: bool, names: tuple[str, ...]) -> None:
 @vectors.command("verify")
 @library_option
 @click.argument("names", nargs=-1)
-def verify(library: Path | None, names: tuple[str, ...]) -> None:
+def verify(shelf: Library, names: tuple[str, ...]) -> None:
     """Check every file of the named vectors, or of all.
 
     Files must be readable and unchanged since they were pulled, numbers finite. Exits with 1 if a
@@ -551,9 +526,7 @@ def verify(library: Path | None, names: tuple[str, ...]) -> None:
       aft vectors verify math/word_problems
     """
     from lm_eval_aft.library.files import damage
-    from lm_eval_aft.library.store import Library
 
-    shelf = Library(library)
     if not shelf.root.is_dir():
         raise AFTError(f"There is no library {shelf.root}.", "Name one with --library or AFT_LIBRARY.")
     checked = list(names) or shelf.names()
@@ -574,6 +547,7 @@ def verify(library: Path | None, names: tuple[str, ...]) -> None:
 def routes(table: Path | None, text: str | None) -> None:
     """Print or check a keyword table.
 
+    A router looks at a document's own question: few-shot examples and instructions do not count.
     Without TABLE, prints the one that comes with the package; your own TABLE is checked.
 
     \b

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import gc
+import importlib
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from lm_eval_aft._util.errors import AFTError, model_not_loaded
 from lm_eval_aft._util.files import canonical_json
@@ -22,15 +23,27 @@ from lm_eval_aft._util.private_names import require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
-from lm_eval_aft.steering.fingerprint import check_fingerprint, compare_fingerprints, fingerprint
+from lm_eval_aft.steering.fingerprint import (
+    WEIGHT_ARGS,
+    check_fingerprint,
+    compare_fingerprints,
+    describe_base,
+    fingerprint,
+)
 from lm_eval_aft.steering.hooks import add_all, check_fits
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
-from lm_eval_aft.steering.vector_file import MAX_HEADER, is_biased, parse_entry
+from lm_eval_aft.steering.vector_file import MAX_HEADER, is_biased, mapping_or_empty, parse_entry
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"),
     *("vocab.txt", "merges.txt", "sentencepiece.bpe.model", "tekken.json", "tokenizer.tiktoken"),
+)
+
+# How to bring over what other tools pickle.
+CONVERT = (
+    "If you trust the file, open it where it was written, see which block each tensor is added after, and "
+    "save it: lm_eval_aft.SteeringVector({LAYER: tensor}).save(FOLDER)."
 )
 
 _MAY_BE_MISSING = "transformers: cached_file(_raise_exceptions_for_...)"
@@ -44,17 +57,22 @@ class Base:
 
     Attributes:
         name: as the user gave it; ``path`` is where it was loaded from.
-        model: the transformers model in evaluation mode; ``None`` once released.
+        args: the arguments of lm-eval's ``hf`` that it was loaded with, besides ``pretrained``.
+        model: the transformers (or PEFT) model in evaluation mode; ``None`` once released.
         tokenizer: its tokenizer, or ``None`` for a checkpoint without one.
-        backbone: its decoder blocks.
     """
 
     name: str
     path: str
-    revision: str | None
+    args: dict[str, Any]
     model: Any
     tokenizer: Any
     backbone: Backbone
+
+    @property
+    def revision(self) -> str | None:
+        """The revision on the Hub, if one was asked for."""
+        return self.args.get("revision")
 
     @property
     def config(self) -> Any:
@@ -68,24 +86,59 @@ class Base:
         gc.collect()
 
 
-def load_base(name: str, revision: str | None = None, blocks: str | None = None) -> Base:
+def recorded_base(metadata: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The name of the model that a vector was trained on, and the arguments that it must be loaded with."""
+    recorded = mapping_or_empty(metadata.get("base_model"))
+    given = {"revision": recorded.get("revision"), **mapping_or_empty(recorded.get("args"))}
+    # Only what names weights: a stranger's file must not ask for trust_remote_code.
+    known = {key: given[key] for key in WEIGHT_ARGS if isinstance(given.get(key), str)}
+    return recorded.get("name"), known
+
+
+def load_base(name: str, args: Mapping[str, Any] | None = None, blocks: str | None = None) -> Base:
     """Load a causal LM and its tokenizer from a folder, the Hub, or ``demo``.
+
+    Args:
+        args: further arguments of lm-eval's ``hf``: ``revision``, ``subfolder``, ``gguf_file``, ``peft``, ...
 
     Raises:
         AFTError: it or its tokenizer cannot be loaded, or its blocks are not found.
     """
     from transformers import AutoModelForCausalLM
 
-    path = resolve_pretrained(name)
+    path, given = resolve_pretrained(name), {k: v for k, v in (args or {}).items() if v not in (None, "")}
+    revision = given.get("revision")
     try:
-        # Unset, transformers would ask on the terminal whether to run a stranger's code.
-        model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype="auto", trust_remote_code=False
-        ).eval()
-    except (OSError, ValueError) as error:
+        if given.keys() <= {"revision"}:
+            # Unset, transformers would ask on the terminal whether to run a stranger's code.
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path, revision=revision, dtype="auto", trust_remote_code=False
+            ).eval()
+            tokenizer = _tokenizer(name, path, revision)
+        else:
+            model, tokenizer = _loaded_by_lm_eval(path, given)
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise model_not_loaded(name, error) from error
     model.requires_grad_(False)
-    return Base(name, path, revision, model, _tokenizer(name, path, revision), find_backbone(model, blocks))
+    return Base(name, path, given, model, tokenizer, find_backbone(model, blocks))
+
+
+def same_base(base: Base) -> list[str]:
+    """A note where the export works only on a base that is loaded with the same arguments."""
+    told = ",".join(
+        f"{key}={base.args[key]}" for key in WEIGHT_ARGS if base.args.get(key) not in (None, "main")
+    )
+    return [f"it is for {base.name} loaded with {told}: give these to lm-eval as well"] if told else []
+
+
+def _loaded_by_lm_eval(path: str, args: dict[str, Any]) -> tuple[Any, Any]:
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=path, **{"device": "cpu", **args})
+    model: Any = lm.model
+    if args.get("gguf_file"):  # dequantised while it was read: a checkpoint of it is a plain one
+        del model.config.quantization_config
+    return model, lm.tokenizer
 
 
 def _tokenizer(name: str, path: str, revision: str | None) -> Any:
@@ -127,6 +180,7 @@ def source_file(base: Base, name: str) -> Path | None:
             base.path,
             name,
             revision=base.revision,
+            subfolder=base.args.get("subfolder", ""),
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
@@ -143,7 +197,9 @@ def check_vector(vector: SteeringVector, base: Base, *, allow_mismatch: bool = F
     """
     check_constant(vector)
     check_fits(vector, base.backbone)
-    check_fingerprint(vector.metadata, base.model, base.tokenizer, allow_mismatch=allow_mismatch)
+    check_fingerprint(
+        vector.metadata, base.model, base.tokenizer, allow_mismatch=allow_mismatch, args=base.args
+    )
     shifts = {layer: values * vector.coefficient for layer, values in vector.layers.items()}
     if not all(bool(torch.isfinite(delta).all()) for delta in shifts.values()):
         raise AFTError(
@@ -210,6 +266,16 @@ class Export:
     kind: str
     agreement: Agreement | None
     notes: list[str]
+
+
+def optional_package(name: str, needing: str) -> Any:
+    """A package that comes with an extra of ours; raises `AFTError` where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise AFTError(
+            f"{needing} need the {name} package.", f"Install it: pip install 'lm-eval-aft[{name}]'"
+        ) from error
 
 
 # The vector's own record in what is exported, so that an import restores it.
@@ -292,11 +358,48 @@ def restore(vector: SteeringVector, text: object, where: str) -> list[str]:
 
 def identity(base: Base) -> dict[str, Any]:
     """The entries of a vector's metadata that say which model it is for."""
+    more = {key: value for key, value in base.args.items() if key != "revision"}
     return {
-        "base_model": {"name": base.name, "revision": base.revision},
+        "base_model": {"name": base.name, "revision": base.revision, **({"args": more} if more else {})},
         "num_hidden_layers": len(base.backbone.blocks),
         "fingerprint": fingerprint(base.model, base.tokenizer),
     }
+
+
+def place(
+    vector: SteeringVector, model: str | None, args: Mapping[str, Any], progress: Callable[[str], None]
+) -> list[str]:
+    """Make an imported vector one for this model; return notes. Without a model it fits any of its width.
+
+    Raises:
+        AFTError: it does not fit the model, or the model cannot be loaded.
+    """
+    if model is None:
+        if "fingerprint" in vector.metadata:
+            return []
+        return ["no --model was given: the vector carries no fingerprint and fits any model of its width"]
+    progress(f"loading {model}")
+    base = load_base(model, args)
+    depth = len(base.backbone.blocks)
+    if max(vector.layers) == depth and 0 not in vector.layers:
+        raise AFTError(
+            f"The file numbers blocks up to {depth}, but {model!r} has blocks 0 to {depth - 1}: it seems to "
+            "count from 1, while control vectors count from 0.",
+            "Write it again with every number one lower, if its author agrees.",
+        )
+    check_fits(vector, base.backbone)
+    return assign_model(vector, identity(base))
+
+
+def told_strength(vector: SteeringVector) -> str:
+    """How strong an imported direction is, in a phrase: other tools multiply by a factor given at use."""
+    norms = [float(values.norm()) for values in vector.layers.values()]
+    size = " to ".join(dict.fromkeys(f"{norm:.3g}" for norm in (min(norms), max(norms))))
+    where = f" at each of its {len(norms)} blocks" if len(norms) > 1 else ""
+    return (
+        f"its norm{where} is {size}; the factor it is meant to be used with, and the blocks if not all, are "
+        "not in the file: choose them with coefficient= and `aft import --layer`"
+    )
 
 
 def assign_model(vector: SteeringVector, identity: dict[str, Any]) -> list[str]:
@@ -305,16 +408,18 @@ def assign_model(vector: SteeringVector, identity: dict[str, Any]) -> list[str]:
     Raises:
         AFTError: the fingerprint in its record is damaged.
     """
-    recorded = vector.metadata.get("fingerprint")
-    trained_on = (vector.metadata.get("base_model") or {}).get("name")
+    recorded, trained_on = (
+        vector.metadata.get("fingerprint"),
+        mapping_or_empty(vector.metadata.get("base_model")),
+    )
     vector.metadata |= identity
-    if recorded is None:
-        return []
-    differences = compare_fingerprints(recorded, identity["fingerprint"])
+    differences = [] if recorded is None else compare_fingerprints(recorded, identity["fingerprint"])
     if not differences:
         return []
-    vector.metadata["imported_from"]["trained_on"] = trained_on
-    return [f"it was trained on {trained_on!r}, not on this model: {', '.join(differences)} differ"]
+    vector.metadata["imported_from"]["trained_on"] = trained_on.get("name")
+    return [
+        f"it was trained on {describe_base(trained_on)}, not on this model: {', '.join(differences)} differ"
+    ]
 
 
 def cautions(vector: SteeringVector) -> list[str]:
@@ -342,19 +447,14 @@ def _sketch(layers: dict[int, Tensor]) -> dict[str, Any]:
 def _belongs(recorded: Any, present: dict[str, Any]) -> bool:
     """Whether two sketches are of the same values, up to rounding."""
     try:
-        if recorded.keys() != present.keys():
-            return False
-        for layer, now in present.items():
-            was, norm = recorded[layer], now["norm"]
-            pairs = zip(was["entries"], now["entries"], strict=True)
-            largest = max(map(abs, now["entries"]))
-            if abs(was["norm"] - norm) > _TOLERANCE * norm:
-                return False
-            if any(abs(a - b) > _TOLERANCE * largest for a, b in pairs):
-                return False
+        return recorded.keys() == present.keys() and all(
+            math.isclose(recorded[layer]["norm"], now["norm"], rel_tol=_TOLERANCE)
+            and max(abs(a - b) for a, b in zip(recorded[layer]["entries"], now["entries"], strict=True))
+            <= _TOLERANCE * max(map(abs, now["entries"]))
+            for layer, now in present.items()
+        )
     except (AttributeError, KeyError, TypeError, ValueError):  # a stranger's record
         return False
-    return True
 
 
 # Comparing an export with the hooked model: logits on probe prompts, in float32 arithmetic.
@@ -422,16 +522,9 @@ def hooked_logits(base: Base, shifts: dict[int, Tensor], prompts: list[Tensor]) 
 
 
 def forward_in_float32(model: Any, ids: Tensor, **options: Any) -> Any:
-    """``model``'s output for ``ids``, computed in float32; on a copy where it cannot be done in place."""
-    try:
-        with computing_in_float32(model):
-            return model(input_ids=ids, use_cache=False, **options)
-    except RuntimeError:
-        if all(not _coarse(module) for module in model.modules()):
-            raise
-    # Mamba's blocks read weights of modules that they do not call, which no hook can widen. The copy keeps
-    # the steering hooks.
-    return copy.deepcopy(model).float()(input_ids=ids, use_cache=False, **options)
+    """``model``'s output for ``ids``, computed in float32."""
+    with ComputingInFloat32():
+        return model(input_ids=ids, use_cache=False, **options)
 
 
 def compare_logits(base: list[Tensor], steered: list[Tensor], export: list[Tensor]) -> Agreement:
@@ -464,65 +557,48 @@ def require_agreement(agreement: Agreement, what: str) -> Agreement:
     return agreement
 
 
-@contextmanager
-def computing_in_float32(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` in float32 arithmetic without a float32 copy of it.
+class ComputingInFloat32(TorchFunctionMode):
+    """Inside the block, models run in float32 arithmetic, without a float32 copy of their weights.
 
-    Each module's own weights are turned to float32 only while it runs, large matrices in pieces.
-    Nothing is patched where all weights are float32 already.
+    Each 16-bit parameter is turned to float32 for the one operation that reads it, large matrices in pieces.
     """
-    handles: list[Any] = []
-    patched: list[nn.Module] = []
 
-    def widen(module: nn.Module, _inputs: Any) -> None:
-        module.__dict__["_aft_saved"] = saved = [(p, p.data) for p in _coarse(module)]
-        for parameter, data in saved:
-            parameter.data = data.float()
-
-    def restore(module: nn.Module, _inputs: Any, output: Any) -> Any:
-        for parameter, data in module.__dict__.pop("_aft_saved", []):
-            parameter.data = data
-        return output
-
-    try:
-        for module in model.modules():
-            if not _coarse(module):
-                continue
-            if type(module) is nn.Linear and module.weight.numel() > _CHUNK:
-                module.forward = _linear_in_pieces(module)  # type: ignore[method-assign]
-                patched.append(module)
-            elif type(module) is nn.Embedding:
-                handles.append(module.register_forward_hook(lambda _m, _i, output: output.float()))
-            else:
-                handles.append(module.register_forward_pre_hook(widen))
-                handles.append(module.register_forward_hook(restore, always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in patched:
-            del module.forward
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") == "__get__":  # a property: dtype, shape, T, ...
+            found = function(*args, **kwargs)
+            if not _is_coarse(args[0]):
+                return found
+            if isinstance(found, Tensor):
+                return found.float()
+            return torch.float32 if found is args[0].dtype else found
+        if function is functional.embedding:
+            return function(*args, **kwargs).float()
+        if function is functional.linear and _is_coarse(args[1]) and args[1].numel() > _CHUNK:
+            return _linear_in_pieces(*args, **kwargs)
+        kwargs = {key: _widened(value) for key, value in kwargs.items()}
+        return function(*map(_widened, args), **kwargs)
 
 
-def _coarse(module: nn.Module) -> list[nn.Parameter]:
-    own = module.parameters(recurse=False)
-    return [p for p in own if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64)]
+def _is_coarse(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) and value.dtype in (torch.float16, torch.bfloat16)
 
 
-def _linear_in_pieces(module: nn.Linear) -> Any:
-    rows = max(1, _CHUNK // module.in_features)
+def _widened(value: Any) -> Any:
+    if isinstance(value, list | tuple) and any(map(_is_coarse, value)):
+        return [_widened(each) for each in value]
+    return value.float() if _is_coarse(value) else value
 
-    def forward(inputs: Tensor) -> Tensor:
-        # One buffer for all pieces: allocated one by one, they would fragment the heap.
-        buffer = torch.empty(rows, module.in_features)
-        output = torch.empty(*inputs.shape[:-1], module.out_features)
-        for start in range(0, module.out_features, rows):
-            weight = module.weight[start : start + rows]
-            piece = functional.linear(inputs, buffer[: len(weight)].copy_(weight))
-            output[..., start : start + rows] = piece
-        return output if module.bias is None else output + module.bias.float()
 
-    return forward
+def _linear_in_pieces(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    outputs, width = weight.shape
+    rows = max(1, _CHUNK // width)
+    # One buffer for all pieces: allocated one by one, they would fragment the heap.
+    buffer, output = torch.empty(rows, width), torch.empty(*inputs.shape[:-1], outputs)
+    for start in range(0, outputs, rows):
+        piece = weight[start : start + rows]
+        output[..., start : start + rows] = functional.linear(inputs, buffer[: len(piece)].copy_(piece))
+    return output if bias is None else output + bias.float()
 
 
 def _keep(model: Any) -> dict[str, int]:
@@ -561,7 +637,7 @@ def write_card(
         tags=["activation-steering"],
     )
     layers, tasks = ", ".join(map(str, vector.layers)), task_names(vector.metadata)
-    at = f" (revision `{base.revision}`)" if base.revision else ""
+    at = "".join(f" ({key} `{base.args[key]}`)" for key in WEIGHT_ARGS if base.args.get(key))
     lines = [
         f"# {base.name} with a steering vector",
         "",

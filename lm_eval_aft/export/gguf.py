@@ -1,14 +1,13 @@
 """Vectors as llama.cpp control vectors, and control vectors made by other tools as vectors.
 
-llama.cpp (``common_control_vector_load`` and ``llama_adapter_cvec``) adds tensor ``direction.N`` to the
-output of block N, counted from 0, and refuses N = 0. repeng writes the same files.
+llama.cpp (``common_control_vector_load`` and ``llama_adapter_cvec``), repeng and EasySteer add tensor
+``direction.N`` to the output of block N, counted from 0; llama.cpp alone refuses N = 0.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -21,13 +20,12 @@ from lm_eval_aft._util.files import appearing
 from lm_eval_aft.export.base import (
     Export,
     ExportJob,
-    assign_model,
-    identity,
-    load_base,
+    optional_package,
+    place,
     record,
     restore,
+    told_strength,
 )
-from lm_eval_aft.steering.hooks import check_fits
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import MAX_HEADER, check_lengths
 
@@ -44,14 +42,14 @@ _HINTS = {
 }
 
 
-def export_gguf(job: ExportJob) -> Export:
+def write(job: ExportJob) -> Export:
     """Write a control vector file; it is read back by the gguf package and compared bit by bit.
 
     Raises:
         AFTError: gguf is missing, or the file does not read back equal.
     """
     base, shifts, progress = job.base, job.shifts, job.progress
-    gguf = _library()
+    gguf = optional_package("gguf", "GGUF files")
     hint, own = model_hint(gguf, base.config.model_type), record(job.vector, shifts)
     with appearing(job.target, 10**6) as file:
         progress("writing")
@@ -81,8 +79,8 @@ def export_gguf(job: ExportJob) -> Export:
     return Export(job.target, "gguf", None, notes)
 
 
-def import_gguf(
-    source: Path, model: str | None, revision: str | None, progress: Callable[[str], None]
+def read(
+    source: Path, model: str | None, args: Mapping[str, Any], progress: Callable[[str], None]
 ) -> tuple[SteeringVector, list[str]]:
     """The vector in a control vector file, and notes; without a model it carries no fingerprint.
 
@@ -92,18 +90,13 @@ def import_gguf(
     layers, described = read_gguf(source)
     own = described.pop("aft", None)
     vector = SteeringVector(layers, metadata={"imported_from": {"format": "gguf", **described}})
-    notes = [f"directions for blocks {', '.join(map(str, layers))}, hidden size {vector.hidden_size}"]
-    notes += restore(vector, own, f"{RECORD} in {source.name}")
-    if model is None:
-        if "fingerprint" not in vector.metadata:
-            notes.append(
-                "no --model was given: the vector carries no fingerprint and fits any model of its width"
-            )
-        return vector, notes
-    progress(f"loading {model}")
-    base = load_base(model, revision)
-    check_fits(vector, base.backbone)
-    return vector, notes + assign_model(vector, identity(base))
+    notes = [
+        f"directions for blocks {', '.join(map(str, layers))}, hidden size {vector.hidden_size}",
+        *restore(vector, own, f"{RECORD} in {source.name}"),
+    ]
+    if own is None:  # its own factor, and often its blocks, are given where such a file is used
+        notes.append(told_strength(vector))
+    return vector, notes + place(vector, model, args, progress)
 
 
 def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
@@ -113,21 +106,13 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
         AFTError: gguf is missing, not a control vector, damaged, or holds anything but finite F32
             directions of one width.
     """
-    gguf = _library()
+    gguf = optional_package("gguf", "GGUF files")
     check_header(path)  # the package trusts the lengths that a file declares
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = [(str(t.name), t.tensor_type.name, t.data) for t in reader.tensors]
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:
         raise AFTError(f"{path} cannot be read as GGUF: {error}.", "Copy it again.") from error
     architecture = fields.get("general.architecture")
     if architecture != ARCHITECTURE:
@@ -137,7 +122,7 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
     layers = _directions(path, tensors)
     described = {
         key: fields[f"{ARCHITECTURE}.{key}"]
-        for key in ("model_hint", "layer_count", "aft")
+        for key in ("model_hint", "method", "layer_count", "aft")
         if f"{ARCHITECTURE}.{key}" in fields
     }
     return layers, described
@@ -152,14 +137,15 @@ def _directions(path: Path, tensors: list[tuple[str, str, Any]]) -> dict[int, Te
         if len(index) > len(str(_MOST_BLOCKS)) or int(index) >= _MOST_BLOCKS:
             raise AFTError(f"{path} holds {name[:40]!r}; no model has that many blocks.")
         if kind != "F32" or data.ndim != 1:
-            raise AFTError(f"{path} holds {name} as {kind} of {data.ndim} axes; expected F32 of one axis.")
+            raise AFTError(
+                f"{path} holds {name} as {kind} of {data.ndim} axes; expected F32 of one axis.",
+                "llama.cpp reads nothing else: write it again with numpy arrays of float32.",
+            )
         if int(index) in layers:
             raise AFTError(f"{path} holds {name} twice.")
         layers[int(index)] = torch.from_numpy(data.astype(np.float32))
     if not layers:
         raise AFTError(f"{path} holds no directions.")
-    if 0 in layers:
-        raise AFTError(f"{path} holds direction.0, which llama.cpp refuses: its meaning is not defined.")
     return layers
 
 
@@ -171,16 +157,6 @@ def model_hint(gguf: Any, model_type: str) -> str:
         if name.replace("-", "").replace("_", "") == plain:
             return str(name)
     return model_type
-
-
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise AFTError(
-            "GGUF files need the gguf package.", "Install it: pip install 'lm-eval-aft[gguf]'"
-        ) from error
-    return gguf
 
 
 # The lengths that a GGUF file declares, compared with the file before any reader trusts them.
@@ -202,75 +178,63 @@ def check_header(path: Path) -> None:
         with path.open("rb") as stream:
             size = path.stat().st_size
             check_lengths(path, size, 0)
-            _walk(_Scan(path, stream, size))
+            _walk(path, stream, size)
     except OSError as error:
         raise AFTError(f"{path} cannot be read: {error.strerror}.", "Check the path and rights.") from error
 
 
-@dataclass
-class _Scan:
-    path: Path
-    stream: BinaryIO
-    size: int
-    order: str = "<"
+def _walk(path: Path, stream: BinaryIO, size: int) -> None:
+    order = "<"
 
-    def number(self, kind: str) -> int:
-        data = self.stream.read(struct.calcsize(kind))
+    def refuse(why: str) -> NoReturn:
+        raise AFTError(f"{path} cannot be read as GGUF: {why}.", "Copy it again.")
+
+    def number(kind: str) -> int:
+        data = stream.read(struct.calcsize(kind))
         if len(data) < struct.calcsize(kind):
-            self.refuse("it ends in the middle of its header")
-        return int(struct.unpack(self.order + kind, data)[0])
+            refuse("it ends in the middle of its header")
+        return int(struct.unpack(order + kind, data)[0])
 
-    def skip(self, length: int) -> None:
-        if length > self.size - self.stream.tell():
-            self.refuse(f"it declares {length:,} bytes where fewer are left")
-        self.stream.seek(length, 1)
-
-    def count(self, what: str) -> int:
-        found = self.number("Q")
+    def count(what: str) -> int:
+        found = number("Q")
         if found > _MOST:
-            self.refuse(f"it declares {found:,} {what}, more than any control vector has")
+            refuse(f"it declares {found:,} {what}, more than any control vector has")
         return found
 
-    def string(self) -> None:
-        length = self.number("Q")
+    def skip(length: int) -> None:
+        if length > size - stream.tell():
+            refuse(f"it declares {length:,} bytes where fewer are left")
+        stream.seek(length, 1)
+
+    def skip_string() -> None:
+        length = number("Q")
         if length > MAX_HEADER:
-            self.refuse(f"it declares a text of {length:,} bytes")
-        self.skip(length)
+            refuse(f"it declares a text of {length:,} bytes")
+        skip(length)
 
-    def refuse(self, why: str) -> NoReturn:
-        raise AFTError(f"{self.path} cannot be read as GGUF: {why}.", "Copy it again.")
-
-
-def _walk(scan: _Scan) -> None:
-    if scan.stream.read(4) != b"GGUF":
-        scan.refuse("it does not begin with GGUF")
-    version = scan.number("I")
+    if stream.read(4) != b"GGUF":
+        refuse("it does not begin with GGUF")
+    version = number("I")
     if version & 0xFFFF == 0:  # written on a machine of the other byte order
-        scan.order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
+        order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
     if version not in (2, 3):
-        scan.refuse(f"it is of version {version}; 2 and 3 are known")
-    scan.count("tensors")
+        refuse(f"it is of version {version}; 2 and 3 are known")
+    count("tensors")
     elements = 0
-    for _ in range(scan.count("entries")):
-        scan.string()
-        kind = scan.number("I")
+    for _ in range(count("entries")):
+        skip_string()
+        kind, length = number("I"), 1
         if kind == _ARRAY:
-            kind, length = scan.number("I"), scan.count("elements in one array")
-            if kind == _ARRAY:
-                scan.refuse("it holds arrays of arrays")
+            kind, length = number("I"), count("elements in one array")
             elements += length
-            if elements > _MOST:
-                scan.refuse("its arrays are longer than any control vector's")
-            _values(scan, kind, length)
+        if kind == _ARRAY:
+            refuse("it holds arrays of arrays")
+        if elements > _MOST:
+            refuse("its arrays are longer than any control vector's")
+        if kind == _STRING:
+            for _ in range(length):
+                skip_string()
+        elif kind in _BYTES:
+            skip(_BYTES[kind] * length)
         else:
-            _values(scan, kind, 1)
-
-
-def _values(scan: _Scan, kind: int, length: int) -> None:
-    if kind == _STRING:
-        for _ in range(length):
-            scan.string()
-    elif kind in _BYTES:
-        scan.skip(_BYTES[kind] * length)
-    else:
-        scan.refuse(f"it holds a value of type {kind}, which is not known")
+            refuse(f"it holds a value of type {kind}, which is not known")

@@ -36,7 +36,8 @@ from lm_eval_aft.export.rewritings import (
     skeleton,
     unchanged,
 )
-from lm_eval_aft.steering.backbone import Backbone, Conv1D
+from lm_eval_aft.steering.backbone import Backbone, Conv1D, find_backbone
+from lm_eval_aft.steering.fingerprint import is_quantized
 from lm_eval_aft.steering.hooks import add_at, hidden_states
 
 SHARD_SIZE = "5GB"
@@ -45,7 +46,7 @@ MOST_ROUNDING = 0.05
 _ROUNDED = 2.0**-22  # below, float32's own
 
 
-def export_merged(job: ExportJob) -> Export:
+def write(job: ExportJob) -> Export:
     """Write a checkpoint that plain transformers loads and that computes what the steered model does.
 
     A 16-bit bias rounds the vector. The check is against the rounded vector; its distance from the vector
@@ -57,6 +58,9 @@ def export_merged(job: ExportJob) -> Export:
             written; the check fails.
     """
     base, shifts, progress = job.base, job.shifts, job.progress
+    prompts, moved = probe_prompts(base.config), []
+    if base.args.get("peft"):
+        moved = [_merge_adapter(base, shifts, prompts)]
     progress("looking for a place")
     plan = plan_merge(base.model, require_slots(base, min(shifts)))
     model, stored = build(base, plan, shifts)
@@ -69,7 +73,6 @@ def export_merged(job: ExportJob) -> Export:
             "Use --to peft, or save the base model in float32 and give that folder as --model.",
         )
     progress("base model's logits")
-    prompts = probe_prompts(base.config)
     plain, steered = probe_logits(base.model, prompts), hooked_logits(base, stored, prompts)
     exact = hooked_logits(base, shifts, prompts) if rounding > _ROUNDED else steered
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -84,7 +87,7 @@ def export_merged(job: ExportJob) -> Export:
         exported = _reloaded_logits(folder, prompts)
         agreement = require_agreement(compare_logits(plain, steered, exported), "merged checkpoint")
         _check_tokenizer(tokenizer, folder)
-        notes = [f"{plan.route}; dtype {dtype}"]
+        notes = [f"{plan.route}; dtype {dtype}", *moved]
         if rounding > _ROUNDED:
             unrounded = compare_logits(plain, exact, exported)
             notes.append(
@@ -99,6 +102,24 @@ def export_merged(job: ExportJob) -> Export:
         how = {"stored": "folded into its weights", "library_name": "transformers", "relation": "finetune"}
         write_card(job, folder, [*notes, str(agreement)], **how)
     return Export(job.target, "merged", agreement, notes)
+
+
+def _merge_adapter(base: Base, shifts: dict[int, Tensor], prompts: list[Tensor]) -> str:
+    """Turn a base with an adapter into a plain model; a note on how far that moves its logits."""
+    with_adapter = hooked_logits(base, shifts, prompts)
+    try:
+        base.model = base.model.merge_and_unload()
+    except Exception as error:  # each kind of adapter has reasons of its own
+        raise AFTError(
+            f"The adapter {base.args['peft']} cannot be merged into its model: {str(error)[:200]}.",
+            "Use --to gguf or --to steered, which leave the model as it is.",
+        ) from error
+    base.backbone = find_backbone(base.model, base.backbone.name.removeprefix("base_model.model."))
+    agreement = compare_logits(with_adapter, with_adapter, hooked_logits(base, shifts, prompts))
+    return (
+        f"the adapter {base.args['peft']} was merged into the weights first, which moves logits by at most "
+        f"{agreement.difference:.1e}"
+    )
 
 
 def _percent(share: float) -> str:
@@ -206,7 +227,7 @@ def plan_merge(model: Any, slots: list[BiasSlot]) -> Plan:
     """
     config = model.config
     family = config.model_type
-    if getattr(model, "hf_quantizer", None) is not None:
+    if is_quantized(model):
         raise AFTError("A quantised model cannot take a merged vector.", "Merge into the original weights.")
     names = set(model.state_dict())
     for slot in slots:

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import appearing
 from lm_eval_aft._util.private_names import gone
 from lm_eval_aft.export.base import (
+    CONVERT,
     RECORD_NAME,
     Agreement,
     Base,
@@ -29,21 +30,31 @@ from lm_eval_aft.export.base import (
     hooked_logits,
     identity,
     load_base,
+    optional_package,
     probe_logits,
     probe_prompts,
     read_record,
     require_agreement,
     restore,
+    same_base,
     write_card,
 )
 from lm_eval_aft.export.merged import find_bias_slots, module_of, require_slots
 from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.steering.vector_file import FILE_NAME
 
 _WEIGHTS = "adapter_model.safetensors"
+_WHY_NOT = {
+    "IA3": " It multiplies keys, values and the inside of the MLP, which neither an added vector nor the "
+    "method scale, at a block's output, can do.",
+    "LN_TUNING": " It replaces weights of the norms, inside the blocks.",
+    "PROMPT_TUNING": " It adds tokens to the prompt.",
+    "PREFIX_TUNING": " It adds keys and values to the cache.",
+}
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(beft_bias|lora_A\.weight|lora_B\.weight|lora_B\.bias)")
 
 
-def export_peft(job: ExportJob) -> Export:
+def write(job: ExportJob) -> Export:
     """Write an adapter folder that ``PeftModel.from_pretrained`` and lm-eval's ``peft=`` load.
 
     The vector becomes the bias of a BEFT adapter on the Linear that writes into the residual stream;
@@ -53,7 +64,12 @@ def export_peft(job: ExportJob) -> Export:
         AFTError: peft is missing, no Linear can stand for the vector, or the check fails.
     """
     base, shifts, progress = job.base, job.shifts, job.progress
-    peft = _library()
+    peft = optional_package("peft", "Adapters")
+    if base.args.get("peft"):
+        raise AFTError(
+            f"{base.name} has the adapter {base.args['peft']} already, and lm-eval's peft= takes one.",
+            "Use --to merged, which writes the adapter and the vector into one checkpoint, or --to steered.",
+        )
     progress("looking for a place")
     slot = require_slots(base, min(shifts))[0]
     names = {layer: f"{base.backbone.name}.{layer}.{slot.name}" for layer in shifts}
@@ -82,14 +98,33 @@ def export_peft(job: ExportJob) -> Export:
         )
         loaded.unload()
         kind = "a BEFT adapter" if linear else "a LoRA adapter (zero matrices, lora_bias)"
-        notes = [f"{kind} on {', '.join(names.values())}"]
+        notes = [f"{kind} on {', '.join(names.values())}", *same_base(base), *_resizing(base, steered)]
         how = {"stored": "as a PEFT adapter", "library_name": "peft", "relation": "adapter"}
         write_card(job, folder, [*notes, str(agreement)], **how)
     return Export(job.target, "peft", agreement, notes)
 
 
-def import_peft(
-    source: Path, model: str | None, revision: str | None, progress: Callable[[str], None]
+def _resizing(base: Base, logits: list[Tensor]) -> list[str]:
+    """A note where lm-eval will resize the model's embeddings, as it does under ``peft=`` alone."""
+    rows = base.config.get_text_config().vocab_size
+    tokens = rows if base.tokenizer is None else len(base.tokenizer)
+    if tokens == rows:
+        return []
+    told = (
+        f"lm-eval's peft= resizes the embeddings of this model, {rows:,} rows, to its tokenizer's {tokens:,} "
+        "tokens, with any adapter"
+    )
+    if tokens > rows:
+        return [f"{told}: the new rows take a share of the probability. --to merged has none of this"]
+    cut = max(float((each.logsumexp(-1) - each[..., :tokens].logsumexp(-1)).max()) for each in logits)
+    return [
+        f"{told}: log-likelihoods rise by up to {cut:.1e} on probe prompts, as the rows cut off lose their "
+        "share of the probability. Compare with a baseline under another adapter, or use --to merged"
+    ]
+
+
+def read(
+    source: Path, model: str | None, args: Mapping[str, Any], progress: Callable[[str], None]
 ) -> tuple[SteeringVector, list[str]]:
     """The vector in an adapter folder, and notes; ``model`` defaults to the one its config names.
 
@@ -99,11 +134,12 @@ def import_peft(
     config = read_config(source)
     biases, own = read_biases(source), read_record(source)
     if model is None:
-        model, revision = config.get("base_model_name_or_path"), revision or config.get("revision")
+        model = config.get("base_model_name_or_path")
+        args = {**args, "revision": args.get("revision") or config.get("revision")}
     if not model:
         raise AFTError("The adapter does not name its base model.", "Give --model.")
     progress(f"loading {model}")
-    base = load_base(model, revision)
+    base = load_base(model, args)
     known = identity(base)  # before peft wraps the Linears
     shifts, agreement = read_adapter(base, source, biases, progress)
     described = {"format": "peft", "peft_type": config["peft_type"]}
@@ -125,16 +161,14 @@ def read_adapter(
     Raises:
         AFTError: it acts on Linears that do not write into the residual stream, or peft cannot load it.
     """
-    peft = _library()
+    peft = optional_package("peft", "Adapters")
     progress("looking for a place")
     shifts: dict[int, Tensor] = {}
     for module, bias in biases.items():
-        inner = module.removeprefix(f"{base.backbone.name}.")
-        index, _, name = inner.partition(".")
-        numbered = index.isascii() and index.isdigit() and len(index) < 10
-        if inner == module or not numbered or int(index) >= len(base.backbone.blocks):
+        found = re.fullmatch(rf"{re.escape(base.backbone.name)}\.([0-9]{{1,9}})\.(.+)", module)
+        if found is None or int(found[1]) >= len(base.backbone.blocks):
             raise AFTError(f"The adapter acts on {module}, which is in no block of {base.name}.")
-        layer = int(index)
+        layer, name = int(found[1]), found[2]
         slots = {slot.name: slot for slot in find_bias_slots(base.model, base.backbone, layer)}
         if name not in slots:
             raise AFTError(
@@ -159,16 +193,6 @@ def read_adapter(
         agreement = compare_logits(plain, probe_logits(loaded, prompts), steered)
         loaded.unload()
     return shifts, require_agreement(agreement, "vector")
-
-
-def _library() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise AFTError(
-            "Adapters need the peft package.", "Install it: pip install 'lm-eval-aft[peft]'"
-        ) from error
-    return peft
 
 
 def _config(peft: Any, targets: list[str], linear: bool) -> Any:
@@ -208,7 +232,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise AFTError(f"{folder} is not a PEFT adapter: it has no adapter_config.json.")
+        hint = "Give the adapter's folder, or the .gguf or .json file itself."
+        if (folder / FILE_NAME).is_file():
+            hint = "It is a vector folder of this package: give it as it is, as --vector."
+        elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            hint = f"Its .bin or .pt files, as of pyreft, are pickles, which are never opened. {CONVERT}"
+        raise AFTError(f"{folder} is not a PEFT adapter: it has no adapter_config.json.", hint)
     try:
         config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -217,8 +246,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AFTError(f"{file} is not a mapping.", "Download it again.")
     kind = config.get("peft_type")
     if kind not in ("BEFT", "LORA"):
+        why = _WHY_NOT.get(str(kind), "")
         raise AFTError(
-            f"{folder} holds a {kind} adapter; only constants can become a vector.",
+            f"{folder} holds a {kind} adapter; only constants can become a vector.{why}",
             "BEFT adapters can, and LoRA adapters whose matrices are zero and that have lora_bias.",
         )
     for key in ("base_model_name_or_path", "revision"):
@@ -258,7 +288,12 @@ def read_biases(folder: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         found = _TENSOR.fullmatch(name)
         if found is None:
-            raise AFTError(f"The adapter holds {name}, which is not a constant that it adds.")
+            raise AFTError(
+                f"The adapter holds {name}, which is not a constant that it adds.",
+                "Biases trained with bias='all' or 'lora_only' replace the model's own: use lora_bias."
+                if name.endswith(".bias")
+                else "",
+            )
         parts[found[1]][found[2]] = tensor
     scaling = _scaling(config, folder / "adapter_config.json") if config["peft_type"] == "LORA" else 1.0
     return {module: _constant(module, part, scaling) for module, part in parts.items()}

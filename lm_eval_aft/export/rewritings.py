@@ -72,14 +72,6 @@ def _windowed(model: Any, layer_types: list[str] | None, convert: Callable[[Tens
     )
 
 
-def _qwen2(model: Any) -> Plan:
-    return _windowed(model, list(model.config.layer_types), unchanged)
-
-
-def _mistral(model: Any) -> Plan:
-    return _windowed(model, None, unchanged)
-
-
 def _phi3(model: Any) -> Plan:
     config = model.config
     rope = dict(config.rope_parameters)
@@ -193,8 +185,8 @@ def _require_lossless(exact: Tensor, rounded: Tensor, family: str, what: str) ->
 
 
 REWRITINGS: dict[str, Callable[[Any], Plan]] = {
-    "qwen2": _qwen2,
-    "mistral": _mistral,
+    "qwen2": lambda model: _windowed(model, list(model.config.layer_types), unchanged),
+    "mistral": lambda model: _windowed(model, None, unchanged),
     "phi3": _phi3,
     "qwen3": _qwen3,
     "gemma": _gemma,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import combinations
@@ -13,7 +13,6 @@ import torch
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.library.entry import task_names
-from lm_eval_aft.library.expression import parse_expression
 from lm_eval_aft.steering.fingerprint import compare_fingerprints
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
@@ -36,19 +35,6 @@ class Operand:
     vector: SteeringVector
 
 
-def compose(expression: str, load: Callable[[str], SteeringVector]) -> SteeringVector:
-    """The vector that an expression stands for; ``load`` finds its operands by name.
-
-    Raises:
-        AFTError: the expression cannot be parsed, an operand is missing, or the operands are incompatible.
-
-    >>> one = SteeringVector({3: torch.ones(2)})
-    >>> compose("a/b*0.5 + c/d", lambda name: one).layers[3]
-    tensor([1.5000, 1.5000])
-    """
-    return combine([Operand(n, w, load(n)) for n, w in parse_expression(expression).items()], expression)
-
-
 def combine(operands: Sequence[Operand], expression: str | None = None) -> SteeringVector:
     """The weighted sum of vectors, layer by layer, in fp32.
 
@@ -59,6 +45,10 @@ def combine(operands: Sequence[Operand], expression: str | None = None) -> Steer
     Raises:
         AFTError: no operands; different base models, widths or positions; a method that cannot be summed;
             numbers too large.
+
+    >>> one = SteeringVector({3: torch.ones(2)})
+    >>> combine([Operand("a/b", 0.5, one), Operand("c/d", 1, one)]).layers[3]
+    tensor([1.5000, 1.5000])
     """
     check_compatible(operands)
     ordered = sorted(operands, key=lambda operand: (operand.vector.digest(), operand.weight))

@@ -10,7 +10,6 @@ import stat
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import sha256
@@ -58,11 +57,6 @@ def suggestion(wrong: str, names: Iterable[str]) -> str:
     if not near:
         return ""
     return f"Did you mean {' or '.join(dict.fromkeys(near))}?"
-
-
-def as_spec(value: Any) -> Any:
-    """A name or path as text: lm-eval turns values of ``--model_args`` into numbers where it can."""
-    return str(value) if isinstance(value, int | float) else value
 
 
 # The files a vector folder may hold, and copying them without trusting where they come from.

@@ -231,14 +231,12 @@ class Remote:
         commit: the full commit hash.
         vectors: folder in the repository (``""`` is its root) -> file name -> length in bytes.
         left_out: files that belong to no vector; they are never fetched.
-        cached: local folder to read from instead of the network, when offline.
     """
 
     repo: str
     commit: str
     vectors: dict[str, dict[str, int]]
     left_out: list[str] = field(default_factory=list)
-    cached: Path | None = None
 
 
 def check_repo(repo: str) -> str:
@@ -261,17 +259,17 @@ def look(repo: str, revision: str | None = None, endpoint: str | None = None) ->
 
     check_repo(repo)
     if is_offline_mode():
-        commit, files, cached = _look_in_cache(repo, revision)
+        commit, files = _look_in_cache(repo, revision)
     else:
         with translate_hub_errors(repo, "read"):
             info = HfApi(endpoint=endpoint).model_info(
                 repo, revision=revision, files_metadata=True, timeout=_TIMEOUT
             )
             files = {s.rfilename: int(s.size or 0) for s in info.siblings or ()}
-            commit, cached = str(info.sha), None
+            commit = str(info.sha)
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         raise AFTError(f"The Hub names no commit for {repo}.", "Try again.")
-    remote = Remote(repo, commit, *_sort_files(repo, files), cached)
+    remote = Remote(repo, commit, *_sort_files(repo, files))
     if not remote.vectors:
         raise AFTError(
             f"{repo} on the Hub holds no {FILE_NAME}.", "It may be a model, not a steering vector."
@@ -324,36 +322,32 @@ def _sort_files(repo: str, files: dict[str, int]) -> tuple[dict[str, dict[str, i
 
 def cached_file(remote: Remote, name: str, revision: str | None, endpoint: str | None) -> Path:
     """The path of a repository's file in the Hub's cache, fetched if it is not there yet."""
-    if remote.cached is not None:
-        return (remote.cached / name).resolve()
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, is_offline_mode
 
+    # By the name of the revision, so that the cache knows it when offline.
+    asked = remote.commit if is_offline_mode() else revision or "main"
     with translate_hub_errors(remote.repo, "read"):
-        # By the name of the revision, so that the cache knows it when offline.
-        path = Path(hf_hub_download(remote.repo, name, revision=revision or "main", endpoint=endpoint))
+        path = Path(hf_hub_download(remote.repo, name, revision=asked, endpoint=endpoint))
     if remote.commit not in path.parts:
         raise AFTError(f"{remote.repo} changed on the Hub while it was read.", "Try again.")
     return path.resolve()  # the cache keeps links to blobs
 
 
-def _look_in_cache(repo: str, revision: str | None) -> tuple[str, dict[str, int], Path]:
+def _look_in_cache(repo: str, revision: str | None) -> tuple[str, dict[str, int]]:
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     wanted = revision or "main"
     try:
-        repos = [
-            r
-            for r in scan_cache_dir(constants.HF_HUB_CACHE).repos
-            if r.repo_id == repo and r.repo_type == "model"
-        ]
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, OSError, ValueError):
-        repos = []
-    for each in (version for found in repos for version in found.revisions):
+        repos = frozenset()
+    own = (each for each in repos if each.repo_id == repo and each.repo_type == "model")
+    for each in (version for found in own for version in found.revisions):
         if wanted in each.refs or (len(wanted) >= 7 and each.commit_hash.startswith(wanted)):
-            root = Path(each.snapshot_path)
+            root = each.snapshot_path
             files = {f.file_path.relative_to(root).as_posix(): f.size_on_disk for f in each.files}
-            return each.commit_hash, files, root
+            return each.commit_hash, files
     raise AFTError(
         f"{repo} at {wanted} is not in the Hub's local cache, and HF_HUB_OFFLINE forbids the network.",
         "Unset HF_HUB_OFFLINE, or pull it once where there is a network.",
@@ -386,12 +380,10 @@ def translate_hub_errors(repo: str, doing: str) -> Iterator[None]:
         told = (error.server_message or "").strip()[:300]
         hint = "`hf auth login` with a token that may write." if status in (401, 403) else "Try again later."
         raise AFTError(f"Cannot {doing} {repo}: the Hub answers {status}. {told}".strip(), hint) from error
-    except (http_error, OSError) as error:
+    except (http_error, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).strip().partition("\n")[0][:200]
-        raise AFTError(
-            f"Cannot {doing} {repo}: the Hub cannot be reached ({reason}).",
-            "Check the network; HF_HUB_OFFLINE=1 uses what was fetched before.",
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).strip().partition("\n")[0][:200]
-        raise AFTError(f"Cannot {doing} {repo}: {reason}", "Check its name and card.") from error
+        hint = "Check its name and card."
+        if isinstance(error, http_error | OSError):
+            reason = f"the Hub cannot be reached ({reason})."
+            hint = "Check the network; HF_HUB_OFFLINE=1 uses what was fetched before."
+        raise AFTError(f"Cannot {doing} {repo}: {reason}", hint) from error

@@ -20,9 +20,11 @@ _NONE = ("", "none", "null", "~")
 
 
 class Router(ABC):
-    """Picks a vector for each request.
+    """Picks a vector for each request, by the task and the document's own question.
 
-    To add a router, write a class here under ``@register_router``.
+    The question (`question_of`) is all of the prompt that a router sees: the words of few-shot examples and
+    instructions are the same for every document. To add a router, write a class here under
+    ``@register_router``.
 
     Attributes:
         name: what a spec (``NAME`` or ``NAME:ARGUMENT``) calls it.
@@ -48,8 +50,7 @@ class Router(ABC):
         """The library name of the vector for a request, or ``None`` for no steering.
 
         Args:
-            text: what the model is asked; preferably the document's own question, without few-shot
-                examples, whose words would count too.
+            text: the document's own question, without few-shot examples and instructions.
             task: name of the harness task.
         """
 
@@ -84,7 +85,7 @@ class ConstantRouter(Router):
     def of(cls, argument: str, entries: Sequence[Entry]) -> ConstantRouter:
         if not argument:
             raise AFTError("The router 'constant' needs a vector.", "Write constant:CATEGORY/NAME.")
-        return cls(resolve(argument, _names(entries)))
+        return cls(resolve(argument, entries))
 
     def route(self, text: str, task: str | None = None) -> str | None:
         return self.vector
@@ -114,11 +115,9 @@ class TaskRouter(Router):
     def of(cls, argument: str, entries: Sequence[Entry]) -> TaskRouter:
         if not argument:
             return cls(task_table(entries))
-        names = _names(entries)
         tasks, default = parse_task_table(read_table(Path(argument)))
-        return cls(
-            {task: _resolve(vector, names) for task, vector in tasks.items()}, _resolve(default, names)
-        )
+        found = {name: resolve(name, entries) for name in _each([*tasks.values(), default])}
+        return cls({task: found.get(name or "") for task, name in tasks.items()}, found.get(default or ""))
 
     def route(self, text: str, task: str | None = None) -> str | None:
         if task is None:
@@ -160,13 +159,12 @@ class KeywordRouter(Router):
 
     @classmethod
     def of(cls, argument: str, entries: Sequence[Entry]) -> KeywordRouter:
-        names = _names(entries)
         table = parse_keyword_table(read_table(Path(argument)) if argument else default_table())
         if argument:
-            chosen = {target: resolve(target, names) for target in table.targets()}
+            chosen = {target: resolve(target, entries) for target in table.targets()}
         else:  # categories of the shipped table that the library lacks leave the model unsteered
-            categories = {name.partition("/")[0] for name in names}
-            chosen = {t: resolve(t, names) for t in table.targets() if t in categories}
+            categories = {entry.category for entry in entries}
+            chosen = {t: resolve(t, entries) for t in table.targets() if t in categories}
             if not chosen:
                 raise AFTError(
                     "The library has none of the categories of the shipped table: "
@@ -208,17 +206,13 @@ def make_router(spec: str, entries: Sequence[Entry]) -> Router:
     return ROUTERS[kind].of(argument, [each for each in entries if not each.error and not each.control])
 
 
-def _names(entries: Sequence[Entry]) -> list[str]:
-    return [entry.name for entry in entries]
-
-
-def resolve(target: str, names: Iterable[str]) -> str:
+def resolve(target: str, entries: Iterable[Entry]) -> str:
     """The vector that a table's entry means: a library name, or a category that holds just one.
 
     Raises:
         AFTError: no such vector, or a category with several.
     """
-    known = list(names)
+    known = [entry.name for entry in entries]
     if target in known:
         return target
     inside = [name for name in known if name.startswith(f"{target}/")]
@@ -345,10 +339,6 @@ def _target(value: Any, where: str) -> str | None:
             "Write CATEGORY/NAME, a category that holds one vector, or none.",
         )
     return value
-
-
-def _resolve(target: str | None, names: Sequence[str]) -> str | None:
-    return None if target is None else resolve(target, names)
 
 
 # The question in a prompt: its last part, without the examples, instructions and passages before it.

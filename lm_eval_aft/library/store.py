@@ -177,6 +177,9 @@ class Library:
     def move_in(self, temporary: Path, name: str, *, replace: bool = False) -> None:
         """Rename a checked folder from `temporary` to its place.
 
+        Unlike `lm_eval_aft._util.files.appearing` while others add, replace and remove the same name, and so
+        that the next process restores what one that was killed had set aside.
+
         Raises:
             AFTError: the name is taken, or the library not writable.
         """

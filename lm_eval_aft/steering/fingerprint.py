@@ -46,6 +46,8 @@ _COMPUTATION_KEYS = (
     *("rope_parameters", "rope_theta", "partial_rotary_factor", "rotary_dim", "no_rope_layers"),
 )
 _COMPUTATION = "settings of the computation (rotary embedding, norms, scaling, softcapping or activation)"
+# Those arguments of lm-eval's `hf` that decide which weights and vocabulary a model has.
+WEIGHT_ARGS = ("revision", "subfolder", "gguf_file", "peft", "delta", "tokenizer")
 _ENTRIES = 16
 _COARSENESS = {"float64": 0, "float32": 0, "float16": 1, "bfloat16": 1}
 
@@ -70,10 +72,10 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     described = {key: getattr(text, key, None) for key in _CONFIG_KEYS}
     rope = getattr(text, "rope_parameters", None)
     described["rope_theta"] = rope.get("rope_theta") if isinstance(rope, Mapping) else None
-    parameters = list(model.named_parameters())
+    parameters = _parameters(model)
     shapes = [(name, list(parameter.shape)) for name, parameter in parameters]
     vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else None
-    quantized = _is_quantized(model)
+    quantized = is_quantized(model)
     dtypes = {str(p.dtype).removeprefix("torch.") for _, p in parameters if p.is_floating_point()}
     return {
         "config": _sha256(described),
@@ -84,6 +86,25 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
         "quantized": quantized,
         "sketch": None if quantized else _encode(_sketch([p for _, p in parameters])),
     }
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters by the names they have without `torch.compile`, tied ones once.
+
+    Spread over devices or onto disk, tied weights are no longer one tensor; the model says which they are.
+    """
+    tied: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        own = getattr(module, "all_tied_weights_keys", None) or {}
+        start = f"{prefix}." if prefix else ""
+        tied |= {start + each: start + source for each, source in own.items()}
+    found, first = [], dict[str, nn.Parameter]()
+    for name, parameter in model.named_parameters():
+        before = first.setdefault(tied.get(name, name), parameter)
+        apart = parameter.is_meta or parameter.device != before.device
+        if before is parameter or not apart:
+            found.append((name.replace("_orig_mod.", ""), parameter))
+    return found
 
 
 def stored_weights(model: nn.Module) -> str:
@@ -131,10 +152,31 @@ def _differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> lis
     return differences
 
 
+def describe_base(base: Mapping[str, Any]) -> str:
+    """A vector's ``base_model`` entry in words: the name, and the arguments that decide which weights it has.
+
+    >>> describe_base({"name": "me/model", "revision": "main", "args": {"peft": "me/adapter"}})
+    "'me/model' with peft='me/adapter'"
+    """
+    args = base.get("args")
+    given = {"revision": base.get("revision"), **(args if isinstance(args, Mapping) else {})}
+    told = [f"{key}={given[key]!r}" for key in WEIGHT_ARGS if given.get(key) not in (None, "", "main")]
+    name = base.get("name") or "an unnamed model"
+    return f"{name!r}{' with ' if told else ''}{', '.join(told)}"
+
+
 def check_fingerprint(
-    metadata: Mapping[str, Any], model: nn.Module, tokenizer: Any = None, *, allow_mismatch: bool = False
+    metadata: Mapping[str, Any],
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    allow_mismatch: bool = False,
+    args: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse a vector that was trained on another model than ``model``.
+
+    Args:
+        args: what ``model`` was loaded with (``revision``, ``peft``, ...), for the message.
 
     Raises:
         AFTError: the fingerprints differ; both models are named. With ``allow_mismatch`` this is
@@ -145,17 +187,23 @@ def check_fingerprint(
         return
     present = fingerprint(model, tokenizer)
     differences = compare_fingerprints(recorded, present)
-    trained_on = (metadata.get("base_model") or {}).get("name", "an unnamed model")
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    trained_on = describe_base(metadata.get("base_model") or {})
+    place = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    name = describe_base({"name": place, "args": args})
+    if args is None and hasattr(model, "peft_config"):
+        name += " with a PEFT adapter"
     if differences:
-        what = f"The vector was trained on {trained_on!r}, not on {name!r}: {', '.join(differences)} differ."
+        here = f"not on {name}" if name != trained_on else "which was loaded otherwise or has changed since"
+        what = f"The vector was trained on {trained_on}, {here}: {', '.join(differences)} differ."
         if not allow_mismatch:
             raise AFTError(
-                what, "Load the model it was trained on, or pass allow_mismatch=true to try it anyway."
+                what,
+                "Load the model it was trained on, with the same revision=, subfolder=, peft= or gguf_file= "
+                "if it had one, or pass allow_mismatch=true to try it anyway.",
             )
         logger.warning("%s Continuing, because allow_mismatch is set.", what)
     elif (reason := _limits_of_comparison(recorded, present)) is not None:
-        logger.warning("%s: the vector was trained on %r, this is %r.", reason, trained_on, name)
+        logger.warning("%s: the vector was trained on %s, this is %s.", reason, trained_on, name)
 
 
 def _same_weights(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
@@ -200,10 +248,15 @@ def _sketch(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(pieces) if pieces else torch.zeros(0)
 
 
-def _is_quantized(model: nn.Module) -> bool:
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model's weights are quantised; those read from a GGUF file are not any more."""
+    if any(not p.is_floating_point() for p in model.parameters()):
         return True
-    return any(not p.is_floating_point() for p in model.parameters())
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    if method == "gguf":  # dequantised while it was read
+        return False
+    return bool(getattr(model, "is_quantized", False)) or quantizer is not None
 
 
 def _canonical(value: Any) -> Any:

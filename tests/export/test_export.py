@@ -30,7 +30,7 @@ from lm_eval_aft.steering.fingerprint import fingerprint
 from lm_eval_aft.steering.hooks import attach
 from tests.conftest import tiny_model, tiny_tokenizer
 
-OUTPUTS = {"merged": "out", "peft": "out", "gguf": "out.gguf", "steered": "out.pt"}
+OUTPUTS = {"merged": "out", "peft": "out", "gguf": "out.gguf", "steered": "out.pt", "vllm-lens": "out.json"}
 
 
 def some_vector(*layers: int, coefficient: float = 0.7, **metadata: Any) -> SteeringVector:
@@ -383,7 +383,7 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray[Any, Any]], architectur
 @pytest.mark.parametrize(
     ("tensors", "architecture", "match"),
     [
-        ({"direction.0": np.ones(8, np.float32)}, "controlvector", "direction.0"),
+        ({"direction.-1": np.ones(8, np.float32)}, "controlvector", "'direction.-1'"),
         ({"direction.1": np.ones(8, np.float16)}, "controlvector", "as F16"),
         ({"direction.1": np.ones((2, 8), np.float32)}, "controlvector", "of 2 axes"),
         ({"direction.x": np.ones(8, np.float32)}, "controlvector", "'direction.x'"),

@@ -10,8 +10,8 @@ import torch
 from lm_eval_aft import AFTError
 from lm_eval_aft.export import base
 from lm_eval_aft.export.base import (
+    ComputingInFloat32,
     compare_logits,
-    computing_in_float32,
     probe_logits,
     probe_prompts,
     require_agreement,
@@ -65,7 +65,7 @@ def test_float32_arithmetic_without_a_float32_copy(
 def test_weights_come_back_after_an_error() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), computing_in_float32(model):
+    with pytest.raises(ZeroDivisionError), ComputingInFloat32():
         model(input_ids=torch.tensor([[1, 2]]))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 

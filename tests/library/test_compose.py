@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_eval_aft import AFTError, SteeringVector, load_vector
-from lm_eval_aft.library.compose import Operand, combine, compose, conflicts
-from lm_eval_aft.library.expression import is_expression, parse_expression
+from lm_eval_aft.library.compose import Operand, combine, conflicts
+from lm_eval_aft.library.load import is_expression, parse_expression
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.steering.fingerprint import fingerprint
 from lm_eval_aft.steering.hooks import attach
@@ -257,7 +257,7 @@ def test_misfits_are_refused(library: Library) -> None:
 def test_a_vector_made_by_hand_goes_with_any_of_its_width(library: Library) -> None:
     hand = SteeringVector({2: torch.ones(32)})
     a = load_vector("math/a", library)
-    both = compose("hand + a", {"hand": hand, "a": a}.__getitem__)
+    both = combine([Operand("hand", 1, hand), Operand("a", 1, a)])
     assert both.metadata["fingerprint"] == a.metadata["fingerprint"]
     assert list(both.layers) == [1, 2, 3]
 

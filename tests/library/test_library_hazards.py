@@ -210,7 +210,7 @@ def test_nothing_outside_is_reached_through_a_linked_category(library: Library, 
 
 def test_vectors_that_would_share_a_name_are_refused_before_the_download(tmp_path: Path) -> None:
     files = {"vector.safetensors": 10}
-    remote = Remote("me/vecs", "a" * 40, {"": files, "me/vecs": files}, cached=tmp_path / "nowhere")
+    remote = Remote("me/vecs", "a" * 40, {"": files, "me/vecs": files})
     shelf = Library(tmp_path / "library")
     for replace in (False, True):
         with pytest.raises(AFTError, match="would both be called me/vecs"):

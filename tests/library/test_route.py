@@ -113,9 +113,9 @@ def test_unknown_router_and_ambiguous_category() -> None:
     with pytest.raises(AFTError, match="no router 'magic'"):
         make_router("magic", LIBRARY)
     with pytest.raises(AFTError, match="holds 2 vectors"):
-        resolve("math", ["math/a", "math/b"])
+        resolve("math", [Entry("math/a"), Entry("math/b")])
     with pytest.raises(AFTError, match="Did you mean math/word_problems"):
-        resolve("math/word_problms", [entry.name for entry in LIBRARY])
+        resolve("math/word_problms", LIBRARY)
 
 
 @pytest.mark.parametrize(

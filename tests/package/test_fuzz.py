@@ -91,7 +91,7 @@ def _vector(folder: Path) -> Path:
 @pytest.mark.timeout(3600)
 def test_headers_that_load_can_be_used(mutations: int, tmp_path: Path) -> None:
     """Whatever parts of the header are changed: listing, showing, adding up, cards and reports cope."""
-    from lm_eval_aft.library.compose import compose
+    from lm_eval_aft.library.load import load_vector
     from lm_eval_aft.training.artifacts import write_card
 
     rng, outcomes = random.Random(mutations), Counter[str]()
@@ -111,7 +111,7 @@ def test_headers_that_load_can_be_used(mutations: int, tmp_path: Path) -> None:
         assert [entry.name for entry in shelf.entries()] == ["a/changed", "a/whole"]
 
         def card() -> None:
-            both = compose('"a/whole"*0.5 + "a/changed"', lambda name: SteeringVector.load(shelf.path(name)))
+            both = load_vector('"a/whole"*0.5 + "a/changed"', shelf)
             write_card(tmp_path / "card", both)
 
         show = ["vectors", "show", "--library", str(shelf.root), "a/changed"]
