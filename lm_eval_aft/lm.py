@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from tqdm import tqdm
 
-from lm_eval_aft._util.errors import AFTError, model_not_loaded, print_errors_plainly
+from lm_eval_aft._util.errors import AFTError, model_not_loaded, not_finite_cause, print_errors_plainly
 from lm_eval_aft._util.files import canonical_json
 from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
@@ -31,7 +31,7 @@ from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
 from lm_eval_aft.engine.stock import StockLM
 from lm_eval_aft.harness.model_args import ARGUMENTS, check_source, read_model_args, unknown_argument
-from lm_eval_aft.harness.tasks import refuse_generation, without_contexts
+from lm_eval_aft.harness.tasks import refuse_generation, refuse_thinking, without_contexts
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.steering.backbone import check_causal, check_weights, input_device, is_compiled
@@ -141,6 +141,8 @@ class AFTLM(StockLM):
                 raise gone("accelerate: _hf_hook.execution_device of offloaded modules")
         self.active = ActiveSteering(self.model, self.tokenizer, given.blocks)
         self.active.claim()
+        if not isinstance(pretrained, str):
+            self.active.remove_when_gone()
         check_causal(self.model)
         self.fast, self.answer_only = given.fast, given.answer_only
         self._shared: tuple[Paths, Texts] | None = None
@@ -171,7 +173,7 @@ class AFTLM(StockLM):
             self.active.clear()
         else:
             self.active.use(vector, coefficient, positions, allow_mismatch)
-        self.texts_not_finite = 0
+        self.texts_not_finite, self._told_not_finite = 0, False
         if self.forget_checks():
             self._shared = None
 
@@ -182,7 +184,7 @@ class AFTLM(StockLM):
     def follow(self, routing: Routing) -> None:
         """Let a router pick the vector for each document, in place of the active vector."""
         self.active.follow(routing)
-        self.texts_not_finite = 0
+        self.texts_not_finite, self._told_not_finite = 0, False
         self._shared = None  # rows that are steered differently are to be checked against stock anew
         self.forget_checks()
 
@@ -203,6 +205,16 @@ class AFTLM(StockLM):
         """What picks the vectors, if a router does."""
         return self.active.routing
 
+    def require_plain(self) -> None:
+        """Raise `AFTError` unless this is the baseline, scored as it is, which vectors are trained on."""
+        steered = self.vector is not None and self.vector.coefficient
+        if steered or self.routing is not None or self.answer_only:
+            raise AFTError(
+                "The model is steered, or scored without its questions: vectors are trained on plain models.",
+                "Call steer(None) before, or load the model without vector=, route= and answer_only=.",
+            )
+        self.active.ownership.require_plain()
+
     def score_along(self, vectors: Sequence[SteeringVector]) -> None:
         """While this is the baseline, find the answers of ``vectors`` to the same requests as well.
 
@@ -214,6 +226,7 @@ class AFTLM(StockLM):
     @_in_force
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """As `HFLM`; answers found while the baseline was scored are not computed again."""
+        refuse_thinking(self, {request.task_name for request in requests})
         self._states = [] if self.routing is None else self.routing.states(requests)
         requests = without_contexts(requests) if self.answer_only else requests
         found: list[Answer | None] = [None] * len(requests)
@@ -230,17 +243,26 @@ class AFTLM(StockLM):
                 super().loglikelihood(missing, disable_tqdm=disable_tqdm) if missing or not requests else ()
             )
         answers = [next(rest) if answer is None else answer for answer in found]
-        self._check_baseline(value for value, _ in answers)
+        self._check_finite(value for value, _ in answers)
         return answers
 
-    def _check_baseline(self, values: Iterable[float]) -> None:
-        """Raise `AFTError` for log-likelihoods that are no numbers, where that is asked for.
+    def _check_finite(self, values: Iterable[float]) -> None:
+        """Warn, once for each steering, of log-likelihoods that are no numbers; or raise, where asked for.
 
         Minus infinity is one: of a token that the model rules out.
         """
-        checked = self.require_finite and self.vector is None and self.routing is None
-        if checked and any(math.isnan(value) or value == math.inf for value in values):
+        if not any(math.isnan(value) or value == math.inf for value in values):
+            return
+        if self.require_finite and self.vector is None and self.routing is None:
             raise baseline_not_finite(self.model)
+        if not self._told_not_finite:
+            dtype = str(self.mixed_precision_dtype or self.model.dtype).removeprefix("torch.")
+            logger.warning(
+                "Answers of %s are NaN or infinite, and say nothing: %s",
+                _name(self.pretrained),
+                not_finite_cause(dtype, None if self.vector is None else self.vector.coefficient),
+            )
+        self._told_not_finite = True
 
     @_in_force
     def _loglikelihood_tokens(
@@ -262,7 +284,7 @@ class AFTLM(StockLM):
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), disable=quiet, desc="Running loglikelihood requests") as bar:
             for part in paths.score(requests, companions.shifts if companions else [], self._states):
-                self._check_baseline(value for value, _ in part[0].values())
+                self._check_finite(value for value, _ in part[0].values())
                 for index, answer in part[0].items():
                     strings = requests[index][0]
                     if strings is not None:
@@ -295,7 +317,7 @@ class AFTLM(StockLM):
         with self._called_back(requests):
             ask = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
             found = self.by_vector(requests, ask)
-        self._check_baseline(found)
+        self._check_finite(found)
         return found
 
     @_in_force
@@ -303,7 +325,7 @@ class AFTLM(StockLM):
         """As `HFLM`; plain greedy decoding in fp32 is done in shared batches, the rest by stock."""
         refuse_generation(requests if self.answer_only else ())
         found = self._texts(requests, disable_tqdm)
-        self._check_baseline([math.nan] * self.texts_not_finite)
+        self._check_finite([math.nan] * self.texts_not_finite)
         return found
 
     def _texts(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:

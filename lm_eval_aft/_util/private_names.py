@@ -279,6 +279,16 @@ def _onednn() -> bool:
     return torch.allclose(found, F.linear(inputs, weight), atol=1e-4)
 
 
+@_trial
+def _ties() -> bool:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=8, tie_word_embeddings=True, **sizes))
+    return bool(model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"})
+
+
+@_trial
 def _compiled_module() -> bool:
     import torch
 

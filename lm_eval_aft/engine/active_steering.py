@@ -192,7 +192,7 @@ class ActiveSteering:
     """What steers a model for one `AFTLM`: one vector, a router over several, or (at first) nothing.
 
     It stays on the model until another one takes the model (`claim`), or another lm-eval model runs it;
-    `in_force` puts it back. What is garbage collected leaves nothing behind.
+    `in_force` puts it back.
 
     Attributes:
         vector: the active vector, with the coefficient and positions it is applied with.
@@ -209,7 +209,6 @@ class ActiveSteering:
         self.rows: RowSteering | None = None
         self.ownership = Ownership.of(self.backbone)
         self._handle = SteeringHandle([])
-        weakref.finalize(self, self._handle.remove).atexit = False
         self.ownership.require_plain()
 
     @property
@@ -220,12 +219,12 @@ class ActiveSteering:
     @property
     def masked(self) -> bool:
         """Whether any active vector steers only some of the tokens."""
-        return any(vector.positions != "all" and vector.coefficient for vector in self._vectors())
+        return any(vector.positions != "all" and vector.coefficient for vector in self.vectors)
 
     @property
     def kinds(self) -> frozenset[tuple[str, str]]:
         """Method and positions of every active vector."""
-        return frozenset((vector.method, vector.positions) for vector in self._vectors())
+        return frozenset((vector.method, vector.positions) for vector in self.vectors)
 
     @property
     def state(self) -> int:
@@ -238,7 +237,9 @@ class ActiveSteering:
             return self.vector
         return list(self.routing.vectors.values())[state - 1] if state else None
 
-    def _vectors(self) -> Sequence[SteeringVector]:
+    @property
+    def vectors(self) -> Sequence[SteeringVector]:
+        """The active vector, or all that a router may pick."""
         if self.routing is not None:
             return list(self.routing.vectors.values())
         return [] if self.vector is None else [self.vector]
@@ -301,6 +302,10 @@ class ActiveSteering:
                 self.rows.put_on(shifts)
         handle.add(SteeringHandle([self.rows]))
         return handle
+
+    def remove_when_gone(self) -> None:
+        """Take everything off the model once nothing refers to this, since others may have the model."""
+        weakref.finalize(self, self._handle.remove).atexit = False
 
     def release(self) -> None:
         """Take everything off the model; what steers it is put back by `claim`."""

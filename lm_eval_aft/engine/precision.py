@@ -33,13 +33,16 @@ def to_training_dtype(model: nn.Module) -> torch.dtype:
     """Convert a loaded model, in place, to what trains fastest; return the dtype it has now.
 
     bfloat16 where the hardware multiplies it natively; float16 becomes float32 on a CPU, which has
-    no fast arithmetic for it; everything else stays. Vectors are kept in float32 whatever the model
-    is in, and log-softmax is taken in float32.
+    no fast arithmetic for it; everything else stays, quantised and offloaded models among it. Vectors are
+    kept in float32 whatever the model is in, and log-softmax is taken in float32.
     """
     parameter = next(model.parameters())
     present, device = parameter.dtype, parameter.device
     config: Any = getattr(model, "config", None)
-    if getattr(config, "quantization_config", None) or present not in (torch.float32, torch.float16):
+    offloaded = any(each.is_meta for each in model.parameters())
+    if getattr(config, "quantization_config", None) or offloaded:
+        return present
+    if present not in (torch.float32, torch.float16):
         return present
     wanted = present
     size = sum(each.numel() for each in model.parameters())

@@ -16,7 +16,7 @@ from lm_eval_aft._util.settings import settings
 from lm_eval_aft.engine.batching import Document
 from lm_eval_aft.harness.commands import lm_eval_flags
 from lm_eval_aft.harness.output_types import OUTPUT_TYPES
-from lm_eval_aft.harness.tasks import NOT_TEXT, set_num_fewshot
+from lm_eval_aft.harness.tasks import NOT_TEXT, refuse_thinking, set_num_fewshot
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -92,6 +92,8 @@ class Extractor:
                 f"The prompts of task {task.config.task!r} hold images or sounds.",
                 "Vectors are trained on text: choose a task with text only.",
             )
+        if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
+            refuse_thinking(lm, [task.config.task])
         self.task = task
         self.prompts = prompts
         self.num_fewshot = set_num_fewshot(task, prompts.num_fewshot)

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +24,7 @@ from lm_eval_aft.harness.output_types import OUTPUT_TYPES
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
@@ -410,6 +411,16 @@ def refuse_generation(requests: Sequence[Instance]) -> None:
             f"answer_only=true cannot generate, as {task} asks: without its question there is nothing to "
             "answer.",
             "Leave out generation tasks, or answer_only.",
+        )
+
+
+def refuse_thinking(lm: HFLM, names: Iterable[str | None]) -> None:
+    """Raise `AFTError` if ``lm`` is to think before it answers: lm-eval does not score given answers then."""
+    if lm.enable_thinking:
+        raise AFTError(
+            f"enable_thinking=true is for tasks that generate, and {', '.join(sorted(filter(None, names)))} "
+            "scores given answers.",
+            "Leave enable_thinking out, or choose a task that generates.",
         )
 
 

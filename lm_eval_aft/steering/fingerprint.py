@@ -72,7 +72,7 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     described = {key: getattr(text, key, None) for key in _CONFIG_KEYS}
     rope = getattr(text, "rope_parameters", None)
     described["rope_theta"] = rope.get("rope_theta") if isinstance(rope, Mapping) else None
-    parameters = list(model.named_parameters())
+    parameters = _parameters(model)
     shapes = [(name, list(parameter.shape)) for name, parameter in parameters]
     vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else None
     quantized = is_quantized(model)
@@ -86,6 +86,25 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
         "quantized": quantized,
         "sketch": None if quantized else _encode(_sketch([p for _, p in parameters])),
     }
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters by the names they have without `torch.compile`, tied ones once.
+
+    Spread over devices or onto disk, tied weights are no longer one tensor; the model says which they are.
+    """
+    tied: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        own = getattr(module, "all_tied_weights_keys", None) or {}
+        start = f"{prefix}." if prefix else ""
+        tied |= {start + each: start + source for each, source in own.items()}
+    found, first = [], dict[str, nn.Parameter]()
+    for name, parameter in model.named_parameters():
+        before = first.setdefault(tied.get(name, name), parameter)
+        apart = parameter.is_meta or parameter.device != before.device
+        if before is parameter or not apart:
+            found.append((name.replace("_orig_mod.", ""), parameter))
+    return found
 
 
 def stored_weights(model: nn.Module) -> str:

@@ -443,7 +443,11 @@ class _WatchedGenerate:
         return self._tracker.generate(self._module, self._stock, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MethodType, (type(self._module).generate, self._module)
+        return _bound_method, (type(self._module).generate, self._module)
+
+
+def _bound_method(function: Callable[..., Any], owner: Any) -> MethodType:
+    return MethodType(function, owner)  # the type itself cannot be pickled
 
 
 def mask_for(positions: str, hidden: Tensor, tracker: RoleTracker | None = None) -> Tensor | None:

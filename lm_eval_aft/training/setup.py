@@ -135,6 +135,8 @@ def load_model(model: str | AFTLM, model_args: Mapping[str, Any] | None = None) 
     Raises:
         AFTError: it cannot be loaded, or gives NaN or infinite numbers in this dtype.
     """
+    if isinstance(model, AFTLM):
+        model.require_plain()
     lm = model if isinstance(model, AFTLM) else AFTLM(model, **(model_args or {}))
     if lm is not model and "dtype" not in (model_args or {}):
         to_training_dtype(lm.model)

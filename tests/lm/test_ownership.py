@@ -57,7 +57,8 @@ def test_coefficients_tried_on_one_model_do_not_add_up(shared: Shared, positions
     given = {"positions": positions, "fast": fast, "vector": vector()}
     lms = {c: shared.lm(coefficient=c, **given) for c in (0.5, 2.0, 0.0)}
     wanted = {c: shared.alone(coefficient=c, **given) for c in lms}
-    assert wanted[0.0] == shared.plain and len(set(wanted.values())) == 3
+    assert wanted[0.0] == shared.plain
+    assert len(set(wanted.values())) == 3
     for _ in range(2):  # in any order, again and again
         assert {c: score(lm) for c, lm in lms.items()} == wanted
     assert score(shared.lm()) == shared.plain
@@ -164,8 +165,9 @@ def test_threads_take_turns(shared: Shared) -> None:
 
 @pytest.mark.parametrize("positions", ["all", "last"])
 def test_a_router_takes_the_model_back(shared: Shared, positions: str, tmp_path: Any) -> None:
-    vector(positions=positions).save(Library(tmp_path).root / "one")
-    routed = shared.lm(route="constant:one", library=str(tmp_path))
+    saved = vector(positions=positions).save(tmp_path / "one.safetensors")
+    Library(tmp_path / "library").add(saved, "some/one")
+    routed = shared.lm(route="constant:some/one", library=str(tmp_path / "library"))
     wanted = shared.alone(vector=vector(positions=positions))
     assert score(routed) == wanted != shared.plain
     assert score(shared.lm(vector=vector(1))) == shared.alone(vector=vector(1))

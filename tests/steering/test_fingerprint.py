@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lm_eval_aft import AFTError, SteeringVector, attach
+from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.fingerprint import compare_fingerprints, fingerprint
 from tests.conftest import tiny_model, tiny_tokenizer
 
@@ -76,3 +79,43 @@ def test_a_damaged_fingerprint_is_an_error_not_a_crash() -> None:
     vector = SteeringVector({0: torch.ones(32)}, metadata={"fingerprint": {"config": "x"}})
     with pytest.raises(AFTError, match="fingerprint is damaged"):
         attach(tiny_model("llama"), vector)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("way", ["memory", "disk", "some", "compiled", "compiled blocks"])
+def test_ties_and_compilation_do_not_change_the_identity(family: str, way: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    made: Any = tiny_model(family.partition("-")[0])
+    if family == "llama-tied":
+        made.config.tie_word_embeddings = True
+        made = type(made)(made.config).eval()
+    model, wanted = copy.deepcopy(made), fingerprint(made)
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    if way == "memory":
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert "lm_head.weight" in dict(model.named_parameters())
+    elif way == "disk":
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    elif way == "some":
+        blocks = find_backbone(model).name
+        places = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}
+        places |= {"lm_head": "disk"}
+        made.save_pretrained(tmp_path / "saved")
+        model = type(made).from_pretrained(
+            tmp_path / "saved", device_map={**places, blocks: "cpu"}, offload_folder=str(tmp_path)
+        )
+    elif way == "compiled":
+        model = torch.compile(model)
+    else:
+        blocks = model.get_submodule(find_backbone(model).name)
+        blocks[1] = torch.compile(blocks[1])
+    found = fingerprint(model)
+    assert found["parameters"] == wanted["parameters"]
+    assert compare_fingerprints(wanted, found) == []
+
+
+def test_untied_weights_are_two() -> None:
+    tied: Any = tiny_model("gpt2")
+    wanted = fingerprint(tied)
+    tied.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.detach().clone())
+    assert compare_fingerprints(wanted, fingerprint(tied)) == ["parameter names or shapes"]
