@@ -10,7 +10,14 @@ import click
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.process import Terminated, is_main_process, quiet_libraries, terminable
-from lm_eval_aft.cli.options import PlainCommand, ended, offline_option, parse_model_args, print_table
+from lm_eval_aft.cli.options import (
+    PlainCommand,
+    ended,
+    offline_option,
+    parse_model_args,
+    parse_pairs,
+    print_table,
+)
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 
@@ -247,7 +254,7 @@ def plan_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         "lr": parse_numbers,
         "l2": parse_numbers,
         "rungs": parse_rungs,
-        "task_metadata": parse_model_args,
+        "task_metadata": lambda text: parse_pairs(text, "metadata"),
     }
     settings: dict[str, Any] = {
         name: parsers[name](value) if name in parsers else value
@@ -265,8 +272,10 @@ def _prompts(options: Mapping[str, Any]) -> PromptSettings:
 
 
 def scoring_flags(options: Mapping[str, Any]) -> list[str]:
-    """The same prompts as flags of ``lm_eval run``."""
+    """The same prompts and metadata as flags of ``lm_eval run``."""
     flags = _prompts(options).flags()
+    if options.get("task_metadata"):
+        flags += ["--metadata", str(options["task_metadata"])]
     for folder in options.get("include_path") or ():
         flags += ["--include_path", str(folder)]
     return flags
