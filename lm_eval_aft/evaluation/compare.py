@@ -386,7 +386,7 @@ def _hardware(text: Any) -> str | None:
 def _number(value: Any, digits: int) -> str | None:
     try:
         return f"{float(value):.{digits}f}"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
