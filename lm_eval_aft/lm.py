@@ -149,6 +149,8 @@ class AFTLM(StockLM):
         self._companions: Companions | None = None
         self.require_finite = False  # whether a baseline whose answers are NaN or infinite ends the run
         self._asked = 0
+        # As given, for records and printed commands, besides what steers it and where it runs.
+        self.model_args: dict[str, Any] = {**kwargs, **({"blocks": blocks} if blocks else {})}
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         replaced = {"coefficient": given.coefficient, "positions": given.positions}
         self.steer(loaded, **replaced, allow_mismatch=given.allow_mismatch)

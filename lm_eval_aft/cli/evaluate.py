@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
+from lm_eval_aft._util.process import Terminated, is_main_process, quiet_libraries, terminable
 from lm_eval_aft.cli.options import LateHelp, ended, offline_option, parse_model_args, print_table
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def evaluate(
             )
     except (KeyboardInterrupt, Terminated) as end:
         ended(end, output)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         from lm_eval_aft.evaluation.report import build_report
         from lm_eval_aft.evaluation.results import read_run
 
@@ -199,19 +198,19 @@ def print_report(found: Report) -> None:
 
     _print_banner(found)
     table = Table(title="Against the baseline, document by document", title_justify="left")
-    names = ("task, run", "score", "difference", "95 % interval", "won / lost", "p", "Holm", "detectable")
-    for name in names:
-        table.add_column(name, justify="left" if name == names[0] else "right", overflow="fold")
-    table.add_column("verdict", overflow="fold")
+    for name in ("task, run", *formatting.BLOCK):
+        table.add_column(
+            name, justify="left" if name in ("task, run", "verdict") else "right", overflow="fold"
+        )
     for first, block in formatting.blocks(found.rows):
         head = f"[bold]{escape(f'{first.task} {formatting.metric_name(first.metric, first.filter)}')}[/bold]"
         note = "" if first.primary else " (secondary)"
         table.add_section()
-        table.add_row(head + note, block[0][1][4], *[""] * 6, f"n = {first.n}")
-        for row, texts in block:
-            colour = {"better": "green", "worse": "red"}.get(row.verdict, "")
-            verdict = f"[{colour}]{texts[-1]}[/{colour}]" if colour else texts[-1]
-            table.add_row(f"  {escape(row.run)}", *texts[5:-1], verdict)
+        table.add_row(head + note, formatting.COLUMNS["baseline"](first), *[""] * 6, f"n = {first.n}")
+        for row in block:
+            *texts, verdict = formatting.row_cells(row, formatting.BLOCK.values())
+            colour = {"better": "[green]", "worse": "[red]"}.get(row.verdict, "")
+            table.add_row(f"  {escape(row.run)}", *texts, colour + verdict)
     # Without a terminal rich assumes 80 columns and cuts cells; log files have room.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for each in tables(found):

@@ -401,7 +401,7 @@ SELECTED = "not assessable: selected on these documents"
 DIFFERENT = "not assessable: the runs differ"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class VerdictRow:
     """One comparison. Scores, differences and intervals are in the metric's own unit (shares: 0 to 1).
 
@@ -462,26 +462,23 @@ def judge(
         vectors: run name -> its vector; one selected on these documents gets no verdict.
         mismatched: names of runs that differ from the baseline in more than steering: no verdict either.
     """
-    rows = []
-    same: dict[tuple[Any, ...], list[VerdictRow]] = {}
-    for run, each in comparisons:
-        row = make_row(baseline, run, each)
-        rows.append(row)
+    rows = [make_row(baseline, run, each) for run, each in comparisons]
+    same: dict[tuple[Any, ...], list[int]] = {}
+    for i, (run, each) in enumerate(comparisons):
         if not each.primary or run.kind != "steered":
             continue
         if _selected_on(vectors[run.name], baseline, each):
-            row.verdict = SELECTED
+            rows[i] = replace(rows[i], verdict=SELECTED)
         elif run.name in mismatched:
-            row.verdict = DIFFERENT
+            rows[i] = replace(rows[i], verdict=DIFFERENT)
         else:
-            outcome = (each.task, tuple(each.doc_ids), tuple(each.wins), tuple(each.losses), row.difference)
-            same.setdefault(((run.vector or {}).get("sha256") or run.name, *outcome), []).append(row)
-    adjusted = holm([equal[0].p_value for equal in same.values()])
+            outcome = (each.task, *map(tuple, (each.doc_ids, each.wins, each.losses)), rows[i].difference)
+            same.setdefault(((run.vector or {}).get("sha256") or run.name, *outcome), []).append(i)
+    adjusted = holm([rows[equal[0]].p_value for equal in same.values()])
     for equal, p in zip(same.values(), adjusted, strict=True):
-        for row in equal:
-            row.p_adjusted = p
-            row.verdict = verdict(p, row.difference, row.higher_is_better)
-            row.family = row is equal[0]
+        for i in equal:
+            call = verdict(p, rows[i].difference, rows[i].higher_is_better)
+            rows[i] = replace(rows[i], p_adjusted=p, verdict=call, family=i == equal[0])
     return rows
 
 

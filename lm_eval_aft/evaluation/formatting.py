@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,12 +15,6 @@ from typing import Any
 from lm_eval_aft._util.files import replacing
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.report import AnswerOnlyRow
-
-# Columns of a comparison, as `row_cells` fills them.
-COLUMNS = (
-    *("task", "metric", "run", "n", "baseline", "steered", "difference", "95 % interval"),
-    *("wins / losses", "p", "p (Holm)", "detectable", "verdict"),
-)
 
 
 def metric_name(metric: str, filter_name: str) -> str:
@@ -74,52 +68,70 @@ def with_error(value: float, error: float | None, share: bool) -> str:
     return f"{100 * value:.2f} ± {100 * error:.2f} %" if share else f"{value:.4f} ± {error:.4f}"
 
 
-def row_cells(row: VerdictRow) -> tuple[str, ...]:
-    """A comparison's cells, in the order of ``COLUMNS``."""
-    note = row.verdict or ("placebo" if row.kind == "placebo" else "secondary")
-    return (
-        row.task,
-        metric_name(row.metric, row.filter),
-        row.run,
-        str(row.n),
-        with_error(row.baseline, row.baseline_stderr, row.share),
-        with_error(row.steered, row.steered_stderr, row.share),
-        points(row.difference, row.share),
-        interval(row.low, row.high, row.share),
-        f"{row.wins} / {row.losses}",
-        p_text(row.p_value),
-        p_text(row.p_adjusted),
-        "–" if row.mde is None else f"±{score(row.mde, row.share).removesuffix(' %')}",
-        note,
-    )
-
-
+# A comparison's columns and their cells, for every table and format. Tables name those they show.
+COLUMNS: dict[str, Callable[[VerdictRow], str]] = {
+    "task": lambda row: row.task,
+    "metric": lambda row: metric_name(row.metric, row.filter),
+    "run": lambda row: row.run,
+    "n": lambda row: str(row.n),
+    "baseline": lambda row: with_error(row.baseline, row.baseline_stderr, row.share),
+    "steered": lambda row: with_error(row.steered, row.steered_stderr, row.share),
+    "difference": lambda row: points(row.difference, row.share),
+    "95 % interval": lambda row: interval(row.low, row.high, row.share),
+    "wins / losses": lambda row: f"{row.wins} / {row.losses}",
+    "p": lambda row: p_text(row.p_value),
+    "p (Holm)": lambda row: p_text(row.p_adjusted),
+    "detectable": lambda row: "–" if row.mde is None else f"±{score(row.mde, row.share).removesuffix(' %')}",
+    "verdict": lambda row: row.verdict or ("placebo" if row.kind == "placebo" else "secondary"),
+}
+# Headings of the table of `blocks`, whose lines belong to one task and metric, and the columns below them.
+BLOCK = {
+    "score": "steered",
+    "difference": "difference",
+    "95 % interval": "95 % interval",
+    "won / lost": "wins / losses",
+    "p": "p",
+    "Holm": "p (Holm)",
+    "detectable": "detectable",
+    "verdict": "verdict",
+}
+_WITHOUT = {
+    "baseline without question": "baseline",
+    "difference without question": "difference",
+    "95 % interval without": "95 % interval",
+    "p without": "p",
+}
 # Columns of a vector with the questions and without them.
-ANSWER_ONLY_COLUMNS = (
-    *("task", "metric", "run", "n", "difference", "95 % interval", "p"),
-    *("baseline without question", "difference without question", "95 % interval without", "p without"),
-)
+ANSWER_ONLY_COLUMNS = ("task", "metric", "run", "n", "difference", "95 % interval", "p", *_WITHOUT)
 
 
-def answer_only_cells(pair: AnswerOnlyRow) -> tuple[str, ...]:
+def row_cells(row: VerdictRow, names: Iterable[str] = tuple(COLUMNS)) -> list[str]:
+    """A comparison's cells in some of the ``COLUMNS``, by default all."""
+    return [COLUMNS[name](row) for name in names]
+
+
+def answer_only_cells(pair: AnswerOnlyRow) -> list[str]:
     """A vector's cells with and without the questions, in the order of ``ANSWER_ONLY_COLUMNS``."""
-    row, without = row_cells(pair.with_question), row_cells(pair.without_question)
-    tested = slice(6, 8)
-    return (*row[:3], without[3], *row[tested], row[9], without[4], *without[tested], without[9])
+    row, without = pair.with_question, pair.without_question
+    return [
+        *row_cells(row, ANSWER_ONLY_COLUMNS[:3]),
+        *row_cells(without, ["n"]),
+        *row_cells(row, ANSWER_ONLY_COLUMNS[4:7]),
+        *row_cells(without, _WITHOUT.values()),
+    ]
 
 
-def blocks(rows: Sequence[VerdictRow]) -> list[tuple[VerdictRow, list[tuple[VerdictRow, tuple[str, ...]]]]]:
-    """Rows with their cells, grouped by task and metric, each task's primary metric first.
+def blocks(rows: Sequence[VerdictRow]) -> list[tuple[VerdictRow, list[VerdictRow]]]:
+    """Rows grouped by task and metric, each task's primary metric first.
 
     Each group comes with one of its rows, for what they share: the baseline's score and the number of
     documents. Rows on other documents (of forced comparisons) form a group of their own.
     """
-    found: dict[tuple[Any, ...], list[tuple[VerdictRow, tuple[str, ...]]]] = {}
+    found: dict[tuple[Any, ...], list[VerdictRow]] = {}
     for row in rows:
-        key = (row.task, row.metric, row.filter, row.n, row.baseline)
-        found.setdefault(key, []).append((row, row_cells(row)))
-    ordered = sorted(found.values(), key=lambda block: (block[0][0].task, not block[0][0].primary))
-    return [(block[0][0], block) for block in ordered]
+        found.setdefault((row.task, row.metric, row.filter, row.n, row.baseline), []).append(row)
+    ordered = sorted(found.values(), key=lambda block: (block[0].task, not block[0].primary))
+    return [(block[0], block) for block in ordered]
 
 
 # Tables and whole reports as text: the one place that writes Markdown, HTML, CSV and JSON.

@@ -69,7 +69,6 @@ def to_html(report: Report) -> str:
 def _context(report: Report) -> dict[str, Any]:
     return {
         "report": report,
-        "columns": formatting.COLUMNS,
         "lines": map(formatting.row_cells, report.rows),
         "blocks": formatting.blocks(report.rows),
         "verdicts": [row for row in report.rows if row.primary and row.kind == "steered"],
@@ -228,16 +227,14 @@ def card_results(report: Report, run: str) -> list[dict[str, Any]]:
         {
             "task": row.task,
             "dataset": report.datasets.get(row.task),
-            "metric": formatting.metric_name(row.metric, row.filter),
+            "metric": formatting.COLUMNS["metric"](row),
             "num_fewshot": settings.get(f"{row.task}: n-shot", ""),
             "n": row.n,
             "value": row.steered,
-            "baseline": formatting.with_error(row.baseline, row.baseline_stderr, row.share),
-            "steered": formatting.with_error(row.steered, row.steered_stderr, row.share),
-            "difference": formatting.points(row.difference, row.share),
-            "interval": formatting.interval(row.low, row.high, row.share),
+            **{name: formatting.COLUMNS[name](row) for name in ("baseline", "steered", "difference")},
+            "interval": formatting.COLUMNS["95 % interval"](row),
             "p": formatting.p_text(row.p_value if row.p_adjusted is None else row.p_adjusted),
-            "verdict": formatting.row_cells(row)[-1],
+            "verdict": formatting.COLUMNS["verdict"](row),
         }
         for row in report.rows
         if row.run == run and row.task not in excluded

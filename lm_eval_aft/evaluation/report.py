@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from scipy.special import stdtrit
 
 from lm_eval_aft import __version__
 from lm_eval_aft._util.errors import AFTError
@@ -29,20 +26,11 @@ from lm_eval_aft.evaluation.compare import (
     primary_metric,
     require_comparable,
 )
-from lm_eval_aft.evaluation.results import (
-    AGAIN,
-    ScoredRun,
-    TaskRun,
-    discover,
-    log_likelihood,
-    model_args,
-    read_run,
-    request_arguments,
-)
-from lm_eval_aft.evaluation.stats import ALPHA, BETTER, NO_DIFFERENCE, WORSE, mean_stderr
+from lm_eval_aft.evaluation.flips import flipped_documents
+from lm_eval_aft.evaluation.reproduce import commands
+from lm_eval_aft.evaluation.results import ScoredRun, discover, model_args, read_run
+from lm_eval_aft.evaluation.stats import ALPHA, BETTER, NO_DIFFERENCE, WORSE, seeds_interval
 from lm_eval_aft.evaluation.vector_info import VectorInfo, read_vector_info
-from lm_eval_aft.harness.commands import lm_eval_command, task_words
-from lm_eval_aft.harness.tasks import read_definition
 
 ANSWER_ONLY_WORDING = (
     "The questions were removed and the options scored alone, for the baseline and for the vector. A gain "
@@ -357,25 +345,19 @@ def _groups(run: ScoredRun, unfit: Container[str] = ()) -> dict[str, dict[str, A
 
 
 def over_seeds(rows: list[VerdictRow]) -> list[dict[str, Any]]:
-    """The mean difference over the seeds of one vector (runs ``NAME-seed-N``), where there are at least 3.
-
-    The seeds share their documents, so the interval's half width has two parts, added in quadrature: one
-    over seeds (Student's t), one over documents.
-    """
+    """The mean difference over the seeds of one vector (runs ``NAME-seed-N``), where there are at least 3."""
     groups: dict[tuple[str, str, bool], list[VerdictRow]] = {}
     for row in rows:
         if row.primary and (match := re.fullmatch(r"(.+)-seed-\d+", row.run)):
             groups.setdefault((match[1], row.task, row.share), []).append(row)
     found: list[dict[str, Any]] = []
     for (run, task, share), own in groups.items():
-        values = [row.difference for row in own]
-        error = mean_stderr(values)
-        if len(values) >= 3 and error is not None:
+        if len(own) >= 3:
             documents = sum((row.high or 0.0) - (row.low or 0.0) for row in own) / (2 * len(own))
-            mean = sum(values) / len(values)
-            half = math.hypot(float(stdtrit(len(values) - 1, 0.975)) * error, documents)
-            own_row = {"run": run, "task": task, "share": share, "seeds": len(values)}
-            found.append(own_row | {"mean": mean, "low": mean - half, "high": mean + half})
+            values = [row.difference for row in own]
+            low, high = seeds_interval(values, documents)
+            own_row = {"run": run, "task": task, "share": share, "seeds": len(own)}
+            found.append(own_row | {"mean": sum(values) / len(own), "low": low, "high": high})
     return found
 
 
@@ -526,142 +508,6 @@ def route_rows(
                 | {"share": all(0 <= value <= 1 for value in (*old, *new))}
             )
     return found
-
-
-# Documents whose outcome flipped, in full: the prompt, the right answer, and both runs' answers.
-
-CONTEXT_CHARACTERS = 1500
-
-
-def flipped_documents(
-    baseline: ScoredRun, run: ScoredRun, comparison: Comparison, limit: int
-) -> dict[str, Any]:
-    """Up to ``limit`` documents won and as many lost on a comparison's metric, and how many there are."""
-    before, after = baseline.tasks[comparison.task], run.tasks[comparison.task]
-
-    def full(ids: list[int]) -> list[dict[str, Any]]:
-        try:
-            return [_document(before, after, comparison, i) for i in ids[:limit]]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise AFTError(
-                f"{before.samples_file} or {after.samples_file.name} lacks what lm-eval logs of a document "
-                f"({error!r}).",
-                AGAIN,
-            ) from error
-
-    names = {"run": run.name, "task": comparison.task, "metric": comparison.metric}
-    counts = {"won_count": len(comparison.wins), "lost_count": len(comparison.losses)}
-    documents = {"won": full(comparison.wins), "lost": full(comparison.losses)}
-    return {**names, "filter": comparison.filter, **counts, **documents}
-
-
-def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: int) -> dict[str, Any]:
-    first = before.document(comparison.filter, doc_id)
-    second = after.document(comparison.filter, doc_id)
-    arguments = request_arguments(first)
-    context = str(arguments[0][0]) if arguments[0] else ""
-    found: dict[str, Any] = {
-        "doc_id": doc_id,
-        "context": context[-CONTEXT_CHARACTERS:],
-        "context_cut": max(0, len(context) - CONTEXT_CHARACTERS),
-        "target": str(first["target"]),
-    }
-    if all(len(each) > 1 and isinstance(each[1], str) for each in arguments):
-        delimiter = str(before.config.get("target_delimiter", " "))
-        return found | {"options": _options(delimiter, comparison.metric, arguments, first, second)}
-    return found | {"generations": {"before": _generation(first), "after": _generation(second)}}
-
-
-def _options(
-    delimiter: str, metric: str, arguments: list[list[Any]], first: dict[str, Any], second: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Each option with its log-likelihoods (nats) and whether either run chose it by this metric."""
-    texts = [str(each[1]).removeprefix(delimiter) for each in arguments]
-    # Tasks that score mutual information ask every option again without its context.
-    half = len(texts) // 2
-    if half and texts[:half] == texts[half:] and all(each[0] != arguments[0][0] for each in arguments[half:]):
-        texts = texts[:half]
-    lengths = [max(1, len(text)) if metric == "acc_norm" else 1 for text in texts]
-    columns = []
-    for sample in (first, second):
-        scores = [log_likelihood(sample, i) for i in range(len(texts))]
-        normalized = [-1e30 if s is None else s / n for s, n in zip(scores, lengths, strict=True)]
-        columns.append((scores, normalized.index(max(normalized))))
-    target = str(first["target"])
-    gold = {int(target)} if target.isdecimal() and int(target) < len(texts) else {
-        i for i, text in enumerate(texts) if text.strip() == target.strip()
-    }  # fmt: skip
-    (old, chosen_before), (new, chosen_after) = columns
-    return [
-        {"text": text, "gold": i in gold, "before": old[i], "after": new[i]}
-        | {"chosen_before": i == chosen_before, "chosen_after": i == chosen_after}
-        for i, text in enumerate(texts)
-    ]
-
-
-def _generation(sample: dict[str, Any]) -> dict[str, Any]:
-    texts = sample["resps"][0] if isinstance(sample["resps"][0], list) else sample["resps"]
-    answer = sample["filtered_resps"][0] if sample.get("filtered_resps") else ""
-    return {"text": str(texts[0]) if texts else "", "repeats": len(texts), "answer": str(answer)}
-
-
-# The commands that reproduce a run.
-
-
-def commands(run: ScoredRun) -> list[str]:
-    """One ``lm_eval`` call per results file and number of shots; none for a placebo without a file."""
-    if (run.vector or {}).get("control") and not run.vector_path:
-        return []
-    calls: dict[tuple[Path, str], list[str]] = {}
-    for task, each in run.tasks.items():
-        # Tasks may have their own numbers of shots.
-        asked = bool(each.results["config"]["aft"].get("asked"))
-        shots = "" if asked else str(each.results.get("n-shot", {}).get(task))
-        calls.setdefault((each.file, shots), []).append(task)
-    return [_command(run, tasks) for tasks in calls.values()]
-
-
-def _command(run: ScoredRun, tasks: list[str]) -> str:
-    results = run.tasks[tasks[0]].results
-    config: dict[str, Any] = results.get("config", {})
-    template, multiturn = results.get("chat_template_sha"), results.get("fewshot_as_multiturn")
-    names, folder = task_words({task: _source(run.tasks[task].config) for task in tasks})
-    settings = {
-        "num_fewshot": results.get("n-shot", {}).get(tasks[0]),
-        **{name: config.get(name) for name in ("batch_size", "device", "limit", "gen_kwargs")},
-        "apply_chat_template": bool(template),
-        "system_instruction": results.get("system_instruction"),
-        "fewshot_as_multiturn": bool(multiturn) if template or multiturn else None,
-        "seed": [config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")],
-        "metadata": _given_metadata(run.tasks[tasks[0]]),
-        "include_path": folder,
-    }
-    if set(settings["seed"]) == {None}:
-        del settings["seed"]
-    # `aft eval` records what it was asked for: the name of a template, tasks as a group, and more.
-    if asked := dict(config.get("aft", {}).get("asked") or {}):
-        names = asked.pop("tasks", names)
-        settings |= {"num_fewshot": None, **asked}
-    last = {"log_samples": True, "output_path": f"RESULTS/{run.name}"}
-    return lm_eval_command(str(config.get("model")), model_args(results), names, settings | last)
-
-
-def _source(config: dict[str, Any]) -> Path | None:
-    found = (config.get("metadata") or {}).get("config_source")
-    return Path(found) if found and found != "inline" else None
-
-
-def _given_metadata(run: TaskRun) -> dict[str, Any]:
-    """What was given as ``--metadata``: not the model arguments, nor what the task's file says."""
-    given, arguments, source = (
-        dict(run.config.get("metadata") or {}),
-        model_args(run.results),
-        _source(run.config),
-    )
-    own = {"version": None, "config_source": None, "device": None, **arguments}
-    if source is not None and source.is_file():
-        own |= read_definition(source).get("metadata") or {}
-    return {key: value for key, value in given.items() if key not in own}
 
 
 # The Open LLM Leaderboard v1's settings, and scores published under them.

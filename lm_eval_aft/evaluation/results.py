@@ -264,16 +264,9 @@ def _load_task(task: str, results: dict[str, Any], file: Path, samples_file: Pat
 # The ``results_*.json`` files that lm-eval writes: finding, decoding and grouping them.
 
 
-def unfinished(folder: Path) -> Path:
-    """Where the results that will become ``folder`` are written until they are complete."""
-    return folder.with_name(f".{folder.name}.scoring")
-
-
-def is_unfinished(name: str) -> bool:
-    """Whether a folder of that name holds results still being written, or left by a process that died."""
-    # A leading dot alone says nothing: lm-eval calls ../models/m's folder ..__models__m.
-    return name.startswith(".") and name.endswith(".scoring")
-
+# How the folders of results still being written end, or of those left by a process that died; 0.1 wrote the
+# second kind. They begin with a dot, which alone says nothing: lm-eval calls ../models/m's ..__models__m.
+_UNFINISHED = (".begun", ".scoring")
 
 _MAPPINGS = (
     "config",
@@ -296,11 +289,15 @@ def find_results(source: Path) -> list[Path]:
     if source.is_file() and source.suffix == ".json":
         return [source]
     seen = source.rglob("results_*.json")
-    seen = (path for path in seen if not any(map(is_unfinished, path.relative_to(source).parts[:-1])))
+    seen = (path for path in seen if not any(map(_is_unfinished, path.relative_to(source).parts[:-1])))
     found = sorted(seen, key=lambda path: (path.name, str(path)))
     if not found:
         raise AFTError(f"No lm-eval results below {source}.", "Give the folder named by --output_path.")
     return found
+
+
+def _is_unfinished(name: str) -> bool:
+    return name.startswith(".") and name.endswith(_UNFINISHED)
 
 
 def group_results(files: list[Path]) -> list[list[Path]]:

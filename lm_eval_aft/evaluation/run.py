@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, sha256
+from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, replacing_dir, sha256
 from lm_eval_aft._util.private_names import borrowed, require
+from lm_eval_aft._util.process import is_main_process
 from lm_eval_aft.engine.active_steering import Routing, whole_spec
 from lm_eval_aft.engine.checks import require_finite
-from lm_eval_aft.evaluation.results import unfinished
 from lm_eval_aft.harness.tasks import (
     environment_asked_once,
     find_tasks,
@@ -143,7 +141,7 @@ def _evaluate(
             routing = lm.routing_of(run.route, Library(library), allow_mismatch=mismatch)
             routings[run.name] = routing.adjusted(**replaced)
     lm.score_along(vectors)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         with replacing(folder / SETTINGS_FILE) as temporary:
             temporary.write_text(record, encoding="utf-8")
     environment: list[str] = []
@@ -221,12 +219,10 @@ def score(
         model_args = {**model_args, "vector": run.spec}
     if lm.routing is not None:
         model_args = {**model_args, "library": str(lm.routing.library), "route": lm.routing.spec}
-    place = unfinished(folder)
-    tracker = EvaluationTracker(output_path=str(place))
+    tracker = EvaluationTracker()
     results = _simple_evaluate(lm, run, config, manager, tracker)
     if results is None:  # not the main process
         return
-    shutil.rmtree(place, ignore_errors=True)  # left by a process that died
     samples = results.pop("samples")
     if lm.routing is not None:
         _record_routes(lm.routing, results, samples)
@@ -244,15 +240,16 @@ def score(
         lm.chat_template(config.apply_chat_template) if config.apply_chat_template else None,
         bool(config.fewshot_as_multiturn),
     )
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task in results["configs"]:
-        tracker.save_results_samples(task_name=task, samples=samples[task])
-    if not _is_complete(place, {task: len(samples[task]) for task in results["configs"]}):
-        # The tracker only logs failures to write.
-        raise AFTError(
-            f"The results could not be written to {folder}.", "Check its permissions and free space."
-        )
-    place.rename(folder)
+    with replacing_dir(folder) as place:
+        tracker.output_path = str(place)
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task in results["configs"]:
+            tracker.save_results_samples(task_name=task, samples=samples[task])
+        if not _is_complete(place, {task: len(samples[task]) for task in results["configs"]}):
+            # The tracker only logs failures to write.
+            raise AFTError(
+                f"The results could not be written to {folder}.", "Check its permissions and free space."
+            )
 
 
 # Settings that `simple_evaluate` takes under the names of the flags.

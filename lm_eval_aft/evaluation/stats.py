@@ -35,6 +35,21 @@ def mean_stderr(values: Sequence[float] | Floats) -> float | None:
     return float(array.std(ddof=1) / math.sqrt(array.size)) if array.size > 1 else None
 
 
+def seeds_interval(values: Sequence[float], documents: float) -> tuple[float, float]:
+    """95 % interval of the mean over seeds that share their documents.
+
+    A t interval over seeds alone would miss the sampling of documents: half widths over seeds and over
+    documents are added in quadrature.
+
+    Args:
+        values: one for each seed, at least 2.
+        documents: half width of the interval over documents.
+    """
+    mean = float(np.mean(values))
+    half = math.hypot(float(stdtrit(len(values) - 1, 0.975)) * (mean_stderr(values) or 0.0), documents)
+    return mean - half, mean + half
+
+
 def wilson_interval(successes: float, n: int, alpha: float = ALPHA) -> tuple[float, float]:
     """Score interval of one proportion (Wilson 1927, JASA 22:209-212).
 

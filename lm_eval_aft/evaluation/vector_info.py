@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.evaluation.reproduce import training_command
 from lm_eval_aft.evaluation.results import ScoredRun
-from lm_eval_aft.harness.commands import base_model, pairs
 from lm_eval_aft.steering.vector_file import is_biased
 
 if TYPE_CHECKING:
@@ -186,7 +185,7 @@ def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: l
         for line in ledger.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             if entry.get("event") == "start":
-                info.command = _training_command(entry["settings"], meta)
+                info.command = training_command(entry["settings"], meta)
             elif entry.get("event") == "epoch" and entry.get("stage") not in ("search", "penalty"):
                 name = entry["candidate"]
                 curve = {"name": name, "layer": entry["layer"], "seed": entry["seed"], "points": []}
@@ -199,55 +198,3 @@ def _read_ledger(info: VectorInfo, folder: Path, meta: dict[str, Any], layers: l
     for curve in curves.values():
         curve["chosen"] = curve["layer"] in layers and curve["seed"] == meta.get("seed")
     info.curves = list(curves.values())
-
-
-def _training_command(settings: dict[str, Any], meta: dict[str, Any]) -> str:
-    """The ``aft train`` call that trains this vector again."""
-    from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, PROTOCOLS  # torch
-
-    protocol = dict(settings.get("protocol") or {})
-    prompts = settings.get("prompts") or {}
-    words = ["aft", "train", "--model", base_model(meta)[0]]
-    for task in str(settings["task"]).split(","):
-        words += ["--task", task]
-    plain = (
-        *("first_seed", "train_docs", "selection_docs", "train_split", "objective", "metric", "choice_loss"),
-        *("margin", "label_smoothing", "control", "method", "positions", "norm_cap"),
-    )
-    name = protocol.pop("name", DEFAULT_PROTOCOL)
-    usual = PROTOCOLS[name].to_dict() if name in PROTOCOLS else {}
-    options: dict[str, Any] = {"protocol": name}
-    # The protocol's own settings need no flag; its document counts are limits, not flags.
-    options |= {
-        key: _flag(value)
-        for key, value in protocol.items()
-        if value != usual.get(key) and key not in ("train_docs", "selection_docs")
-    }
-    usually = {"method": "static", "positions": "all"}
-    options |= {key: settings.get(key) for key in plain if settings.get(key) != usually.get(key)}
-    regression = options.pop("regression", None)
-    options |= {key: prompts.get(key) for key in ("num_fewshot", "system_instruction")}
-    for key, value in options.items():
-        if value is not None:
-            words += [f"--{key.replace('_', '-')}", str(value)]
-    if regression is not None:
-        words.append("--regression" if regression else "--no-regression")
-    if settings.get("calibrate"):
-        words.append("--calibrate")
-    if prompts.get("apply_chat_template"):
-        words.append("--apply-chat-template")
-    if prompts.get("fewshot_as_multiturn") is not None:
-        words.append("--fewshot-as-multiturn" if prompts["fewshot_as_multiturn"] else "--fewshot-as-text")
-    for path in settings.get("include_path") or ():
-        words += ["--include-path", str(path)]
-    for flag, values in (("--model-args", base_model(meta)[1]), ("--metadata", meta.get("task_metadata"))):
-        if values:
-            words += [flag, pairs(values)]
-    return shlex.join([*words, "--output", "VECTOR"])
-
-
-def _flag(value: Any) -> Any:
-    """A setting as its flag takes it: lists comma-separated, 0 for "never"."""
-    if isinstance(value, list):
-        return ",".join(map(str, value)) or "none"
-    return 0 if value is None else value

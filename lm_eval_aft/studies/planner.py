@@ -46,14 +46,12 @@ class TaskSize:
 
     Attributes:
         train, evaluation: documents in those splits.
-        example: tokens that each few-shot example adds, on average.
-        lengths: of typical documents, the longest last.
     """
 
     train: int
     evaluation: int
-    example: int
-    lengths: tuple[Lengths, ...]
+    example: int  # tokens that each few-shot example adds, on average
+    lengths: tuple[Lengths, ...]  # of typical documents, the longest last
 
     def documents(self, num_fewshot: int = 0, share: int = 1) -> list[TokenizedDocument]:
         """Typical documents without contents; the longest comes last.
@@ -207,17 +205,11 @@ class CostEstimator:
 
 @dataclass(frozen=True)
 class Shape:
-    """What an estimate needs of a model.
+    """What an estimate needs of a model."""
 
-    Attributes:
-        config: a transformers config.
-        shipped: whether the config is made of the numbers in ``known_models.yaml``, not the model's own.
-        dtype: what the weights would be loaded in.
-    """
-
-    config: Any
-    shipped: bool
-    dtype: torch.dtype
+    config: Any  # a transformers config
+    shipped: bool  # whether the config is made of the numbers in ``known_models.yaml``, not the model's own
+    dtype: torch.dtype  # what the weights would be loaded in
 
 
 def find_shape(entry: ModelEntry) -> Shape:
@@ -248,24 +240,16 @@ FEW, MORE = 3, 5  # blocks of the models that are run in place of deeper ones
 
 @dataclass(frozen=True)
 class PlanCost:
-    """What a plan would cost.
-
-    Attributes:
-        estimate: time, operations and memory above the weights, as a dry run gives them.
-        parameters: of the model; ``weight_bytes`` is what they take.
-        packed: whether a question's options would share a row.
-        steps: optimiser steps, over all candidates.
-        scored: scoring one document's continuations.
-    """
+    """What a plan would cost."""
 
     device: Device
-    estimate: Estimate
-    parameters: int
+    estimate: Estimate  # time, operations and memory above the weights, as a dry run gives them
+    parameters: int  # of the model; ``weight_bytes`` is what they take
     weight_bytes: int
-    packed: bool
+    packed: bool  # whether a question's options would share a row
     stages: tuple[Stage, ...]
-    steps: int
-    scored: Spent
+    steps: int  # optimiser steps, over all candidates
+    scored: Spent  # scoring one document's continuations
 
     @property
     def candidates(self) -> int:
@@ -356,23 +340,19 @@ class _Measured:
     """What a model of some depth takes.
 
     Attributes:
-        shared: a document's frozen pass, trained on and judged on.
-        scored: a document's frozen pass with its continuations scored.
         train, selection: a candidate's own part, of a document: at the last layer, and for each block
             above its layer.
         step, judging: bytes of the heaviest passes with a candidate at layer 0, all blocks' outputs kept.
-        kept: bytes of one block's frozen output in either.
-        graph: bytes that a block above the candidate's layer keeps for the backward pass.
     """
 
-    shared: tuple[Spent, Spent]
-    scored: Spent
+    shared: tuple[Spent, Spent]  # a document's frozen pass, trained on and judged on
+    scored: Spent  # a document's frozen pass with its continuations scored
     train: tuple[Spent, Spent]
     selection: tuple[Spent, Spent]
     step: float
     judging: float
-    kept: tuple[float, float]
-    graph: float = 0.0
+    kept: tuple[float, float]  # bytes of one block's frozen output in either
+    graph: float = 0.0  # bytes that a block above the candidate's layer keeps for the backward pass
 
     def deeper(self, other: _Measured, blocks: int, more: int) -> _Measured:
         """Extrapolated to ``more`` blocks than this has, from a model with ``blocks`` more."""

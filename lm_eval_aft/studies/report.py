@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-from scipy.special import stdtrit
 
 from lm_eval_aft import __version__
 from lm_eval_aft._util.process import now
@@ -23,7 +21,7 @@ from lm_eval_aft.evaluation.formatting import (
     write_formats,
 )
 from lm_eval_aft.evaluation.report import over_seeds
-from lm_eval_aft.evaluation.stats import ALPHA, BETTER, WORSE, holm, mean_stderr, verdict
+from lm_eval_aft.evaluation.stats import ALPHA, BETTER, WORSE, holm, seeds_interval, verdict
 from lm_eval_aft.steering.methods import DEFAULT_METHOD
 from lm_eval_aft.studies.config import EARLIER_STUDY, BenchStudy
 from lm_eval_aft.studies.jobs import DONE, FAILED, PRUNED, Schedule, StudyCell, given_up
@@ -34,30 +32,24 @@ class BenchReport:
     """Everything in the report.
 
     Attributes:
-        family: how many comparisons Holm's correction covers.
-        pivots: per method a table of models × tasks, mean difference over seeds.
         by_model, by_task: averages over cells, controls left out.
-        seeds: per model, task and method with at least 3 seeds, the mean and its interval.
         methods: per method the mean over its models and tasks, seed by seed, with an interval.
-        contrasts: methods against the first one, seed by seed.
-        negative: models and tasks that were given up.
-        earlier: the earlier study's figures beside ours.
     """
 
     title: str
     created: str
     version: str
     cells: list[CellRow]
-    family: int
+    family: int  # how many comparisons Holm's correction covers
     alpha: float
-    pivots: list[dict[str, Any]]
+    pivots: list[dict[str, Any]]  # per method a table of models × tasks, mean difference over seeds
     by_model: list[dict[str, Any]]
     by_task: list[dict[str, Any]]
-    seeds: list[dict[str, Any]]
+    seeds: list[dict[str, Any]]  # per model, task and method with at least 3 seeds, the mean and its interval
     methods: list[dict[str, Any]]
-    contrasts: list[dict[str, Any]]
-    negative: list[dict[str, Any]]
-    earlier: list[dict[str, Any]]
+    contrasts: list[dict[str, Any]]  # methods against the first one, seed by seed
+    negative: list[dict[str, Any]]  # models and tasks that were given up
+    earlier: list[dict[str, Any]]  # the earlier study's figures beside ours
     earlier_note: str
     notes: list[str]
 
@@ -106,12 +98,12 @@ def _cell_row(cell: StudyCell, schedule: Schedule) -> CellRow:
             PRUNED: "its first seed was no better than the baseline after all retries",
         }
         return CellRow(*own, state, whys.get(state, ""))
-    rows = [VerdictRow(**each) for each in outcome["rows"]]
-    for row in rows:
-        own_name = "" if cell.task.name == cell.task.task else f"{cell.task.name}/"
-        row.run = f"{cell.model.name}/{own_name}{cell.method.name}-seed-{cell.seed}" + (
-            f" {row.run}" if row.run.startswith("placebo/") else ""
-        )
+    own_name = "" if cell.task.name == cell.task.task else f"{cell.task.name}/"
+    name = f"{cell.model.name}/{own_name}{cell.method.name}-seed-{cell.seed}"
+    rows = []
+    for each in outcome["rows"]:
+        placebo = f" {each['run']}" if each["run"].startswith("placebo/") else ""
+        rows.append(VerdictRow(**each | {"run": name + placebo}))
     steered = [row for row in rows if "placebo/" not in row.run]
     primary = next((row for row in steered if row.primary), None)
     return CellRow(
@@ -135,20 +127,18 @@ def _distinct(rows: Sequence[CellRow]) -> list[VerdictRow]:
 
 def _adjust(rows: Sequence[CellRow], cells: Sequence[StudyCell]) -> int:
     """Holm over all cells; the same vector on the same documents is one comparison."""
-    same: dict[tuple[str, str], list[VerdictRow]] = {}
+    same: dict[tuple[str, str], list[tuple[CellRow, VerdictRow]]] = {}
     for each, cell in zip(rows, cells, strict=True):
-        row = each.row
-        if row is None:
+        if each.row is None:
             continue
-        row.p_adjusted, row.family = None, False
-        if each.control or row.verdict == SELECTED:
-            continue
-        same.setdefault((each.vector["sha256"], cell.baseline_key), []).append(row)
-    adjusted = holm([twins[0].p_value for twins in same.values()])
+        each.row = replace(each.row, p_adjusted=None, family=False)
+        if not each.control and each.row.verdict != SELECTED:
+            same.setdefault((each.vector["sha256"], cell.baseline_key), []).append((each, each.row))
+    adjusted = holm([twins[0][1].p_value for twins in same.values()])
     for twins, p in zip(same.values(), adjusted, strict=True):
-        for row in twins:
-            row.p_adjusted, row.family = p, row is twins[0]
-            row.verdict = verdict(p, row.difference, row.higher_is_better)
+        for each, row in twins:
+            call = verdict(p, row.difference, row.higher_is_better)
+            each.row = replace(row, p_adjusted=p, family=each is twins[0][0], verdict=call)
     return len(same)
 
 
@@ -224,11 +214,8 @@ class CellRow:
     """A cell's row of the report.
 
     Attributes:
-        state: ``done``, ``failed``, ``pruned``, ``to do`` or ``left out`` (by ``--only``).
-        why: why it failed or was pruned; for a finished cell, why its training gave up.
         row: its primary metric, the p-value adjusted over all cells; ``None`` unless it is done.
         others: its other metrics and its placebos, outside Holm's family.
-        vector: what the vector is and how it was chosen.
     """
 
     name: str
@@ -237,11 +224,11 @@ class CellRow:
     method: str
     seed: int
     control: bool
-    state: str
-    why: str = ""
+    state: str  # ``done``, ``failed``, ``pruned``, ``to do`` or ``left out`` (by ``--only``)
+    why: str = ""  # why it failed or was pruned; for a finished cell, why its training gave up
     row: VerdictRow | None = None
     others: list[VerdictRow] = field(default_factory=list)
-    vector: dict[str, Any] = field(default_factory=dict)
+    vector: dict[str, Any] = field(default_factory=dict)  # what the vector is and how it was chosen
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -273,17 +260,11 @@ def averages(rows: Sequence[CellRow], key: Callable[[CellRow], str]) -> list[dic
 
 @dataclass(frozen=True)
 class Series:
-    """A method on one model and task, seed by seed.
+    """A method on one model and task, seed by seed."""
 
-    Attributes:
-        points: of each seed that is finished.
-        error: standard error of a seed's points, over documents; the mean over seeds.
-        vectors: how many different ones its seeds came to.
-    """
-
-    points: Mapping[int, float]
-    error: float
-    vectors: int
+    points: Mapping[int, float]  # of each seed that is finished
+    error: float  # standard error of a seed's points, over documents; the mean over seeds
+    vectors: int  # how many different ones its seeds came to
 
 
 def _by_pair(rows: Sequence[CellRow], method: str) -> dict[tuple[str, str], Series]:
@@ -305,13 +286,11 @@ def _error(row: VerdictRow) -> float:
     return 100 * (row.high - row.low) / (2 * 1.96) if row.low is not None and row.high is not None else 0.0
 
 
-def _over_seeds(
+def mean_of_pairs(
     series: Sequence[tuple[Mapping[int, float], int]], seeds: Sequence[int], error: float, missing: str
 ) -> dict[str, Any]:
     """Mean over pairs of model and task, seed by seed, with its 95 % interval where a claim may be made.
 
-    The seeds share their documents, so a t interval over seeds alone would miss the sampling of documents:
-    half widths over seeds and over documents are added in quadrature.
     ``why`` says why no claim may be made. Pruned pairs are those that did badly: a mean without them would
     say nothing about the method, so each pair counts with the seeds that it has.
 
@@ -338,8 +317,7 @@ def _over_seeds(
     found |= {"mean": mean, "why": why}
     if not why:
         means = [statistics.fmean(each[seed] for each in values) for seed in seeds]
-        half = math.hypot(float(stdtrit(len(means) - 1, 0.975)) * (mean_stderr(means) or 0.0), 1.96 * error)
-        found |= {"low": mean - half, "high": mean + half}
+        found["low"], found["high"] = seeds_interval(means, 1.96 * error)
     return found
 
 
@@ -362,7 +340,7 @@ def method_means(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, A
     found = []
     for name in (method.name for method in study.methods):
         series = [(each.points, each.vectors) for each in _by_pair(rows, name).values()]
-        if means := _over_seeds(series, study.seeds, _documents(rows, name), "{} more without any seed"):
+        if means := mean_of_pairs(series, study.seeds, _documents(rows, name), "{} more without any seed"):
             found.append({"method": name} | means)
     return found
 
@@ -378,7 +356,7 @@ def contrasts(rows: Sequence[CellRow], study: BenchStudy) -> list[dict[str, Any]
             for a, b in both
         ]
         error = math.hypot(_documents(rows, name), _documents(rows, first))
-        if means := _over_seeds(series, study.seeds, error, "not all of them in both"):
+        if means := mean_of_pairs(series, study.seeds, error, "not all of them in both"):
             found.append({"method": name, "against": first} | means)
     return found
 
@@ -478,10 +456,9 @@ def _pivot_tables(report: BenchReport) -> list[RenderedTable]:
     return found
 
 
-_COLUMNS = [
-    *("model", "task", "method", "seed", "layer", "metric", "n", "baseline", "steered", "difference"),
-    *("95 % interval", "won / lost", "p", "p (Holm)", "detectable", "verdict"),
-]
+_ROW_COLUMNS = [name for name in formatting.COLUMNS if name not in ("task", "run")]
+_HEADINGS = ["won / lost" if name == "wins / losses" else name for name in _ROW_COLUMNS]
+_COLUMNS = ["model", "task", "method", "seed", "layer", *_HEADINGS]
 
 
 def _cells(report: BenchReport) -> RenderedTable:
@@ -493,11 +470,12 @@ def _cells(report: BenchReport) -> RenderedTable:
             lines.append([*head, *["–"] * (len(_COLUMNS) - 5), state])
             tones.append("none")
             continue
-        texts = formatting.row_cells(each.row)
+        first, *texts, verdict_text = formatting.row_cells(each.row, _ROW_COLUMNS)
         layers = each.vector.get("layers") or []
         shown = f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else ", ".join(map(str, layers))
-        verdict_text = f"{texts[12]}; {each.why}" if each.why and each.state == DONE else texts[12]
-        lines.append([*head, shown, texts[1], *texts[3:12], verdict_text])
+        if each.why and each.state == DONE:
+            verdict_text = f"{verdict_text}; {each.why}"
+        lines.append([*head, shown, first, *texts, verdict_text])
         tones.append(plots.tone(each.row))
     return RenderedTable("Every cell", _COLUMNS, lines, tones=tones)
 
@@ -511,7 +489,7 @@ def _brief(table: RenderedTable) -> RenderedTable:
 
 def _placebos(report: BenchReport) -> RenderedTable:
     lines = [
-        [each.name, row.run.rpartition(" ")[2], *formatting.row_cells(row)[3:10]]
+        [each.name, row.run.rpartition(" ")[2], *formatting.row_cells(row, _ROW_COLUMNS[1:8])]
         for each in report.cells
         for row in each.others
         if row.primary and row.kind == "placebo"

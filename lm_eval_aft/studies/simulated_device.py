@@ -39,22 +39,14 @@ with borrowed("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.util
 
 @dataclass(frozen=True)
 class Device:
-    """The speed and memory that an accelerator (or this machine's CPU) reaches in practice.
-
-    Attributes:
-        kind: ``cuda`` or ``cpu``: whose attention kernels are used.
-        flops: operations a second in large matrix products, in the model's dtype.
-        bandwidth: bytes a second to and from its memory.
-        memory: bytes.
-        overhead: seconds to issue one operation.
-    """
+    """The speed and memory that an accelerator (or this machine's CPU) reaches in practice."""
 
     name: str
-    kind: str
-    flops: float
-    bandwidth: float
-    memory: float
-    overhead: float
+    kind: str  # ``cuda`` or ``cpu``: whose attention kernels are used
+    flops: float  # operations a second in large matrix products, in the model's dtype
+    bandwidth: float  # bytes a second to and from its memory
+    memory: float  # bytes
+    overhead: float  # seconds to issue one operation
 
 
 def gpu(name: str, tflops: float, gigabytes_a_second: float, gigabytes: float) -> Device:

@@ -145,6 +145,8 @@ def run(
         AFTError: the output folder cannot be used, nothing kept a finite score, or (`rft`) the model
             never writes a right answer.
     """
+    if prepared.objective.note and is_main_process():
+        logger.warning("%s", prepared.objective.note)
     if prepared.plan.rft is None:
         return run_sweep(prepared, folder, resume=resume, progress=progress, picture=picture)
     started = time.monotonic()
@@ -199,7 +201,8 @@ def run_sweep(
         if not math.isfinite(baseline.score):
             raise baseline_not_finite(lm.model)
         if log and log.lines == 1:
-            log.append(event="baseline", **baseline.to_dict())
+            note = {"note": prepared.objective.note} if prepared.objective.note else {}
+            log.append(event="baseline", **baseline.to_dict(), **note)
         found = sweep.run()
         calibrations = (
             coefficients(prepared, engine, found, selection, events.tick) if workers.is_main else {}

@@ -16,10 +16,15 @@ from lm_eval._cli.harness import HarnessCLI
 from transformers import AutoTokenizer
 
 from lm_eval_aft import SteeringVector
-from lm_eval_aft.evaluation.report import _run_warnings, commands
+from lm_eval_aft.cli.options import parse_model_args
+from lm_eval_aft.cli.train import plan_settings, train_vector
+from lm_eval_aft.evaluation.report import _run_warnings
+from lm_eval_aft.evaluation.reproduce import commands, training_command
 from lm_eval_aft.evaluation.results import ScoredRun, TaskRun, read_run
 from lm_eval_aft.evaluation.run import evaluate_pair
 from lm_eval_aft.evaluation.vector_info import read_vector_info
+from lm_eval_aft.harness.examples import PromptSettings
+from lm_eval_aft.training.recipe import TrainingPlan
 from tests.support.families import tiny_model, tiny_tokenizer
 
 SHORT = "{% for m in messages %}{{ m['content'] }} . {% endfor %}"
@@ -132,7 +137,7 @@ EVALUATED = [
 def test_of_runs_by_aft_eval(
     place: Path, monkeypatch: pytest.MonkeyPatch, tasks: list[str], flags: list[str]
 ) -> None:
-    arguments = {"subfolder": "sub", "device": "cpu", "tokenizer": "hub/sub", "peft": "adapter"}
+    arguments = {"subfolder": "sub", "device": "cpu", "peft": "adapter"}
     flags = [*flags, *(["--include_path", "tasks"] if "/" not in tasks[0] else [])]
     more = {**arguments, "allow_mismatch": True}
     evaluate_pair("hub", "v", tasks, "first", model_args=more, flags=flags)
@@ -149,7 +154,7 @@ def test_prompts_that_differ_from_training(place: Path) -> None:
     chat = ["--apply_chat_template", "default", "--system_instruction", "Be small ."]
     notes = {}
     for name, more in (("plain", []), ("chat", chat), ("text", [*chat, "--fewshot_as_multiturn", "false"])):
-        arguments = {"subfolder": "sub", "device": "cpu", "tokenizer": "hub/sub"}
+        arguments = {"subfolder": "sub", "device": "cpu"}
         evaluate_pair("hub", "v", ["toy_choice"], name, model_args=arguments, flags=[*flags, *more])
         base, run = (read_run(place / name / each) for each in ("baseline", "steered/v"))
         notes[name] = "; ".join(_run_warnings(base, run, read_vector_info(run)))
@@ -163,3 +168,40 @@ def test_prompts_that_differ_from_training(place: Path) -> None:
     assert "chat turns" not in notes["chat"]
     assert "chat turns, scored with few-shot examples as one text" in notes["text"]
     assert template != SHORT
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"task": "arc_easy"},
+        {
+            "task": ["a", "b"],
+            "protocol": "rapid",
+            "lr": [1e-2, 1e-3],
+            "patience": None,
+            "regression": False,
+            "prompts": PromptSettings(
+                num_fewshot=2,
+                apply_chat_template=True,
+                system_instruction="small, or 'red'",
+                fewshot_as_multiturn=False,
+            ),
+            "include_path": ["p", "q"],
+            "calibrate": True,
+            "screen": "order",
+            "first_seed": 3,
+        },
+        {"task": "gsm8k", "objective": "rft", "rft_samples": 4, "positions": "last", "norm_cap": 0.5},
+    ],
+)
+def test_the_call_that_trains_again(settings: dict[str, Any]) -> None:
+    """Read by the command itself, it gives the same plan and the same model arguments."""
+    plan = TrainingPlan.of(**settings)
+    arguments = {"dtype": "bfloat16", "gguf_file": "a, b.gguf", "revision": "1234"}
+    line = training_command(plan.to_dict(), {"base_model": {"name": "some/model", "args": arguments}})
+    options = dict(train_vector.make_context("train", shlex.split(line)[2:]).params)
+    assert (options.pop("model"), options.pop("output")) == ("some/model", Path("VECTOR"))
+    assert parse_model_args(options.pop("model_args")) == arguments
+    for name in ("device", "dtype", "resume", "overwrite", "dry_run"):
+        del options[name]
+    assert TrainingPlan.of(**plan_settings(options)) == plan

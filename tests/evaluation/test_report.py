@@ -558,3 +558,54 @@ def test_the_browser_test_can_fail(tmp_path: Path) -> None:
     console, requests = browse(page, tmp_path / "page.png", "400,300")
     assert "no good" in console
     assert "http://127.0.0.1:9/x.png" in requests
+
+
+@pytest.mark.parametrize(
+    ("metric", "chosen"),
+    [("acc", 0), ("acc_norm", 1), ("acc_bytes", 2), ("acc_mutual_info", 1), ("exact_match", 3), ("own", 0)],
+)
+def test_every_metric_of_choices(tmp_path: Path, metric: str, chosen: int) -> None:
+    """What is compared, and the option shown as chosen, are what lm-eval's metric of that name says."""
+    options = ["a", "aaaaaaaa", "é" * 6, "bbbb"]
+    values, alone = [-1.0, -2.4, -2.0, -9.0], [-1.0, -5.0, -2.0, -9.0]
+    for name, scores in (("a", [0.0] * 30), ("b", [1.0] * 30)):
+        write_results(tmp_path / name, {"task": scores}, metric=metric, target="3")
+        (path,) = (tmp_path / name).rglob("samples_*.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            contexts = [line["doc"]["question"]] * 4 + [""] * 4 * (metric == "acc_mutual_info")
+            asked = zip(contexts, options * 2, strict=False)
+            line["arguments"] = {f"g{i}": {"arg_0": c, "arg_1": f" {o}"} for i, (c, o) in enumerate(asked)}
+            greedy = ["False", "False", "False", "True"] * 2
+            line["resps"] = [
+                [[str(v), g]] for v, g in zip([*values, *alone][: len(contexts)], greedy, strict=False)
+            ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert [(row.metric, row.verdict, row.wins) for row in report.rows] == [(metric, "better", 30)]
+    shown = report.flips[0]["won"][0]["options"]
+    assert [i for i, each in enumerate(shown) if each["chosen_after"]] == [chosen]
+    assert [each["text"] for each in shown] == options
+
+
+def test_metrics_without_a_score_per_document_are_listed(tmp_path: Path) -> None:
+    """Brier scores and likelihoods are logged as pairs of gold and predictions: both values, no test."""
+    listed = [
+        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False},
+    ]
+    pair: list[Any] = [0, [0.5, 0.5]]
+    for name, score in (("a", 0.5), ("b", 0.25)):
+        others: Any = {"task": {"brier_score": [pair] * 30}}
+        write_results(
+            tmp_path / name, {"task": [1.0] * 30}, others=others, task_config={"metric_list": listed}
+        )
+        (path,) = (tmp_path / name).rglob("results_*.json")
+        results = json.loads(path.read_text())
+        results["results"]["task"]["brier_score,none"] = score
+        path.write_text(json.dumps(results))
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert [row.metric for row in report.rows] == ["acc"]
+    assert [(row["metric"], row["baseline"], row["steered"]) for row in report.corpus] == [
+        ("brier_score,none", 0.5, 0.25)
+    ]

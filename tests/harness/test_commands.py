@@ -22,7 +22,7 @@ MODEL_ARGS: list[dict[str, Any]] = [
     {"revision": "None"},
     {"gguf_file": "a model, quantised.gguf"},
     {"peft": "a/peft", "subfolder": "sub", "trust_remote_code": True, "max_length": 64},
-    {"max_memory": {"0": "1GB"}, "load_in_8bit": False},
+    {"max_memory": {"0": "1GB"}, "use_fast_tokenizer": False},
     {"tokenizer": "it's", "prefix_token_id": None, "softmax_dtype": "float32", "think_end_token": "</think>"},
 ]
 SETTINGS: list[dict[str, Any]] = [

@@ -293,7 +293,7 @@ def test_every_option_that_does_not_fit_is_named_and_what_to_do_said() -> None:
     assert "Leave it out, or train on a multiple-choice task." in text
     with pytest.raises(AFTError, match="Choose one of: choice, lm, rft"):
         make_objective("magic", None, [])
-    with pytest.raises(AFTError, match="Use one of: acc, acc_norm, both"):
+    with pytest.raises(AFTError, match="Use one of: acc, acc_norm, acc_bytes, both"):
         Choice("f1")
 
 

@@ -24,7 +24,7 @@ def doc_hash(i: int) -> str:
 
 def run_of(name: str, outcomes: np.ndarray[Any, Any], first: int) -> ScoredRun:
     samples = {
-        i: Sample(doc_hash(first + i), "", b"", b"", False, None, {"acc": float(value)}, 0)
+        i: Sample(doc_hash(first + i), "", b"", b"", False, 2, None, {"acc": float(value)}, {}, 0)
         for i, value in enumerate(outcomes)
     }
     task = TaskRun("arc", {"results": {}}, Path("results.json"), Path("samples.jsonl"), {"none": samples})

@@ -1,0 +1,121 @@
+"""The commands that score a run again and train its vector again, from what is recorded of them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lm_eval_aft.evaluation.results import ScoredRun, TaskRun, model_args
+from lm_eval_aft.harness.commands import base_model, lm_eval_command, pairs, task_words
+from lm_eval_aft.harness.tasks import read_definition
+
+
+def commands(run: ScoredRun) -> list[str]:
+    """One ``lm_eval`` call per results file and number of shots; none for a placebo without a file."""
+    if (run.vector or {}).get("control") and not run.vector_path:
+        return []
+    calls: dict[tuple[Path, str], list[str]] = {}
+    for task, each in run.tasks.items():
+        # Tasks may have their own numbers of shots.
+        asked = bool(each.results["config"]["aft"].get("asked"))
+        shots = "" if asked else str(each.results.get("n-shot", {}).get(task))
+        calls.setdefault((each.file, shots), []).append(task)
+    return [_command(run, tasks) for tasks in calls.values()]
+
+
+def _command(run: ScoredRun, tasks: list[str]) -> str:
+    results = run.tasks[tasks[0]].results
+    config: dict[str, Any] = results.get("config", {})
+    template, multiturn = results.get("chat_template_sha"), results.get("fewshot_as_multiturn")
+    names, folder = task_words({task: _source(run.tasks[task].config) for task in tasks})
+    settings = {
+        "num_fewshot": results.get("n-shot", {}).get(tasks[0]),
+        **{name: config.get(name) for name in ("batch_size", "device", "limit", "gen_kwargs")},
+        "apply_chat_template": bool(template),
+        "system_instruction": results.get("system_instruction"),
+        "fewshot_as_multiturn": bool(multiturn) if template or multiturn else None,
+        "seed": [config.get(f"{name}_seed") for name in ("random", "numpy", "torch", "fewshot")],
+        "metadata": _given_metadata(run.tasks[tasks[0]]),
+        "include_path": folder,
+    }
+    if set(settings["seed"]) == {None}:
+        del settings["seed"]
+    # `aft eval` records what it was asked for: the name of a template, tasks as a group, and more.
+    if asked := dict(config.get("aft", {}).get("asked") or {}):
+        names = asked.pop("tasks", names)
+        settings |= {"num_fewshot": None, **asked}
+    last = {"log_samples": True, "output_path": f"RESULTS/{run.name}"}
+    return lm_eval_command(str(config.get("model")), model_args(results), names, settings | last)
+
+
+def _source(config: dict[str, Any]) -> Path | None:
+    found = (config.get("metadata") or {}).get("config_source")
+    return Path(found) if found and found != "inline" else None
+
+
+def _given_metadata(run: TaskRun) -> dict[str, Any]:
+    """What was given as ``--metadata``: not the model arguments, nor what the task's file says."""
+    given, arguments, source = (
+        dict(run.config.get("metadata") or {}),
+        model_args(run.results),
+        _source(run.config),
+    )
+    own = {"version": None, "config_source": None, "device": None, **arguments}
+    if source is not None and source.is_file():
+        own |= read_definition(source).get("metadata") or {}
+    return {key: value for key, value in given.items() if key not in own}
+
+
+# Settings of a plan that are no flags of the same name, or that flags set together with others.
+_NO_FLAGS = {"task", "protocol", "prompts", "rft", "fingerprint", "documents", "tasks"}
+# Flags for false; what else is false needs none.
+_NEGATIVE = {"regression": "--no-regression", "fewshot_as_multiturn": "--fewshot-as-text"}
+
+
+def training_command(settings: dict[str, Any], meta: dict[str, Any]) -> str:
+    """The ``aft train`` call that trains this vector again, from the ledger's settings."""
+    from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, PROTOCOLS  # torch
+
+    protocol = dict(settings.get("protocol") or {})
+    name = protocol.pop("name", DEFAULT_PROTOCOL)
+    usual = PROTOCOLS[name].to_dict() if name in PROTOCOLS else {}
+    model, arguments = base_model(meta)
+    usually = {"method": "static", "positions": "all", "screen": "off", "calibrate": False}
+    options = {
+        "model": model,
+        "task": str(settings["task"]).split(","),
+        "protocol": name,
+        # The protocol's own settings need no flag; its document counts are limits, not flags.
+        **{
+            key: _flag(value)
+            for key, value in protocol.items()
+            if value != usual.get(key) and key not in ("train_docs", "selection_docs")
+        },
+        **{k: v for k, v in settings.items() if k not in _NO_FLAGS and v != usually.get(k)},
+        **{f"rft_{key}": value for key, value in (settings.get("rft") or {}).items()},
+        **(settings.get("prompts") or {}),
+        "model_args": arguments and pairs(arguments),
+        "metadata": pairs(settings.get("task_metadata") or {}),
+        "output": "VECTOR",
+    }
+    options.pop("task_metadata", None)
+    words = ["aft", "train"]
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is False and key in _NEGATIVE:
+            words.append(_NEGATIVE[key])
+        elif isinstance(value, list | tuple):
+            words += (word for each in value for word in (flag, str(each)))
+        elif value is not None and value is not False and value not in ("", {}):
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def _flag(value: Any) -> Any:
+    """A setting as its flag takes it: lists comma-separated, 0 for "never"."""
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "none"
+    return "0" if value is None else value
