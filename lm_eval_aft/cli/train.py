@@ -10,7 +10,14 @@ import click
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.process import Terminated, is_main_process, quiet_libraries, terminable
-from lm_eval_aft.cli.options import PlainCommand, ended, offline_option, parse_model_args, print_table
+from lm_eval_aft.cli.options import (
+    LateHelp,
+    PlainCommand,
+    ended,
+    offline_option,
+    parse_model_args,
+    print_table,
+)
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 
@@ -22,6 +29,12 @@ if TYPE_CHECKING:
     from lm_eval_aft.training.run import TrainingResult
     from lm_eval_aft.training.setup import Prepared
     from lm_eval_aft.training.sweep import SweepResult
+
+
+def _criterion_help() -> str:
+    from lm_eval_aft.training.selection import CRITERIA, DEFAULT_CRITERION
+
+    return f"What makes one candidate better: {', '.join(CRITERIA)}.  [default: {DEFAULT_CRITERION}]"
 
 
 @click.command("train-vector", cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,6 +133,7 @@ if TYPE_CHECKING:
 @click.option("--rungs", help="Search rounds TRAIN:SELECTION:EPOCHS:KEEP,...; none: train everything fully.")
 @click.option("--finalists", type=int, help="How many settings of the search are trained fully.")
 @click.option("--regression/--no-regression", default=None, help="Stop a finalist worse than the baseline.")
+@click.option("--criterion", cls=LateHelp, late_help=_criterion_help)
 @click.option("--retries", type=int, help="New starts when nothing beats the baseline.")
 @click.option(
     "--screen",
