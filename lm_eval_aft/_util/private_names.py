@@ -279,7 +279,6 @@ def _onednn() -> bool:
     return torch.allclose(found, F.linear(inputs, weight), atol=1e-4)
 
 
-@_trial
 def _ties() -> bool:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -288,7 +287,6 @@ def _ties() -> bool:
     return bool(model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"})
 
 
-@_trial
 def _compiled_module() -> bool:
     import torch
 
