@@ -24,8 +24,8 @@ from lm_eval_aft._util.files import canonical_json
 from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.engine.active_steering import ActiveSteering, Routing, whole_spec
-from lm_eval_aft.engine.fallback import Companions, Paths
-from lm_eval_aft.engine.finite import baseline_not_finite
+from lm_eval_aft.engine.checks import baseline_not_finite
+from lm_eval_aft.engine.fallback import Companions, ScoringPaths
 from lm_eval_aft.engine.generation import Texts
 from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
@@ -145,10 +145,12 @@ class AFTLM(StockLM):
             self.active.remove_when_gone()
         check_causal(self.model)
         self.fast, self.answer_only = given.fast, given.answer_only
-        self._shared: tuple[Paths, Texts] | None = None
+        self._shared: tuple[ScoringPaths, Texts] | None = None
         self._companions: Companions | None = None
         self.require_finite = False  # whether a baseline whose answers are NaN or infinite ends the run
         self._asked = 0
+        # As given, for records and printed commands, besides what steers it and where it runs.
+        self.model_args: dict[str, Any] = {**kwargs, **({"blocks": blocks} if blocks else {})}
         self._states: list[int] = []  # under a router: which vector each request at hand gets
         replaced = {"coefficient": given.coefficient, "positions": given.positions}
         self.steer(loaded, **replaced, allow_mismatch=given.allow_mismatch)
@@ -350,7 +352,7 @@ class AFTLM(StockLM):
             texts |= zip(left, self.some_stock_texts([requests[i] for i in left]), strict=True)
         return [texts[i] for i in range(len(requests))]
 
-    def _fast(self) -> tuple[Paths, Texts]:
+    def _fast(self) -> tuple[ScoringPaths, Texts]:
         """The optimised scoring and generation; made on first use."""
         if self._shared is None:
             scorer = Scorer(
@@ -361,7 +363,7 @@ class AFTLM(StockLM):
                 autocast=self.mixed_precision_dtype,
                 rows=self.active.rows,
             )
-            self._shared = Paths(self, scorer), Texts(self, scorer)
+            self._shared = ScoringPaths(self, scorer), Texts(self, scorer)
         return self._shared
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
@@ -380,7 +382,10 @@ class AFTLM(StockLM):
 
 
 def _check_names_of_torch(pretrained: Any, device: Any, given: Mapping[str, Any]) -> None:
-    """Raise `AFTError` for a device or a dtype that PyTorch does not have here: lm-eval takes another one."""
+    """Raise `AFTError` for a device or a dtype that PyTorch has not.
+
+    A GPU that is not there is no error: lm-eval names one by itself, and then takes the CPU.
+    """
     dtypes = [name for name, each in vars(torch).items() if isinstance(each, torch.dtype)]
     for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
         wanted = given.get(name)
@@ -393,14 +398,9 @@ def _check_names_of_torch(pretrained: Any, device: Any, given: Mapping[str, Any]
     if not isinstance(pretrained, str) or not isinstance(device, str):
         return
     try:
-        place = torch.device(device)
+        torch.device(device)
     except RuntimeError as error:
         raise AFTError(f"device={device!r} is not a device.", "Write cpu, cuda, cuda:1 or mps.") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise AFTError(
-            f"device={device}: PyTorch sees {torch.cuda.device_count()} GPUs here.",
-            "Write device=cpu, or check the driver and CUDA_VISIBLE_DEVICES.",
-        )
 
 
 def _runnable(pretrained: Any, given: Mapping[str, Any]) -> Any:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2
 from lm_eval_aft._util.process import quiet_libraries
 from lm_eval_aft.cli.options import print_table
 from lm_eval_aft.cli.train import duration
-from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.studies.planner import Lengths, documents_of, find_config, plan_cost, typical_documents
@@ -74,7 +74,7 @@ class Measured:
     seconds: float
 
 
-def formula(config: Any, documents: Sequence[Document]) -> int:
+def formula(config: Any, documents: Sequence[TokenizedDocument]) -> int:
     """Operations of a step at every layer on each document, each then judged by itself.
 
     Per block and token 2 for each weight of its matrices, forwards, and as many backwards (no weight has a
@@ -110,7 +110,7 @@ def weights(config: Any) -> int:
     return 2 * width**2 + 2 * width * keys + 3 * width * inner
 
 
-def documents_like(task: str, loaded: bool, vocabulary: int = 100) -> list[Document]:
+def documents_like(task: str, loaded: bool, vocabulary: int = 100) -> list[TokenizedDocument]:
     made = documents_of(TASKS[task])
     if not loaded:
         return made
@@ -123,7 +123,7 @@ def documents_like(task: str, loaded: bool, vocabulary: int = 100) -> list[Docum
     for document in made:
         context = ids(len(document.pairs[0][0]))
         tails = tuple((context, ids(len(tail))) for _, tail in document.pairs)
-        filled.append(Document(tails, (0,), document.lengths))
+        filled.append(TokenizedDocument(tails, (0,), document.lengths))
     return filled
 
 
@@ -152,7 +152,7 @@ def measure(shape: str, task: str) -> Measured:
     context, tail = docs[0].pairs[0]
     engine.train(
         [Candidate(0, 0, Recipe(), Intervention.static(0, torch.zeros(backbone.hidden_size)))],
-        [[Document(((context[:4], tail[:2]), (context[:4], tail[2:4])), (0,), (1.0, 1.0))]],
+        [[TokenizedDocument(((context[:4], tail[:2]), (context[:4], tail[2:4])), (0,), (1.0, 1.0))]],
         nothing,
     )
     before = resident()

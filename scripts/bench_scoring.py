@@ -217,16 +217,16 @@ def run_case(bench: Bench, name: str, requests: Requests, rounds: int, many: boo
     batch_size = bench.best_batch_size(requests)
     vector = bench.vectors[0]
     bench.score(requests)  # first-use checks
-    bench.together(requests[:8], 1)
+    bench.steers_all_layers(requests[:8], 1)
     contestants: dict[str, Callable[[], Any]] = {
         "hf": lambda: bench.stock(bench.hf, requests, batch_size),
         "steered": lambda: bench.stock(bench.steered, requests, batch_size),
         "ours, no vector": lambda: bench.score(requests),
         "ours": lambda: bench.score(requests, vector),
-        "ours, baseline + 1": lambda: bench.together(requests, 1),
+        "ours, baseline + 1": lambda: bench.steers_all_layers(requests, 1),
     }
     if many:
-        contestants["ours, baseline + 4"] = lambda: bench.together(requests, 4)
+        contestants["ours, baseline + 4"] = lambda: bench.steers_all_layers(requests, 4)
     times: dict[str, list[float]] = {key: [] for key in contestants}
     results: dict[str, Any] = {}
     for _, key in itertools.product(range(rounds), contestants):

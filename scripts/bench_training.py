@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config
 
 from lm_eval_aft._util.process import quiet_libraries
-from lm_eval_aft.engine.batching import Document, lay_out
+from lm_eval_aft.engine.batching import TokenizedDocument, lay_out
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.steering.hooks import add_at
 from lm_eval_aft.steering.intervention import Intervention
@@ -143,7 +143,7 @@ print(json.dumps([
     return [found[round((i + 0.5) / n * len(found) - 0.5)] for i in range(n)]
 
 
-def documents(case: Case, vocabulary: int) -> list[Document]:
+def documents(case: Case, vocabulary: int) -> list[TokenizedDocument]:
     """Random tokens in the lengths of the case's prompts."""
     draw = np.random.default_rng(0)
 
@@ -157,11 +157,11 @@ def documents(case: Case, vocabulary: int) -> list[Document]:
         shared = examples + ids(question) if case.share else ids(context)
         tails = tuple((shared, ids(k)) for k in options)
         group = 0 if case.share else None
-        made.append(Document(tails, (0,), tuple(4.0 * k for k in options), group=group))
+        made.append(TokenizedDocument(tails, (0,), tuple(4.0 * k for k in options), group=group))
     return made
 
 
-def naive_scores(model: Any, document: Document) -> Tensor:
+def naive_scores(model: Any, document: TokenizedDocument) -> Tensor:
     """Log-likelihood of every option, each from a pass of its own."""
     sums = []
     for context, tail in document.pairs:
@@ -171,7 +171,7 @@ def naive_scores(model: Any, document: Document) -> Tensor:
     return torch.stack(sums)
 
 
-def naive_step(model: Any, backbone: Backbone, layer: int, document: Document) -> Tensor:
+def naive_step(model: Any, backbone: Backbone, layer: int, document: TokenizedDocument) -> Tensor:
     """The gradient for a vector at ``layer``, shape ``(hidden_size,)``, as a plain loop finds it."""
     vector = torch.zeros(backbone.hidden_size, requires_grad=True)
     with add_at(backbone.blocks[layer], vector):
@@ -191,7 +191,7 @@ def nothing(_done: int) -> None:
 
 
 def engine_gradients(
-    engine: Trajectory, candidates: Sequence[Candidate], docs: Sequence[Document]
+    engine: Trajectory, candidates: Sequence[Candidate], docs: Sequence[TokenizedDocument]
 ) -> list[Tensor]:
     """One gradient per candidate and step (a document, or a group), read off before the optimiser uses it."""
     found: list[Tensor] = []
@@ -364,7 +364,7 @@ def growth(rounds: int) -> dict[str, list[list[float]]]:
     def seconds(layers: int, docs: int, context: int) -> list[float]:
         ids = [tuple(int(i) for i in draw.integers(10, 50000, context)) for _ in range(docs)]
         tails = [tuple(int(i) for i in draw.integers(10, 50000, 17)) for _ in range(4)]
-        made = [Document(tuple((c, t) for t in tails), (0,), (1.0,) * 4) for c in ids]
+        made = [TokenizedDocument(tuple((c, t) for t in tails), (0,), (1.0,) * 4) for c in ids]
         group = at_zero(range(layers), backbone)
 
         def plain() -> None:
@@ -414,7 +414,7 @@ def measure_memory(case: Case, side: str) -> int:
         return estimate(engine, at_zero(range(depth), backbone), docs, docs).peak_bytes
     candidates = at_zero(range(depth), backbone)
 
-    def train(some: Sequence[Document]) -> None:
+    def train(some: Sequence[TokenizedDocument]) -> None:
         if side == "naive":
             for document in some:
                 naive_step(model, backbone, 0, document)

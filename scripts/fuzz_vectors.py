@@ -70,7 +70,7 @@ def originals() -> list[bytes]:
     for name, method in METHODS.items():
         layers = (1, 3) if method.constant else (2,)
         tensors = {f"layers.{layer}": torch.randn(8) for layer in layers}
-        tensors |= {key: torch.randn(shape) for key, shape in method.extra(8).items()}
+        tensors |= {key: torch.randn(shape) for key, shape in method.extra_shapes(8).items()}
         for dtype in (torch.float32, torch.float16, torch.float64, torch.bfloat16):
             held = {key: value.to(dtype) for key, value in tensors.items()}
             entry = {**METADATA, "method": name, "layers": list(layers), "hidden_size": 8}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lm_eval_aft import train_vector
 from lm_eval_aft._util.process import quiet_libraries
-from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.harness.examples import encode
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.intervention import Intervention
@@ -35,7 +35,7 @@ RECIPE = {"protocol": "maximum", "lr": 1e-2, "l2": 0.0, "epochs": 4, "batch_size
 
 
 def differences(
-    engine: Engine, layer: int, vectors: Sequence[Tensor], blocks: Sequence[Sequence[Document]]
+    engine: Engine, layer: int, vectors: Sequence[Tensor], blocks: Sequence[Sequence[TokenizedDocument]]
 ) -> list[list[float]]:
     """Per vector, each block's accuracy minus the baseline's."""
     quiet: Callable[[int], None] = lambda _: None  # noqa: E731

@@ -32,13 +32,9 @@ NAMES: Mapping[str, PrivateName]  # by key; read when first asked for
 
 @dataclass(frozen=True)
 class PrivateName:
-    """One name, or a few that come and go together; the fields are explained in ``private_names.toml``.
+    """One name, or a few that come and go together; the fields are explained in ``private_names.toml``."""
 
-    Attributes:
-        key: ``LIBRARY: NAME``, by which `borrowed` and `require` know it.
-    """
-
-    key: str
+    key: str  # ``LIBRARY: NAME``, by which `borrowed` and `require` know it
     used_in: Sequence[str]
     why: str
     when_gone: str

@@ -21,8 +21,34 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.process import EXIT_CODE, Terminated
 
 
+def parse_pairs(text: str, what: str = "model arguments") -> dict[str, Any]:
+    """``key=value,key=value`` as lm-eval reads it, or a JSON object.
+
+    >>> parse_pairs("size=4096,kinds=a b"), parse_pairs('{"sizes": [4096, 8192]}')
+    ({'size': 4096, 'kinds': 'a b'}, {'sizes': [4096, 8192]})
+
+    Raises:
+        AFTError: not of that form, or a key that occurs twice.
+    """
+    from lm_eval.utils import simple_parse_args_string
+
+    try:
+        if text.startswith("{"):
+            return dict(json.loads(text))
+        parts = [part.partition("=") for part in text.strip().split(",")]
+        if not all(sign for _, sign, _ in parts):
+            raise ValueError("a part of it has no =")
+        if twice := [key for key, count in Counter(key for key, *_ in parts).items() if count > 1]:
+            raise ValueError(f"{twice[0]} is given twice")
+        return dict(simple_parse_args_string(text))
+    except (ValueError, RecursionError) as error:
+        raise AFTError(
+            f"Cannot read {what} {text[:200]!r}: {error}.", "Write key=value,key=value, or a JSON object."
+        ) from error
+
+
 def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
-    """``key=value,key=value`` as lm-eval reads it, or a JSON object; plus the options that were given.
+    """Model arguments as `parse_pairs` reads them, plus the options that were given.
 
     >>> parse_model_args("revision=main,trust_remote_code=true", device="cpu", dtype=None)
     {'revision': 'main', 'trust_remote_code': True, 'device': 'cpu'}
@@ -32,35 +58,16 @@ def parse_model_args(text: str | None, **overrides: Any) -> dict[str, Any]:
     """
     from lm_eval_aft.harness.model_args import TEXTS, read_model_args
 
-    found: dict[str, Any] = {}
-    text = text or ""
-    try:
-        if text.startswith("{"):
-            found = dict(json.loads(text))
-        elif text:
-            from lm_eval.utils import simple_parse_args_string
-
-            parts = [part.partition("=") for part in text.strip().split(",")]
-            if not all(sign for _, sign, _ in parts):
-                raise ValueError("a part of it has no =")
-            if twice := [key for key, count in Counter(key for key, *_ in parts).items() if count > 1]:
-                raise ValueError(f"{twice[0]} is given twice")
-            found = dict(simple_parse_args_string(text))
-            # lm-eval makes a number of a name like 007: of our arguments those that are none stay texts.
-            found |= {
-                key: written.strip()
-                for key, _, written in parts
-                if key in TEXTS and isinstance(found[key], int | float) and type(found[key]) is not bool
-            }
-    except (ValueError, RecursionError) as error:
-        raise AFTError(
-            f"Cannot read model arguments {text[:200]!r}: {error}.",
-            "Write key=value,key=value, or a JSON object.",
-        ) from error
+    found = parse_pairs(text) if text else {}
     if "pretrained" in found:
         raise AFTError(
             "The model arguments name a model (pretrained=), which --model does.", "Leave one of them out."
         )
+    if text and not text.startswith("{"):
+        # lm-eval makes a number of a name like 007: of our arguments those that are none stay texts.
+        for key, _, written in (part.partition("=") for part in text.strip().split(",")):
+            if key in TEXTS and isinstance(found[key], int | float) and type(found[key]) is not bool:
+                found[key] = written.strip()
     return read_model_args(found | {key: value for key, value in overrides.items() if value is not None})
 
 

@@ -310,6 +310,7 @@ def _continued_by_the_same_command() -> Iterator[None]:
 @training_options(
     *("train_docs", "selection_docs", "train_split", "first_seed", "num_fewshot", "apply_chat_template"),
     *("system_instruction", "metric", "method", "positions", "device", "dtype", "model_args", "include_path"),
+    "task_metadata",
 )
 @click.command("search")
 @click.option("--model", required=True, help="Hub name or local folder of a causal LM, or `demo`.")
@@ -369,6 +370,8 @@ def search(
       aft search --model M --task gsm8k --strategy optuna --trials 40 --lr 1e-4,1e-2 --output o
     """
     quiet_libraries()
+    from lm_eval_aft.harness.commands import vector_command
+    from lm_eval_aft.steering.vector import SteeringVector
     from lm_eval_aft.studies.search import WINNER, Search, Space
     from lm_eval_aft.training.recipe import parse_numbers
     from lm_eval_aft.training.run import cost
@@ -392,8 +395,10 @@ def search(
     with _continued_by_the_same_command():
         points = job.run(prepared, say=click.echo)
     _print_points(points, output, f"{strategy} search: {model}, {task}")
+    meta = SteeringVector.load(output / WINNER).metadata
+    meta = {**meta, "base_model": {**meta["base_model"], "name": model}}
     click.echo(f"The winner is {output / WINNER}. Score it:")
-    click.echo(f"  aft eval --model {model} --vector {output / WINNER} --tasks {task} --output RESULTS")
+    click.echo(f"  {vector_command(meta, str(output / WINNER), 'RESULTS')}")
 
 
 def _print_points(points: Sequence[Point], output: Path, title: str) -> None:
@@ -423,6 +428,7 @@ def _whole(text: str) -> tuple[int, ...]:
     *("protocol", "layers", "seeds", "first_seed", "train_docs", "selection_docs", "num_fewshot"),
     *("apply_chat_template", "system_instruction", "metric", "method", "lr", "l2", "epochs", "patience"),
     *("batch_size", "rungs", "finalists", "retries", "device", "dtype", "model_args", "include_path"),
+    "task_metadata",
 )
 @click.command("transfer")
 @click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")

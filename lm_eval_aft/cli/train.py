@@ -10,7 +10,14 @@ import click
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.process import Terminated, is_main_process, quiet_libraries, terminable
-from lm_eval_aft.cli.options import PlainCommand, ended, offline_option, parse_model_args, print_table
+from lm_eval_aft.cli.options import (
+    PlainCommand,
+    ended,
+    offline_option,
+    parse_model_args,
+    parse_pairs,
+    print_table,
+)
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 
@@ -31,8 +38,9 @@ if TYPE_CHECKING:
     "--task",
     required=True,
     multiple=True,
-    help="Harness task with a training split (`aft tasks --trainable`); may repeat: one vector for "
-    "several tasks of one type, mixed evenly, the document numbers below being totals.",
+    help="Harness task with a training split (`aft tasks --trainable`), or all that a pattern, group, tag, "
+    "YAML file or folder names; may repeat: one vector for several tasks of one type, mixed evenly, the "
+    "document numbers below being totals.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the vector, card and ledger.")
 @click.option(
@@ -61,8 +69,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--metric",
-    help="choice: what an option's score means: acc (its log-likelihood), acc_norm (that per character; the "
-    "default where the task reports it) or both (the mean); rft: the task's metric that marks answers.",
+    help="choice: what an option's score means: acc (its log-likelihood), acc_norm (that per character), "
+    "acc_bytes (per byte) or both (the mean of acc and acc_norm); rft: the metric that marks answers.  "
+    "[default: acc_norm, acc or acc_bytes, as the task reports]",
 )
 @click.option(
     "--choice-loss",
@@ -129,6 +138,11 @@ if TYPE_CHECKING:
 @click.option("--dtype", help="float32, bfloat16, float16.  [default: bfloat16 where it is fast]")
 @click.option("--model-args", help="Further arguments of lm-eval's hf model: revision=...,peft=...")
 @click.option("--include-path", multiple=True, help="Folder with your own task YAMLs; may repeat.")
+@click.option(
+    "--metadata",
+    "task_metadata",
+    help="As lm-eval's --metadata, for tasks that need it: KEY=VALUE,... or a JSON object.",
+)
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in the output folder.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and its sizes; train nothing, write nothing.")
@@ -195,7 +209,7 @@ def _train(options: dict[str, Any], output: Path | None, dry_run: bool) -> None:
         return
     result = run.train_vector(model, plan, output, model_args=model_args, **folder_options)
     if is_main_process():
-        print_result(result, model, plan.include_path)
+        print_result(result, model)
 
 
 def _dry_run(prepared: Prepared) -> None:
@@ -236,7 +250,12 @@ def plan_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     from lm_eval_aft.harness.examples import PROMPTS
     from lm_eval_aft.training.recipe import parse_numbers, parse_rungs
 
-    parsers = {"lr": parse_numbers, "l2": parse_numbers, "rungs": parse_rungs}
+    parsers: dict[str, Callable[[str], Any]] = {
+        "lr": parse_numbers,
+        "l2": parse_numbers,
+        "rungs": parse_rungs,
+        "task_metadata": lambda text: parse_pairs(text, "metadata"),
+    }
     settings: dict[str, Any] = {
         name: parsers[name](value) if name in parsers else value
         for name, value in options.items()
@@ -253,8 +272,10 @@ def _prompts(options: Mapping[str, Any]) -> PromptSettings:
 
 
 def scoring_flags(options: Mapping[str, Any]) -> list[str]:
-    """The same prompts as flags of ``lm_eval run``."""
+    """The same prompts and metadata as flags of ``lm_eval run``."""
     flags = _prompts(options).flags()
+    if options.get("task_metadata"):
+        flags += ["--metadata", str(options["task_metadata"])]
     for folder in options.get("include_path") or ():
         flags += ["--include_path", str(folder)]
     return flags
@@ -263,8 +284,10 @@ def scoring_flags(options: Mapping[str, Any]) -> list[str]:
 # What train-vector prints: the plan's stages, and the results of a run.
 
 
-def print_result(result: TrainingResult, model: str, include_path: tuple[str, ...]) -> None:
+def print_result(result: TrainingResult, model: str) -> None:
     """The results of a run, and how to score its vector."""
+    from lm_eval_aft.harness.commands import vector_command
+
     if result.sweep is None:
         _print_rounds(result.vector.metadata["rft"])
         chose = f"layer {next(iter(result.vector.layers))}"
@@ -275,12 +298,12 @@ def print_result(result: TrainingResult, model: str, include_path: tuple[str, ..
     dropped = result.counts["evaluation_overlap"]
     if dropped:
         click.echo(f"Dropped {dropped} training document(s) that also occur in the evaluation split.")
+    if unusable := result.counts.get("unusable"):
+        click.echo(f"Dropped {unusable} document(s) without a usable gold answer or with too little text.")
     click.echo(f"Wrote {result.folder} ({result.seconds:.0f} s, engine: {result.engine}). Score it:")
-    own_tasks = f" -- --include_path {include_path[0]}" if include_path else ""
-    click.echo(
-        f"  aft eval --model {model} --vector {result.folder} "
-        f"--tasks {result.vector.metadata['task']} --output {result.folder}-results{own_tasks}"
-    )
+    meta = result.vector.metadata
+    meta = {**meta, "base_model": {**meta["base_model"], "name": model}}
+    click.echo(f"  {vector_command(meta, str(result.folder), f'{result.folder}-results')}")
 
 
 def _print_rounds(rft: dict[str, Any]) -> None:

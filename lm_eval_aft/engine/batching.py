@@ -36,7 +36,7 @@ SHARED_BUDGETS, SHARED_TOKENS = 4, 4096
 
 
 @dataclass(frozen=True)
-class Document:
+class TokenizedDocument:
     """Token ids of one document: ``pairs`` of (context, continuation), one per option.
 
     Neither part is empty. ``gold`` holds the indices of the right options and ``lengths`` each
@@ -66,7 +66,7 @@ class Document:
         return len(self.groups()) if packed else len(self.pairs)
 
 
-def lay_out(documents: Sequence[Document], packed: bool) -> list[PackedRow]:
+def lay_out(documents: Sequence[TokenizedDocument], packed: bool) -> list[PackedRow]:
     """The rows that documents need, in order of their first document.
 
     Packed, a document's options with one context share a row, and so do documents of one group. A row
@@ -98,7 +98,7 @@ def lay_out(documents: Sequence[Document], packed: bool) -> list[PackedRow]:
     return rows
 
 
-def units(documents: Sequence[Document]) -> list[list[int]]:
+def units(documents: Sequence[TokenizedDocument]) -> list[list[int]]:
     """Indices of documents by group; a document without a group is a unit of its own."""
     found: dict[tuple[int, int | None, int], list[int]] = {}
     for index, document in enumerate(documents):
@@ -108,7 +108,7 @@ def units(documents: Sequence[Document]) -> list[list[int]]:
 
 
 def token_budget_batches(
-    documents: Sequence[Document], packed: bool, budget: int
+    documents: Sequence[TokenizedDocument], packed: bool, budget: int
 ) -> Iterator[tuple[int, ...]]:
     """Cut documents into batches, by index, so that rows x width stays within ``budget``.
 
@@ -125,7 +125,7 @@ def token_budget_batches(
         yield tuple(i for piece in pieces for i in piece)
 
 
-def _pieces(documents: Sequence[Document], packed: bool, budget: int) -> Iterator[list[int]]:
+def _pieces(documents: Sequence[TokenizedDocument], packed: bool, budget: int) -> Iterator[list[int]]:
     """Documents that share a row, as many as it may hold."""
     limit = min(SHARED_BUDGETS * budget, SHARED_TOKENS)
     for unit in units(documents) if packed else [[i] for i in range(len(documents))]:
@@ -163,13 +163,13 @@ class Batch:
     source: Tensor
     option: Tensor
     document: Tensor
-    documents: tuple[Document, ...]
+    documents: tuple[TokenizedDocument, ...]
     parts: tuple[Parts, ...]
     roles: Tensor
 
 
 def make_batch(
-    documents: Sequence[Document], packed: bool, device: torch.device, dtype: torch.dtype
+    documents: Sequence[TokenizedDocument], packed: bool, device: torch.device, dtype: torch.dtype
 ) -> Batch:
     """Documents as rows, padded on the right. ``dtype``: of the mask, as the model's."""
     rows = lay_out(documents, packed)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
-from lm_eval_aft.engine.compatibility import answers_differ, refused, row_decides
+from lm_eval_aft.engine.checks import answers_differ, packing_ruled_out, row_decides
 from lm_eval_aft.engine.rows import (
     Answer,
     PackedRow,
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 FALLBACK = {"prefixed": "packed", "packed": "trimmed", "trimmed": "stock"}
 
 
-class Paths:
+class ScoringPaths:
     """Scores requests by the fastest path each may take, and counts the paths taken.
 
     On first use, and again on rows longer than any before, a path is compared with stock (or, where only some
-    positions are steered, with `lm_eval_aft.engine.naive`) on the shortest and the longest row. If it differs
+    positions are steered, with `Naive`) on the shortest and the longest row. If it differs
     or fails, it is tried without reordered weights, then the next path is tried, and the log says why.
     Requests longer than the window are left to stock, which truncates them.
     """
@@ -76,7 +76,7 @@ class Paths:
             shared = [
                 row
                 for row in rows
-                if (prefix or row.unshared > 1) and not refused(self.scorer.model, row.width)
+                if (prefix or row.unshared > 1) and not packing_ruled_out(self.scorer.model, row.width)
             ]
             path = "prefixed" if prefix else "packed"
             while shared and path != "trimmed" and not self._holds(path, shared, prefix):

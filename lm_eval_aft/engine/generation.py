@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft.engine.attention import over_columns
-from lm_eval_aft.engine.compatibility import logits_differ, refused
-from lm_eval_aft.engine.finite import finite
+from lm_eval_aft.engine.checks import finite, logits_differ, packing_ruled_out
 from lm_eval_aft.engine.kv_cache import RowCache
 from lm_eval_aft.engine.rows import (
     PackedRow,
@@ -130,13 +129,13 @@ def _group(
     watch: Watch | None,
 ) -> list[tuple[int, list[int]]]:
     # One extra column, for guesses beyond a row's last possible token.
-    slots = scorer.slots(len(group), group[0].cached + ending.most + 1)
+    cache = scorer.cache_for(len(group), group[0].cached + ending.most + 1)
     if heads:
-        slots.load(heads[0])
-    room = slots.capacity if scorer.reordered else 0
+        cache.load(heads[0])
+    room = cache.capacity if scorer.reordered else 0
     for step in context_steps(group, prefix, scorer.budget.tokens, scorer.device, room):
-        scorer.logits(step, slots)
-    slots.hide(0, [prompt.cached for prompt in group], slots.capacity)
+        scorer.logits(step, cache)
+    cache.hide(0, [prompt.cached for prompt in group], cache.capacity)
     rows = [DecodingRow(prompt, Words(prompt.tokens, outputs)) for prompt in group]
     found = []
     before = 1
@@ -145,14 +144,14 @@ def _group(
         most = max(ending.most - len(row.tokens) for row in rows)
         wide = width.choose(len(rows), sum(lengths) // len(rows), most)
         if wide < before:
-            slots.hide(0, lengths, slots.capacity)  # wrong guesses that this pass will not overwrite
+            cache.hide(0, lengths, cache.capacity)  # wrong guesses that this pass will not overwrite
         before = wide
         guesses = [row.words.guess(max(1, wide - 1)) for row in rows]
-        logits = _read(scorer, slots, rows, guesses, wide, ending.most)
+        logits = _read(scorer, cache, rows, guesses, wide, ending.most)
         if wide > 1 and bool(logits[:, 0].isnan().any()):
             # A guess may have caused it: a mask does not hide NaN.
-            slots.hide(0, lengths, slots.capacity)
-            logits = _read(scorer, slots, rows, guesses, 1, ending.most)
+            cache.hide(0, lengths, cache.capacity)
+            logits = _read(scorer, cache, rows, guesses, 1, ending.most)
         written = logits.argmax(-1).tolist()
         sound = finite(logits).tolist()
         for r in reversed(range(len(rows))):
@@ -167,7 +166,7 @@ def _group(
             final = rows.pop()
             if r < len(rows):
                 rows[r] = final
-                slots.move(len(rows), r)
+                cache.move(len(rows), r)
     return found
 
 
@@ -193,7 +192,7 @@ def _append(
 
 def _read(
     scorer: Scorer,
-    slots: RowCache,
+    cache: RowCache,
     rows: Sequence[DecodingRow],
     guesses: Sequence[list[int]],
     wide: int,
@@ -219,7 +218,7 @@ def _read(
         start=at,
     )
     with over_columns([1 + last for *_, last in columns], device):
-        logits = scorer.logits(step, slots)
+        logits = scorer.logits(step, cache)
     assert logits is not None
     return logits.float().view(n, wide, -1)
 
@@ -245,7 +244,7 @@ class Texts:
 
     On first use, and again for prompts longer than any before, the shortest and the longest prompt are
     decoded by stock too, and their logits compared with a plain pass (where some positions only are steered,
-    with `lm_eval_aft.engine.naive` alone); if they differ, everything is left to stock, and the log says so.
+    with `Naive` alone); if they differ, everything is left to stock, and the log says so.
     Texts are those of stock at batch size 1. In 16 bits stock's own texts depend on the batch
     size, so nothing is promised and stock answers.
     """
@@ -300,7 +299,7 @@ class Texts:
     def _prompt(self, index: int, context: str, settings: Settings, state: int) -> PackedRow | None:
         ids, _ = self.lm.tok_batch_encode([context], left_truncate_len=self.lm.max_length - settings.most)
         tokens = ids[0].tolist()
-        if not tokens or refused(self.lm.model, len(tokens) + settings.most):
+        if not tokens or packing_ruled_out(self.lm.model, len(tokens) + settings.most):
             return None
         return prompt(index, tokens, state)
 

@@ -33,7 +33,7 @@ SHORTEST_PREFIX = 32
 SMALLEST_GAIN = 256
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """Consecutive tokens of a row, from ``start`` to the next run, that continue the token ``after``.
 
     They see each other causally, and all that the token ``after`` sees (-1: nothing, for a row's first run).
@@ -65,7 +65,7 @@ class PackedRow:
     """
 
     tokens: Tokens
-    runs: tuple[Run, ...]
+    runs: tuple[Span, ...]
     options: tuple[Option, ...] = ()
     state: int = 0
 
@@ -116,11 +116,11 @@ def packed_row(
     """
     if not prefix:
         raise ValueError("A row needs a context, of which the last token predicts the first continuation.")
-    tokens, runs, options = list(prefix), [Run(0, -1, CONTEXT)], []
+    tokens, runs, options = list(prefix), [Span(0, -1, CONTEXT)], []
     for rest, tails in branches:
         last = len(prefix) - 1
         if rest:
-            runs.append(Run(len(tokens), last, CONTEXT))
+            runs.append(Span(len(tokens), last, CONTEXT))
             tokens += rest
             last = len(tokens) - 1
         children: dict[tuple[int, int], int] = {}
@@ -134,7 +134,7 @@ def packed_row(
             after, read = places[-1], read[len(places) - 1 :]
             new = range(len(tokens), len(tokens) + len(read))
             if read and (after == last or after != new.start - 1):
-                runs.append(Run(new.start, after, GENERATED))
+                runs.append(Span(new.start, after, GENERATED))
             if merge:
                 children.update(zip(zip((after, *new), read, strict=False), new, strict=True))
             tokens += read

@@ -65,7 +65,7 @@ class Scorer:
         placed = {parameter.device for parameter in model.parameters()}
         mapped = set(getattr(model, "hf_device_map", {}).values())
         self._may_stop = max(len(placed), len(mapped)) <= 1 and torch.device("meta") not in placed
-        self._slots: list[RowCache | None] = [None] * 2
+        self._caches: list[RowCache | None] = [None] * 2
         self._reorders = autocast is None
         self._weights: ReorderedWeights | None = None
         # By path: whether it gives the right answers, and on rows of up to how many tokens.
@@ -208,16 +208,16 @@ class Scorer:
             found.append(mine.prefix(len(tokens)))
         return found
 
-    def slots(self, rows: int, columns: int, which: int = 0) -> RowCache:
+    def cache_for(self, rows: int, columns: int, which: int = 0) -> RowCache:
         """A cache of so many rows and columns, reusing the last one's memory where that is large enough."""
-        have = self._slots[which]
+        have = self._caches[which]
         if have is None or not have.lay_out(rows, columns):
-            have = self._slots[which] = RowCache(rows, columns)
+            have = self._caches[which] = RowCache(rows, columns)
         return have
 
     def release(self) -> None:
         """Free the memory of keys and values."""
-        self._slots = [None] * 2
+        self._caches = [None] * 2
 
     def _group(self, group: Sequence[PackedRow], prefix: int, heads: Sequence[Any]) -> list[Answers]:
         columns = max(row.cached for row in group)
@@ -229,18 +229,18 @@ class Scorer:
             *tree_steps(rows, columns, self.budget.scored, self.device, self.dtype),
         ]
         for i in range(2 if self.vectors else 1):
-            self.slots(len(rows), columns + widest, i)
-        return self._run(steps, self._slots, range(len(self.vectors)), heads)
+            self.cache_for(len(rows), columns + widest, i)
+        return self._run(steps, self._caches, range(len(self.vectors)), heads)
 
     def _run(
         self,
         steps: Sequence[Step],
-        slots: Sequence[RowCache | None],
+        caches: Sequence[RowCache | None],
         chosen: Sequence[int],
         heads: Sequence[Any] = (),
     ) -> list[Answers]:
         """Run the passes for the model as it is, then resumed for each of the ``chosen`` vectors."""
-        base, other = slots
+        base, other = caches
         if heads and base is not None:
             base.load(heads[0])
         found: list[Answers] = [{}]
@@ -267,20 +267,20 @@ class Scorer:
             found.append(mine)
         return found
 
-    def _pass(self, step: Step, slots: RowCache | None) -> Answers:
-        logits = self.logits(step, slots)
+    def _pass(self, step: Step, cache: RowCache | None) -> Answers:
+        logits = self.logits(step, cache)
         return answers(step, logits, self.softmax_dtype) if logits is not None and step.scored else {}
 
-    def logits(self, step: Step, slots: RowCache | None) -> Tensor | None:
+    def logits(self, step: Step, cache: RowCache | None) -> Tensor | None:
         """One pass: logits (R, vocabulary) at its scored positions; None where it ended early."""
         inputs: dict[str, Any] = {**step.inputs, "use_cache": False}
-        if slots is not None and step.at is not None:
+        if cache is not None and step.at is not None:
             # A context's logits are not needed, nor anything after its last block's keys and values.
             stop = len(self.backbone.blocks) - 1 if self._may_stop and not step.scored else None
             if step.contexts and isinstance(step.at, slice) and isinstance(step.start, int):
-                slots.hide(step.at.start, step.contexts, step.start)
-            slots.open(step.at, step.start, stop)
-            inputs |= {cache_argument(self.model): slots, "use_cache": True}
+                cache.hide(step.at.start, step.contexts, step.start)
+            cache.open(step.at, step.start, stop)
+            inputs |= {cache_argument(self.model): cache, "use_cache": True}
         positions = torch.tensor(step.scored, dtype=torch.long, device=self.device)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

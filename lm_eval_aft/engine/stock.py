@@ -12,8 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_aft.engine.active_steering import ActiveSteering
-from lm_eval_aft.engine.finite import watched
-from lm_eval_aft.engine.naive import Naive, wrong
+from lm_eval_aft.engine.checks import Naive, watched, wrong
 from lm_eval_aft.engine.rows import Answer, Request, shortest_and_longest
 from lm_eval_aft.steering.intervention import roles, row_roles
 

@@ -16,7 +16,7 @@ from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, re
 from lm_eval_aft._util.private_names import borrowed, require
 from lm_eval_aft._util.process import is_main_process
 from lm_eval_aft.engine.active_steering import Routing, whole_spec
-from lm_eval_aft.engine.finite import require_finite
+from lm_eval_aft.engine.checks import require_finite
 from lm_eval_aft.harness.tasks import (
     environment_asked_once,
     find_tasks,

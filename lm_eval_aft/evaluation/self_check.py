@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.engine.batching import capture
-from lm_eval_aft.engine.compatibility import refused
-from lm_eval_aft.engine.naive import Naive
+from lm_eval_aft.engine.checks import Naive, packing_ruled_out
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.hooks import attach, hidden_states
@@ -201,7 +200,7 @@ class _Subject:
     def _note_paths(self, messages: Sequence[str]) -> None:
         taken = self.lm.paths_taken()
         longest = max(len(self._ids(context + tail)) for context, tail in _questions())
-        rule = refused(self.model, longest)
+        rule = packing_ruled_out(self.model, longest)
         for path in FAST:
             if taken.get(path):
                 self.trial.note(path, RIGHT)
@@ -272,7 +271,7 @@ class _Subject:
         with _package_warnings() as messages:
             texts = self._written(prompts)
         if not self.lm.paths_taken().get("generated in shared batches"):
-            why = next((each for each in messages if each.startswith("Generation")), "") or refused(
+            why = next((each for each in messages if each.startswith("Generation")), "") or packing_ruled_out(
                 self.model, 64
             )
             self.trial.note("generation", SLOWER, positions, why or "left to stock")

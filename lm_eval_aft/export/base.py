@@ -144,19 +144,13 @@ def _loaded_by_lm_eval(path: str, args: dict[str, Any]) -> tuple[Any, Any]:
 def _tokenizer(name: str, path: str, revision: str | None) -> Any:
     """The tokenizer, or ``None`` for a checkpoint without one, whose weights can still be exported."""
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
 
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # tokenizers, in Rust, raises nothing narrower for a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        require(_MAY_BE_MISSING)
         try:
-            there = [
-                file
-                for file in _TOKENIZER_FILES
-                if cached_file(path, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-            ]
+            there = [file for file in _TOKENIZER_FILES if _cached(path, file, {"revision": revision})]
         except OSError as unknown:
             raise AFTError(
                 f"Cannot tell whether {name!r} has a tokenizer: {str(unknown).splitlines()[0][:300]}",
@@ -172,21 +166,22 @@ def _tokenizer(name: str, path: str, revision: str | None) -> Any:
 
 def source_file(base: Base, name: str) -> Path | None:
     """A file of the base model's repository or folder, or ``None`` where it has no such file."""
-    from transformers.utils import cached_file
-
-    require(_MAY_BE_MISSING)
     try:
-        found = cached_file(
-            base.path,
-            name,
-            revision=base.revision,
-            subfolder=base.args.get("subfolder", ""),
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        found = _cached(base.path, name, base.args, _raise_exceptions_for_connection_errors=False)
     except OSError:
         return None
     return None if found is None else Path(found)
+
+
+def _cached(path: str, file: str, args: Mapping[str, Any], **options: bool) -> str | None:
+    from transformers.utils import cached_file
+
+    require(_MAY_BE_MISSING)
+    place = {"revision": args.get("revision"), "subfolder": args.get("subfolder", "")}
+    found: str | None = cached_file(
+        path, file, **place, _raise_exceptions_for_missing_entries=False, **options
+    )
+    return found
 
 
 def check_vector(vector: SteeringVector, base: Base, *, allow_mismatch: bool = False) -> dict[int, Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft.harness.tasks import find_definition, tasks_path
+from lm_eval_aft.library.entry import task_names
 
 # Printed instead of the folder of this package's own tasks, which lies elsewhere on another machine.
 _OUR_TASKS = '"$(aft tasks-path)"'
@@ -108,14 +109,18 @@ def vector_command(meta: Mapping[str, Any], vector: str, output: str | None = No
 
     Args:
         meta: the vector's metadata; read are ``base_model`` (``name``, ``revision`` and the other model
-            arguments, ``args``), ``task``, ``prompts``, ``include_path`` and ``task_metadata``.
+            arguments, ``args``), ``task`` and ``tasks``, ``task_spec`` (as it was given), ``prompts``,
+            ``include_path`` and ``task_metadata``.
         vector: the vector as the command should name it.
         output: folder for the results of an ``aft eval`` command; without it, the command is ``lm_eval``.
     """
     model, arguments = base_model(meta)
-    names = [name.strip() for name in str(meta.get("task") or "TASK").split(",")]
+    specs = str(meta.get("task_spec") or ",".join(task_names(meta)) or "TASK")
     included = meta.get("include_path") or ()
-    tasks, folder = task_words({name: _definition(name, included) for name in names})
+    sources = {name.strip(): _definition(name.strip(), included) for name in specs.split(",")}
+    tasks, folder = task_words(sources)
+    if folder is None and included and None in sources.values():  # groups, tags and patterns are in no file
+        folder = str(included[0])
     settings = {
         **(meta.get("prompts") or {"num_fewshot": meta.get("num_fewshot")}),
         "include_path": folder,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from jinja2 import TemplateError
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft._util.settings import settings
-from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.harness.commands import lm_eval_flags
 from lm_eval_aft.harness.output_types import OUTPUT_TYPES
 from lm_eval_aft.harness.tasks import NOT_TEXT, refuse_thinking, set_num_fewshot
@@ -56,7 +57,7 @@ class Example:
         requests: (context, continuation) strings, exactly as the harness would send them; one
             per option, or the gold continuation alone for generation.
         gold: indices of the right requests.
-        lengths: option lengths in characters, as acc_norm counts them.
+        lengths: option lengths in characters, as acc_norm counts them, or in bytes for acc_bytes.
         task: the number of its task, where several are trained on.
         group: the same number for all examples whose prompts show the same few-shot examples.
         doc: the document itself.
@@ -72,7 +73,12 @@ class Example:
 
 
 class Extractor:
-    """Turns documents of one task into `Example`s through the task's own methods."""
+    """Turns documents of one task into `Example`s through the task's own methods.
+
+    Attributes:
+        in_bytes: whether an example's option lengths are in bytes, not characters.
+        fault: why lm-eval could not build the first document's prompt for which it could not.
+    """
 
     def __init__(self, task: ConfigurableTask, lm: HFLM, prompts: PromptSettings) -> None:
         from lm_eval.api.task import ConfigurableTask
@@ -92,12 +98,13 @@ class Extractor:
                 f"The prompts of task {task.config.task!r} hold images or sounds.",
                 "Vectors are trained on text: choose a task with text only.",
             )
-        if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
-            refuse_thinking(lm, [task.config.task])
-        self.task = task
-        self.prompts = prompts
-        self.num_fewshot = set_num_fewshot(task, prompts.num_fewshot)
         self.output_type = OUTPUT_TYPES[task.OUTPUT_TYPE]
+        if not self.output_type.generates:
+            refuse_thinking(lm, [task.config.task])
+        self.task, self.lm, self.prompts = task, lm, prompts
+        self.in_bytes = False
+        self.fault: AFTError | None = None
+        self.num_fewshot = set_num_fewshot(task, prompts.num_fewshot)
         self.objective = self.output_type.objective
         self._chat_template = lm.apply_chat_template if prompts.apply_chat_template else None
         multiturn = prompts.fewshot_as_multiturn
@@ -109,8 +116,13 @@ class Extractor:
         Raises:
             AFTError: the task's own templates or functions fail on it.
         """
-        try:
+        with self._own_faults():
             return self._requests(doc)
+
+    @contextmanager
+    def _own_faults(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # whatever a template or a function of the task makes of a document
             why = (str(error).strip().splitlines() or ["no message"])[0]
             raise AFTError(
@@ -138,9 +150,25 @@ class Extractor:
         return [instance.args for instance in (built if isinstance(built, list) else [built])]
 
     def example(self, doc: dict[str, Any], doc_id: int) -> Example | None:
-        """The example for a document, or ``None`` where it has no usable gold answer."""
-        options = self.output_type.options(self.task, doc, self.requests(doc), self._delimiter(doc))
-        return options and Example(doc_id, *options, doc=doc)
+        """The example for a document.
+
+        ``None`` where it has no usable gold answer, where lm-eval cannot build its prompt (the first
+        reason is kept in `fault`), or could not score it, since nothing is left of a blank text.
+        """
+        try:
+            with self._own_faults():
+                options = self.output_type.options(self.task, doc, self._requests(doc), self._delimiter(doc))
+        except AFTError as error:
+            self.fault = self.fault or error
+            return None
+        if options is None or not all(map(self._has_tokens, options.requests)):
+            return None
+        lengths = (self.in_bytes and options.sizes) or options.lengths
+        return Example(doc_id, options.requests, options.gold, lengths, doc=doc)
+
+    def _has_tokens(self, request: tuple[str, str]) -> bool:
+        """Whether blank texts leave a token before the continuation, and one of it."""
+        return all(text.strip() for text in request) or all(token_pair(self.lm, *request))
 
     def key(self, doc: dict[str, Any], fewshot: bool = False) -> str:
         """A hash that duplicates share: of the question, and with options of the gold answer too.
@@ -165,21 +193,25 @@ class Extractor:
         return "" if self.prompts.apply_chat_template else str(self.task.config.target_delimiter)
 
 
-def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:
+def token_pair(lm: HFLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Token ids of a context and its continuation, split exactly as ``hf`` would."""
+    if context == "":
+        tail, prefix = lm.tok_encode(continuation, add_special_tokens=False), lm.prefix_token_id
+        return (tail[:1], tail[1:]) if tail[:1] == [prefix] else ([prefix], tail)
+    with borrowed("lm-eval: HFLM._encode_pair"):
+        split = lm._encode_pair
+    head, tail = split(context, continuation)
+    return head, tail
+
+
+def encode(examples: Iterable[Example], lm: HFLM) -> list[TokenizedDocument]:
     """Token ids of examples, split and cut on the left exactly as ``hf`` would."""
     documents = []
     limit = lm.max_length
-    with borrowed("lm-eval: HFLM._encode_pair"):
-        split = lm._encode_pair
     for example in examples:
         pairs = []
         for context, continuation in example.requests:
-            if context == "":
-                tail = lm.tok_encode(continuation, add_special_tokens=False)
-                prefix = lm.prefix_token_id
-                head, tail = ([prefix], tail) if prefix != tail[0] else (tail[:1], tail[1:])
-            else:
-                head, tail = split(context, continuation)
+            head, tail = token_pair(lm, context, continuation)
             if not tail:
                 raise AFTError(
                     f"The tokenizer makes nothing of {continuation!r} (document {example.doc_id}).",
@@ -188,5 +220,7 @@ def encode(examples: Iterable[Example], lm: HFLM) -> list[Document]:
             tail = tail[:limit]
             # Room for one token more than the window: the last one is only predicted.
             pairs.append((tuple(head[-(limit + 1 - len(tail)) :]), tuple(tail)))
-        documents.append(Document(tuple(pairs), example.gold, example.lengths, example.task, example.group))
+        documents.append(
+            TokenizedDocument(tuple(pairs), example.gold, example.lengths, example.task, example.group)
+        )
     return documents

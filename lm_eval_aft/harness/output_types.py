@@ -18,11 +18,15 @@ Document = dict[str, Any]
 
 
 class Options(NamedTuple):
-    """What a document is trained on; see `lm_eval_aft.harness.examples.Example`."""
+    """What a document is trained on; see `lm_eval_aft.harness.examples.Example`.
+
+    ``sizes`` are the options' lengths in bytes, as acc_bytes counts them, where they are options.
+    """
 
     requests: tuple[tuple[str, str], ...]
     gold: tuple[int, ...]
     lengths: tuple[float, ...]
+    sizes: tuple[float, ...] = ()
 
 
 class OutputType(ABC):
@@ -115,7 +119,8 @@ class MultipleChoice(OutputType):
         gold = gold_options(task, doc, choices)
         if not gold or len(set(gold)) == len(pairs):
             return None  # nothing to choose
-        return Options(pairs, gold, tuple(float(max(1, len(choice))) for choice in choices))
+        lengths = tuple(float(max(1, len(choice))) for choice in choices)
+        return Options(pairs, gold, lengths, tuple(float(max(1, len(choice.encode()))) for choice in choices))
 
     def key(self, task: ConfigurableTask, doc: Document, text: Any, choices_field: Any) -> list[str]:
         choices = task.doc_to_choice(doc, choices_field)
@@ -136,7 +141,7 @@ class GenerateUntil(OutputType):
         self, task: ConfigurableTask, doc: Document, requests: Sequence[Any], delimiter: str
     ) -> Options | None:
         target = gold_text(task, doc)
-        if not target:
+        if not target.strip():
             return None
         return Options(((requests[0][0], delimiter + target),), (0,), (float(len(target)),))
 

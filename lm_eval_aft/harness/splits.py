@@ -71,6 +71,8 @@ class Splits:
             for keyed in group:
                 if keyed[0] not in self._built:
                     self._built[keyed[0]] = _build(self.extractor, keyed, group, self._fewshot)
+                    if self._built[keyed[0]] is None:
+                        self.counts["unusable"] = self.counts.get("unusable", 0) + 1
                 example = self._built[keyed[0]]
                 if example is not None:
                     drawn.append(example)
@@ -174,6 +176,14 @@ def prompted(
                 counts["unusable"] += 1
             else:
                 selection.append(example)
+    if extractor.fault is not None:
+        logger.warning(
+            "Of %s, documents are left out whose prompts cannot be built: %s",
+            extractor.task.config.task,
+            extractor.fault.what,
+        )
+    if not selection and extractor.fault is not None:
+        raise extractor.fault
     if not selection:
         raise AFTError(
             f"No document of split {carved.split!r} has a usable gold answer: right options beside wrong "

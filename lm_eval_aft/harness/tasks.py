@@ -69,11 +69,11 @@ def find_tasks(
     words = [word.strip() for spec in specs for word in str(spec).split(",") if word.strip()]
     if not words:
         raise AFTError("No task was named.", "`aft tasks` lists them.")
-    named = [word for word in words if not _is_file(word) and not (os.sep in word and Path(word).is_dir())]
+    named = [word for word in words if not _is_file(word) and not (os.sep in word and _is_folder(word))]
     files = {word: _task_files(word) for word in words if word not in named}
     manager = task_manager_for(named, include_path, metadata)
     for word in named:  # a registered task goes before a folder that is called like it
-        if not manager.match_tasks([word]) and Path(word).is_dir():
+        if not manager.match_tasks([word]) and _is_folder(word):
             files[word] = _task_files(word)
     # lm-eval takes groups by name only, and their members may be anywhere.
     if groups := [path.parent for found in files.values() for path, group in found.items() if group]:
@@ -92,14 +92,17 @@ def _is_file(word: str) -> bool:
     return word.endswith((".yaml", ".yml"))
 
 
+def _is_folder(word: str) -> bool:
+    return os.path.isdir(word)  # noqa: PTH112 - Path.is_dir raises where a word is too long to be a path
+
+
 def _task_files(place: str) -> dict[Path, str | None]:
     """The files that define tasks or groups (with its name): one file, those of a pattern, or in a folder."""
     path = Path(place).absolute()
     pattern = path if _is_file(place) else path / "*.yaml"
-    paths = (
-        [path] if path.is_file() else sorted(Path(path.anchor).glob(str(pattern.relative_to(path.anchor))))
-    )
     try:
+        one = [path] if path.is_file() else []
+        paths = one or sorted(Path(path.anchor).glob(str(pattern.relative_to(path.anchor))))
         read = {path: read_definition(path) for path in paths if path.is_file()}
     except Exception as error:  # YAML can be wrong in any way
         raise AFTError(f"A task file of {place} cannot be read: {_first_line(error)}", "Check it.") from error
@@ -148,7 +151,9 @@ def _not_loaded(name: str, error: Exception) -> AFTError:
             f"The code of task {name} fails: {type(error).__name__}: {told}",
             "If it builds its documents for a model, it reads the model arguments and --metadata.",
         )
-    if isinstance(error, OSError):
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__:
+        told = _first_line(error.__cause__)  # the error itself says only that there was one
+    if isinstance(error, OSError) or type(error).__module__.startswith("datasets."):
         return AFTError(
             f"The data of task {name} cannot be loaded: {told}",
             "Check the network, or run where the data set's folder is (offline, lm-eval finds "

@@ -160,15 +160,6 @@ def check_folder(folder: Path) -> None:
                 raise AFTError(f"{file} is not text.") from error
 
 
-def open_rights(folder: Path) -> None:
-    """Give a folder made by mkdtemp and the files in it the permissions that the umask asks for."""
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for each in folder.rglob("*"):
-        each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
-
-
 def _link(path: Path) -> AFTError:
     return AFTError(f"{path} is a symbolic link or not a plain file.", "Give the file itself.")
 

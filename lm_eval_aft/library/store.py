@@ -26,7 +26,6 @@ from lm_eval_aft.library.files import (
     check_name,
     copy_vector,
     is_name,
-    open_rights,
     suggestion,
 )
 from lm_eval_aft.steering.vector_file import FILE_NAME
@@ -184,7 +183,6 @@ class Library:
             AFTError: the name is taken, or the library not writable.
         """
         target, aside = self.root / check_name(name), list[Path]()
-        open_rights(temporary)
         _check_category(target.parent)
         try:
             for _ in range(1000):

@@ -32,7 +32,7 @@ class Method(ABC):
         count: its number of parameters, a formula in the hidden size ``d`` and the number of layers ``n``.
         constant: whether it adds the same to every hidden state, so that it can be summed and exported.
         trained: whether there is anything to train.
-        together: whether it steers all its layers at once; other methods steer one.
+        steers_all_layers: whether it steers all its layers at once; other methods steer one.
     """
 
     name: ClassVar[str]
@@ -40,23 +40,25 @@ class Method(ABC):
     count: ClassVar[str]
     constant: ClassVar[bool] = False
     trained: ClassVar[bool] = True
-    together: ClassVar[bool] = False
+    steers_all_layers: ClassVar[bool] = False
 
-    def extra(self, hidden_size: int) -> Shapes:
+    def extra_shapes(self, hidden_size: int) -> Shapes:
         """Shapes of its tensors other than ``layers.{L}``, by name."""
         return {}
 
     def parameters(self, hidden_size: int, layers: int = 1) -> int:
         """How many numbers it trains (or computes) when it steers this many layers."""
-        own = sum(math.prod(shape) for shape in self.extra(hidden_size).values())
-        return hidden_size * (layers if self.together else 1) + own
+        own = sum(math.prod(shape) for shape in self.extra_shapes(hidden_size).values())
+        return hidden_size * (layers if self.steers_all_layers else 1) + own
 
-    def start(self, hidden_size: int, layers: tuple[int, ...], generator: Generator) -> dict[str, Tensor]:
+    def initial_tensors(
+        self, hidden_size: int, layers: tuple[int, ...], generator: Generator
+    ) -> dict[str, Tensor]:
         """Initial tensors, fp32, that add nothing yet; random ones are drawn from ``generator``."""
         import torch
 
         tensors = {f"layers.{layer}": torch.zeros(hidden_size) for layer in layers}
-        return tensors | {name: torch.zeros(shape) for name, shape in self.extra(hidden_size).items()}
+        return tensors | {name: torch.zeros(shape) for name, shape in self.extra_shapes(hidden_size).items()}
 
     @abstractmethod
     def delta(self, tensors: Mapping[str, Tensor], layer: int, hidden: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class Method(ABC):
         Differentiable; ``hidden`` has the tensors' dtype.
         """
 
-    def noise(self, hidden_size: int, residual_norm: float) -> float:
+    def retry_std(self, hidden_size: int, residual_norm: float) -> float:
         """Standard deviation of the entries of ``layers.{L}`` that a retry starts from.
 
         Args:
@@ -169,11 +171,13 @@ class Drab(Method):
     formula = "sigmoid(w.h + b) v"
     count = "2 d + 1"
 
-    def extra(self, hidden_size: int) -> Shapes:
+    def extra_shapes(self, hidden_size: int) -> Shapes:
         return {"method.gate.weight": (1, hidden_size), "method.gate.bias": (1,)}
 
-    def start(self, hidden_size: int, layers: tuple[int, ...], generator: Generator) -> dict[str, Tensor]:
-        tensors = super().start(hidden_size, layers, generator)
+    def initial_tensors(
+        self, hidden_size: int, layers: tuple[int, ...], generator: Generator
+    ) -> dict[str, Tensor]:
+        tensors = super().initial_tensors(hidden_size, layers, generator)
         tensors["method.gate.weight"], tensors["method.gate.bias"] = linear(1, hidden_size, generator)
         return tensors
 
@@ -198,7 +202,7 @@ class DrabStrong(Method):
     formula = "sum_i softmax(W2 relu(W1 h + b1) + b2)_i v_i, i = 1..8"
     count = "r (d + 1) + 8 (r + 1) + 8 d, r = d // 16"
 
-    def extra(self, hidden_size: int) -> Shapes:
+    def extra_shapes(self, hidden_size: int) -> Shapes:
         units = max(1, hidden_size // 16)
         return {
             "method.bank": (BANK - 1, hidden_size),
@@ -208,8 +212,10 @@ class DrabStrong(Method):
             "method.router.out.bias": (BANK,),
         }
 
-    def start(self, hidden_size: int, layers: tuple[int, ...], generator: Generator) -> dict[str, Tensor]:
-        tensors = super().start(hidden_size, layers, generator)
+    def initial_tensors(
+        self, hidden_size: int, layers: tuple[int, ...], generator: Generator
+    ) -> dict[str, Tensor]:
+        tensors = super().initial_tensors(hidden_size, layers, generator)
         for part in ("hidden", "out"):
             rows, columns = tensors[f"method.router.{part}.weight"].shape
             weight, bias = linear(rows, columns, generator)
@@ -240,7 +246,7 @@ class MLP(Method):
     formula = "W2 relu(W1 h + b1) + b2"
     count = "2 d k + k + d, k = d // 8"
 
-    def extra(self, hidden_size: int) -> Shapes:
+    def extra_shapes(self, hidden_size: int) -> Shapes:
         units = max(1, hidden_size // 8)
         return {
             "method.down.weight": (units, hidden_size),
@@ -248,8 +254,10 @@ class MLP(Method):
             "method.up.weight": (hidden_size, units),
         }
 
-    def start(self, hidden_size: int, layers: tuple[int, ...], generator: Generator) -> dict[str, Tensor]:
-        tensors = super().start(hidden_size, layers, generator)
+    def initial_tensors(
+        self, hidden_size: int, layers: tuple[int, ...], generator: Generator
+    ) -> dict[str, Tensor]:
+        tensors = super().initial_tensors(hidden_size, layers, generator)
         units = len(tensors["method.down.bias"])
         tensors["method.down.weight"], tensors["method.down.bias"] = linear(units, hidden_size, generator)
         return tensors
@@ -269,7 +277,7 @@ class AllLayers(Constant):
     name = "all-layers"
     formula = "v_L at every layer L"
     count = "n d"
-    together = True
+    steers_all_layers = True
 
 
 @register_method
@@ -302,7 +310,7 @@ class Scale(Method):
     def delta(self, tensors: Mapping[str, Tensor], layer: int, hidden: Tensor) -> Tensor:
         return hidden * tensors[f"layers.{layer}"]
 
-    def noise(self, hidden_size: int, residual_norm: float) -> float:
+    def retry_std(self, hidden_size: int, residual_norm: float) -> float:
         """As other methods': about a tenth of the hidden state is added."""
         return 0.1
 

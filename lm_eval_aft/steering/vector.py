@@ -207,7 +207,7 @@ class SteeringVector:
                     "same at every layer."
                 )
         method = METHODS[self.method]
-        wanted = method.extra(self.hidden_size)
+        wanted = method.extra_shapes(self.hidden_size)
         held = {key: tuple(values.shape) for key, values in self.extra.items()}
         if held != wanted:
             raise AFTError(f"vector uses method {self.method!r} but holds {held} where it needs {wanted}.")

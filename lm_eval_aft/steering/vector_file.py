@@ -122,7 +122,7 @@ def _check_tensors(path: Path, declared: dict[str, Any], size: int, aft: dict[st
     width, method, spans, layers = aft.get("hidden_size"), aft.get("method"), [], []
     if method not in METHODS:
         raise unknown_method(path, method)
-    extra = METHODS[method].extra(width) if isinstance(width, int) else {}
+    extra = METHODS[method].extra_shapes(width) if isinstance(width, int) else {}
     for name, tensor in declared.items():
         layer = layer_index(name)
         if layer is None and name not in extra:

@@ -246,36 +246,32 @@ class Evaluation(_Strict):
     """How cells are scored.
 
     Attributes:
-        limit: documents of tasks that name no limit of their own; ``None``: all.
         batch_size: as lm-eval takes it; it changes the speed, not the scores.
-        placebos: random directions scored beside each vector.
     """
 
-    limit: _Count | None = None
+    limit: _Count | None = None  # documents of tasks that name no limit of their own; ``None``: all
     batch_size: Annotated[str, BeforeValidator(_check_batch_size)] = "16"
-    placebos: Annotated[int, Field(ge=0)] = 0
+    placebos: Annotated[int, Field(ge=0)] = 0  # random directions scored beside each vector
 
 
 class BenchStudy(_Strict):
     """Models × tasks × methods × seeds, and the recipe they share.
 
     Attributes:
-        name: what it is called in its report.
         seeds: the seeds of each combination; a cell trains with one of them.
-        recipe: settings of `aft train` that all cells share.
         prune: once a method's first seed was given up after its retries, leave out its other seeds.
         data: folder to work in, where data sets lie that are not on the Hub or not reachable there.
         earlier: which of the earlier study's tables to show beside ours, or ``""``.
     """
 
-    name: _Text = Field(alias="study")
+    name: _Text = Field(alias="study")  # what it is called in its report
     models: _Several[Annotated[ModelEntry, _flat(ModelEntry, "pretrained")]]
     tasks: _Several[Annotated[TaskEntry, _flat(TaskEntry, "task")]]
     methods: _Several[Annotated[MethodEntry, _flat(MethodEntry, "method")]] = Field(
         default=["static"], validate_default=True
     )
     seeds: Annotated[_Several[Annotated[int, Field(ge=0)]], BeforeValidator(_listed_seeds)] = [0]
-    recipe: _CellSettings = {}
+    recipe: _CellSettings = {}  # settings of `aft train` that all cells share
     evaluation: Evaluation = Evaluation()
     prune: bool = False
     include_path: Annotated[_Folders, Field(max_length=1)] = ()
@@ -360,15 +356,10 @@ def read_bench_study(path: Path) -> BenchStudy:
 
 
 class VectorDefaults(_Strict):
-    """What a vector's entry may say, and all entries may share.
+    """What a vector's entry may say, and all entries may share."""
 
-    Attributes:
-        limit: documents of its task in the cross-scores; ``None``: as ``scores`` says.
-        settings: what `TrainingPlan.of` takes besides the task, and prompt settings.
-    """
-
-    limit: _Count | None = None
-    settings: _Settings = {}
+    limit: _Count | None = None  # documents of its task in the cross-scores; ``None``: as ``scores`` says
+    settings: _Settings = {}  # what `TrainingPlan.of` takes besides the task, and prompt settings
 
 
 class VectorEntry(VectorDefaults):
@@ -402,7 +393,6 @@ class LibraryStudy(_Strict):
     Attributes:
         model: Hub name or folder of the base model, if the file names one.
         unavailable: name -> what would be needed to train it.
-        include_path: folders of task files.
     """
 
     vectors: Annotated[
@@ -413,7 +403,7 @@ class LibraryStudy(_Strict):
     model: Annotated[str, BeforeValidator(str)] | None = None
     unavailable: dict[_VectorName, Annotated[str, BeforeValidator(str)]] = {}
     scores: CrossScores = CrossScores()
-    include_path: _Folders = ()
+    include_path: _Folders = ()  # folders of task files
 
     @property
     def entries(self) -> list[VectorEntry]:

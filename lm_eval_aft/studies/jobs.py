@@ -36,13 +36,7 @@ CELL_FORMAT = "aft-bench/1"
 
 @dataclass(frozen=True)
 class StudyCell:
-    """One model, task, method and seed.
-
-    Attributes:
-        vector_key: digest of what the vector depends on: model, task and training plan.
-        baseline_key: digest of what the baseline's scores depend on: model, task, prompts and limit.
-        key: digest of what the cell's result depends on: both of these, and the number of placebos.
-    """
+    """One model, task, method and seed."""
 
     model: ModelEntry
     task: TaskEntry
@@ -50,9 +44,9 @@ class StudyCell:
     seed: int
     plan: TrainingPlan
     placebos: int
-    vector_key: str
-    baseline_key: str
-    key: str
+    vector_key: str  # digest of what the vector depends on: model, task and training plan
+    baseline_key: str  # digest of what the baseline's scores depend on: model, task, prompts and limit
+    key: str  # digest of what the cell's result depends on: both of these, and the number of placebos
 
     @property
     def name(self) -> str:
@@ -109,7 +103,8 @@ def _build_cells(study: BenchStudy, absolute: bool) -> list[StudyCell]:
         made = {key: value for key, value in plan.to_dict().items() if key != "include_path"}
         about = [CELL_FORMAT, models[model.name], tasks[task.name]]
         vector_key = digest([*about, made])
-        baseline_key = digest([*about, task.limit, asdict(plan.prompts)])
+        asked = [task.limit, asdict(plan.prompts), *([plan.task_metadata] if plan.task_metadata else [])]
+        baseline_key = digest([*about, *asked])
         key = digest([vector_key, baseline_key, placebos])
         cells.append(StudyCell(model, task, method, seed, plan, placebos, vector_key, baseline_key, key))
     return cells
@@ -366,17 +361,11 @@ def given_up(outcome: dict[str, Any] | None) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """A baseline to score, or a cell to train and score.
+    """A baseline to score, or a cell to train and score."""
 
-    Attributes:
-        kind: ``baseline`` or ``cell``.
-        key: the cell's key or baseline key.
-        cell: the cell; for a baseline, the first that needs it.
-    """
-
-    kind: str
-    key: str
-    cell: StudyCell
+    kind: str  # ``baseline`` or ``cell``
+    key: str  # the cell's key or baseline key
+    cell: StudyCell  # the cell; for a baseline, the first that needs it
 
     @property
     def name(self) -> str:
@@ -390,18 +379,14 @@ class Done:
     """How a job ended.
 
     Attributes:
-        error: why it failed; ``""`` when it did not.
-        trace: the traceback of an unexpected error.
-        seconds: by part: ``load``, ``train``, ``score``.
-        worker: name of the worker that did it.
         files: what it made, where the worker's disk is not the driver's: path in the store -> contents.
     """
 
     job: Job
-    error: str = ""
-    trace: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    worker: str = "local"
+    error: str = ""  # why it failed; ``""`` when it did not
+    trace: str = ""  # the traceback of an unexpected error
+    seconds: dict[str, float] = field(default_factory=dict)  # by part: ``load``, ``train``, ``score``
+    worker: str = "local"  # name of the worker that did it
     files: dict[str, bytes] | None = None
 
 
@@ -453,7 +438,7 @@ class Session:
 
     def model(self, cell: StudyCell) -> AFTLM:
         """The cell's model; another one is unloaded first."""
-        from lm_eval_aft.engine.finite import require_finite
+        from lm_eval_aft.engine.checks import require_finite
         from lm_eval_aft.lm import AFTLM
 
         entry = cell.model
@@ -515,8 +500,10 @@ class Session:
         work.mkdir(parents=True)
         task = cell.task.task
         config = read_flags([task], work, flags_of(cell.plan, cell.task.limit, self.batch_size))
-        manager = task_manager_for([task], cell.plan.include_path)
         described = {"pretrained": cell.model.pretrained, "softmax_dtype": "float32", **cell.model.model_args}
+        # As lm-eval does: tasks that build their documents for a model are given it.
+        metadata = {**described, **(cell.plan.task_metadata or {})}
+        manager = task_manager_for([task], cell.plan.include_path, metadata)
         for run, folder in runs:
             lm.steer(run.vector)
             # A progress bar for each of a study's thousand jobs would hide the study's own.

@@ -12,7 +12,7 @@ import torch
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.settings import read_yaml
 from lm_eval_aft.demo import resolve_pretrained
-from lm_eval_aft.engine.batching import Document, lay_out, units
+from lm_eval_aft.engine.batching import TokenizedDocument, lay_out, units
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.methods import DEFAULT_METHOD, Method, find_method
@@ -46,16 +46,14 @@ class TaskSize:
 
     Attributes:
         train, evaluation: documents in those splits.
-        example: tokens that each few-shot example adds, on average.
-        lengths: of typical documents, the longest last.
     """
 
     train: int
     evaluation: int
-    example: int
-    lengths: tuple[Lengths, ...]
+    example: int  # tokens that each few-shot example adds, on average
+    lengths: tuple[Lengths, ...]  # of typical documents, the longest last
 
-    def documents(self, num_fewshot: int = 0, share: int = 1) -> list[Document]:
+    def documents(self, num_fewshot: int = 0, share: int = 1) -> list[TokenizedDocument]:
         """Typical documents without contents; the longest comes last.
 
         Args:
@@ -69,7 +67,7 @@ class TaskSize:
             for member in range(share):
                 prompt = (0,) * examples + (1 + member,) * context
                 pairs = tuple((prompt, (0,) * tail) for tail in tails)
-                found.append(Document(pairs, (0,), tuple(map(float, tails)), group=group))
+                found.append(TokenizedDocument(pairs, (0,), tuple(map(float, tails)), group=group))
         return found
 
 
@@ -108,7 +106,7 @@ def find_config(model: str) -> Any:
         ) from error
 
 
-def typical_documents(task: str, num_fewshot: int = 0, share: int = 1) -> list[Document]:
+def typical_documents(task: str, num_fewshot: int = 0, share: int = 1) -> list[TokenizedDocument]:
     """Documents as long as a well-known task's, see `TaskSize.documents`.
 
     >>> context, answer = typical_documents("gsm8k", num_fewshot=5)[0].pairs[0]
@@ -126,10 +124,12 @@ def typical_documents(task: str, num_fewshot: int = 0, share: int = 1) -> list[D
     return TASK_SIZES[task].documents(num_fewshot, share)
 
 
-def documents_of(lengths: Sequence[Lengths]) -> list[Document]:
+def documents_of(lengths: Sequence[Lengths]) -> list[TokenizedDocument]:
     """Documents of these lengths in tokens, without contents."""
     return [
-        Document(tuple(((0,) * context, (0,) * tail) for tail in tails), (0,), tuple(map(float, tails)))
+        TokenizedDocument(
+            tuple(((0,) * context, (0,) * tail) for tail in tails), (0,), tuple(map(float, tails))
+        )
         for context, tails in lengths
     ]
 
@@ -205,17 +205,11 @@ class CostEstimator:
 
 @dataclass(frozen=True)
 class Shape:
-    """What an estimate needs of a model.
+    """What an estimate needs of a model."""
 
-    Attributes:
-        config: a transformers config.
-        shipped: whether the config is made of the numbers in ``known_models.yaml``, not the model's own.
-        dtype: what the weights would be loaded in.
-    """
-
-    config: Any
-    shipped: bool
-    dtype: torch.dtype
+    config: Any  # a transformers config
+    shipped: bool  # whether the config is made of the numbers in ``known_models.yaml``, not the model's own
+    dtype: torch.dtype  # what the weights would be loaded in
 
 
 def find_shape(entry: ModelEntry) -> Shape:
@@ -246,24 +240,16 @@ FEW, MORE = 3, 5  # blocks of the models that are run in place of deeper ones
 
 @dataclass(frozen=True)
 class PlanCost:
-    """What a plan would cost.
-
-    Attributes:
-        estimate: time, operations and memory above the weights, as a dry run gives them.
-        parameters: of the model; ``weight_bytes`` is what they take.
-        packed: whether a question's options would share a row.
-        steps: optimiser steps, over all candidates.
-        scored: scoring one document's continuations.
-    """
+    """What a plan would cost."""
 
     device: Device
-    estimate: Estimate
-    parameters: int
+    estimate: Estimate  # time, operations and memory above the weights, as a dry run gives them
+    parameters: int  # of the model; ``weight_bytes`` is what they take
     weight_bytes: int
-    packed: bool
+    packed: bool  # whether a question's options would share a row
     stages: tuple[Stage, ...]
-    steps: int
-    scored: Spent
+    steps: int  # optimiser steps, over all candidates
+    scored: Spent  # scoring one document's continuations
 
     @property
     def candidates(self) -> int:
@@ -289,7 +275,7 @@ class PlanCost:
 def plan_cost(
     config: Any,
     protocol: str | Protocol,
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     *,
     device: Device,
     dtype: torch.dtype = torch.bfloat16,
@@ -320,7 +306,7 @@ def plan_cost(
     model = meta_model(config, dtype)
     depth, width = len(find_backbone(model).blocks), find_backbone(model).hidden_size
     layers = parse_layers(recipe.layers, depth)
-    sites = layers[:1] if how.together else layers
+    sites = layers[:1] if how.steers_all_layers else layers
     train, selection = (
         most if given is None else min(given, most)
         for given, most in ((train_docs, recipe.train_docs), (selection_docs, recipe.selection_docs))
@@ -354,23 +340,19 @@ class _Measured:
     """What a model of some depth takes.
 
     Attributes:
-        shared: a document's frozen pass, trained on and judged on.
-        scored: a document's frozen pass with its continuations scored.
         train, selection: a candidate's own part, of a document: at the last layer, and for each block
             above its layer.
         step, judging: bytes of the heaviest passes with a candidate at layer 0, all blocks' outputs kept.
-        kept: bytes of one block's frozen output in either.
-        graph: bytes that a block above the candidate's layer keeps for the backward pass.
     """
 
-    shared: tuple[Spent, Spent]
-    scored: Spent
+    shared: tuple[Spent, Spent]  # a document's frozen pass, trained on and judged on
+    scored: Spent  # a document's frozen pass with its continuations scored
     train: tuple[Spent, Spent]
     selection: tuple[Spent, Spent]
     step: float
     judging: float
-    kept: tuple[float, float]
-    graph: float = 0.0
+    kept: tuple[float, float]  # bytes of one block's frozen output in either
+    graph: float = 0.0  # bytes that a block above the candidate's layer keeps for the backward pass
 
     def deeper(self, other: _Measured, blocks: int, more: int) -> _Measured:
         """Extrapolated to ``more`` blocks than this has, from a model with ``blocks`` more."""
@@ -409,7 +391,7 @@ class _TrialRuns:
     packed: bool
     budget: int
     device: Device
-    documents: Sequence[Document]
+    documents: Sequence[TokenizedDocument]
     dtype: torch.dtype
 
     def run(self, config: Any, batch_size: int, selection: int) -> _Measured:
@@ -421,7 +403,7 @@ class _TrialRuns:
         every = [[self.documents[i] for i in unit] for unit in units(self.documents)]
         longest, typical = max(every, key=_tokens), every[:-1] or every
 
-        def together(unit: Sequence[Document]) -> list[Document]:
+        def together(unit: Sequence[TokenizedDocument]) -> list[TokenizedDocument]:
             """As many groups like this one as are judged in one pass."""
             rows = engine.budget // self._places(unit)
             return _alike(unit, max(1, min(selection // len(unit), rows)))
@@ -462,12 +444,12 @@ class _TrialRuns:
         return _Measured(shared, scored, train, selected, step, judging, (kept[0], kept[1]))
 
     def _candidate(self, backbone: Backbone, layer: int) -> Candidate:
-        layers = tuple(range(len(backbone.blocks))) if self.method.together else (layer,)
-        tensors = self.method.start(backbone.hidden_size, layers, torch.Generator())
+        layers = tuple(range(len(backbone.blocks))) if self.method.steers_all_layers else (layer,)
+        tensors = self.method.initial_tensors(backbone.hidden_size, layers, torch.Generator())
         placed = {name: tensor.to("meta", master_dtype(self.dtype)) for name, tensor in tensors.items()}
         return Candidate(layer, 0, Recipe(), Intervention(self.method, placed))
 
-    def _places(self, documents: Sequence[Document]) -> int:
+    def _places(self, documents: Sequence[TokenizedDocument]) -> int:
         """Tokens of the documents' rows, padding included."""
         rows = lay_out(documents, self.packed)
         return len(rows) * max(row.width for row in rows)
@@ -486,12 +468,12 @@ class _TrialRuns:
         return spent
 
 
-def _alike(unit: Sequence[Document], times: int) -> list[Document]:
+def _alike(unit: Sequence[TokenizedDocument], times: int) -> list[TokenizedDocument]:
     """That many copies of a group of documents."""
     return [d if d.group is None else replace(d, group=k) for k in range(times) for d in unit]
 
 
-def _tokens(unit: Sequence[Document]) -> int:
+def _tokens(unit: Sequence[TokenizedDocument]) -> int:
     return max(document.tokens(True) for document in unit)
 
 

@@ -34,19 +34,15 @@ class RayOptions:
     """How to use a cluster.
 
     Attributes:
-        address: as `ray.init` takes it; ``None`` starts a cluster on this machine.
-        workers: how many actors; ``None``: as many as the cluster has room for.
         gpus, cpus: of each worker; fractions share a GPU. ``gpus`` of ``None``: 1 where there are any.
-        runtime_env: as `ray.init` takes it.
-        shared: whether workers may work in the driver's folder where they can reach it.
     """
 
-    address: str | None = None
-    workers: int | None = None
+    address: str | None = None  # as `ray.init` takes it; ``None`` starts a cluster on this machine
+    workers: int | None = None  # how many actors; ``None``: as many as the cluster has room for
     gpus: float | None = None
     cpus: float = 1.0
-    runtime_env: dict[str, Any] | None = None
-    shared: bool = True
+    runtime_env: dict[str, Any] | None = None  # as `ray.init` takes it
+    shared: bool = True  # whether workers may work in the driver's folder where they can reach it
 
 
 def read_runtime_env(text: str | None) -> dict[str, Any] | None:

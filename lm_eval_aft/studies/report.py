@@ -32,30 +32,24 @@ class BenchReport:
     """Everything in the report.
 
     Attributes:
-        family: how many comparisons Holm's correction covers.
-        pivots: per method a table of models × tasks, mean difference over seeds.
         by_model, by_task: averages over cells, controls left out.
-        seeds: per model, task and method with at least 3 seeds, the mean and its interval.
         methods: per method the mean over its models and tasks, seed by seed, with an interval.
-        contrasts: methods against the first one, seed by seed.
-        negative: models and tasks that were given up.
-        earlier: the earlier study's figures beside ours.
     """
 
     title: str
     created: str
     version: str
     cells: list[CellRow]
-    family: int
+    family: int  # how many comparisons Holm's correction covers
     alpha: float
-    pivots: list[dict[str, Any]]
+    pivots: list[dict[str, Any]]  # per method a table of models × tasks, mean difference over seeds
     by_model: list[dict[str, Any]]
     by_task: list[dict[str, Any]]
-    seeds: list[dict[str, Any]]
+    seeds: list[dict[str, Any]]  # per model, task and method with at least 3 seeds, the mean and its interval
     methods: list[dict[str, Any]]
-    contrasts: list[dict[str, Any]]
-    negative: list[dict[str, Any]]
-    earlier: list[dict[str, Any]]
+    contrasts: list[dict[str, Any]]  # methods against the first one, seed by seed
+    negative: list[dict[str, Any]]  # models and tasks that were given up
+    earlier: list[dict[str, Any]]  # the earlier study's figures beside ours
     earlier_note: str
     notes: list[str]
 
@@ -220,11 +214,8 @@ class CellRow:
     """A cell's row of the report.
 
     Attributes:
-        state: ``done``, ``failed``, ``pruned``, ``to do`` or ``left out`` (by ``--only``).
-        why: why it failed or was pruned; for a finished cell, why its training gave up.
         row: its primary metric, the p-value adjusted over all cells; ``None`` unless it is done.
         others: its other metrics and its placebos, outside Holm's family.
-        vector: what the vector is and how it was chosen.
     """
 
     name: str
@@ -233,11 +224,11 @@ class CellRow:
     method: str
     seed: int
     control: bool
-    state: str
-    why: str = ""
+    state: str  # ``done``, ``failed``, ``pruned``, ``to do`` or ``left out`` (by ``--only``)
+    why: str = ""  # why it failed or was pruned; for a finished cell, why its training gave up
     row: VerdictRow | None = None
     others: list[VerdictRow] = field(default_factory=list)
-    vector: dict[str, Any] = field(default_factory=dict)
+    vector: dict[str, Any] = field(default_factory=dict)  # what the vector is and how it was chosen
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -269,17 +260,11 @@ def averages(rows: Sequence[CellRow], key: Callable[[CellRow], str]) -> list[dic
 
 @dataclass(frozen=True)
 class Series:
-    """A method on one model and task, seed by seed.
+    """A method on one model and task, seed by seed."""
 
-    Attributes:
-        points: of each seed that is finished.
-        error: standard error of a seed's points, over documents; the mean over seeds.
-        vectors: how many different ones its seeds came to.
-    """
-
-    points: Mapping[int, float]
-    error: float
-    vectors: int
+    points: Mapping[int, float]  # of each seed that is finished
+    error: float  # standard error of a seed's points, over documents; the mean over seeds
+    vectors: int  # how many different ones its seeds came to
 
 
 def _by_pair(rows: Sequence[CellRow], method: str) -> dict[tuple[str, str], Series]:

@@ -41,13 +41,12 @@ class Space:
         layers: as ``train-vector --layers`` takes them, percentages of the depth for instance.
         lr: learning rates; Optuna draws on a log scale from the least to the largest.
         epochs: epochs after which training ends, its best epoch kept; Optuna draws between the ends.
-        l2: penalties; Optuna chooses one.
     """
 
     layers: str = "10%,20%,30%,40%,50%,60%,70%,80%,90%"
     lr: tuple[float, ...] = (1e-4, 5e-4, 1e-3, 2e-3)
     epochs: tuple[int, ...] = (5, 10, 15, 20)
-    l2: tuple[float, ...] = (0.0,)
+    l2: tuple[float, ...] = (0.0,)  # penalties; Optuna chooses one
 
     def __post_init__(self) -> None:
         if not (self.lr and self.epochs and self.l2) or min(self.epochs, default=0) < 1:
@@ -74,7 +73,6 @@ class Search:
     """A search; `run` continues what an earlier call left in ``output``.
 
     Attributes:
-        trials: how many settings Optuna tries.
         settings: of `TrainingPlan.of`, besides what is searched.
         documents: what all trials train on, once it is built.
     """
@@ -84,7 +82,7 @@ class Search:
     output: Path
     space: Space = field(default_factory=Space)
     strategy: str = "grid"
-    trials: int = 20
+    trials: int = 20  # how many settings Optuna tries
     seeds: int = 1
     batch_size: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -118,15 +116,16 @@ class Search:
 
     def _run(self, prepared: Prepared, say: Callable[[str], None], progress: bool) -> list[Point]:
         (self.output / SEARCH_SETTINGS).write_text(self._asked(prepared.plan), encoding="utf-8")
-        work = _grid if self.strategy == "grid" else _draw
         criterion = find_criterion(prepared.plan.protocol.criterion)
-        points = sorted(work(self, prepared, say, progress), key=lambda point: point.order(criterion))
+        work = self._grid if self.strategy == "grid" else self._draw
+        points = sorted(work(prepared, criterion, say, progress), key=lambda point: point.order(criterion))
         if not any(point.best_epoch for point in points):
             raise AFTError("Every setting diverged with one of its seeds.", "Search lower learning rates.")
         note = {"strategy": self.strategy, "points": len(points), "space": asdict(self.space)}
+        note = json.loads(canonical_json(note))
         vector = SteeringVector.load(self.output / WINNER)
-        if vector.metadata.get("search") != json.loads(canonical_json(note)):
-            vector.metadata["search"] = json.loads(canonical_json(note))
+        if vector.metadata.get("search") != note:
+            vector.metadata["search"] = note
             vector.save(self.output / WINNER)
         return points
 
@@ -151,74 +150,71 @@ class Search:
         asked = {"model": self.model, "strategy": self.strategy, "plan": plan.to_dict()}
         return canonical_json(asked | {"space": asdict(self.space), "model_args": dict(self.model_args)})
 
+    def _grid(
+        self, prepared: Prepared, criterion: Criterion, _say: Callable[[str], None], progress: bool
+    ) -> list[Point]:
+        """One sweep over everything, sharing the frozen passes; its ledger has every setting and epoch."""
+        folder = self._trained(prepared, prepared.plan, self.output / WINNER, progress)
+        epochs, depth = sorted(set(self.space.epochs)), len(prepared.backbone.blocks)
+        points = read_points(folder, epochs, depth, criterion=criterion)
+        JsonLines(self.output / SEARCH_LEDGER).write(map(asdict, points))
+        return points
 
-def _grid(search: Search, prepared: Prepared, say: Callable[[str], None], progress: bool) -> list[Point]:
-    """One sweep over everything, sharing the frozen passes; its ledger has every setting and epoch."""
-    folder = search.output / WINNER
-    if not (folder / FILE_NAME).exists():
-        _train(search, prepared, prepared.plan, folder, progress)
-    depth = len(prepared.backbone.blocks)
-    criterion = find_criterion(prepared.plan.protocol.criterion)
-    points = read_points(folder, sorted(set(search.space.epochs)), depth, criterion=criterion)
-    JsonLines(search.output / SEARCH_LEDGER).write(map(asdict, points))
-    return points
+    def _draw(
+        self, prepared: Prepared, criterion: Criterion, say: Callable[[str], None], progress: bool
+    ) -> list[Point]:
+        """Optuna's trials one by one. What it proposes next follows from the ledger alone: a run resumes."""
+        optuna, space = _optuna(), self.space
+        sites = parse_layers(space.layers, len(prepared.backbone.blocks))
+        ledger = JsonLines(self.output / SEARCH_LEDGER)
+        points = [Point(**{**line, "best_epoch": tuple(line["best_epoch"])}) for line in ledger.read()]
+        ranges = optuna.distributions
+        wanted = {
+            "layer": ranges.IntDistribution(min(sites), max(sites)),
+            "lr": ranges.FloatDistribution(min(space.lr), max(space.lr), log=min(space.lr) < max(space.lr)),
+            "epochs": ranges.IntDistribution(min(space.epochs), max(space.epochs)),
+            "l2": ranges.CategoricalDistribution(list(dict.fromkeys(space.l2))),
+        }
+        study = optuna.create_study(direction="minimize")
+        for point in points:
+            params = {name: getattr(point, name) for name in wanted}
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=wanted, value=point.score))
+        for number in range(len(points), self.trials):
+            study.sampler = optuna.samplers.TPESampler(seed=prepared.plan.first_seed + number)
+            trial = study.ask(wanted)
+            point = self._trial(prepared, criterion, number, dict(trial.params), progress)
+            study.tell(trial, point.score)
+            ledger.append(**asdict(point))
+            points.append(point)
+            say(
+                f"trial {number}: layer {point.layer}, lr {point.lr:.2g}, l2 {point.l2:g}, "
+                f"{point.epochs} epochs: {point.change:+.4f} nats"
+            )
+        best = min(points, key=lambda point: point.order(criterion))
+        with replacing_dir(self.output / WINNER) as folder:
+            shutil.copytree(self._folder(best.trial or 0), folder, dirs_exist_ok=True)
+        return points
 
-
-def _draw(search: Search, prepared: Prepared, say: Callable[[str], None], progress: bool) -> list[Point]:
-    """Optuna's trials one by one. What it proposes next follows from the ledger alone, so a run resumes."""
-    optuna, space = _optuna(), search.space
-    sites = parse_layers(space.layers, len(prepared.backbone.blocks))
-    ledger = JsonLines(search.output / SEARCH_LEDGER)
-    points = [Point(**{**line, "best_epoch": tuple(line["best_epoch"])}) for line in ledger.read()]
-    ranges = optuna.distributions
-    wanted = {
-        "layer": ranges.IntDistribution(min(sites), max(sites)),
-        "lr": ranges.FloatDistribution(min(space.lr), max(space.lr), log=min(space.lr) < max(space.lr)),
-        "epochs": ranges.IntDistribution(min(space.epochs), max(space.epochs)),
-        "l2": ranges.CategoricalDistribution(list(dict.fromkeys(space.l2))),
-    }
-    study = optuna.create_study(direction="minimize")
-    for point in points:
-        params = {name: getattr(point, name) for name in wanted}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=wanted, value=point.score))
-    for number in range(len(points), search.trials):
-        study.sampler = optuna.samplers.TPESampler(seed=prepared.plan.first_seed + number)
-        trial = study.ask(wanted)
-        point = _trial(search, prepared, number, dict(trial.params), progress)
-        study.tell(trial, point.score)
-        ledger.append(**asdict(point))
-        points.append(point)
-        say(
-            f"trial {number}: layer {point.layer}, lr {point.lr:.2g}, l2 {point.l2:g}, "
-            f"{point.epochs} epochs: {point.change:+.4f} nats"
+    def _trial(
+        self, prepared: Prepared, criterion: Criterion, number: int, params: dict[str, Any], progress: bool
+    ) -> Point:
+        site, depth = params.pop("layer"), len(prepared.backbone.blocks)
+        protocol = prepared.plan.protocol.changed({**params, "layers": str(site)})
+        plan = replace(prepared.plan, protocol=protocol)
+        folder = self._trained(prepared, plan, self._folder(number), progress)
+        found = read_points(folder, [params["epochs"]], depth, number, criterion)
+        inf, settings = float("inf"), (params["lr"], params["l2"], params["epochs"])
+        return (
+            found[0] if found else Point(site, site / max(1, depth - 1), *settings, inf, inf, 0.0, (), number)
         )
-    criterion = find_criterion(prepared.plan.protocol.criterion)
-    best = min(points, key=lambda point: point.order(criterion))
-    with replacing_dir(search.output / WINNER) as folder:
-        shutil.copytree(_folder(search, best.trial or 0), folder, dirs_exist_ok=True)
-    return points
 
+    def _trained(self, prepared: Prepared, plan: TrainingPlan, folder: Path, progress: bool) -> Path:
+        if not (folder / FILE_NAME).exists():
+            train_vector(prepared.lm, plan, folder, resume=True, progress=progress, documents=self.documents)
+        return folder
 
-def _trial(search: Search, prepared: Prepared, number: int, params: dict[str, Any], progress: bool) -> Point:
-    changes = {"lr": params["lr"], "l2": params["l2"], "epochs": params["epochs"]}
-    protocol = prepared.plan.protocol.changed({**changes, "layers": str(params["layer"])})
-    folder = _folder(search, number)
-    if not (folder / FILE_NAME).exists():
-        _train(search, prepared, replace(prepared.plan, protocol=protocol), folder, progress)
-    depth = len(prepared.backbone.blocks)
-    criterion = find_criterion(protocol.criterion)
-    found = read_points(folder, [params["epochs"]], depth, number, criterion)
-    site, inf = params["layer"], float("inf")
-    settings = (site, site / max(1, depth - 1), params["lr"], params["l2"], params["epochs"])
-    return found[0] if found else Point(*settings, inf, inf, 0.0, (), number)
-
-
-def _train(search: Search, prepared: Prepared, plan: TrainingPlan, folder: Path, progress: bool) -> None:
-    train_vector(prepared.lm, plan, folder, resume=True, progress=progress, documents=search.documents)
-
-
-def _folder(search: Search, number: int) -> Path:
-    return search.output / TRIALS / f"{number:04d}"
+    def _folder(self, number: int) -> Path:
+        return self.output / TRIALS / f"{number:04d}"
 
 
 def _optuna() -> Any:
@@ -237,24 +233,17 @@ def _optuna() -> Any:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting and its score on the selection split.
-
-    Attributes:
-        depth: the layer as a share of the depth, 0 the first block and 1 the last.
-        score: mean over seeds of the best epoch's temperature-fitted cross-entropy, within ``epochs``.
-        change: difference from the baseline; negative is better.
-        best_epoch: of each seed; none where one diverged, and then the score is infinite.
-    """
+    """One setting and its score on the selection split."""
 
     layer: int
-    depth: float
+    depth: float  # the layer as a share of the depth, 0 the first block and 1 the last
     lr: float
     l2: float
     epochs: int
-    score: float
-    change: float
+    score: float  # mean over seeds of the best epoch's temperature-fitted cross-entropy, within ``epochs``
+    change: float  # difference from the baseline; negative is better
     accuracy: float
-    best_epoch: tuple[int, ...]
+    best_epoch: tuple[int, ...]  # of each seed; none where one diverged, and then the score is infinite
     trial: int | None = None
 
     def order(self, criterion: Criterion = _USUAL) -> tuple[float, ...]:
@@ -290,42 +279,30 @@ def read_points(
             if len(best) < seeds:
                 continue
             score, accuracy = mean_of_seeds([Score.of(line) for line in best])
-            points.append(
-                Point(
-                    layer,
-                    layer / max(1, depth - 1),
-                    lr,
-                    l2,
-                    most,
-                    score,
-                    score - best[0]["baseline"],
-                    accuracy,
-                    tuple(each["epoch"] for each in best),
-                    trial,
-                )
-            )
+            settings = (layer, layer / max(1, depth - 1), lr, l2, most)
+            epochs_of_best = tuple(each["epoch"] for each in best)
+            change = score - best[0]["baseline"]
+            points.append(Point(*settings, score, change, accuracy, epochs_of_best, trial))
     return points
 
 
-POINT_COLUMNS = ("layer", "depth", "lr", "l2", "epochs", "cross-entropy", "change", "accuracy", "best epoch")
+_SHOWN: dict[str, Callable[[Point], str]] = {
+    "layer": lambda point: str(point.layer),
+    "depth": lambda point: f"{point.depth:.0%}",
+    "lr": lambda point: f"{point.lr:.3g}",
+    "l2": lambda point: f"{point.l2:g}",
+    "epochs": lambda point: str(point.epochs),
+    "cross-entropy": lambda point: f"{point.score:.4f}",
+    "change": lambda point: f"{point.change:+.4f}",
+    "accuracy": lambda point: f"{point.accuracy:.1%}",
+    "best epoch": lambda point: "/".join(map(str, point.best_epoch)),
+}
+POINT_COLUMNS = tuple(_SHOWN)
 
 
 def search_rows(points: Sequence[Point]) -> list[list[str]]:
     """Lines in the order of `POINT_COLUMNS`, best first."""
-    return [
-        [
-            str(point.layer),
-            f"{point.depth:.0%}",
-            f"{point.lr:.3g}",
-            f"{point.l2:g}",
-            str(point.epochs),
-            f"{point.score:.4f}",
-            f"{point.change:+.4f}",
-            f"{point.accuracy:.1%}",
-            "/".join(map(str, point.best_epoch)),
-        ]
-        for point in points
-    ]
+    return [[show(point) for show in _SHOWN.values()] for point in points]
 
 
 SEARCH_NOTE = (

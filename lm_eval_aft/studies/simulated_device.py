@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_aft._util.private_names import borrowed, require
-from lm_eval_aft.engine.batching import Batch, Document
-from lm_eval_aft.engine.compatibility import refused
+from lm_eval_aft.engine.batching import Batch, TokenizedDocument
+from lm_eval_aft.engine.checks import packing_ruled_out
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.training.cost import COUNTED_ATTENTION, CPU_ATTENTION, Spent
 from lm_eval_aft.training.objectives import Objective
@@ -39,22 +39,14 @@ with borrowed("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.util
 
 @dataclass(frozen=True)
 class Device:
-    """The speed and memory that an accelerator (or this machine's CPU) reaches in practice.
-
-    Attributes:
-        kind: ``cuda`` or ``cpu``: whose attention kernels are used.
-        flops: operations a second in large matrix products, in the model's dtype.
-        bandwidth: bytes a second to and from its memory.
-        memory: bytes.
-        overhead: seconds to issue one operation.
-    """
+    """The speed and memory that an accelerator (or this machine's CPU) reaches in practice."""
 
     name: str
-    kind: str
-    flops: float
-    bandwidth: float
-    memory: float
-    overhead: float
+    kind: str  # ``cuda`` or ``cpu``: whose attention kernels are used
+    flops: float  # operations a second in large matrix products, in the model's dtype
+    bandwidth: float  # bytes a second to and from its memory
+    memory: float  # bytes
+    overhead: float  # seconds to issue one operation
 
 
 def gpu(name: str, tflops: float, gigabytes_a_second: float, gigabytes: float) -> Device:
@@ -217,9 +209,9 @@ def blocks_alike(model: nn.Module) -> bool:
     return len(set(types)) == 1 and all(each == shapes[0] for each in shapes)
 
 
-def rows_may_be_packed(model: nn.Module, documents: Sequence[Document]) -> bool:
+def rows_may_be_packed(model: nn.Module, documents: Sequence[TokenizedDocument]) -> bool:
     """Whether a model's config and the documents allow packed rows; a loaded model is tested as well."""
-    if refused(model, max(document.tokens(True) for document in documents)):
+    if packing_ruled_out(model, max(document.tokens(True) for document in documents)):
         return False
     return any(document.rows(True) < document.rows(False) for document in documents)
 
@@ -255,17 +247,17 @@ class MetaEngine(Trajectory):
     ) -> None:
         super().__init__(model, backbone, MetaObjective(objective), packed=packed, budget=budget)
         self._frozen: dict[torch.Size, dict[int, Any]] = {}
-        self._laid_out: dict[tuple[Document, ...], list[Batch]] = {}
+        self._laid_out: dict[tuple[TokenizedDocument, ...], list[Batch]] = {}
         self._remembers = False
 
-    def lay_out(self, documents: Sequence[Document]) -> int:
+    def lay_out(self, documents: Sequence[TokenizedDocument]) -> int:
         """Make the batches of these documents once and keep them; the bytes of the largest."""
         key = tuple(documents)
         if key not in self._laid_out:
             self._laid_out[key] = list(super().batches(documents))
         return max(sum(t.nbytes for t in batch.inputs.values()) for batch in self._laid_out[key])
 
-    def batches(self, documents: Sequence[Document]) -> Iterator[Batch]:
+    def batches(self, documents: Sequence[TokenizedDocument]) -> Iterator[Batch]:
         """As the engine's, made beforehand, so that making them is not counted as the device's time."""
         self.lay_out(documents)
         return iter(self._laid_out[tuple(documents)])

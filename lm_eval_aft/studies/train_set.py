@@ -205,7 +205,9 @@ def cross_score(
         wanted = limit or (entry.limit if entry else None) or study.scores.limit
         own = [*flags, *(["--limit", str(wanted)] if wanted else [])]
         if entry:
-            own += entry.plan().prompts.flags()
+            plan = entry.plan()
+            own += plan.prompts.flags()
+            own += ["--metadata", json.dumps(plan.task_metadata)] if plan.task_metadata else []
         if study.include_path:
             own += ["--include_path", study.include_path[0]]
         asked = {"model": model, "vectors": digests, "flags": own, "model_args": model_args or {}}

@@ -31,23 +31,18 @@ class Transfer:
     """Vectors and tasks to cross; `run` continues what an earlier call left in ``output``.
 
     Attributes:
-        tasks: every vector is scored on all of them.
-        train: whether to train vectors for the tasks that ``given`` has none for.
-        given: vectors by name, as `load_vector` takes them.
         settings: of the training, as `TrainingPlan.of` takes them.
-        placebo: ``random:N`` scores N random directions like each vector too.
-        flags: further flags of ``lm_eval run``.
     """
 
     model: str
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...]  # every vector is scored on all of them
     output: Path
-    given: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, str] = field(default_factory=dict)  # vectors by name, as `load_vector` takes them
     settings: Mapping[str, Any] = field(default_factory=dict)
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    placebo: str = "none"
-    flags: tuple[str, ...] = ()
-    train: bool = True
+    placebo: str = "none"  # ``random:N`` scores N random directions like each vector too
+    flags: tuple[str, ...] = ()  # further flags of ``lm_eval run``
+    train: bool = True  # whether to train vectors for the tasks that ``given`` has none for
 
     def run(self, say: Callable[[str], None] = print, progress: bool = True) -> Matrix:
         """Train what is missing, score what is missing, compare.

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import replacing
 from lm_eval_aft._util.process import now
+from lm_eval_aft.harness.commands import vector_command
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
@@ -76,16 +77,20 @@ def training_metadata(
     """
     plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
     name = lm.pretrained if isinstance(lm.pretrained, str) else getattr(lm.pretrained, "name_or_path", "")
+    args = {key: plain(value) for key, value in lm.model_args.items() if key not in _NOT_OF_THE_MODEL}
     template = getattr(lm.tokenizer, "chat_template", None) if plan.prompts.apply_chat_template else None
     return {
         "num_hidden_layers": len(prepared.backbone.blocks),
-        "base_model": {"name": str(name), "revision": lm.revision},
+        "base_model": {"name": str(name), "revision": lm.revision, **({"args": args} if args else {})},
         "fingerprint": identity,
         **_tasks(prepared),
         "prompts": asdict(plan.prompts),
+        **({"include_path": list(plan.include_path)} if plan.include_path else {}),
+        **({"task_metadata": plan.task_metadata} if plan.task_metadata else {}),
         "chat_template": template and hashlib.sha256(str(template).encode()).hexdigest(),
         "objective": prepared.objective.name,
         "metric": prepared.objective.metric,
+        **({"metric_note": prepared.objective.note} if prepared.objective.note else {}),
         "loss": loss.to_dict() if (loss := prepared.objective.loss) else None,
         "control": plan.control,
         "parameters": prepared.method.parameters(prepared.backbone.hidden_size, len(prepared.layers)),
@@ -116,6 +121,15 @@ def training_metadata(
     }
 
 
+# Arguments that say where and in which batches the model runs.
+_NOT_OF_THE_MODEL = ("batch_size", "max_batch_size", "revision")
+
+
+def plain(value: Any) -> Any:
+    """A model argument as JSON has it: objects, such as a dtype, by their names."""
+    return value if isinstance(value, str | int | float | bool | None) else str(value).removeprefix("torch.")
+
+
 def _versions() -> dict[str, str]:
     packages = ("lm-eval-aft", "torch", "transformers", "lm-eval", "datasets")
     return {name: version(name) for name in packages} | {"python": platform.python_version()}
@@ -128,7 +142,8 @@ def _tasks(prepared: Prepared) -> dict[str, Any]:
     parts, plan = prepared.parts, prepared.plan
     shots = {part.num_fewshot for part in parts}
     found: dict[str, Any] = {
-        "task": plan.task,
+        "task": ",".join(part.name for part in parts),
+        **({"task_spec": plan.task} if plan.tasks != [part.name for part in parts] else {}),
         "task_version": ",".join(str(part.splits.extractor.task.VERSION) for part in parts),
         "num_fewshot": shots.pop() if len(shots) == 1 else None,
     }
@@ -174,7 +189,9 @@ A steering vector for [lm-evaluation-harness](https://github.com/EleutherAI/lm-e
 {numbers}, added to the residual stream of `{model}` at the output of block
 {layer} (of {depth}, counted from 0){tokens}. {origin}{control}
 
-    lm_eval --model aft --model_args pretrained={model},vector=FOLDER --tasks {task}
+```
+{command}
+```
 {results}{section}"""
 
 _SELECTION = """
@@ -279,7 +296,7 @@ def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
         model=_model(meta) or "MODEL",
         layer=", ".join(map(str, vector.layers)),
         depth=meta.get("num_hidden_layers", "an unknown number"),
-        task=",".join(task_names(meta)) or "TASK",
+        command=vector_command(meta, "FOLDER"),
         control=f"\n\n**This is a placebo (`{control}`), not a vector to use.**" if control else "",
         section=_selection_section(vector) + _rounds_section(meta) or _recipe_section(meta),
     )
@@ -299,10 +316,11 @@ def _origin(meta: dict[str, Any]) -> str:
         return "How it was made is not recorded."
     tasks, shots = task_names(meta), meta.get("num_fewshot")
     named = ", ".join(f"`{task}`" for task in tasks)
+    note = f"\n\n{meta['metric_note']}" if meta.get("metric_note") else ""
     return (
         f"Trained on the training split{'s' * (len(tasks) > 1)} of {named}\n"
         f"({'each with its own number of examples' if shots is None else f'{shots}-shot'}, objective "
-        f"`{meta.get('objective')}`, {meta['splits'].get('train')} documents)."
+        f"`{meta.get('objective')}`, {meta['splits'].get('train')} documents).{note}"
     )
 
 

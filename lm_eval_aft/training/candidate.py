@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_eval_aft._util.settings import Count, NotNegative, Positive, settings
-from lm_eval_aft.engine.batching import Document, units
+from lm_eval_aft.engine.batching import TokenizedDocument, units
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.training.selection import DEFAULT_CRITERION, Criterion, Score, find_criterion
 
@@ -207,21 +207,25 @@ Tick = Callable[[int], None]  # called with the number of (candidate, document) 
 class Engine(Protocol):
     """Trains and scores candidates; `Trajectory` is the fast one, `Reference` the plain one."""
 
-    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+    def train(
+        self, candidates: Sequence[Candidate], steps: Sequence[Sequence[TokenizedDocument]], tick: Tick
+    ) -> None:
         """Take one optimiser step per entry of ``steps`` for every candidate."""
 
     def evaluate(
-        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+        self, candidates: Sequence[Candidate], documents: Sequence[TokenizedDocument], tick: Tick
     ) -> list[Score]:
         """Score the candidates' present vectors, in order."""
 
-    def baseline(self, documents: Sequence[Document], tick: Tick) -> Score:
+    def baseline(self, documents: Sequence[TokenizedDocument], tick: Tick) -> Score:
         """Score the frozen model."""
 
 
-def in_steps(documents: Sequence[Document], batch_size: int) -> Iterator[Sequence[Document]]:
+def in_steps(
+    documents: Sequence[TokenizedDocument], batch_size: int
+) -> Iterator[Sequence[TokenizedDocument]]:
     """Cut documents into optimiser steps of so many, in order; those of a group share a step."""
-    step: list[Document] = []
+    step: list[TokenizedDocument] = []
     for unit in units(documents):
         step += (documents[i] for i in unit)
         if len(step) >= batch_size:

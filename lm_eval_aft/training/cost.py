@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_aft._util.private_names import borrowed, require
-from lm_eval_aft.engine.batching import Document, units
+from lm_eval_aft.engine.batching import TokenizedDocument, units
 from lm_eval_aft.training.candidate import Candidate, Engine, in_steps
 from lm_eval_aft.training.recipe import Stage
 
@@ -116,8 +116,8 @@ class Estimate:
 def estimate(
     engine: Engine,
     group: Sequence[Candidate],
-    train: Sequence[Document],
-    selection: Sequence[Document],
+    train: Sequence[TokenizedDocument],
+    selection: Sequence[TokenizedDocument],
     *,
     stages: Sequence[Stage] = (),
     batch_size: int = 1,
@@ -143,8 +143,8 @@ def estimate(
 def heaviest_passes(
     engine: Engine,
     group: Sequence[Candidate],
-    train: Sequence[Document],
-    selection: Sequence[Document],
+    train: Sequence[TokenizedDocument],
+    selection: Sequence[TokenizedDocument],
     batch_size: int,
 ) -> None:
     """A step on the longest training documents and the largest batch of selection documents."""
@@ -155,20 +155,20 @@ def heaviest_passes(
     engine.evaluate(group, selection[:first_batch], _nothing)
 
 
-def _spread(documents: Sequence[Document]) -> list[Document]:
+def _spread(documents: Sequence[TokenizedDocument]) -> list[TokenizedDocument]:
     """A few documents, with their groups, evenly spread over the range of lengths."""
     together = _by_length(documents)
     n = min(max(2, SAMPLE // len(together[0])), len(together))
     return _flat(together[round((i + 0.5) / n * len(together) - 0.5)] for i in range(n))
 
 
-def _by_length(documents: Sequence[Document]) -> list[list[Document]]:
+def _by_length(documents: Sequence[TokenizedDocument]) -> list[list[TokenizedDocument]]:
     """Documents by group, those with the longest document last."""
     together = [[documents[i] for i in unit] for unit in units(documents)]
     return sorted(together, key=lambda unit: max(document.tokens(True) for document in unit))
 
 
-def _flat(groups: Iterable[list[Document]]) -> list[Document]:
+def _flat(groups: Iterable[list[TokenizedDocument]]) -> list[TokenizedDocument]:
     return list(chain.from_iterable(groups))
 
 
@@ -243,7 +243,10 @@ class Rates:
 
 
 def measure_rates(
-    engine: Engine, group: Sequence[Candidate], train: Sequence[Document], selection: Sequence[Document]
+    engine: Engine,
+    group: Sequence[Candidate],
+    train: Sequence[TokenizedDocument],
+    selection: Sequence[TokenizedDocument],
 ) -> Rates:
     """Run a few documents through the engine, with a group of candidates and with none."""
 

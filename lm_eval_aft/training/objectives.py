@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lm_eval_aft.engine.batching import Batch
     from lm_eval_aft.training.selection import Score
 
-CHOICE_METRICS = ("acc", "acc_norm", "both")
+CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes", "both")
 
 
 class Objective(ABC):
@@ -36,6 +36,7 @@ class Objective(ABC):
         samples: whether it trains on answers that the model samples, so that the task must generate some.
         metric: the task's metric that it imitates.
         loss: its loss over options, where it has one.
+        note: what to tell the user where the task reports something else than ``metric``, else ``""``.
     """
 
     name: str
@@ -45,6 +46,12 @@ class Objective(ABC):
     samples: bool = False
     metric: str
     loss: ChoiceLoss | None = None
+    note: str = ""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of lm-eval that ``metric`` stands for."""
+        return (self.metric,)
 
     @classmethod
     def make(cls, metric: str | None, task_metrics: Sequence[str], loss: ChoiceLoss) -> Objective:
@@ -83,7 +90,7 @@ def make_objective(
     margin: float | None = None,
     label_smoothing: float | None = None,
 ) -> Objective:
-    """The objective called ``name``; its metric defaults to acc_norm where the task reports it.
+    """The objective called ``name``; its metric defaults to acc_norm, acc or acc_bytes, as the task reports.
 
     Args:
         choice_loss, margin, label_smoothing: see `ChoiceLoss`; for ``choice`` only.
@@ -119,7 +126,8 @@ class Choice(Objective):
 
     For ``acc`` an option's score is its summed log-likelihood; for ``acc_norm`` that divided by
     its length in characters, times the document's mean option length: the same order as the
-    harness's, on the scale of a sum. With several right options, the probability of any counts.
+    harness's, on the scale of a sum; for ``acc_bytes`` likewise with lengths in bytes. With several
+    right options, the probability of any counts.
 
     ``both`` takes each metric's scores separately: a document's loss is the mean of its two losses;
     the selection score is the mean of the two metrics' selection scores, each after fitting its own
@@ -143,11 +151,15 @@ class Choice(Objective):
             )
         self.metric = metric
         self.loss: ChoiceLoss = loss or ChoiceLoss()
-        self._metrics = ("acc", "acc_norm") if metric == "both" else (metric,)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("acc", "acc_norm") if self.metric == "both" else (self.metric,)
 
     @classmethod
     def make(cls, metric: str | None, task_metrics: Sequence[str], loss: ChoiceLoss) -> Choice:
-        return cls(metric or ("acc_norm" if "acc_norm" in task_metrics else "acc"), loss)
+        own = (name for name in ("acc_norm", "acc", "acc_bytes") if name in task_metrics)
+        return cls(metric or next(own, "acc"), loss)
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         import torch
@@ -179,8 +191,8 @@ class Choice(Objective):
         place = (batch.document.to(sums.device), torch.tensor(columns, device=sums.device))
         shape = (len(batch.documents), max(columns) + 1)
         tables = []
-        for metric in self._metrics:
-            values = _normalised(sums, batch) if metric == "acc_norm" else sums
+        for metric in self.metrics:
+            values = sums if metric == "acc" else _normalised(sums, batch)
             tables.append(sums.new_full(shape, -math.inf).index_put(place, values))
         gold = torch.zeros(shape, dtype=torch.bool)
         for i, document in enumerate(batch.documents):
@@ -189,7 +201,7 @@ class Choice(Objective):
 
 
 def _normalised(sums: Tensor, batch: Batch) -> Tensor:
-    """Log-likelihoods (options,) per character, times the mean length of their document's options."""
+    """Log-likelihoods (options,) per character or byte, times the mean length of their document's options."""
     flat = [length for document in batch.documents for length in document.lengths]
     means = [sum(document.lengths) / len(document.lengths) for document in batch.documents]
     return sums / sums.new_tensor(flat) * sums.new_tensor(means)[batch.document.to(sums.device)]
@@ -354,6 +366,7 @@ class Mixture(Objective):
         self.objectives = list(objectives)
         self.loss = objectives[0].loss
         self.names = list(names)
+        self.note = " ".join(objective.note for objective in objectives if objective.note)
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         import torch

@@ -320,8 +320,9 @@ class TrainingPlan:
     """Everything that decides what a training run does; two equal plans give equal vectors.
 
     ``train_docs`` and ``selection_docs`` are exact numbers; left open, they are as many as the
-    protocol wants and the task has. ``task`` may name several, comma-separated: they are mixed evenly
-    (`lm_eval_aft.harness.splits`), and the numbers are totals. ``choice_loss``, ``margin`` and
+    protocol wants and the task has. ``task`` is what ``lm_eval --tasks`` takes; several tasks are mixed
+    evenly (`lm_eval_aft.harness.splits`), and the numbers are totals. ``task_metadata`` is lm-eval's
+    ``--metadata``, for tasks that build their documents for a model. ``choice_loss``, ``margin`` and
     ``label_smoothing`` are those of `lm_eval_aft.training.objectives`. ``calibrate`` chooses the finished
     vector's coefficient on the selection split; ``norm_cap`` bounds its norm, as a share of the median
     residual norm at its layer. ``rft`` is set if and only if that is the objective.
@@ -346,6 +347,7 @@ class TrainingPlan:
     norm_cap: Number | None = None
     screen: str = "off"
     include_path: Annotated[tuple[str, ...], BeforeValidator(_paths)] = ()
+    task_metadata: dict[str, Any] | None = None
     rft: RFTSettings | None = None
 
     def seeds(self) -> range:
@@ -391,5 +393,6 @@ class TrainingPlan:
         return cls(",".join(names), chosen, **plain)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for ledgers and headers."""
-        return {**asdict(self), "protocol": self.protocol.to_dict()}
+        """Plain values, for ledgers and headers; ``task_metadata`` only where there is any."""
+        values = {**asdict(self), "protocol": self.protocol.to_dict()}
+        return values if self.task_metadata else {k: v for k, v in values.items() if k != "task_metadata"}

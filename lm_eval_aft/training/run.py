@@ -18,8 +18,8 @@ from tqdm import tqdm
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
 from lm_eval_aft._util.process import is_main_process, now, postponed
-from lm_eval_aft.engine.batching import Document
-from lm_eval_aft.engine.finite import baseline_not_finite
+from lm_eval_aft.engine.batching import TokenizedDocument
+from lm_eval_aft.engine.checks import baseline_not_finite
 from lm_eval_aft.harness.examples import encode
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
@@ -145,6 +145,8 @@ def run(
         AFTError: the output folder cannot be used, nothing kept a finite score, or (`rft`) the model
             never writes a right answer.
     """
+    if prepared.objective.note and is_main_process():
+        logger.warning("%s", prepared.objective.note)
     if prepared.plan.rft is None:
         return run_sweep(prepared, folder, resume=resume, progress=progress, picture=picture)
     started = time.monotonic()
@@ -199,7 +201,8 @@ def run_sweep(
         if not math.isfinite(baseline.score):
             raise baseline_not_finite(lm.model)
         if log and log.lines == 1:
-            log.append(event="baseline", **baseline.to_dict())
+            note = {"note": prepared.objective.note} if prepared.objective.note else {}
+            log.append(event="baseline", **baseline.to_dict(), **note)
         found = sweep.run()
         calibrations = (
             coefficients(prepared, engine, found, selection, events.tick) if workers.is_main else {}
@@ -232,7 +235,7 @@ def run_sweep(
     return result
 
 
-def _encoded(prepared: Prepared) -> tuple[list[Document], dict[int, list[Document]]]:
+def _encoded(prepared: Prepared) -> tuple[list[TokenizedDocument], dict[int, list[TokenizedDocument]]]:
     """The selection documents, and the training documents of each seed, as the model reads them."""
     plan, lm, splits = prepared.plan, prepared.lm, prepared.splits
     train = {seed: encode(apply_control(splits.train(seed), plan.control, seed), lm) for seed in plan.seeds()}
@@ -275,7 +278,7 @@ def cost(prepared: Prepared) -> Estimate:
 
 
 def _screen(
-    screen: str, engine: Engine, layers: list[int], documents: Sequence[Document]
+    screen: str, engine: Engine, layers: list[int], documents: Sequence[TokenizedDocument]
 ) -> tuple[list[int], dict[str, Any] | None]:
     """The layers to sweep, in order, and the screen's result."""
     if screen == "off":

@@ -116,10 +116,17 @@ DEFAULT_CRITERION = "cross-entropy"
 
 
 def register_criterion(name: str) -> Callable[[Callable[[Ranked], Key]], Criterion]:
-    """Decorator: make a function from a score to a sort key (best first) a criterion of this name."""
+    """Decorator: make a function from a score to a sort key (best first) a criterion of this name.
+
+    Keys that are not finite come last.
+    """
 
     def register(key: Callable[[Ranked], Key]) -> Criterion:
-        CRITERIA[name] = Criterion(name, key)
+        def finite_first(score: Ranked) -> Key:
+            found = key(score)
+            return found if all(map(math.isfinite, found)) else (math.inf,) * len(found)
+
+        CRITERIA[name] = Criterion(name, finite_first)
         return CRITERIA[name]
 
     return register
@@ -138,8 +145,8 @@ def find_criterion(name: str) -> Criterion:
 
 @register_criterion(DEFAULT_CRITERION)
 def by_cross_entropy(score: Ranked) -> Key:
-    """Temperature-fitted cross-entropy, then accuracy; what is not finite comes last."""
-    return (score.score if math.isfinite(score.score) else math.inf, -score.accuracy)
+    """Temperature-fitted cross-entropy, then accuracy."""
+    return (score.score, -score.accuracy)
 
 
 def mean_of_seeds(scores: Sequence[Ranked]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,18 +14,19 @@ from torch import Tensor, nn
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.engine.batching import (
     Batch,
-    Document,
+    TokenizedDocument,
     capture,
     continuation_logits,
     make_batch,
     token_budget_batches,
 )
-from lm_eval_aft.engine.finite import require_finite
+from lm_eval_aft.engine.checks import require_finite
 from lm_eval_aft.engine.precision import to_training_dtype
 from lm_eval_aft.harness.examples import Extractor
 from lm_eval_aft.harness.grading import Marker
+from lm_eval_aft.harness.model_args import refuse_steering
 from lm_eval_aft.harness.splits import MixedSplits, Splits, split_task, split_tasks
-from lm_eval_aft.harness.tasks import compiled_once, load_task
+from lm_eval_aft.harness.tasks import compiled_once, find_tasks, load_tasks
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.steering.hooks import hidden_states, with_hidden_states
@@ -74,7 +76,7 @@ class Prepared:
     @property
     def sites(self) -> list[int]:
         """The layers that get candidates: only the first, where a method steers all at once."""
-        return self.layers[:1] if self.method.together else self.layers
+        return self.layers[:1] if self.method.steers_all_layers else self.layers
 
     def stages(self) -> list[Stage]:
         """What will be trained, before any retry."""
@@ -87,10 +89,11 @@ class Prepared:
         return {
             "model": str(self.lm.pretrained),
             "dtype": str(self.lm.model.dtype).removeprefix("torch."),
-            "task": self.plan.task,
+            "task": ",".join(part.name for part in self.parts),
             "num_fewshot": ", ".join(dict.fromkeys(str(part.num_fewshot) for part in self.parts)),
             "objective": self.objective.name,
             "metric": self.objective.metric,
+            **({"note": self.objective.note} if self.objective.note else {}),
             **({"loss": str(self.objective.loss)} if self.objective.loss else {}),
             "control": self.plan.control or "none",
             "method": f"{self.method.name}: h + {self.method.formula}",
@@ -133,8 +136,9 @@ def load_model(model: str | AFTLM, model_args: Mapping[str, Any] | None = None) 
     Loaded without a ``dtype``, it gets the fastest one, see `lm_eval_aft.engine.precision`.
 
     Raises:
-        AFTError: it cannot be loaded, or gives NaN or infinite numbers in this dtype.
+        AFTError: it cannot be loaded, is steered, or gives NaN or infinite numbers in this dtype.
     """
+    refuse_steering(model_args or {}, "a vector is trained on the model alone")
     if isinstance(model, AFTLM):
         model.require_plain()
     lm = model if isinstance(model, AFTLM) else AFTLM(model, **(model_args or {}))
@@ -163,23 +167,36 @@ def prepare(lm: AFTLM, plan: TrainingPlan, kept: dict[Any, Documents] | None = N
         "most": (plan.protocol.train_docs, plan.protocol.selection_docs),
         "share": plan.protocol.share_fewshot,
     }
-    asked = (plan.task, plan.prompts, plan.include_path, *wanted.values())
-    known = None if kept is None else kept.get(asked)
-    extractors = (
-        known[0]
-        if known
-        else [Extractor(load_task(n, plan.include_path), lm, plan.prompts) for n in plan.tasks]
+    asked = (
+        plan.task,
+        plan.prompts,
+        plan.include_path,
+        str(plan.task_metadata),
+        plan.metric,
+        *wanted.values(),
     )
+    known = None if kept is None else kept.get(asked)
+    extractors = known[0] if known else _extractors(plan, lm)
+    names = [str(extractor.task.config.task) for extractor in extractors]
     name = _objective_name(plan, extractors)
     check_control(plan.control, name)
     objectives = [_objective(plan, name, extractor) for extractor in extractors]
-    splits = known[1] if known else _split(extractors, plan.tasks, wanted)
+    splits = known[1] if known else _split(extractors, names, wanted)
     if kept is not None:
         kept[asked] = (extractors, splits)
-    objective = Mixture(objectives, plan.tasks) if isinstance(splits, MixedSplits) else objectives[0]
+    objective = Mixture(objectives, names) if isinstance(splits, MixedSplits) else objectives[0]
     own = splits.parts if isinstance(splits, MixedSplits) else [splits]
-    parts = [TaskPart(*each) for each in zip(plan.tasks, objectives, own, strict=True)]
+    parts = [TaskPart(*each) for each in zip(names, objectives, own, strict=True)]
     return Prepared(plan, lm, backbone, objective, splits, layers, parts)
+
+
+def _extractors(plan: TrainingPlan, lm: AFTLM) -> list[Extractor]:
+    """One for each task that the plan's tasks, groups and patterns stand for."""
+    model = lm.pretrained if isinstance(lm.pretrained, str) else getattr(lm.pretrained, "name_or_path", "")
+    # As lm-eval does: tasks that build their documents for a model are given it.
+    metadata = {"pretrained": model, **lm.model_args, **(plan.task_metadata or {})}
+    found = load_tasks(*find_tasks(plan.tasks, plan.include_path, metadata))["tasks"]
+    return [Extractor(task, lm, plan.prompts) for task in found.values()]
 
 
 def _split(extractors: list[Extractor], tasks: list[str], wanted: dict[str, Any]) -> Splits | MixedSplits:
@@ -201,7 +218,7 @@ def _check_intervention(plan: TrainingPlan) -> None:
 
 def _objective_name(plan: TrainingPlan, extractors: Sequence[Extractor]) -> str:
     """The objective asked for, or the one for the tasks' output type; each task must allow it."""
-    own = {name: extractor.objective for name, extractor in zip(plan.tasks, extractors, strict=True)}
+    own = {str(extractor.task.config.task): extractor.objective for extractor in extractors}
     wanted = plan.objective or extractors[0].objective
     if len(set(own.values())) > 1:
         told = ", ".join(f"{name} {objective!r}" for name, objective in own.items())
@@ -212,19 +229,33 @@ def _objective_name(plan: TrainingPlan, extractors: Sequence[Extractor]) -> str:
     if OBJECTIVES[wanted].samples:
         _check_rft(plan, extractors)
     elif wanted != extractors[0].objective:
-        raise AFTError(f"The objective {wanted!r} does not fit {plan.task!r}.", f"Use {own[plan.tasks[0]]}.")
+        raise AFTError(
+            f"The objective {wanted!r} does not fit {plan.task!r}.", f"Use {extractors[0].objective}."
+        )
     return wanted
 
 
 def _objective(plan: TrainingPlan, name: str, extractor: Extractor) -> Objective:
-    return make_objective(
+    task = extractor.task
+    reported = list(task.aggregation())
+    found = make_objective(
         name,
         plan.metric,
-        list(extractor.task.aggregation()),
+        reported,
         choice_loss=plan.choice_loss,
         margin=plan.margin,
         label_smoothing=plan.label_smoothing,
     )
+    extractor.in_bytes = found.metric == "acc_bytes"
+    computed = "process_results" if callable(task.config.process_results) else ""
+    if found.loss and (computed or not {*found.metrics} & {*reported}):
+        found.note = (
+            f"The task {task.config.task!r} reports {', '.join(reported)}"
+            f"{', computed by code of its own (process_results)' if computed else ''}. Training and every "
+            f"choice go by {' and '.join(found.metrics)} as lm-eval computes it from the options' "
+            "log-likelihoods, which may differ."
+        )
+    return found
 
 
 def _check_rft(plan: TrainingPlan, extractors: Sequence[Extractor]) -> None:
@@ -255,8 +286,8 @@ class Starts:
     """
 
     prepared: Prepared
-    train: Mapping[int, Sequence[Document]]
-    probe: Sequence[Document]
+    train: Mapping[int, Sequence[TokenizedDocument]]
+    probe: Sequence[TokenizedDocument]
     _differences: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
     def __call__(self, layer: int, seed: int, noise: int | None = None) -> Intervention:
@@ -265,9 +296,9 @@ class Starts:
         Random parameters are drawn from ``seed``, a retry's vectors from ``noise``.
         """
         model, backbone, method = self.prepared.lm.model, self.prepared.backbone, self.prepared.method
-        layers = tuple(self.prepared.layers) if method.together else (layer,)
+        layers = tuple(self.prepared.layers) if method.steers_all_layers else (layer,)
         generator = torch.Generator().manual_seed(seed)
-        tensors = method.start(backbone.hidden_size, layers, generator)
+        tensors = method.initial_tensors(backbone.hidden_size, layers, generator)
         if not method.trained:
             found = self._contrast(seed)
             tensors |= {f"layers.{each}": found[each].clone() for each in layers}
@@ -298,7 +329,7 @@ def small_random(
         residual_norm: median norm of the hidden states at its layer.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(width, generator=generator).mul_(method.noise(width, residual_norm))
+    return torch.randn(width, generator=generator).mul_(method.retry_std(width, residual_norm))
 
 
 # Vectors without training: the difference between right and wrong answers' hidden states.
@@ -308,7 +339,7 @@ TOKENS = 4096  # in one pass
 
 @torch.no_grad()
 def mean_differences(
-    model: nn.Module, backbone: Backbone, documents: Sequence[Document], window: int
+    model: nn.Module, backbone: Backbone, documents: Sequence[TokenizedDocument], window: int
 ) -> dict[int, Tensor]:
     """For every layer, shape ``(hidden_size,)``, fp32: right options' hidden states minus wrong ones'.
 
@@ -340,27 +371,27 @@ def mean_differences(
     return {layer: (total / len(rows)).float() for layer, total in totals.items()}
 
 
-def _with_wrong_options(documents: Sequence[Document]) -> list[Document]:
+def _with_wrong_options(documents: Sequence[TokenizedDocument]) -> list[TokenizedDocument]:
     found = []
     for i, document in enumerate(documents):
         if len(document.pairs) == 1:
             context, own = document.pairs[0]
             _, other = documents[(i + 1) % len(documents)].pairs[0]
-            document = Document(((context, own), (context, other)), (0,), (1.0, 1.0))
+            document = TokenizedDocument(((context, own), (context, other)), (0,), (1.0, 1.0))
         found.append(document)
     return found
 
 
-def _whole(document: Document, window: int) -> Document:
+def _whole(document: TokenizedDocument, window: int) -> TokenizedDocument:
     """The document with one more token after each option, so that the options' last tokens are read too."""
     pairs = []
     for context, tail in document.pairs:
         kept = tail[: window - 1]
         pairs.append((context[-(window - len(kept)) :], (*kept, kept[-1])))
-    return Document(tuple(pairs), document.gold, document.lengths)
+    return TokenizedDocument(tuple(pairs), document.gold, document.lengths)
 
 
-def _weights(documents: Sequence[Document]) -> Tensor:
+def _weights(documents: Sequence[TokenizedDocument]) -> Tensor:
     """Each option's (row's) weight: in a document right ones sum to 1, wrong ones to -1."""
     weights: list[float] = []
     for document in documents:
@@ -389,7 +420,7 @@ def check_screen(screen: str, plain: bool = True) -> None:
         raise AFTError(f"There is no screen {screen!r}.", "Use off, order, or how many layers to keep.")
 
 
-def first_gradients(engine: Trajectory, documents: Sequence[Document]) -> dict[int, Tensor]:
+def first_gradients(engine: Trajectory, documents: Sequence[TokenizedDocument]) -> dict[int, Tensor]:
     """Gradient of the mean loss at v = 0 for a vector at each block, shape ``(hidden_size,)``, fp32."""
     totals: dict[int, Tensor] = {}
     for batch in engine.batches(documents):
@@ -432,7 +463,8 @@ def layer_order(gradients: dict[int, Tensor], layers: Sequence[int]) -> list[int
     Adam's first step moves every entry by the learning rate against its gradient's sign, so to
     first order the loss falls by the learning rate times the gradient's 1-norm.
     """
-    return sorted(layers, key=lambda layer: -float(gradients[layer].abs().sum()))
+    gains = {layer: float(gradients[layer].abs().sum()) for layer in layers}
+    return sorted(layers, key=lambda layer: -gains[layer] if math.isfinite(gains[layer]) else math.inf)
 
 
 def rank_correlation(order: Sequence[int], changes: dict[int, float]) -> float:

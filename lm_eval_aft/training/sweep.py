@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.harness.splits import interleaved
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.methods import METHODS
@@ -25,6 +26,7 @@ from lm_eval_aft.training.setup import Prepared
 from lm_eval_aft.training.trainer import residual_norm
 
 logger = logging.getLogger(__name__)
+_DIVERGED = "Lower the learning rate, or train in a wider --dtype: bfloat16 or float32."
 Setting = tuple[int, float, float]  # layer, learning rate, L2
 
 
@@ -102,8 +104,8 @@ class Sweep:
     layers: Sequence[int]
     _: KW_ONLY
     seeds: Sequence[int]
-    train: dict[int, list[Document]]
-    selection: Sequence[Document]
+    train: dict[int, list[TokenizedDocument]]
+    selection: Sequence[TokenizedDocument]
     start: Callable[[int, int, int | None], Intervention]
     events: RunRecorder
     workers: Workers = field(default_factory=Workers)
@@ -257,7 +259,7 @@ class Sweep:
         if done:
             self.events.tick(done)
 
-    def _train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]]) -> None:
+    def _train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[TokenizedDocument]]) -> None:
         """One step at a time: between two steps the run can be saved, and ended."""
         for step in steps:
             self.engine.train(candidates, [step], self.events.tick)
@@ -279,9 +281,7 @@ class Sweep:
         """
         whole = [group for group in groups if all(candidate.scores[epochs] for candidate in group)]
         if not whole:
-            raise AFTError(
-                "Every layer diverged: no candidate kept a finite score.", "Lower the learning rate."
-            )
+            raise AFTError("Every layer diverged: no candidate kept a finite score.", _DIVERGED)
         results = [self._result(group, selection, epochs) for group in whole]
         order = sorted(range(len(whole)), key=lambda i: self.criterion.key(results[i]))
         for i in reversed(order):  # the best of each layer comes last
@@ -303,7 +303,7 @@ class Sweep:
 
 
 def coefficients(
-    prepared: Prepared, engine: Engine, found: SweepResult, selection: Sequence[Document], tick: Tick
+    prepared: Prepared, engine: Engine, found: SweepResult, selection: Sequence[TokenizedDocument], tick: Tick
 ) -> dict[int, Calibration]:
     """The finalists' coefficients by seed, where the plan leaves them open.
 
@@ -331,7 +331,7 @@ def score_again(
     finalists: dict[int, SteeringVector],
     found: SweepResult,
     engine: Engine,
-    selection: Sequence[Document],
+    selection: Sequence[TokenizedDocument],
     workers: Workers,
 ) -> None:
     """Put the selection scores of the vectors as they are saved into their headers.
@@ -345,6 +345,9 @@ def score_again(
         group.append(Candidate(found.finalist.layer, seed, Recipe(), used, "finished"))
     scores = engine.evaluate(group, selection, lambda _: None) if workers.is_main else []
     for vector, score in zip(finalists.values(), workers.broadcast(scores), strict=True):
+        if not math.isfinite(score.score):
+            logger.warning("The finished vector's own scores are not finite; its header has the search's.")
+            continue
         said = vector.metadata["selection"]
         vector.metadata["selection"] = {**said, "vector": score.to_dict(), "trained": said["vector"]}
 
@@ -360,7 +363,7 @@ class Calibration:
     """The curve of selection scores over coefficients, and the coefficient chosen from it.
 
     Attributes:
-        curve: score by coefficient, ascending; 0 is the baseline.
+        curve: score by coefficient, ascending, those that are finite; 0 is the baseline.
         coefficient: the best of them that the cap allows; at least as good as 1 where that is allowed.
         cap: the largest coefficient allowed, or ``None``.
     """
@@ -384,7 +387,7 @@ def calibrate(
     engine: Engine,
     candidate: Candidate,
     baseline: Score,
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     cap: float | None,
     tick: Tick,
 ) -> Calibration:
@@ -397,10 +400,10 @@ def calibrate(
         cap: largest coefficient allowed.
 
     Raises:
-        AFTError: the candidate never had a finite score.
+        AFTError: the candidate has no finite score.
     """
     if candidate.best is None:
-        raise AFTError(f"{candidate.name} has no finite score.", "Lower the learning rate.")
+        raise AFTError(f"{candidate.name} has no finite score.", _DIVERGED)
     allowed = [c for c in COEFFICIENTS if cap is None or c <= cap] or [float(cap or 0.0)]
     curve, best = {0.0: baseline}, candidate.criterion.coefficient
     for round_ in range(1 + REFINEMENTS):
@@ -408,7 +411,10 @@ def calibrate(
         wanted = [c for c in wanted if c not in curve]
         group = [_at(candidate, candidate.best, coefficient) for coefficient in wanted]
         if group:
-            curve |= dict(zip(wanted, engine.evaluate(group, documents, tick), strict=True))
+            scores = zip(wanted, engine.evaluate(group, documents, tick), strict=True)
+            curve |= {c: score for c, score in scores if math.isfinite(score.score)}
+    if len(curve) == 1:
+        raise AFTError(f"{candidate.name} has no finite score at any coefficient.", _DIVERGED)
     chosen = best({c: score for c, score in curve.items() if c > 0})
     return Calibration(dict(sorted(curve.items())), chosen, cap)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.engine.batching import (
     Batch,
-    Document,
+    TokenizedDocument,
     capture,
     continuation_logits,
     make_batch,
@@ -25,7 +25,7 @@ from lm_eval_aft.engine.batching import (
     token_budget_batches,
     units,
 )
-from lm_eval_aft.engine.compatibility import may_pack
+from lm_eval_aft.engine.checks import packing_problem
 from lm_eval_aft.engine.precision import subnormals_flushed
 from lm_eval_aft.steering.backbone import Backbone, attention_kernel, input_device
 from lm_eval_aft.steering.hooks import add_all, hidden_states
@@ -49,7 +49,7 @@ class Trajectory:
     model allows it, and the head is applied to continuation positions only.
 
     Args:
-        packed: whether to pack rows; see `lm_eval_aft.engine.compatibility.may_pack`.
+        packed: whether to pack rows; see `lm_eval_aft.engine.checks.packing_problem`.
         budget: most tokens (rows x width) in one pass; by default what suits the device.
     """
 
@@ -70,7 +70,9 @@ class Trajectory:
         self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
 
     @subnormals_flushed()
-    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+    def train(
+        self, candidates: Sequence[Candidate], steps: Sequence[Sequence[TokenizedDocument]], tick: Tick
+    ) -> None:
         for step in steps:
             live = [candidate for candidate in candidates if not candidate.stopped]
 
@@ -93,7 +95,7 @@ class Trajectory:
     @subnormals_flushed()
     @torch.no_grad()
     def evaluate(
-        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+        self, candidates: Sequence[Candidate], documents: Sequence[TokenizedDocument], tick: Tick
     ) -> list[Score]:
         outcomes: list[list[NDArray[np.float64]]] = [[] for _ in candidates]
 
@@ -113,7 +115,7 @@ class Trajectory:
         return [self.objective.summarise(its_outcomes) for its_outcomes in outcomes]
 
     @torch.no_grad()
-    def baseline(self, documents: Sequence[Document], tick: Tick) -> Score:
+    def baseline(self, documents: Sequence[TokenizedDocument], tick: Tick) -> Score:
         outcomes: list[NDArray[np.float64]] = []
 
         def score(batch: Batch) -> None:
@@ -123,7 +125,7 @@ class Trajectory:
         self._each_batch(_by_length(documents, self.packed), score, outcomes.clear)
         return self.objective.summarise(outcomes)
 
-    def batches(self, documents: Sequence[Document]) -> Iterator[Batch]:
+    def batches(self, documents: Sequence[TokenizedDocument]) -> Iterator[Batch]:
         """Cut documents, in the order given, into batches within the token budget."""
         parameter = next(self.model.parameters())
         for indices in token_budget_batches(documents, self.packed, self.budget):
@@ -148,7 +150,10 @@ class Trajectory:
             yield
 
     def _each_batch(
-        self, documents: Sequence[Document], work: Callable[[Batch], None], forget: Callable[[], None]
+        self,
+        documents: Sequence[TokenizedDocument],
+        work: Callable[[Batch], None],
+        forget: Callable[[], None],
     ) -> None:
         """Do ``work`` batch by batch; out of memory, ``forget`` it all and start again with smaller ones.
 
@@ -183,7 +188,7 @@ class Trajectory:
 
 
 def make_engine(
-    model: nn.Module, backbone: Backbone, objective: Objective, documents: Sequence[Document]
+    model: nn.Module, backbone: Backbone, objective: Objective, documents: Sequence[TokenizedDocument]
 ) -> tuple[Engine, str]:
     """The fastest engine that agrees with the plain one on these documents, and its name.
 
@@ -196,7 +201,7 @@ def make_engine(
         raise AFTError(
             "flex attention has no gradients on a CPU.", "Load the model with attn_implementation=sdpa."
         )
-    reason = may_pack(model, documents)
+    reason = packing_problem(model, documents)
     if reason:
         logger.info("Rows are not packed: %s.", reason)
     engine = Trajectory(model, backbone, objective, packed=not reason)
@@ -209,7 +214,7 @@ def make_engine(
 
 
 @torch.no_grad()
-def _resuming_differs(engine: Trajectory, reference: Reference, document: Document) -> str:
+def _resuming_differs(engine: Trajectory, reference: Reference, document: TokenizedDocument) -> str:
     """Compare both engines on one document under a vector as long as a typical hidden state."""
     layer = (len(engine.backbone.blocks) - 1) // 2
     parameter, device = next(engine.model.parameters()), input_device(engine.model)
@@ -234,12 +239,16 @@ def _resuming_differs(engine: Trajectory, reference: Reference, document: Docume
 
 
 @torch.no_grad()
-def residual_norm(model: nn.Module, backbone: Backbone, layer: int, documents: Sequence[Document]) -> float:
+def residual_norm(
+    model: nn.Module, backbone: Backbone, layer: int, documents: Sequence[TokenizedDocument]
+) -> float:
     """Median norm of the hidden states at a layer's output, over the documents' tokens."""
     parameter = next(model.parameters())
     norms = []
     for document in documents:
-        batch = make_batch([Document(document.pairs[:1])], False, input_device(model), parameter.dtype)
+        batch = make_batch(
+            [TokenizedDocument(document.pairs[:1])], False, input_device(model), parameter.dtype
+        )
         with capture(backbone, [layer]) as outputs:
             _run_blocks(model, batch)
         norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1))
@@ -261,7 +270,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _by_length(documents: Sequence[Document], packed: bool) -> list[Document]:
+def _by_length(documents: Sequence[TokenizedDocument], packed: bool) -> list[TokenizedDocument]:
     """Longest first; documents of a group stay together."""
     together = [[documents[i] for i in unit] for unit in units(documents)]
     together.sort(key=lambda unit: -max(document.tokens(packed) for document in unit))
@@ -281,7 +290,9 @@ class Reference:
         self.backbone = backbone
         self.objective = objective
 
-    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+    def train(
+        self, candidates: Sequence[Candidate], steps: Sequence[Sequence[TokenizedDocument]], tick: Tick
+    ) -> None:
         for candidate in candidates:
             for step in steps:
                 if candidate.stopped:
@@ -294,15 +305,17 @@ class Reference:
 
     @torch.no_grad()
     def evaluate(
-        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+        self, candidates: Sequence[Candidate], documents: Sequence[TokenizedDocument], tick: Tick
     ) -> list[Score]:
         return [self._score(candidate, documents, tick) for candidate in candidates]
 
     @torch.no_grad()
-    def baseline(self, documents: Sequence[Document], tick: Tick) -> Score:
+    def baseline(self, documents: Sequence[TokenizedDocument], tick: Tick) -> Score:
         return self._score(None, documents, tick)
 
-    def _score(self, candidate: Candidate | None, documents: Sequence[Document], tick: Tick) -> Score:
+    def _score(
+        self, candidate: Candidate | None, documents: Sequence[TokenizedDocument], tick: Tick
+    ) -> Score:
         outcomes: list[NDArray[np.float64]] = []
         for document in documents:
             logits, batch = self.logits(document, candidate)
@@ -310,7 +323,7 @@ class Reference:
             tick(1)
         return self.objective.summarise(outcomes)
 
-    def logits(self, document: Document, candidate: Candidate | None) -> tuple[Tensor, Batch]:
+    def logits(self, document: TokenizedDocument, candidate: Candidate | None) -> tuple[Tensor, Batch]:
         """Logits (S, vocabulary) at a document's scored positions, and the batch that describes them."""
         device = input_device(self.model)
         rows = []

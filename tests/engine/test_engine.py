@@ -12,14 +12,14 @@ import torch
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.engine import attention
 from lm_eval_aft.engine.batching import (
-    Document,
+    TokenizedDocument,
     continuation_logits,
     make_batch,
     option_logprobs,
     token_budget_batches,
     token_logprobs,
 )
-from lm_eval_aft.engine.compatibility import may_pack
+from lm_eval_aft.engine.checks import packing_problem
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, in_steps
@@ -52,7 +52,7 @@ CPU = (torch.device("cpu"), torch.float32)
 
 def documents(
     n: int = 6, seed: int = 0, options: Sequence[int] = (4, 2, 3), context: int = 9
-) -> list[Document]:
+) -> list[TokenizedDocument]:
     """Random documents of uneven sizes, some options one token long."""
     draw = np.random.default_rng(seed)
 
@@ -65,12 +65,14 @@ def documents(
         shared = ids(int(draw.integers(2, context + 1)))
         tails = [ids(int(draw.integers(1, 6))) for _ in range(count)]
         lengths = tuple(float(draw.integers(1, 30)) for _ in range(count))
-        made.append(Document(tuple((shared, tail) for tail in tails), (int(draw.integers(count)),), lengths))
+        made.append(
+            TokenizedDocument(tuple((shared, tail) for tail in tails), (int(draw.integers(count)),), lengths)
+        )
     return made
 
 
-def single(n: int = 6) -> list[Document]:
-    return [Document((document.pairs[0],)) for document in documents(n)]
+def single(n: int = 6) -> list[TokenizedDocument]:
+    return [TokenizedDocument((document.pairs[0],)) for document in documents(n)]
 
 
 def candidate(
@@ -88,7 +90,7 @@ def nothing(_done: int) -> None:
     pass
 
 
-def gradient(engine: Engine, model: Any, layer: int, docs: Sequence[Document]) -> torch.Tensor:
+def gradient(engine: Engine, model: Any, layer: int, docs: Sequence[TokenizedDocument]) -> torch.Tensor:
     """The gradient of the mean loss over ``docs``, read off just before the optimiser uses it."""
     probe = candidate(model, layer)
     seen: list[torch.Tensor] = []
@@ -128,7 +130,7 @@ def test_engine_equals_reference(family: str, objective: Objective) -> None:
 def test_packed_log_likelihoods_equal_unpacked(family: str) -> None:
     model = tiny_model(family)
     docs = documents(9)
-    assert may_pack(model, docs) == ""
+    assert packing_problem(model, docs) == ""
     scores = []
     for packed in (True, False):
         batch = make_batch(docs, packed, torch.device("cpu"), torch.float32)
@@ -139,7 +141,7 @@ def test_packed_log_likelihoods_equal_unpacked(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - PACKED))
 def test_families_that_cannot_pack_say_why(family: str) -> None:
-    assert may_pack(tiny_model(family), documents(9))
+    assert packing_problem(tiny_model(family), documents(9))
 
 
 def test_a_wrong_mask_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +149,7 @@ def test_a_wrong_mask_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     forward = model.model.forward
     model.model.forward = lambda *a, attention_mask=None, **k: forward(*a, **k)
-    assert "differ by" in may_pack(model, documents(9))
+    assert "differ by" in packing_problem(model, documents(9))
 
 
 def test_a_model_that_cannot_resume_falls_back_to_the_plain_engine() -> None:
@@ -251,7 +253,7 @@ def test_budget_is_kept_and_everything_is_served() -> None:
 
 def test_options_with_contexts_of_their_own_get_rows_of_their_own() -> None:
     shared, other = documents(2, options=(2,))
-    mixed = Document((shared.pairs[0], other.pairs[0], shared.pairs[1]), (1,), (3.0, 4.0, 5.0))
+    mixed = TokenizedDocument((shared.pairs[0], other.pairs[0], shared.pairs[1]), (1,), (3.0, 4.0, 5.0))
     assert (mixed.rows(True), mixed.rows(False)) == (2, 3)
     model = tiny_model("llama")
     for packed in (True, False):
@@ -408,7 +410,7 @@ def test_long_contexts_split_attention_and_stay_exact(family: str, monkeypatch: 
     assert calls
 
 
-def sharing(n: int = 7, seed: int = 3, tails: Sequence[int] = (3, 1, 4)) -> list[Document]:
+def sharing(n: int = 7, seed: int = 3, tails: Sequence[int] = (3, 1, 4)) -> list[TokenizedDocument]:
     """Documents in groups of three (the last one alone) whose contexts begin alike, and one of no group."""
     draw = np.random.default_rng(seed)
 
@@ -420,7 +422,7 @@ def sharing(n: int = 7, seed: int = 3, tails: Sequence[int] = (3, 1, 4)) -> list
         prefix = prefix if i % 3 else ids(40)
         context = prefix + ids(int(draw.integers(1, 9)))
         pairs = tuple((context, ids(k)) for k in tails)
-        made.append(Document(pairs, (i % len(tails),), tuple(5.0 + k for k in tails), group=i // 3))
+        made.append(TokenizedDocument(pairs, (i % len(tails),), tuple(5.0 + k for k in tails), group=i // 3))
     return [*made, *documents(1)] if len(tails) > 1 else made
 
 
@@ -464,14 +466,17 @@ def test_steps_and_batches_keep_groups_together_and_lose_nobody() -> None:
 
 def test_contexts_that_are_not_alike_share_nothing() -> None:
     """Same group, but the prompts were cut on the left in different places."""
-    docs = [Document(((d.pairs[0][0][i:], d.pairs[0][1]),), group=0) for i, d in enumerate(sharing(3)[:3])]
+    docs = [
+        TokenizedDocument(((d.pairs[0][0][i:], d.pairs[0][1]),), group=0)
+        for i, d in enumerate(sharing(3)[:3])
+    ]
     batch = make_batch(docs, True, *CPU)
     assert batch.inputs["input_ids"].shape[0] == 3
 
 
 def test_options_that_are_ruled_out_leave_no_subnormal_gradients() -> None:
     """Products with subnormal numbers take many times as long; what they stand for adds nothing."""
-    batch = make_batch([Document((((1, 2), (3, 4)), ((1, 2), (5, 6))))], True, *CPU)
+    batch = make_batch([TokenizedDocument((((1, 2), (3, 4)), ((1, 2), (5, 6))))], True, *CPU)
     logits = torch.randn(len(batch.scored), 64, requires_grad=True)
     tokens = token_logprobs(logits, batch)
     weights = torch.tensor([1.0, 1.0, 1e-36, 1e-36])  # an option 83 nats behind

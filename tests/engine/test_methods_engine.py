@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from lm_eval_aft import AFTError, SteeringVector, attach, train_vector
-from lm_eval_aft.engine.batching import Document, capture
+from lm_eval_aft.engine.batching import TokenizedDocument, capture
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.backbone import cache_argument, find_backbone
 from lm_eval_aft.steering.intervention import POSITIONS, Intervention
@@ -30,14 +30,14 @@ TRAINED = [name for name, method in METHODS.items() if method.trained]
 def intervention(name: str, positions: str, layer: int, dtype: torch.dtype = torch.float32) -> Intervention:
     method = find_method(name)
     generator = torch.Generator().manual_seed(7)
-    layers = (layer, layer + 1) if method.together else (layer,)
-    tensors = method.start(32, layers, generator)
+    layers = (layer, layer + 1) if method.steers_all_layers else (layer,)
+    tensors = method.initial_tensors(32, layers, generator)
     tensors = {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in tensors.items()}
     return Intervention(method, {k: v.to(dtype) for k, v in tensors.items()}, positions=positions)
 
 
 def gradients(
-    engine: Engine, docs: list[Document], name: str, positions: str, layer: int = 1
+    engine: Engine, docs: list[TokenizedDocument], name: str, positions: str, layer: int = 1
 ) -> dict[str, torch.Tensor]:
     probe = Candidate(layer, 0, Recipe(), intervention(name, positions, layer))
     seen: dict[str, torch.Tensor] = {}
@@ -194,8 +194,10 @@ def test_packed_rows_change_hidden_states_where_they_should(positions: str) -> N
     backbone = find_backbone(model)
     engine = Trajectory(model, backbone, Choice("acc"), packed=True)
     docs = [
-        Document((((5, 6, 7), (20, 21, 22)), ((5, 6, 7), (23,)), ((5, 6, 7), (24, 25))), (0,), (1.0,) * 3),
-        Document((((8,), (26, 27)),), (0,)),
+        TokenizedDocument(
+            (((5, 6, 7), (20, 21, 22)), ((5, 6, 7), (23,)), ((5, 6, 7), (24, 25))), (0,), (1.0,) * 3
+        ),
+        TokenizedDocument((((8,), (26, 27)),), (0,)),
     ]
     (batch,) = engine.batches(docs)
     # Row 0: context 5 6 7, then 20 21 of the first option and 24 of the third; row 1: 8, 26, padding.

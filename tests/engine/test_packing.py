@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lm_eval_aft.engine.attention import Parts
 from lm_eval_aft.engine.batching import (
     Batch,
-    Document,
+    TokenizedDocument,
     capture,
     continuation_logits,
     logits_at,
@@ -27,13 +27,15 @@ from lm_eval_aft.steering.intervention import CONTEXT, GENERATED, LAST, PADDING
 from tests.conftest import tiny_model
 
 CPU = torch.device("cpu")
-THREE = Document((((5, 6, 7), (8, 9, 10)), ((5, 6, 7), (11,)), ((5, 6, 7), (12, 13))), (0,), (1.0, 2.0, 3.0))
-ONE = Document((((20,), (21, 22)),))
+THREE = TokenizedDocument(
+    (((5, 6, 7), (8, 9, 10)), ((5, 6, 7), (11,)), ((5, 6, 7), (12, 13))), (0,), (1.0, 2.0, 3.0)
+)
+ONE = TokenizedDocument((((20,), (21, 22)),))
 # Two documents with 40 shared tokens, then contexts and options of their own.
 SHARED = tuple(range(100, 140))
 ALIKE = [
-    Document((((*SHARED, 1, 2), (3, 4)), ((*SHARED, 1, 2), (5, 6, 7))), group=7),
-    Document((((*SHARED, 8), (9,)), ((*SHARED, 8), (10, 11))), group=7),
+    TokenizedDocument((((*SHARED, 1, 2), (3, 4)), ((*SHARED, 1, 2), (5, 6, 7))), group=7),
+    TokenizedDocument((((*SHARED, 8), (9,)), ((*SHARED, 8), (10, 11))), group=7),
 ]
 
 
@@ -126,7 +128,7 @@ def test_a_pass_and_its_log_likelihoods_stay_on_the_models_device() -> None:
     found.sum().backward()
 
 
-def by_hand(model: nn.Module, documents: list[Document]) -> list[float]:
+def by_hand(model: nn.Module, documents: list[TokenizedDocument]) -> list[float]:
     """Each option's log-likelihood from a plain pass of its own."""
     found = []
     for document in documents:

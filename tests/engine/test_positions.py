@@ -40,7 +40,7 @@ SOME = [positions for positions in POSITIONS if positions != "all"]
 
 def vector_for(name: str, positions: str, layers: tuple[int, ...] = (1,)) -> SteeringVector:
     generator = torch.Generator().manual_seed(7)
-    tensors = find_method(name).start(32, layers, generator)
+    tensors = find_method(name).initial_tensors(32, layers, generator)
     tensors = {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in tensors.items()}
     return SteeringVector.from_tensors(tensors, method=name, positions=positions, coefficient=4.0)
 

@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_aft import AFTError, SteeringVector, train_vector
 from lm_eval_aft.cli.main import aft
-from lm_eval_aft.engine.finite import require_finite
+from lm_eval_aft.engine.checks import require_finite
 from lm_eval_aft.evaluation.report import compare
 from lm_eval_aft.lm import AFTLM
 from tests.conftest import toy_documents

@@ -32,7 +32,7 @@ from lm_eval_aft._util.private_names import (
     require,
     version,
 )
-from lm_eval_aft.engine.compatibility import refused
+from lm_eval_aft.engine.checks import packing_ruled_out
 from lm_eval_aft.engine.kv_cache import RowCache
 from lm_eval_aft.steering.backbone import UNTOLD, attention_kernel, cache_argument
 from tests.conftest import FAMILIES, tiny_model
@@ -244,6 +244,9 @@ NO_CONFIG = instead("transformers", "LlamaConfig", lambda **_: Bare())
 
 GONE: dict[str, Take] = {
     "transformers: PreTrainedConfig._attn_implementation": NO_CONFIG,
+    "transformers: PreTrainedModel.all_tied_weights_keys": instead(
+        "transformers", "LlamaForCausalLM", lambda config: Bare()
+    ),
     "transformers: PreTrainedModel._is_stateful": without("transformers", "PreTrainedModel._is_stateful"),
     "transformers: PreTrainedConfig._name_or_path": instead(
         "transformers", "LlamaConfig", lambda **_: Bare()
@@ -287,7 +290,9 @@ GONE: dict[str, Take] = {
     "torch: torch.utils.flop_counter (flop_registry, register_flop_formula, sdpa_flop_count)": without(
         "torch.utils.flop_counter", "sdpa_flop_count"
     ),
-    "torch: _orig_mod of compiled modules": instead("torch", "compile", lambda module: Bare()),
+    "torch: _orig_mod, _compiled_call_impl of compiled modules": instead(
+        "torch", "compile", lambda module: Bare()
+    ),
     "torch: torch.utils.collect_env.get_pretty_env_info": without(
         "torch.utils.collect_env", "get_pretty_env_info"
     ),
@@ -368,13 +373,13 @@ def test_rows_are_not_packed_where_attention_or_state_is_untold(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
-    assert refused(model, 8) == ""
+    assert packing_ruled_out(model, 8) == ""
     target = PreTrainedModel if name == "_is_stateful" else type(model.config)
     with monkeypatch.context() as patch:
         for kind in target.__mro__:
             if name in vars(kind):
                 patch.delattr(kind, name)
-        assert "does not say" in refused(model, 8)
+        assert "does not say" in packing_ruled_out(model, 8)
         if name == "_attn_implementation":
             assert attention_kernel(model) == UNTOLD
 

@@ -33,7 +33,7 @@ def tensors_of(name: str, width: int = 32, layer: int = 2, noise: float = 0.5) -
     """A method's tensors, all of them random."""
     generator = torch.Generator().manual_seed(3)
     layers = (1, layer) if name == "all-layers" else (layer,)
-    tensors = find_method(name).start(width, layers, generator)
+    tensors = find_method(name).initial_tensors(width, layers, generator)
     return {k: v + noise * torch.randn(v.shape, generator=generator) for k, v in tensors.items()}
 
 
@@ -45,7 +45,9 @@ def vector_of(name: str, **options: int) -> SteeringVector:
 def test_parameter_counts_at_1024(name: str) -> None:
     method = METHODS[name]
     assert method.parameters(1024, 24) == COUNTS[name]
-    tensors = method.start(1024, tuple(range(24)) if method.together else (3,), torch.Generator())
+    tensors = method.initial_tensors(
+        1024, tuple(range(24)) if method.steers_all_layers else (3,), torch.Generator()
+    )
     assert sum(tensor.numel() for tensor in tensors.values()) == COUNTS[name]
 
 
@@ -60,7 +62,9 @@ def test_counts_follow_their_formulas() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_is_added_at_the_start(name: str) -> None:
     method = METHODS[name]
-    tensors = method.start(32, (1, 2) if method.together else (2,), torch.Generator().manual_seed(0))
+    tensors = method.initial_tensors(
+        32, (1, 2) if method.steers_all_layers else (2,), torch.Generator().manual_seed(0)
+    )
     delta = method.delta(tensors, 2, torch.randn(3, 5, 32))
     assert not bool(delta.any())
 
@@ -121,7 +125,7 @@ def test_a_retry_starts_with_a_tenth_of_the_hidden_state() -> None:
     hidden = 37.0 * torch.nn.functional.normalize(torch.randn(500, 32), dim=-1)
     for name in ("static", "scale"):
         method = METHODS[name]
-        noise = torch.stack([torch.randn(32) * method.noise(32, 37.0) for _ in range(500)])
+        noise = torch.stack([torch.randn(32) * method.retry_std(32, 37.0) for _ in range(500)])
         added = torch.stack([method.delta({"layers.2": v}, 2, h) for v, h in zip(noise, hidden, strict=True)])
         assert float((added.norm(dim=-1) / hidden.norm(dim=-1)).mean()) == pytest.approx(0.1, rel=0.1)
 

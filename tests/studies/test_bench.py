@@ -258,6 +258,47 @@ def test_answers_that_are_not_finite_get_no_verdict(write: Callable[..., Path], 
     assert "too large for this model" in cell["why"]
 
 
+SIZED = """
+import json
+from pathlib import Path
+import datasets
+
+def sized(size, pretrained, softmax_dtype=None, **metadata):
+    read = lambda name: (Path(__file__).parent / f"{name}.jsonl").read_text().splitlines()
+    rows = {name: [json.loads(line) for line in read(name)] for name in ("train", "test")}
+    return {name: datasets.Dataset.from_list(rows[name][:int(size)]) for name in rows}
+"""
+
+
+@pytest.fixture
+def sized(toy_tasks: Callable[..., str]) -> Path:
+    """A folder with the task ``sized``, whose documents are as many as the metadata says."""
+    folder = Path(toy_tasks())
+    text = (folder / "toy_choice.yaml").read_text().replace("toy_choice", "sized")
+    lines = [line for line in text.splitlines() if not line.startswith(("dataset_", "  data_files"))]
+    (folder / "sized.yaml").write_text("\n".join([*lines, "custom_dataset: !function sizes.sized", ""]))
+    (folder / "sizes.py").write_text(SIZED)
+    return folder
+
+
+def test_tasks_made_from_metadata(sized: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+    """Model arguments and the study's own metadata reach training and scoring, and are in the address."""
+    output = tmp_path / "out"
+    tasks = [
+        {"task": "sized", "name": f"of-{size}", "task_metadata": {"size": size}, "limit": 100}
+        for size in (20, 12)
+    ]
+    recipe = {**QUICK, "train_docs": 4, "selection_docs": 6}
+    call(write(tasks=tasks, methods=["static"], seeds=1, recipe=recipe), output)
+    found = {row["task"]: row["n"] for row in rows(output) if row["primary"] == "True"}
+    assert found == {"of-20": "20", "of-12": "12"}
+    cells = jobs.build_cells(read_bench_study(tmp_path / "study.yaml"))
+    assert len({cell.baseline_key for cell in cells}) == 2
+    call(write(tasks=[{"task": "sized"}], methods=["static"], seeds=1), tmp_path / "other", code=1)
+    (cell,) = json.loads((tmp_path / "other/report.json").read_text())["cells"]
+    assert "size" in cell["why"]
+
+
 def test_a_model_that_is_not_finite_ends_its_cells_and_no_others(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.studies.planner import KNOWN, documents_of, find_config, plan_cost, typical_documents
@@ -59,7 +59,7 @@ def measured(budget: int) -> tuple[int, int]:
     model = transformers.AutoModelForCausalLM.from_config(tiny()).float().eval()
     backbone = find_backbone(model)
     docs = [
-        Document(tuple(((1,) * c, tuple(range(2, 2 + t))) for t in tails), (0,), (1.0,) * 4)
+        TokenizedDocument(tuple(((1,) * c, tuple(range(2, 2 + t))) for t in tails), (0,), (1.0,) * 4)
         for c, tails in LENGTHS
     ]
     engine = Trajectory(model, backbone, Choice("acc_norm"), packed=True, budget=budget)

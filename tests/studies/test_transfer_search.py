@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lm_eval_aft.studies import search as search_module
 from lm_eval_aft.studies import train_set
 from lm_eval_aft.studies.search import Point
 from lm_eval_aft.training import run
+from tests.studies.test_bench import SIZED
 
 TRAINING = "--train-docs 12 --selection-docs 10 --device cpu".split()
 SHORT = [
@@ -159,7 +161,10 @@ def test_optuna_search_goes_on_to_the_same_end(
 
     with monkeypatch.context() as patched:
         patched.setattr(search_module, "train_vector", dying)
-        assert "goes on" in call(*words, "--output", str(cut), "--trials", "5", code=130).output
+        assert (
+            "the same command continues"
+            in call(*words, "--output", str(cut), "--trials", "5", code=130).output
+        )
     assert len(searched(cut)) == 2
     call(*words, "--output", str(cut), "--trials", "5")
     assert searched(cut) == searched(whole)
@@ -173,3 +178,23 @@ def test_optuna_that_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     words = ["search", "--model", "demo", "--task", "aft_demo_choice", "--strategy", "optuna"]
     assert "lm-eval-aft[optuna]" in call(*words, "--output", str(tmp_path / "o"), code=1).output
+
+
+def test_metadata_reaches_training_scoring_and_the_printed_command(tasks: str, tmp_path: Path) -> None:
+    (Path(tasks) / "sizes.py").write_text(SIZED)
+    text = (Path(tasks) / "toy_choice.yaml").read_text().replace("toy_choice", "sized")
+    lines = [line for line in text.splitlines() if not line.startswith(("dataset_", "  data_files"))]
+    (Path(tasks) / "sized.yaml").write_text("\n".join([*lines, "custom_dataset: !function sizes.sized", ""]))
+    own = ["--include-path", tasks, "--metadata", "size=18"]
+    words = ["--model", "demo", *own, *"--train-docs 4 --selection-docs 6 --device cpu".split()]
+    short = "--protocol maximum --layers 1 --epochs 1 --seeds 1 --retries 0".split()
+    call("transfer", "--tasks", "sized", *words, *short, "--output", str(tmp_path / "t"))
+    (cell,) = json.loads((tmp_path / "t/transfer.json").read_text())["cells"]
+    assert cell["n"] == 18
+    grid = "--layers 1 --lr 1e-2 --epochs 1".split()
+    said = call("search", "--task", "sized", *words, *grid, "--output", str(tmp_path / "s")).output
+    (printed,) = [line for line in said.splitlines() if line.startswith("  aft eval")]
+    assert "--metadata size=18" in printed
+    assert f"--include_path {tasks}" in printed
+    command = shlex.split(printed.replace("RESULTS", str(tmp_path / "results")))[1:]
+    call(*command)

@@ -22,8 +22,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from lm_eval_aft import AFTError, SteeringVector, attach, load_vector
-from lm_eval_aft.engine.batching import Document
-from lm_eval_aft.engine.compatibility import may_pack
+from lm_eval_aft.engine.batching import TokenizedDocument
+from lm_eval_aft.engine.checks import packing_problem
 from lm_eval_aft.export.formats import export_vector
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
@@ -66,7 +66,7 @@ class Row:
         return "refused"
 
 
-def documents(n: int = 6, seed: int = 0) -> list[Document]:
+def documents(n: int = 6, seed: int = 0) -> list[TokenizedDocument]:
     """Random token documents of two to four options over one context."""
     draw = random.Random(seed)
 
@@ -79,7 +79,9 @@ def documents(n: int = 6, seed: int = 0) -> list[Document]:
         count = (4, 2, 3)[i % 3]
         tails = [ids(draw.randint(1, 4)) for _ in range(count)]
         made.append(
-            Document(tuple((context, tail) for tail in tails), (draw.randrange(count),), (1.0,) * count)
+            TokenizedDocument(
+                tuple((context, tail) for tail in tails), (draw.randrange(count),), (1.0,) * count
+            )
         )
     return made
 
@@ -132,7 +134,7 @@ def plain_hook(block: Any, vector: Tensor | None) -> Iterator[None]:
         handle.remove()
 
 
-def plain_gradient(model: Any, block: Any, docs: Sequence[Document], vector: Tensor) -> Tensor:
+def plain_gradient(model: Any, block: Any, docs: Sequence[TokenizedDocument], vector: Tensor) -> Tensor:
     """The gradient at ``vector`` of the mean cross-entropy over options."""
     leaf = vector.clone().requires_grad_()
     for document in docs:
@@ -148,7 +150,7 @@ def plain_gradient(model: Any, block: Any, docs: Sequence[Document], vector: Ten
 
 
 def plain_training(
-    model: Any, block: Any, steps: Sequence[Sequence[Document]], lr: float, size: int
+    model: Any, block: Any, steps: Sequence[Sequence[TokenizedDocument]], lr: float, size: int
 ) -> Tensor:
     """The vector after one epoch of Adam, gradients clipped to 1."""
     vector = torch.zeros(size)
@@ -204,7 +206,7 @@ def _train(row: Row, subject: Subject, backbone: Backbone) -> SteeringVector:
     with messages("lm_eval_aft.training.trainer") as said:
         engine, row.training = make_engine(model, backbone, Choice("acc"), docs)
     if row.training != "packed":
-        reason = may_pack(model, docs)
+        reason = packing_problem(model, docs)
         row.why["training"] = _steady(
             said[-1].rpartition("slow: ")[2] if row.training == "reference" else reason
         )

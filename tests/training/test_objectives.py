@@ -11,14 +11,16 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from lm_eval_aft import AFTError
-from lm_eval_aft.engine.batching import Batch, Document, make_batch
+from lm_eval_aft.engine.batching import Batch, TokenizedDocument, make_batch
 from lm_eval_aft.training.objectives import LM, RFT, Choice, ChoiceLoss, make_objective
 from lm_eval_aft.training.selection import Score, find_criterion
 
 DOCS = [
-    Document((((1, 2), (3, 4)), ((1, 2), (5,)), ((1, 2), (6, 7, 8))), (0,), (3.0, 9.0, 2.0)),
-    Document((((2,), (3,)), ((2,), (4, 4))), (1,), (5.0, 5.0)),
-    Document((((9, 1), (3,)), ((9, 1), (4,)), ((9, 1), (5,)), ((9, 1), (6,))), (1, 3), (1.0, 2.0, 3.0, 4.0)),
+    TokenizedDocument((((1, 2), (3, 4)), ((1, 2), (5,)), ((1, 2), (6, 7, 8))), (0,), (3.0, 9.0, 2.0)),
+    TokenizedDocument((((2,), (3,)), ((2,), (4, 4))), (1,), (5.0, 5.0)),
+    TokenizedDocument(
+        (((9, 1), (3,)), ((9, 1), (4,)), ((9, 1), (5,)), ((9, 1), (6,))), (1, 3), (1.0, 2.0, 3.0, 4.0)
+    ),
 ]
 
 
@@ -83,7 +85,7 @@ def test_rescaled_confidence_cannot_win() -> None:
 
 def token_logits(scale: float, lead: float) -> tuple[torch.Tensor, Batch]:
     """Logits of five gold tokens of three documents; the larger ``lead``, the likelier the gold ones."""
-    docs = [Document((document.pairs[0],)) for document in (DOCS[0], DOCS[1], DOCS[2])]
+    docs = [TokenizedDocument((document.pairs[0],)) for document in (DOCS[0], DOCS[1], DOCS[2])]
     batch = make_batch(docs, False, torch.device("cpu"), torch.float32)
     logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     logits[range(4), [3, 4, 3, 3]] += lead
@@ -291,7 +293,7 @@ def test_every_option_that_does_not_fit_is_named_and_what_to_do_said() -> None:
     assert "Leave it out, or train on a multiple-choice task." in text
     with pytest.raises(AFTError, match="Choose one of: choice, lm, rft"):
         make_objective("magic", None, [])
-    with pytest.raises(AFTError, match="Use one of: acc, acc_norm, both"):
+    with pytest.raises(AFTError, match="Use one of: acc, acc_norm, acc_bytes, both"):
         Choice("f1")
 
 

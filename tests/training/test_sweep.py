@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.training.candidate import Candidate, Recipe, Tick
 from lm_eval_aft.training.recipe import PROTOCOLS, Protocol, find_protocol, parse_rungs, schedule
@@ -18,7 +18,7 @@ from lm_eval_aft.training.selection import CRITERIA, Criterion, Score
 from lm_eval_aft.training.setup import small_random
 from lm_eval_aft.training.sweep import Sweep, SweepResult
 
-DOCS = [Document((((i,), (1,)),)) for i in range(64)]
+DOCS = [TokenizedDocument((((i,), (1,)),)) for i in range(64)]
 
 
 def score(value: float, n: int = 64, accuracy: float = 0.5) -> Score:
@@ -34,20 +34,22 @@ class Scripted:
     trained: dict[str, int] = field(default_factory=dict)
     judged: dict[str, int] = field(default_factory=dict)
 
-    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+    def train(
+        self, candidates: Sequence[Candidate], steps: Sequence[Sequence[TokenizedDocument]], tick: Tick
+    ) -> None:
         for candidate in candidates:
             with torch.no_grad():
                 candidate.vector.fill_(candidate.epoch + 1.0)
             self.trained[candidate.name] = self.trained.get(candidate.name, 0) + sum(map(len, steps))
 
     def evaluate(
-        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+        self, candidates: Sequence[Candidate], documents: Sequence[TokenizedDocument], tick: Tick
     ) -> list[Score]:
         for candidate in candidates:
             self.judged[candidate.name] = self.judged.get(candidate.name, 0) + len(documents)
         return [score(self.quality(c, c.epoch + 1), len(documents)) for c in candidates]
 
-    def baseline(self, documents: Sequence[Document], tick: Tick) -> Score:
+    def baseline(self, documents: Sequence[TokenizedDocument], tick: Tick) -> Score:
         return score(self.baseline_score, len(documents))
 
 
@@ -305,12 +307,14 @@ def test_every_choice_follows_the_criterion(monkeypatch: pytest.MonkeyPatch) -> 
 class Counting(Scripted):
     """Ticks as engines do."""
 
-    def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
+    def train(
+        self, candidates: Sequence[Candidate], steps: Sequence[Sequence[TokenizedDocument]], tick: Tick
+    ) -> None:
         super().train(candidates, steps, tick)
         tick(len(candidates) * sum(map(len, steps)))
 
     def evaluate(
-        self, candidates: Sequence[Candidate], documents: Sequence[Document], tick: Tick
+        self, candidates: Sequence[Candidate], documents: Sequence[TokenizedDocument], tick: Tick
     ) -> list[Score]:
         tick(len(candidates) * len(documents))
         return super().evaluate(candidates, documents, tick)

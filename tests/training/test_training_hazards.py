@@ -14,7 +14,7 @@ import transformers
 
 from lm_eval_aft import AFTError, SteeringVector, train_vector
 from lm_eval_aft.engine import precision
-from lm_eval_aft.engine.batching import Document
+from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.harness.examples import Extractor, PromptSettings, encode
 from lm_eval_aft.harness.splits import Splits, split_task
 from lm_eval_aft.harness.tasks import load_task
@@ -289,10 +289,10 @@ def test_what_is_not_trained_can_be_planned() -> None:
     assert "MiB above the loaded weights" in result.output
 
 
-def random_document(length: int, draw: random.Random) -> Document:
+def random_document(length: int, draw: random.Random) -> TokenizedDocument:
     context = tuple(draw.randrange(5, 60) for _ in range(length))
     options = tuple((context, tuple(draw.randrange(5, 60) for _ in range(2))) for _ in range(4))
-    return Document(options, (draw.randrange(4),), (1.0,) * 4)
+    return TokenizedDocument(options, (draw.randrange(4),), (1.0,) * 4)
 
 
 def test_out_of_memory_while_a_batch_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
