@@ -119,6 +119,7 @@ def not_finite(baseline: ScoredRun, other: ScoredRun) -> list[NotFinite]:
 def _cause(run: ScoredRun) -> str:
     config = run.any.get("config", {})
     coefficient = (run.vector or {}).get("coefficient")
+    coefficient = coefficient if isinstance(coefficient, int | float) else None
     dtype = _dtype(config.get("model_dtype") or model_args(run.any).get("dtype"))
     return not_finite_cause(dtype or "its dtype", coefficient)
 
