@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,8 @@ def evaluate(tasks: str, output: Path, model_args: str | None, **options: Any) -
 
         found = [read_run(output / run.name, run.name, run.name.partition("/")[0]) for run in runs]
         print_report(build_report(found))
-        click.echo(f"Results are in {output}; `aft report {output} -o FOLDER` writes the full report.")
+        words = f"aft report {shlex.quote(str(output))} -o FOLDER"
+        click.echo(f"Results are in {output}; `{words}` writes the full report.")
 
 
 # ``aft report``: two or more runs, compared document by document.
@@ -134,20 +136,21 @@ def report(
     from lm_eval_aft.evaluation.report import compare
 
     found = compare(*folders, force=force, flips=flips)
-    if leaderboard:
-        print_leaderboard(found)
-    else:
-        print_report(found)
+    paths = []
     if output is not None:
         from lm_eval_aft.evaluation.render import write_report
 
         paths = write_report(found, output)
-        click.echo(f"Written: {', '.join(map(str, paths))}")
+    if leaderboard:
+        print_leaderboard(found)
+    else:
+        print_report(found)
     if card:
         from lm_eval_aft.evaluation.render import update_cards
 
-        for path in update_cards(found):
-            click.echo(f"Written: {path}")
+        paths = [*paths, *update_cards(found)]
+    if paths:
+        click.echo(f"Written: {', '.join(map(str, paths))}")
 
 
 def print_report(found: Report) -> None:

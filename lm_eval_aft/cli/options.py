@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +90,8 @@ class LateHelp(click.Option):
 def ended(end: BaseException, output: Path | None = None) -> NoReturn:
     """Report that Ctrl-C or SIGTERM ended a command that can be resumed; exit with 130 or 143."""
     terminated = isinstance(end, Terminated)
-    word, where = "Terminated" if terminated else "Interrupted", f" --output {output}" if output else ""
+    word = "Terminated" if terminated else "Interrupted"
+    where = f" --output {shlex.quote(str(output))}" if output else ""
     print(f"\n{word}. What is finished is kept: go on with --resume{where}.", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_CODE if terminated else 130) from None
 
@@ -149,6 +153,28 @@ offline_option = click.option(
 )
 
 
+# Output on terminals and in pipes whose encoding lacks some characters: Windows code pages, the C locale.
+
+_REPLACING = "lm_eval_aft.replacing"
+_ASCII = {
+    "\N{MINUS SIGN}": "-",
+    "\N{EN DASH}": "-",
+    "\N{PLUS-MINUS SIGN}": "+/-",
+    "\N{MULTIPLICATION SIGN}": "x",
+}
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    character, end = error.object[error.start], error.start + 1
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that Python could not decode
+        return bytes([ord(character) - 0xDC00]), end
+    return _ASCII.get(character, "?"), end
+
+
+codecs.register_error(_REPLACING, _replace)
+
+
 # Commands that report the operating system's errors in one message, like all bad input.
 
 
@@ -168,7 +194,13 @@ def _one_message() -> Iterator[None]:
 
 
 class PlainCommand(click.Command):
-    """A command that does."""
+    """A command that does, and that prints in any encoding."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """See `click.Command.main`."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+            sys.stdout.reconfigure(errors=_REPLACING)
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """See `click.Command.invoke`."""
@@ -176,10 +208,5 @@ class PlainCommand(click.Command):
             return super().invoke(ctx)
 
 
-class PlainGroup(click.Group):
+class PlainGroup(PlainCommand, click.Group):
     """A group whose commands do."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """See `click.Group.invoke`."""
-        with _one_message():
-            return super().invoke(ctx)

@@ -153,7 +153,18 @@ def divide(
         else:
             kept[key] = (doc_id, doc, key)
     documents = list(kept.values())
-    train_docs, selection_docs = sizes(len(documents), name)
+    try:
+        train_docs, selection_docs = sizes(len(documents), name)
+    except AFTError as error:
+        if len(documents) == counts["split"]:
+            raise
+        overlap, duplicates = counts["evaluation_overlap"], counts["duplicates"]
+        raise AFTError(
+            f"{error.what} Of its {counts['split']} documents, {overlap} were left out because an evaluation "
+            f"split has them too, and {duplicates} because they occur before. Documents are the same if "
+            "their questions and right answers read the same.",
+            error.hint,
+        ) from None
     random.Random(SELECTION_SEED).shuffle(documents)
     chosen, pool = documents[:selection_docs], documents[selection_docs:]
     return DividedTask(extractor, name, chosen, pool, train_docs, counts, evaluation)
@@ -251,7 +262,9 @@ def _sizes(
         raise AFTError(
             f"{train} training and {selection} selection documents were asked for, but split {split!r} has "
             f"{available} usable ones.",
-            "Lower --train-docs or --selection-docs.",
+            "Lower --train-docs or --selection-docs."
+            if available > 1
+            else "Name another split with --train-split, or choose another task.",
         )
     return train, selection
 

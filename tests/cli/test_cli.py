@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from click.testing import CliRunner, Result
 
 from lm_eval_aft import SteeringVector, load_vector
 from lm_eval_aft.cli.main import aft
+from lm_eval_aft.cli.options import ended
 from lm_eval_aft.cli.train import train_vector
 from lm_eval_aft.harness.tasks import tasks_path
+from tests.result_folders import write_results
 
 SMALL = ["--train-docs", "12", "--selection-docs", "12", "--seeds", "1", "--epochs", "1", "--layers", "1-2"]
 
@@ -217,6 +220,38 @@ def test_tasks_path_and_help() -> None:
         text = call(*command).output
         assert "Example" in text or "aft train" in text
     assert CliRunner().invoke(train_vector, ["--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_in_an_encoding_without_all_characters(tmp_path: Path, encoding: str) -> None:
+    """As in a pipe on Windows, and in the C locale: a minus sign stays one, and the files are written."""
+    baseline = write_results(tmp_path / "base", {"arc_easy": [1.0] * 10})
+    steered = write_results(tmp_path / "steered", {"arc_easy": [1.0] * 6 + [0.0] * 4})
+    output = tmp_path / "naïve 北京"
+    words = [sys.executable, "-m", "lm_eval_aft.cli.main", "report", baseline, steered, "-o", output]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run(words, env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
+    printed = result.stdout.decode(encoding, "replace")
+    assert "-40.00" in printed
+    assert "Written: " in printed
+    assert "\N{MINUS SIGN}40.00" in (output / "report.md").read_text(encoding="utf-8")
+
+
+def test_characters_that_an_encoding_lacks() -> None:
+    """Bytes of a file name that Python could not decode are printed as they are."""
+    code = "from lm_eval_aft.cli.options import PlainCommand\n"
+    code += r"def show(): print('\u2212\u00b1\u5317\udce9')" + "\n"
+    code += "PlainCommand('c', callback=show).main([])"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (result.stdout, result.returncode) == (b"-+/-?\xe9\n", 0), result.stderr
+
+
+def test_the_command_to_go_on_with_is_quoted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ended(KeyboardInterrupt(), Path("my results"))
+    assert "go on with --resume --output 'my results'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

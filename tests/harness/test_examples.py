@@ -253,6 +253,22 @@ def test_refusals(toy_tasks: Callable[..., str], lm: AFTLM) -> None:
         load_task("toy_choise", [folder])
 
 
+def test_too_few_documents_left_says_what_was_left_out(toy_tasks: Callable[..., str], lm: AFTLM) -> None:
+    maker = extractor(toy_tasks(), lm)
+    documents = list(maker.task.dataset["train"])
+    maker.task.dataset["test"] = documents[:40]
+    maker.task.dataset["train"] = documents[:45] + documents[40:45]
+    told = (
+        "5 usable ones. Of its 50 documents, 40 were left out because an evaluation split has them too, and 5"
+    )
+    with pytest.raises(AFTError, match=f"{told} because they occur before[^\n]*\nLower --train-docs or"):
+        split_task(maker, 10, 10)
+    maker.task.dataset["train"] = documents[:40]
+    told = "has 0 usable ones. Of its 40 documents, 40 were left out"
+    with pytest.raises(AFTError, match=f"{told}[^\n]*\nName another split with --train-split, or choose"):
+        split_task(maker)
+
+
 def test_default_sizes_share_a_small_split(toy_tasks: Callable[..., str], lm: AFTLM) -> None:
     splits = split_task(extractor(toy_tasks(), lm))
     assert (splits.train_docs, len(splits.selection)) == (30, 30)
