@@ -85,7 +85,7 @@ class Trajectory:
                 for candidate in live:
                     candidate.forget()
 
-            self._each_batch(step, gather, forget)
+            self.each_batch(step, gather, forget)
             tick(len(live) * len(step))
             for candidate in live:
                 candidate.step()
@@ -109,7 +109,7 @@ class Trajectory:
             for its_outcomes in outcomes:
                 its_outcomes.clear()
 
-        self._each_batch(_by_length(documents, self.packed), score, forget)
+        self.each_batch(by_length(documents, self.packed), score, forget)
         return [self.objective.summarise(its_outcomes) for its_outcomes in outcomes]
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class Trajectory:
             outcomes.extend(self.objective.outcomes(continuation_logits(self.model, batch), batch))
             tick(len(batch.documents))
 
-        self._each_batch(_by_length(documents, self.packed), score, outcomes.clear)
+        self.each_batch(by_length(documents, self.packed), score, outcomes.clear)
         return self.objective.summarise(outcomes)
 
     def batches(self, documents: Sequence[Document]) -> Iterator[Batch]:
@@ -147,7 +147,7 @@ class Trajectory:
         ):
             yield
 
-    def _each_batch(
+    def each_batch(
         self, documents: Sequence[Document], work: Callable[[Batch], None], forget: Callable[[], None]
     ) -> None:
         """Do ``work`` batch by batch; out of memory, ``forget`` it all and start again with smaller ones.
@@ -261,7 +261,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _by_length(documents: Sequence[Document], packed: bool) -> list[Document]:
+def by_length(documents: Sequence[Document], packed: bool) -> list[Document]:
     """Longest first; documents of a group stay together."""
     together = [[documents[i] for i in unit] for unit in units(documents)]
     together.sort(key=lambda unit: -max(document.tokens(packed) for document in unit))
