@@ -38,6 +38,7 @@ from lm_eval_aft.training.checkpoint import (
 from lm_eval_aft.training.controls import apply_control
 from lm_eval_aft.training.cost import Estimate, estimate
 from lm_eval_aft.training.distributed import Workers
+from lm_eval_aft.training.onepass import OnePass, one_pass
 from lm_eval_aft.training.recipe import Stage, TrainingPlan
 from lm_eval_aft.training.rft import Rounds
 from lm_eval_aft.training.setup import (
@@ -180,19 +181,14 @@ def run_sweep(
     bar = _progress_bar(prepared.stages(), workers, len(selection), progress)
     with bar, postponed() as asked:
         events = RunRecorder(bar, folder, settings, log, saved, asked)
-        starts = Starts(prepared, train, selection[:8])
-        sweep = Sweep(
-            engine,
-            plan.protocol,
-            layers,
-            seeds=plan.seeds(),
-            train=train,
-            selection=selection,
-            start=starts,
-            events=events,
-            workers=workers,
-            saved=saved,
-        )
+        shared: dict[str, Any] = {"seeds": plan.seeds(), "train": train, "selection": selection}
+        shared |= {"events": events, "workers": workers, "saved": saved}
+        sweep: Sweep | OnePass
+        if plan.protocol.one_pass:
+            sweep = one_pass(prepared, engine, **shared)
+        else:
+            starts = Starts(prepared, train, selection[:8])
+            sweep = Sweep(engine, plan.protocol, layers, start=starts, **shared)
         baseline = sweep.baseline()
         if log and log.lines == 1:
             log.append(event="baseline", **baseline.to_dict())
@@ -215,11 +211,13 @@ def run_sweep(
         drawn=drawn,
         screen=screened,
     )
+    # With one pass, random directions were searched themselves.
+    placebo = None if plan.protocol.one_pass else plan.control
     finalists = {
-        c.seed: finished_vector(c, metadata, plan.control, calibrations.get(c.seed))
+        c.seed: finished_vector(c, metadata, placebo, calibrations.get(c.seed))
         for c in found.chosen.candidates
     }
-    if calibrations or plan.control == "random":
+    if calibrations or placebo == "random":
         score_again(finalists, found, engine, selection, workers)
     vector = finalists[found.finalist.seed]
     result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
