@@ -389,6 +389,8 @@ class OnePass:
             AFTError: no trial had a finite score.
         """
         first = self.seeds[0]
+        if isinstance(self.engine, Trajectory):
+            self.engine.remembers = MEMORY
         live = list(range(len(self._directed(first))))
         best: dict[int, int] = {}
         for rung in self.protocol.rungs:
@@ -593,6 +595,7 @@ class OnePass:
         )
 
 
+MEMORY = 1 << 30  # bytes of frozen blocks' outputs kept for trials to come
 PRECISION = 0.1  # of a line search, in the logarithm of the length: the score is flat there
 FACTORS = (1.0, 0.5, 0.25)  # of a quasi-Newton step, the next one where the last does not help
 

@@ -260,7 +260,7 @@ PROTOCOLS = {
             share_fewshot=8,
             rungs=(Rung(1, 1 / 32, 1, 1 / 4), Rung(1, 1 / 8, 1, 1 / 3), Rung(1, 1 / 2, 1, 1 / 2)),
             lengths=tuple(2.0**k for k in range(-12, 2)),
-            refine=4,
+            refine=20,
         ),
     )
 }

@@ -68,6 +68,9 @@ class Trajectory:
         self.packed = packed
         device = input_device(model).type
         self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
+        # Outputs of frozen blocks by documents and layer, kept up to so many bytes for passes to come.
+        self.remembers = 0
+        self._remembered: dict[tuple[tuple[Document, ...], int], Any] = {}
 
     @subnormals_flushed()
     def train(self, candidates: Sequence[Candidate], steps: Sequence[Sequence[Document]], tick: Tick) -> None:
@@ -133,9 +136,24 @@ class Trajectory:
     @torch.no_grad()
     def outputs(self, batch: Batch, layers: Collection[int]) -> dict[int, Any]:
         """The frozen model's output at each of these blocks."""
+        kept = {layer: self._remembered.get((batch.documents, layer)) for layer in layers if self.remembers}
+        if kept and all(output is not None for output in kept.values()):
+            return kept
         with capture(self.backbone, sorted(layers)) as outputs:
             _run_blocks(self.model, batch)
+        if self.remembers:
+            self._remember(batch, outputs)
         return outputs
+
+    def _remember(self, batch: Batch, outputs: dict[int, Any]) -> None:
+        self._remembered |= {(batch.documents, layer): output for layer, output in outputs.items()}
+        sizes = {key: hidden_states(output).nbytes for key, output in self._remembered.items()}
+        total = sum(sizes.values())
+        for key, size in sizes.items():  # the oldest first
+            if total <= self.remembers:
+                break
+            del self._remembered[key]
+            total -= size
 
     @contextmanager
     def steered(self, candidate: Candidate, outputs: dict[int, Any]) -> Iterator[None]:
@@ -176,6 +194,7 @@ class Trajectory:
             # Outside the handler, so that the failed pass's tensors are free by now.
             del batch
             forget()
+            self._remembered.clear()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.budget = max(1, min(self.budget, tokens) // 2)
