@@ -95,6 +95,7 @@ def training_metadata(
             "chosen": sweep.finalist.chosen,
             "retries_used": sweep.retries,
             "pruned": sweep.pruned,
+            **sweep.notes,
             **({"screen_result": screen} if screen else {}),
         },
         "engine": engine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from lm_eval_aft.engine.batching import Batch, Document, continuation_logits, la
 from lm_eval_aft.engine.precision import subnormals_flushed
 from lm_eval_aft.steering.backbone import Backbone
 from lm_eval_aft.steering.hooks import hidden_states, with_hidden_states
-from lm_eval_aft.steering.intervention import Intervention, mask_for
+from lm_eval_aft.steering.intervention import POSITIONS, Intervention, mask_for
 from lm_eval_aft.steering.methods import METHODS, Method
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Tick, in_steps
 from lm_eval_aft.training.checkpoint import RunRecorder, State
@@ -256,7 +257,7 @@ class Trial(Candidate):
             "layer": self.layer,
             "positions": self.intervention.positions,
             "norm": self.norm(best=True),
-            "share_of_residual_norm": self.share,
+            "share": float(f"{self.share:.3g}"),  # of the median residual norm
             "refined": self.best_epoch - 1,
         }
 
@@ -279,8 +280,9 @@ class Direction:
         scales: median residual norm by tensor.
         guess: the share of it at which a quadratic model of the loss is lowest, whose curvature is the mean
             square of the documents' slopes (the empirical Fisher information).
-        gain: slope of the loss along it, from halves of the documents that share none: in nats per residual
-            norm, the larger the better.
+        gain: nats that this model expects of it, the slope being the one that halves of the documents, which
+            share none, agree on; negative where they do not.
+        agreement: cosine of the halves' gradients.
     """
 
     layer: int
@@ -289,6 +291,7 @@ class Direction:
     scales: dict[str, float]
     guess: float
     gain: float
+    agreement: float
 
     def at(self, share: float) -> dict[str, Tensor]:
         """The vector of this length."""
@@ -321,6 +324,7 @@ def directions(
             curvature = float((slopes**2 / found.counts.clamp(min=1)).sum() / found.counts.sum())
             guess = -float(slopes.sum() / found.counts.sum()) / max(curvature, 1e-30)
             agreement = float(((scales**2).unsqueeze(1) * one[own] * other[own]).sum())
+            agreed = agreement / max(float((scales.unsqueeze(1) * mean[own]).norm()), 1e-30)
             taken = steepest
             if draw is not None:
                 drawn = torch.stack([draw(layer) for layer in site]).to(mean)
@@ -332,7 +336,8 @@ def directions(
                     {f"layers.{layer}": taken[i] for i, layer in enumerate(site)},
                     {f"layers.{layer}": float(scales[i]) for i, layer in enumerate(site)},
                     guess,
-                    math.copysign(abs(agreement) ** 0.5, agreement),
+                    math.copysign(agreed**2, agreed) / (2 * max(curvature, 1e-30)),
+                    float(torch.cosine_similarity(one[own].flatten(), other[own].flatten(), dim=0)),
                 )
             )
     return made
@@ -391,7 +396,9 @@ class OnePass:
         first = self.seeds[0]
         if isinstance(self.engine, Trajectory):
             self.engine.remembers = MEMORY
-        live = list(range(len(self._directed(first))))
+        every = self._directed(first)
+        live = sorted(range(len(every)), key=lambda i: -every[i].gain)
+        live = live[: len(self.sites)]  # of several positions, those that promise most
         best: dict[int, int] = {}
         for rung in self.protocol.rungs:
             n = documents_of(len(self.selection), rung.selection)
@@ -409,7 +416,25 @@ class OnePass:
             self._found[result.layer] = result
         pruned = "" if ranked[0].improves else "no trial does better than the baseline on the selection split"
         layers = tuple(self._found[layer] for layer in sorted(self._found))
-        return SweepResult(self.baseline(), layers, ranked[0], 0, pruned)
+        return SweepResult(self.baseline(), layers, ranked[0], 0, pruned, self._notes(ranked[0]))
+
+    def _notes(self, chosen: LayerResult) -> dict[str, Any]:
+        """How much was tried, and how well halves of the training documents and seeds agree."""
+        vectors = [
+            torch.cat([trial.best[name].flatten() for name in sorted(trial.best)])
+            for trial in sorted(chosen.candidates, key=lambda trial: trial.seed)
+            if trial.best
+        ]
+        pairs = itertools.combinations(vectors, 2)
+        halves = {
+            f"{each.layer} {each.positions}": round(each.agreement, 4)
+            for each in self._directed(self.seeds[0])
+        }
+        return {
+            "trials": len({name for name, _ in self.asked.scores if not name.startswith("baseline")}),
+            "halves_cosine": halves,
+            "seeds_cosine": [round(float(torch.cosine_similarity(a, b, dim=0)), 4) for a, b in pairs],
+        }
 
     def _directed(self, seed: int) -> list[Direction]:
         """A seed's directions, the most promising first by the first seed's order of positions and layers."""
@@ -672,7 +697,7 @@ def one_pass(prepared: Prepared, engine: Engine, **parts: Any) -> OnePass:
         plan.protocol,
         [prepared.layers] if prepared.method.together else [[layer] for layer in prepared.layers],
         method=prepared.method,
-        positions=[plan.positions],
+        positions=list(POSITIONS) if plan.positions == "auto" else [plan.positions],
         random=plan.control == "random",
         **parts,
     )

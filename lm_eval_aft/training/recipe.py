@@ -390,7 +390,7 @@ class TrainingPlan:
     label_smoothing: Number | None = None
     control: Annotated[str, _one_of(CONTROLS)] | None = None
     method: str = DEFAULT_METHOD
-    positions: Annotated[str, _one_of(POSITIONS)] = "all"
+    positions: Annotated[str, _one_of((*POSITIONS, "auto"))] = "all"
     calibrate: bool = False
     norm_cap: Number | None = None
     screen: str = "off"

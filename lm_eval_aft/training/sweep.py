@@ -72,6 +72,7 @@ class SweepResult:
         chosen: the layer that won.
         retries: how many retries it took.
         pruned: why the pair of model and task was given up, or ``""``.
+        notes: further header entries about the search.
     """
 
     baseline: Score
@@ -79,6 +80,7 @@ class SweepResult:
     chosen: LayerResult
     retries: int = 0
     pruned: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def finalist(self) -> Candidate:
