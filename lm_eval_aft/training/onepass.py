@@ -600,7 +600,7 @@ class OnePass:
             documents = self.train[final.seed][self.workers.rank :: self.workers.size]
             tensors = {name: each.detach().clone() for name, each in final.intervention.tensors.items()}
             probe = _Probe(final.layer, final.seed, Recipe(), replace(final.intervention, tensors=tensors))
-            objective = at_temperature(self.engine.objective, self.baseline().temperature)
+            objective = at_temperature(self.engine.objective, final.scores[-1].temperature)
             with _objective(self.engine, objective):
                 self.engine.train([probe], [documents], self.events.tick)
             slopes = [tensors[name].grad for name in names]
