@@ -500,7 +500,8 @@ class OnePass:
     def _climb(self, live: Sequence[int], best: dict[int, int], n: int) -> dict[int, Trial]:
         """The best length on the grid for each direction, and its trial; ``best`` holds and gets the places.
 
-        Starts at the last round's best length, or at the guess; goes on where the best is the last one tried.
+        The first round tries the guess, and shorter lengths where it does not help. Later ones start at the
+        last one's best length and its neighbours, and go on where the best is the last one tried.
         """
         seed, grid = self.seeds[0], sorted(self.protocol.lengths)
         tried: dict[int, dict[int, Trial]] = {i: {} for i in live}
@@ -508,17 +509,22 @@ class OnePass:
         for i in live:
             guess = math.log(max(self._directed(seed)[i].guess, 1e-30))
             at = best.get(i, min(range(len(grid)), key=lambda k: abs(math.log(grid[k]) - guess)))
-            wanted[i] = [k for k in (*([at - 1] if i in best else []), at, at + 1) if 0 <= k < len(grid)]
+            wanted[i] = _on(grid, (at - 1, at, at + 1) if i in best else (at,))
+        known = set(best)
         while any(wanted.values()):
             asked = {
                 i: {k: self._trial(i, seed, grid[k], "search") for k in own} for i, own in wanted.items()
             }
-            self._ask([trial for own in asked.values() for trial in own.values()], n)
+            baseline, _ = self._ask([trial for own in asked.values() for trial in own.values()], n)
             for i, own in tried.items():
                 own |= asked[i]
                 best[i] = self._best(own)
-                beside = (best[i] - 1, best[i] + 1)
-                wanted[i] = [k for k in beside if 0 <= k < len(grid) and k not in own]
+                if i in known:
+                    wanted[i] = [k for k in _on(grid, (best[i] - 1, best[i] + 1)) if k not in own]
+                else:
+                    last = own[min(own)]
+                    helps = last.scores and self.criterion.change(last.scores[-1], baseline) < 0
+                    wanted[i] = [] if helps else _on(grid, (min(own) - SHORTER,))
         scored = {i: tried[i][best[i]] for i in live if tried[i][best[i]].scores}
         if not scored:
             raise AFTError("No trial had a finite score.", "Use --dtype float32, or shorter --lengths.")
@@ -588,9 +594,14 @@ class OnePass:
                 break
             best = min(trials, key=lambda trial: self.criterion.key(trial.scores[-1]))
             final.intervention = best.intervention
+            before = final.best_score
             final.record(best.scores[-1])
             if final.best_epoch == final.epoch:
                 final.share = best.share
+            if before is not None and final.best_score is not None and not final.stopped:
+                gained = self.criterion.change(before, final.best_score)
+                if gained < WORTHWHILE * self.criterion.change(self.baseline(), final.best_score):
+                    final.stopped = "the last step gained little"
         return final
 
     def _slope(self, final: Trial, names: Sequence[str]) -> Tensor:
@@ -621,7 +632,9 @@ class OnePass:
 
 
 MEMORY = 1 << 30  # bytes of frozen blocks' outputs kept for trials to come
-PRECISION = 0.1  # of a line search, in the logarithm of the length: the score is flat there
+SHORTER = 2  # places on the grid
+PRECISION = 0.15  # of a line search, in the logarithm of the length: the score is flat there
+WORTHWHILE = 0.002  # of the whole gain: a step that brings less is the last
 FACTORS = (1.0, 0.5, 0.25)  # of a quasi-Newton step, the next one where the last does not help
 
 
@@ -665,6 +678,10 @@ def _objective(engine: Any, objective: Any) -> Iterator[None]:
         yield
     finally:
         engine.objective = before
+
+
+def _on(grid: Sequence[float], places: Sequence[int]) -> list[int]:
+    return [k for k in places if 0 <= k < len(grid)]
 
 
 def _draw(seed: int, width: int, layer: int) -> Tensor:

@@ -19,7 +19,7 @@ from lm_eval_aft.steering.methods import DEFAULT_METHOD, find_method
 from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 from lm_eval_aft.training.selection import CRITERIA, DEFAULT_CRITERION
 
-LINE_SEARCH = 6  # about so many lengths are tried in a line search
+LINE_SEARCH = 4  # the most lengths tried in a line search
 SMALLEST_SHARE = 8  # fewer documents are too few for any comparison
 
 
@@ -220,9 +220,18 @@ def schedule(protocol: Protocol, layers: int, train: int, selection: int) -> lis
 def _one_pass_stages(protocol: Protocol, directions: int, train: int, selection: int) -> list[Stage]:
     """The pass; rounds of about three lengths for each direction left; the line search and the refinement."""
     stages = [Stage("pass", 1, train * protocol.seeds, 0, 1, directions)]
-    for rung in protocol.rungs:
+    for place, rung in enumerate(protocol.rungs):
         keep = min(directions, max(protocol.finalists, math.ceil(directions * rung.keep)))
-        stages.append(Stage("search", 3 * directions, 0, documents_of(selection, rung.selection), 1, keep))
+        stages.append(
+            Stage(
+                "search",
+                (3 if place else 1) * directions,
+                0,
+                documents_of(selection, rung.selection),
+                1,
+                keep,
+            )
+        )
         directions = keep
     finals = min(directions, protocol.finalists) * protocol.seeds
     stages.append(Stage("final", finals, 0, selection, LINE_SEARCH, finals))
@@ -258,7 +267,7 @@ PROTOCOLS = {
             "onepass",
             seeds=1,
             share_fewshot=8,
-            rungs=(Rung(1, 1 / 32, 1, 1 / 4), Rung(1, 1 / 8, 1, 1 / 3), Rung(1, 1 / 2, 1, 1 / 2)),
+            rungs=(Rung(1, 1 / 32, 1, 1 / 5), Rung(1, 1 / 8, 1, 1 / 3), Rung(1, 1 / 4, 1, 1 / 2)),
             lengths=tuple(2.0**k for k in range(-12, 2)),
             refine=20,
         ),
