@@ -179,6 +179,7 @@ class Stage:
         train, selection: documents to train and evaluate on, in each epoch.
         epochs: how many (the most, in the final stage).
         keep: how many of them go on afterwards.
+        remembers: whether the frozen passes of the first epoch serve the others too.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Stage:
     selection: int
     epochs: int
     keep: int
+    remembers: bool = False
 
     @property
     def documents(self) -> int:
@@ -234,9 +236,9 @@ def _one_pass_stages(protocol: Protocol, directions: int, train: int, selection:
         )
         directions = keep
     finals = min(directions, protocol.finalists) * protocol.seeds
-    stages.append(Stage("final", finals, 0, selection, LINE_SEARCH, finals))
+    stages.append(Stage("final", finals, 0, selection, LINE_SEARCH, finals, True))
     if protocol.refine:
-        stages.append(Stage("refine", finals, train, 2 * selection, protocol.refine, 1))
+        stages.append(Stage("refine", finals, train, selection, protocol.refine, 1, True))
     return stages
 
 
@@ -269,7 +271,7 @@ PROTOCOLS = {
             share_fewshot=8,
             rungs=(Rung(1, 1 / 32, 1, 1 / 5), Rung(1, 1 / 8, 1, 1 / 3), Rung(1, 1 / 4, 1, 1 / 2)),
             lengths=tuple(2.0**k for k in range(-12, 2)),
-            refine=20,
+            refine=12,
         ),
     )
 }
