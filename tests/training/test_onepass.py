@@ -250,8 +250,6 @@ def test_controls_have_the_same_search(
     own = train_vector(lm, "toy_choice", tmp_path / "own", **settings)
     placebo = train_vector(lm, "toy_choice", tmp_path / "placebo", control=control, **settings)
     assert placebo.vector.metadata["control"] == control
-    assert own.sweep is not None
-    assert placebo.sweep is not None
     searched = [
         {(line["layer"], line["n"]) for line in events(tmp_path / name, "trial") if line["stage"] == "search"}
         for name in ("own", "placebo")
@@ -262,7 +260,11 @@ def test_controls_have_the_same_search(
     assert said in {line["score"] for line in events(tmp_path / "placebo", "trial")}
     if control == "random":
         assert not [line for line in events(tmp_path / "placebo", "trial") if line["stage"] == "refine"]
-        assert own.sweep.chosen.change < placebo.sweep.chosen.change
+    # Its directions are others.
+    together = own.vector.layers.keys() & placebo.vector.layers.keys()
+    for layer in together:
+        pair = own.vector.layers[layer], placebo.vector.layers[layer]
+        assert abs(float(torch.cosine_similarity(*pair, dim=0))) < 0.9
 
 
 def test_answers_of_other_documents_are_the_control_of_generation(
@@ -383,3 +385,7 @@ def test_a_vector_that_helps_is_found(tmp_path: Path) -> None:
     baseline = result.vector.metadata["selection"]["baseline"]["score"]
     assert baseline - line > 0.4
     assert line - refined > 0.2
+    placebo = train_vector(
+        "demo", "aft_demo_choice", protocol="onepass", control="random", layers="0", progress=False
+    )
+    assert baseline - placebo.vector.metadata["selection"]["vector"]["score"] < 0.1 * (baseline - line)
