@@ -32,8 +32,8 @@ from tests.engine.test_engine import documents, nothing, single
 from tests.support.families import FAMILIES, tiny_model
 
 OFTEN = ("llama", "gemma2", "bloom")  # packed, behind a window, never packed
-# Its recurrence leaves both gradients up to 6e-5 away from those in float64.
-ROUNDING = {"mamba": 6e-5}
+# Its recurrence leaves both gradients up to 5e-4 away from those in float64.
+IN_DOUBLE = {"mamba"}
 BY_TIER = [
     pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow])
     for name, family in FAMILIES.items()
@@ -47,7 +47,10 @@ def by_autograd(
     """Each block's gradient of the mean loss at v = 0, for vectors added by the hooks that steer."""
     backbone = find_backbone(model)
     reference = Reference(model, backbone, objective)
-    zeros = {f"layers.{i}": torch.zeros(backbone.hidden_size) for i in range(len(backbone.blocks))}
+    zeros = {
+        f"layers.{i}": torch.zeros(backbone.hidden_size, dtype=model.dtype)
+        for i in range(len(backbone.blocks))
+    }
     probe = Candidate(0, 0, Recipe(), Intervention(METHODS["all-layers"], zeros, 1.0, positions))
     total = sum(objective.losses(*reference.logits(doc, probe)).sum() for doc in docs) / len(docs)
     return list(torch.autograd.grad(total, list(zeros.values())))
@@ -56,7 +59,7 @@ def by_autograd(
 @pytest.mark.parametrize("objective", [Choice("acc"), Choice("acc_norm"), LM()], ids=lambda o: o.metric)
 @pytest.mark.parametrize("family", BY_TIER)
 def test_the_pass_equals_autograd(family: str, objective: Objective) -> None:
-    model = tiny_model(family)
+    model = tiny_model(family, dtype=torch.float64 if family in IN_DOUBLE else None)
     backbone = find_backbone(model)
     docs = single() if objective.name == "lm" else documents()
     engine, _ = make_engine(model, backbone, objective, docs)
@@ -64,7 +67,7 @@ def test_the_pass_equals_autograd(family: str, objective: Objective) -> None:
     for positions in POSITIONS:
         expected = by_autograd(model, objective, docs, positions)
         for layer, (mean, own) in enumerate(zip(found.mean(positions), expected, strict=True)):
-            assert float((mean - own).norm() / own.norm()) <= ROUNDING.get(family, 1e-5), (layer, positions)
+            assert float((mean - own).norm() / own.norm()) <= 1e-5, (layer, positions)
 
 
 def test_parts_add_up_and_halves_share_no_document() -> None:
