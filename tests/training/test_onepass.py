@@ -19,11 +19,12 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.intervention import POSITIONS, Intervention
 from lm_eval_aft.steering.methods import METHODS
-from lm_eval_aft.training import onepass
+from lm_eval_aft.training import gradients, onepass
 from lm_eval_aft.training.candidate import Candidate, Recipe
 from lm_eval_aft.training.checkpoint import RunRecorder
+from lm_eval_aft.training.gradients import Gradients
 from lm_eval_aft.training.objectives import LM, Choice, Objective
-from lm_eval_aft.training.onepass import Gradients, directions
+from lm_eval_aft.training.onepass import directions
 from lm_eval_aft.training.recipe import TrainingPlan
 from lm_eval_aft.training.selection import Score
 from lm_eval_aft.training.setup import prepare
@@ -88,7 +89,7 @@ def test_memory_of_the_pass_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     docs = documents(9)
     engine, _ = make_engine(model, find_backbone(model), Choice("acc"), docs)
     whole = Gradients(engine, docs, range(4), ["all"]).run(nothing)
-    monkeypatch.setattr(onepass, "PARTS", 4)
+    monkeypatch.setattr(gradients, "PARTS", 4)
     few = Gradients(engine, docs, range(4), ["all"]).run(nothing)
     assert few.sums["all"].shape == (4, 4, 32)
     assert few.counts.sum() == 9
