@@ -54,7 +54,7 @@ def _criterion_help() -> str:
     "--protocol",
     default="adaptive",
     show_default=True,
-    help="Recipe: rapid, optimized, maximum, adaptive or full; --dry-run shows its numbers.",
+    help="Recipe: rapid, optimized, maximum, adaptive, full or onepass; --dry-run shows its numbers.",
 )
 @click.option("--layers", help="all, or like 3,5-8,25%-75%:2 (from 0).  [default: by protocol, as below]")
 @click.option("--seeds", type=int, help="How many seeds each finalist is trained with.")
@@ -111,7 +111,7 @@ def _criterion_help() -> str:
     "--positions",
     default="all",
     show_default=True,
-    help="Tokens steered: all, prompt, last (of the prompt) or generated.",
+    help="Tokens steered: all, prompt, last (of the prompt) or generated; onepass: auto chooses.",
 )
 @click.option(
     "--calibrate", is_flag=True, help="Choose the finished vector's coefficient on the selection split."
@@ -133,6 +133,8 @@ def _criterion_help() -> str:
 )
 @click.option("--rungs", help="Search rounds TRAIN:SELECTION:EPOCHS:KEEP,...; none: train everything fully.")
 @click.option("--finalists", type=int, help="How many settings of the search are trained fully.")
+@click.option("--lengths", help="onepass: lengths to try, as shares of the median residual norm.")
+@click.option("--refine", type=int, help="onepass: the most steps on the gradient of all documents.")
 @click.option("--regression/--no-regression", default=None, help="Stop a finalist worse than the baseline.")
 @click.option("--criterion", cls=LateHelp, late_help=_criterion_help)
 @click.option("--retries", type=int, help="New starts when nothing beats the baseline.")
@@ -169,6 +171,8 @@ def train_vector(**options: Any) -> None:
       adaptive   every layer x 5 learning rates, thinned out by successive halving; then 4 penalties;
                  the last two with 3 seeds for 3 to 10 epochs
       full       every layer x 5 learning rates x 3 seeds to the end, nothing thinned out
+      onepass    no optimiser: one backward pass gives every layer's direction, a search the layer and
+                 the length, and quasi-Newton steps refine the best (methods static and all-layers)
 
     \b
     Objective rft (rejection-sampling fine-tuning), for tasks whose answers are generated:
@@ -261,6 +265,7 @@ def plan_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     parsers: dict[str, Callable[[str], Any]] = {
         "lr": parse_numbers,
         "l2": parse_numbers,
+        "lengths": parse_numbers,
         "rungs": parse_rungs,
         "task_metadata": lambda text: parse_pairs(text, "metadata"),
     }
@@ -340,12 +345,14 @@ def _print_rounds(rft: dict[str, Any]) -> None:
 
 def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
     baseline = sweep.baseline
-    rows = [("baseline", "", f"{baseline.score:.4f}", "", f"{baseline.accuracy:.1%}", "", "", "", "")]
+    settings = [name for name in sweep.finalist.chosen if name not in ("layer", "norm", "refined")]
+    empty = [""] * (len(settings) + 2)
+    rows = [("baseline", "", f"{baseline.score:.4f}", "", f"{baseline.accuracy:.1%}", *empty)]
     mark = 0
     for place, layer in enumerate(sweep.layers, start=1):
         ordered = sorted(layer.candidates, key=lambda c: c.seed)
         norms = "/".join(f"{c.norm(best=True):.2f}" for c in ordered)
-        _, lr, l2 = ordered[0].setting
+        chosen = [ordered[0].chosen[name] for name in settings]
         rows.append(
             (
                 str(layer.layer),
@@ -353,14 +360,14 @@ def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
                 f"{layer.score:.4f}",
                 f"{layer.cross_entropy_change:+.4f}",
                 f"{layer.accuracy:.1%}",
-                f"{lr:g}",
-                f"{l2:g}",
+                *(each if isinstance(each, str) else f"{each:g}" for each in chosen),
                 "/".join(str(c.best_epoch) for c in ordered),
                 norms,
             )
         )
         mark = place if layer is sweep.chosen else mark
-    columns = "layer|stage (docs)|cross-entropy|change|accuracy|lr|l2|best epoch|norm".split("|")
+    steps = "best step" if sweep.notes else "best epoch"
+    columns = ["layer", "stage (docs)", "cross-entropy", "change", "accuracy", *settings, steps, "norm"]
     title = f"Selection split, {baseline.n} documents: means over seeds; change against the same documents"
     print_table(title, columns, rows, mark)
     _print_calibration(result.vector)

@@ -95,9 +95,10 @@ def training_metadata(
         "protocol": {
             **plan.protocol.to_dict(),
             "layers": prepared.layers,
-            "chosen": dict(zip(("layer", "lr", "l2"), sweep.finalist.setting, strict=True)),
+            "chosen": sweep.finalist.chosen,
             "retries_used": sweep.retries,
             "pruned": sweep.pruned,
+            **sweep.notes,
             **({"screen_result": screen} if screen else {}),
         },
         "engine": engine,

@@ -120,6 +120,11 @@ class Candidate:
         """What it shares with its other seeds: layer, learning rate and L2."""
         return (self.layer, self.recipe.lr, self.recipe.l2)
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What the run chose, for the header of the vector."""
+        return dict(zip(("layer", "lr", "l2"), self.setting, strict=True))
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` to this step's."""
         loss.backward()  # type: ignore[no-untyped-call]

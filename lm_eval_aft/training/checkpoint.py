@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,6 +25,17 @@ from lm_eval_aft.training.candidate import Candidate
 from lm_eval_aft.training.selection import Score
 
 SAVE_EVERY = 300.0  # seconds of an unfinished epoch that a crash may cost
+
+
+class Resumable(Protocol):
+    """What a run's state file can hold: a candidate, or another part of a run."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the file."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values to resume from; among these ``stopped`` and ``steps``."""
 
 
 class RunRecorder:
@@ -77,13 +88,30 @@ class RunRecorder:
             **score.to_dict(),
         )
 
-    def save(self, candidates: Iterable[Candidate]) -> None:
+    def trial(self, trial: Any, score: Score, baseline: Score) -> None:
+        """A vector of a search without an optimiser has been scored."""
+        self._bar.set_description(f"{trial.stage}: layer {trial.layer}")
+        if self._ledger is not None:
+            self._ledger.append(
+                event="trial",
+                candidate=trial.name,
+                stage=trial.stage,
+                layer=trial.layer,
+                seed=trial.seed,
+                positions=trial.intervention.positions,
+                norm=trial.norm(),
+                share=trial.share,
+                baseline=baseline.score,
+                **score.to_dict(),
+            )
+
+    def save(self, candidates: Iterable[Resumable]) -> None:
         """An epoch has ended: save what the run can resume from."""
         if self._ledger and self._folder:
             save_state(self._folder, self._settings, self._ledger, candidates)
         self._saved_at = time.monotonic()
 
-    def pause(self, candidates: Iterable[Candidate]) -> None:
+    def pause(self, candidates: Iterable[Resumable]) -> None:
         """The same within an epoch, now and then; ends the run if it was asked to end."""
         asked = self._asked()
         if asked or time.monotonic() - self._saved_at > SAVE_EVERY:
@@ -218,7 +246,7 @@ class TrainingLedger(JsonLines):
 
 
 def save_state(
-    folder: Path, settings: dict[str, Any], ledger: TrainingLedger, candidates: Iterable[Candidate]
+    folder: Path, settings: dict[str, Any], ledger: TrainingLedger, candidates: Iterable[Resumable]
 ) -> None:
     """Write what `load_state` reads, whole or not at all."""
     tensors: dict[str, Tensor] = {}

@@ -236,9 +236,10 @@ class Rates:
         found = Spent()
         for stage in stages:
             passes = min(seeds, stage.candidates) if stage.name == "final" else 1
-            trained = self.train_shared * passes + self.train_own * stage.candidates
-            judged = self.selection_shared + self.selection_own * stage.candidates
-            found = found + (trained * stage.train + judged * stage.selection) * stage.epochs
+            shared = self.train_shared * (passes * stage.train) + self.selection_shared * stage.selection
+            own = self.train_own * stage.train + self.selection_own * stage.selection
+            epochs = 1 if stage.remembers else stage.epochs
+            found = found + shared * epochs + own * (stage.candidates * stage.epochs)
         return found
 
 

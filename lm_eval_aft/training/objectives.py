@@ -283,11 +283,13 @@ class ChoiceLoss:
         name: ``cross-entropy`` or ``margin``.
         margin: nats the best right option should lead by.
         label_smoothing: ``e``, in [0, 1).
+        temperature: scores are divided by it first.
     """
 
     name: str = "cross-entropy"
     margin: float = DEFAULT_MARGIN
     label_smoothing: float = 0.0
+    temperature: float = 1.0
 
     @classmethod
     def of(
@@ -324,6 +326,8 @@ class ChoiceLoss:
             scores: (documents, options) in nats, padded with -inf.
             gold: (documents, options) whether an option is right.
         """
+        if self.temperature != 1:
+            scores = scores / self.temperature
         right = scores.masked_fill(~gold, -math.inf)
         if self.name == "margin":
             lead = right.amax(1) - scores.masked_fill(gold, -math.inf).amax(1)

@@ -19,6 +19,7 @@ from lm_eval_aft.steering.methods import DEFAULT_METHOD, find_method
 from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 from lm_eval_aft.training.selection import CRITERIA, DEFAULT_CRITERION
 
+LINE_SEARCH = 4  # the most lengths tried in a line search
 SMALLEST_SHARE = 8  # fewer documents are too few for any comparison
 
 
@@ -57,6 +58,11 @@ class Rung:
         return f"{self.train:g}:{self.selection:g}:{self.epochs}:{self.keep:g}"
 
 
+# The settings of protocols with an optimiser, and of those with one backward pass.
+_OPTIMISER = ("epochs", "min_epochs", "patience", "lr", "l2", "clip", "batch_size", "regression", "retries")
+_ONE_PASS = ("lengths", "refine")
+
+
 @settings
 class Protocol:
     """Every number of a training recipe.
@@ -88,6 +94,9 @@ class Protocol:
         retries: how often to start again from a small random vector when the best finalist is no
             better than the baseline; from the second time on at the next-best layer.
         criterion: what makes one candidate better than another; see `lm_eval_aft.training.selection`.
+        lengths: not empty: there is no optimiser; a backward pass gives the directions, and these lengths are
+            tried along them, as shares of the median residual norm; see `lm_eval_aft.training.onepass`.
+        refine: then the most steps that follow, each on the gradient of all training documents.
     """
 
     name: str
@@ -108,6 +117,13 @@ class Protocol:
     regression: bool = False
     retries: Annotated[int, Field(ge=0)] = 0
     criterion: Annotated[str, _one_of(CRITERIA)] = DEFAULT_CRITERION
+    lengths: tuple[Positive, ...] = ()
+    refine: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether directions come from one backward pass, not from an optimiser."""
+        return bool(self.lengths)
 
     def changed(self, changes: Mapping[str, Any]) -> Protocol:
         """This protocol with some fields replaced; entries of ``None`` are left as they are.
@@ -124,9 +140,15 @@ class Protocol:
                 raise AFTError(f"A protocol has no setting {name!r}.", f"It has: {', '.join(sorted(known))}.")
             if value is None:
                 continue
+            if name in (_OPTIMISER if self.one_pass else _ONE_PASS):
+                raise AFTError(
+                    f"The protocol {self.name!r} has no setting {name!r}: it takes its directions from "
+                    + ("one backward pass." if self.one_pass else "an optimiser."),
+                    f"Leave it out, or choose another of: {', '.join(PROTOCOLS)}.",
+                )
             if name in ("patience", "clip") and not value:
                 value = None
-            if name in ("lr", "l2"):
+            if name in ("lr", "l2", "lengths"):
                 value = (float(value),) if type(value) in (int, float) else value
                 value = tuple(value) if isinstance(value, list) else value
             wanted[name] = value
@@ -138,10 +160,12 @@ class Protocol:
         return replace(once, lr=self.lr[:1], l2=(0.0,), regression=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for ledgers and headers; the criterion only where it is not the usual one."""
+        """Plain values of its settings, for ledgers and headers; the criterion only where it is unusual."""
         values = {**asdict(self), "rungs": [str(rung) for rung in self.rungs]}
         if self.criterion == DEFAULT_CRITERION:
             del values["criterion"]
+        for name in _OPTIMISER if self.one_pass else _ONE_PASS:
+            del values[name]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -155,6 +179,7 @@ class Stage:
         train, selection: documents to train and evaluate on, in each epoch.
         epochs: how many (the most, in the final stage).
         keep: how many of them go on afterwards.
+        remembers: whether the frozen passes of the first epoch serve the others too.
     """
 
     name: str
@@ -163,6 +188,7 @@ class Stage:
     selection: int
     epochs: int
     keep: int
+    remembers: bool = False
 
     @property
     def documents(self) -> int:
@@ -172,13 +198,15 @@ class Stage:
 
 def schedule(protocol: Protocol, layers: int, train: int, selection: int) -> list[Stage]:
     """A protocol's stages for these numbers of layers and documents, before any retry."""
+    if protocol.one_pass:
+        return _one_pass_stages(protocol, layers, train, selection)
     stages = []
     settings = layers * len(protocol.lr)
     for place, rung in enumerate(protocol.rungs, start=1):
         keep = min(settings, protocol.finalists)
         if place < len(protocol.rungs):  # always enough for the final stage
             keep = max(keep, math.ceil(settings * rung.keep))
-        seen = (_share(train, rung.train), _share(selection, rung.selection))
+        seen = (documents_of(train, rung.train), documents_of(selection, rung.selection))
         stages.append(Stage("search", settings, *seen, rung.epochs, keep))
         settings = keep
     if protocol.rungs and len(protocol.l2) > 1:
@@ -191,7 +219,31 @@ def schedule(protocol: Protocol, layers: int, train: int, selection: int) -> lis
     return [*stages, Stage("final", final, train, selection, protocol.epochs, 1)]
 
 
-def _share(documents: int, part: float) -> int:
+def _one_pass_stages(protocol: Protocol, directions: int, train: int, selection: int) -> list[Stage]:
+    """The pass; rounds of about three lengths for each direction left; the line search and the refinement."""
+    stages = [Stage("pass", 1, train * protocol.seeds, 0, 1, directions)]
+    for place, rung in enumerate(protocol.rungs):
+        keep = min(directions, max(protocol.finalists, math.ceil(directions * rung.keep)))
+        stages.append(
+            Stage(
+                "search",
+                (3 if place else 1) * directions,
+                0,
+                documents_of(selection, rung.selection),
+                1,
+                keep,
+            )
+        )
+        directions = keep
+    finals = min(directions, protocol.finalists) * protocol.seeds
+    stages.append(Stage("final", finals, 0, selection, LINE_SEARCH, finals, True))
+    if protocol.refine:
+        stages.append(Stage("refine", finals, train, selection, protocol.refine, 1, True))
+    return stages
+
+
+def documents_of(documents: int, part: float) -> int:
+    """How many documents that share is."""
     return min(documents, max(SMALLEST_SHARE, math.ceil(documents * part)))
 
 
@@ -213,6 +265,14 @@ PROTOCOLS = {
             retries=3,
         ),
         Protocol("full", train_docs=400, lr=_LEARNING_RATES, l2=(1e-3,)),
+        Protocol(
+            "onepass",
+            seeds=1,
+            share_fewshot=8,
+            rungs=(Rung(1, 1 / 32, 1, 1 / 5), Rung(1, 1 / 8, 1, 1 / 3), Rung(1, 1 / 4, 1, 1 / 2)),
+            lengths=tuple(2.0**k for k in range(-12, 2)),
+            refine=12,
+        ),
     )
 }
 DEFAULT_PROTOCOL = "adaptive"
@@ -342,7 +402,7 @@ class TrainingPlan:
     label_smoothing: Number | None = None
     control: Annotated[str, _one_of(CONTROLS)] | None = None
     method: str = DEFAULT_METHOD
-    positions: Annotated[str, _one_of(POSITIONS)] = "all"
+    positions: Annotated[str, _one_of((*POSITIONS, "auto"))] = "all"
     calibrate: bool = False
     norm_cap: Number | None = None
     screen: str = "off"

@@ -38,6 +38,7 @@ from lm_eval_aft.training.checkpoint import (
     seed_file,
 )
 from lm_eval_aft.training.cost import Estimate, estimate
+from lm_eval_aft.training.onepass import OnePass, one_pass
 from lm_eval_aft.training.recipe import Stage, TrainingPlan
 from lm_eval_aft.training.rft import Rounds
 from lm_eval_aft.training.setup import (
@@ -183,19 +184,14 @@ def run_sweep(
     bar = _progress_bar(prepared.stages(), workers, len(selection), progress)
     with bar, postponed() as asked:
         events = RunRecorder(bar, folder, settings, log, saved, asked)
-        starts = Initializer(prepared, train, selection[:8])
-        sweep = Sweep(
-            engine,
-            plan.protocol,
-            layers,
-            seeds=plan.seeds(),
-            train=train,
-            selection=selection,
-            start=starts,
-            events=events,
-            workers=workers,
-            saved=saved,
-        )
+        shared: dict[str, Any] = {"seeds": plan.seeds(), "train": train, "selection": selection}
+        shared |= {"events": events, "workers": workers, "saved": saved}
+        sweep: Sweep | OnePass
+        if plan.protocol.one_pass:
+            sweep = one_pass(prepared, engine, **shared)
+        else:
+            start = Initializer(prepared, train, selection[:8])
+            sweep = Sweep(engine, plan.protocol, layers, start=start, **shared)
         baseline = sweep.baseline()
         if not math.isfinite(baseline.score):
             raise baseline_not_finite(lm.model)
@@ -222,11 +218,13 @@ def run_sweep(
         drawn=drawn,
         screen=screened,
     )
+    # With one pass, random directions were searched themselves.
+    placebo = None if plan.protocol.one_pass else plan.control
     finalists = {
-        c.seed: finished_vector(c, metadata, plan.control, calibrations.get(c.seed))
+        c.seed: finished_vector(c, metadata, placebo, calibrations.get(c.seed))
         for c in found.chosen.candidates
     }
-    if calibrations or plan.control == "random":
+    if calibrations or placebo == "random":
         score_again(finalists, found, engine, selection, workers)
     vector = finalists[found.finalist.seed]
     result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
@@ -264,8 +262,10 @@ def cost(prepared: Prepared) -> Estimate:
     selection = encode(prepared.splits.selection, lm)
     train = encode(prepared.splits.train(plan.first_seed), lm)
     engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, [*selection, *train])
-    starts = Initializer(prepared, {plan.first_seed: train}, selection[:8])
-    group = [Candidate(site, 0, Recipe(), starts(site, plan.first_seed)) for site in prepared.sites]
+    start = Initializer(prepared, {plan.first_seed: train}, selection[:8])
+    # A candidate's part grows evenly with the blocks above its layer: the first, middle and last tell.
+    ends = {prepared.sites[0], prepared.sites[len(prepared.sites) // 2], prepared.sites[-1]}
+    group = [Candidate(site, 0, Recipe(), start(site, plan.first_seed)) for site in sorted(ends)]
     return estimate(
         engine,
         group,

@@ -215,6 +215,18 @@ def _check_intervention(plan: TrainingPlan) -> None:
             f"A norm cap of {plan.norm_cap:g} does not fit the method {plan.method!r}.",
             "It is a positive share of the residual norm, for methods that add the same everywhere.",
         )
+    if plan.protocol.one_pass and not (method.constant and method.trained):
+        raise AFTError(
+            f"The protocol {plan.protocol.name!r} does not fit the method {plan.method!r}: one backward pass "
+            "gives vectors that are the same at every token.",
+            "Choose --protocol adaptive.",
+        )
+    if plan.positions == "auto" and not plan.protocol.one_pass:
+        raise AFTError(
+            f"The protocol {plan.protocol.name!r} cannot choose positions.", "Use --protocol onepass."
+        )
+    if plan.protocol.one_pass and plan.screen != "off":
+        raise AFTError("The search of one pass ranks the layers itself.", "Leave out --screen.")
     check_screen(plan.screen, plain=plan.method == DEFAULT_METHOD and plan.positions == "all")
 
 

@@ -73,6 +73,7 @@ class SweepResult:
         chosen: the layer that won.
         retries: how many retries it took.
         pruned: why the pair of model and task was given up, or ``""``.
+        notes: further header entries about the search.
     """
 
     baseline: Score
@@ -80,6 +81,7 @@ class SweepResult:
     chosen: LayerResult
     retries: int = 0
     pruned: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def finalist(self) -> Candidate:

@@ -68,6 +68,9 @@ class Trajectory:
         self.packed = packed
         device = input_device(model).type
         self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
+        # Outputs of frozen blocks by documents and layer, kept up to so many bytes for passes to come.
+        self.remembers = 0
+        self._remembered: dict[tuple[tuple[TokenizedDocument, ...], int], Any] = {}
 
     @subnormals_flushed()
     def train(
@@ -87,7 +90,7 @@ class Trajectory:
                 for candidate in live:
                     candidate.forget()
 
-            self._each_batch(step, gather, forget)
+            self.each_batch(step, gather, forget)
             tick(len(live) * len(step))
             for candidate in live:
                 candidate.step()
@@ -111,7 +114,7 @@ class Trajectory:
             for its_outcomes in outcomes:
                 its_outcomes.clear()
 
-        self._each_batch(_by_length(documents, self.packed), score, forget)
+        self.each_batch(by_length(documents, self.packed), score, forget)
         return [self.objective.summarise(its_outcomes) for its_outcomes in outcomes]
 
     @torch.no_grad()
@@ -122,7 +125,7 @@ class Trajectory:
             outcomes.extend(self.objective.outcomes(continuation_logits(self.model, batch), batch))
             tick(len(batch.documents))
 
-        self._each_batch(_by_length(documents, self.packed), score, outcomes.clear)
+        self.each_batch(by_length(documents, self.packed), score, outcomes.clear)
         return self.objective.summarise(outcomes)
 
     def batches(self, documents: Sequence[TokenizedDocument]) -> Iterator[Batch]:
@@ -135,9 +138,24 @@ class Trajectory:
     @torch.no_grad()
     def outputs(self, batch: Batch, layers: Collection[int]) -> dict[int, Any]:
         """The frozen model's output at each of these blocks."""
+        kept = {layer: self._remembered.get((batch.documents, layer)) for layer in layers if self.remembers}
+        if kept and all(output is not None for output in kept.values()):
+            return kept
         with capture(self.backbone, sorted(layers)) as outputs:
             _run_blocks(self.model, batch)
+        if self.remembers:
+            self._remember(batch, outputs)
         return outputs
+
+    def _remember(self, batch: Batch, outputs: dict[int, Any]) -> None:
+        self._remembered |= {(batch.documents, layer): output for layer, output in outputs.items()}
+        sizes = {key: hidden_states(output).nbytes for key, output in self._remembered.items()}
+        total = sum(sizes.values())
+        for key, size in sizes.items():  # the oldest first
+            if total <= self.remembers:
+                break
+            del self._remembered[key]
+            total -= size
 
     @contextmanager
     def steered(self, candidate: Candidate, outputs: dict[int, Any]) -> Iterator[None]:
@@ -149,7 +167,7 @@ class Trajectory:
         ):
             yield
 
-    def _each_batch(
+    def each_batch(
         self,
         documents: Sequence[TokenizedDocument],
         work: Callable[[Batch], None],
@@ -181,6 +199,7 @@ class Trajectory:
             # Outside the handler, so that the failed pass's tensors are free by now.
             del batch
             forget()
+            self._remembered.clear()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.budget = max(1, min(self.budget, tokens) // 2)
@@ -270,7 +289,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _by_length(documents: Sequence[TokenizedDocument], packed: bool) -> list[TokenizedDocument]:
+def by_length(documents: Sequence[TokenizedDocument], packed: bool) -> list[TokenizedDocument]:
     """Longest first; documents of a group stay together."""
     together = [[documents[i] for i in unit] for unit in units(documents)]
     together.sort(key=lambda unit: -max(document.tokens(packed) for document in unit))

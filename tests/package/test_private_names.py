@@ -274,6 +274,7 @@ GONE: dict[str, Take] = {
         "accelerate", "dispatch_model", lambda module, *_, **__: module
     ),
     "torch: torch.cpu._is_amx_tile_supported": without("torch.cpu", "_is_amx_tile_supported"),
+    "torch: torch.cpu._is_avx512_bf16_supported": without("torch.cpu", "_is_avx512_bf16_supported"),
     "torch: torch.ops.mkldnn._linear_pointwise, _reorder_linear_weight": hidden(
         torch.ops.mkldnn, "_reorder_linear_weight"
     ),

@@ -1,0 +1,216 @@
+"""One backward pass over the training documents: gradients for a vector at every block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft.engine.batching import Batch, TokenizedDocument, continuation_logits, lay_out, units
+from lm_eval_aft.engine.precision import subnormals_flushed
+from lm_eval_aft.steering.backbone import Backbone
+from lm_eval_aft.steering.hooks import hidden_states, with_hidden_states
+from lm_eval_aft.steering.intervention import mask_for
+from lm_eval_aft.training.candidate import Tick, Workers, in_steps
+from lm_eval_aft.training.trainer import Reference, Trajectory, by_length, master_dtype
+
+# The gradient with respect to a vector added at a block's output is the gradient with respect to that output,
+# summed over the tokens that are steered: one backward pass gives it for all blocks and all positions.
+
+PARTS = 512  # the most parts of the training documents whose gradients are told apart
+CHUNK = 32  # documents between two moments at which a run can be saved
+MEASURED = 64  # parts whose hidden states are measured
+
+
+class Gradients:
+    """Gradients of the training loss at v = 0 for a vector at each block, by parts of the documents.
+
+    A part is a document, the documents that share a row, or, where there are more than `PARTS` of those,
+    several of them: memory is parts x layers x hidden_size numbers for each of ``positions``, and in the pass
+    the activations of one batch.
+
+    Attributes:
+        layers: the blocks.
+        sums: by positions, (parts, layers, hidden_size): gradient of the sum of the part's losses with
+            respect to a vector added to those tokens; float32 or better, on the CPU.
+        counts: (parts,) documents in each.
+        norms: (layers, tokens) of the hidden states of some documents.
+    """
+
+    def __init__(
+        self,
+        engine: Trajectory | Reference,
+        documents: Sequence[TokenizedDocument],
+        layers: Sequence[int],
+        positions: Sequence[str],
+        name: str = "pass",
+        workers: Workers | None = None,
+    ) -> None:
+        if not isinstance(engine, Trajectory | Reference):
+            raise TypeError(f"No gradients from {type(engine).__name__}.")
+        self.engine, self.layers, self.name, self._workers = (
+            engine,
+            sorted(layers),
+            name,
+            workers or Workers(),
+        )
+        ordered = by_length(documents, isinstance(engine, Trajectory) and engine.packed)
+        self._chunks = list(in_steps(ordered, CHUNK))[self._workers.rank :: self._workers.size]
+        groups = units(documents)
+        parts = min(PARTS, len(groups))
+        self._part = {
+            id(documents[i]): g * parts // len(groups) for g, unit in enumerate(groups) for i in unit
+        }
+        self._measured = range(0, parts, max(1, parts // MEASURED))
+        parameter = next(engine.model.parameters())
+        shape = (parts, len(self.layers), engine.backbone.hidden_size)
+        self.sums = {each: torch.zeros(shape, dtype=master_dtype(parameter.dtype)) for each in positions}
+        self.counts = torch.zeros(parts)
+        self.norms = torch.zeros(len(self.layers), 0)
+        self.done = 0  # chunks
+
+    @subnormals_flushed()
+    def run(self, tick: Tick, pause: Callable[[], None] = lambda: None) -> Gradients:
+        """Read what documents are left; ``pause`` is called where the pass can be saved."""
+        if self.done == len(self._chunks):
+            return self
+        for chunk in self._chunks[self.done :]:
+            for parts, each in self._read(chunk):
+                index = torch.tensor(parts)
+                for positions, gradient in each.gradients.items():
+                    self.sums[positions].index_add_(0, index, gradient.to(self.sums[positions]))
+                self.norms = torch.cat([self.norms, each.norms], 1)
+            for document in chunk:
+                self.counts[self._part[id(document)]] += 1
+            self.done += 1
+            tick(len(chunk))
+            if self._workers.size == 1:
+                pause()
+        others = self._workers.gather((self.sums, self.counts, self.norms))
+        self.sums = {each: torch.stack([sums[each] for sums, *_ in others]).sum(0) for each in self.sums}
+        self.counts = torch.stack([counts for _, counts, _ in others]).sum(0)
+        self.norms = torch.cat([norms for *_, norms in others], 1)
+        return self
+
+    def mean(self, positions: str, parts: slice = slice(None)) -> Tensor:
+        """Gradient of the mean loss (layers, hidden_size) over all documents, or over some parts."""
+        return self.sums[positions][parts].sum(0) / self.counts[parts].sum()
+
+    def halves(self, positions: str) -> tuple[Tensor, Tensor]:
+        """The same over every other part, and over the rest."""
+        return self.mean(positions, slice(0, None, 2)), self.mean(positions, slice(1, None, 2))
+
+    @property
+    def scales(self) -> Tensor:
+        """Median norm of the hidden states at each block's output, padding aside: (layers,)."""
+        return self.norms.median(1).values
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values from which `restore` goes on."""
+        tensors = {f"sums:{each}": table for each, table in self.sums.items()}
+        return tensors | {"counts": self.counts, "norms": self.norms}, {
+            "done": self.done,
+            "stopped": "",
+            "steps": 0,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take up a state written by `state`."""
+        self.sums = {each: tensors[f"sums:{each}"] for each in self.sums}
+        self.counts, self.norms, self.done = tensors["counts"], tensors["norms"], values["done"]
+
+    def _read(self, chunk: Sequence[TokenizedDocument]) -> list[tuple[list[int], _Reduced]]:
+        """The chunk's passes: the part that each row belongs to, and the rows' gradients."""
+        if isinstance(self.engine, Reference):
+            return [each for document in chunk for each in self._plain(document)]
+        found: list[tuple[list[int], _Reduced]] = []
+        self.engine.each_batch(chunk, lambda batch: found.append(self._packed(batch)), found.clear)
+        return found
+
+    def _packed(self, batch: Batch) -> tuple[list[int], _Reduced]:
+        engine: Any = self.engine
+        with _watched(engine.backbone, self.layers, list(self.sums)) as passes:
+            losses = engine.objective.losses(continuation_logits(engine.model, batch), batch)
+        losses.sum().backward()
+        documents = batch.documents
+        together = units(documents) if engine.packed else [[i] for i in range(len(documents))]
+        parts = []
+        for unit in together:
+            rows = lay_out([documents[i] for i in unit], engine.packed)
+            parts += [self._part[id(documents[unit[0]])]] * len(rows)
+        return parts, passes[0].reduced([part in self._measured for part in parts])
+
+    def _plain(self, document: TokenizedDocument) -> Iterator[tuple[list[int], _Reduced]]:
+        """One document, each option in a pass of its own."""
+        engine: Any = self.engine
+        with _watched(engine.backbone, self.layers, list(self.sums)) as passes:
+            losses = engine.objective.losses(*engine.logits(document, None))
+        losses.sum().backward()
+        part = self._part[id(document)]
+        for each in passes:
+            yield [part], each.reduced([part in self._measured])
+
+
+class _Reduced(NamedTuple):
+    """What is kept of a pass: each row's gradients (rows, layers, hidden_size) by positions, and norms."""
+
+    gradients: dict[str, Tensor]
+    norms: Tensor
+
+
+@dataclass
+class _Pass:
+    """One forward pass: every block's output, and which of its tokens each choice of positions steers."""
+
+    masks: dict[str, Tensor | None]
+    tokens: Tensor  # (rows, tokens, 1): not padding
+    streams: list[Tensor] = field(default_factory=list)
+
+    def reduced(self, measured: list[bool]) -> _Reduced:
+        """After the backward pass: gradients summed over tokens, and norms in the rows to be measured."""
+        gradients: dict[str, list[Tensor]] = {each: [] for each in self.masks}
+        norms = []
+        kept = self.tokens.squeeze(-1) & torch.tensor(measured, device=self.tokens.device).unsqueeze(1)
+        for hidden in self.streams:
+            if hidden.grad is None:
+                raise AFTError("The loss does not depend on a block's output.", "Choose other --layers.")
+            wide = hidden.grad.to(master_dtype(hidden.dtype))
+            for positions, mask in self.masks.items():
+                summed = wide.sum(1) if mask is None else (wide * mask.to(wide.device)).sum(1)
+                gradients[positions].append(summed.cpu())
+            norms.append(hidden.detach()[kept.to(hidden.device)].float().norm(dim=-1).cpu())
+        return _Reduced({each: torch.stack(rows, 1) for each, rows in gradients.items()}, torch.stack(norms))
+
+
+@contextmanager
+def _watched(backbone: Backbone, layers: Sequence[int], positions: Sequence[str]) -> Iterator[list[_Pass]]:
+    """Collect the passes made inside the block, with gradients at these blocks' outputs."""
+    passes: list[_Pass] = []
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any, *, first: bool) -> Any:
+        hidden = hidden_states(output)
+        if first:
+            tokens = mask_for("prompt", hidden), mask_for("generated", hidden)
+            masks = {each: mask_for(each, hidden) for each in positions}
+            passes.append(_Pass(masks, torch.stack([each for each in tokens if each is not None]).any(0)))
+        if not hidden.requires_grad:  # the first of them: nothing before it is trained
+            hidden = hidden.detach().requires_grad_(True)
+        hidden.retain_grad()
+        passes[-1].streams.append(hidden)
+        return with_hidden_states(output, hidden)
+
+    handles = [
+        backbone.blocks[layer].register_forward_hook(partial(hook, first=layer == layers[0]))
+        for layer in layers
+    ]
+    try:
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()
