@@ -361,12 +361,12 @@ def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
                 f"{layer.cross_entropy_change:+.4f}",
                 f"{layer.accuracy:.1%}",
                 *(each if isinstance(each, str) else f"{each:g}" for each in chosen),
-                "/".join(str(c.best_epoch) for c in ordered),
+                "/".join(str(c.chosen.get("refined", c.best_epoch)) for c in ordered),
                 norms,
             )
         )
         mark = place if layer is sweep.chosen else mark
-    steps = "best step" if sweep.notes else "best epoch"
+    steps = "refined" if "refined" in sweep.finalist.chosen else "best epoch"
     columns = ["layer", "stage (docs)", "cross-entropy", "change", "accuracy", *settings, steps, "norm"]
     title = f"Selection split, {baseline.n} documents: means over seeds; change against the same documents"
     print_table(title, columns, rows, mark)

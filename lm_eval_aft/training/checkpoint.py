@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -91,19 +92,23 @@ class RunRecorder:
     def trial(self, trial: Any, score: Score, baseline: Score) -> None:
         """A vector of a search without an optimiser has been scored."""
         self._bar.set_description(f"{trial.stage}: layer {trial.layer}")
-        if self._ledger is not None:
-            self._ledger.append(
-                event="trial",
-                candidate=trial.name,
-                stage=trial.stage,
-                layer=trial.layer,
-                seed=trial.seed,
-                positions=trial.intervention.positions,
-                norm=trial.norm(),
-                share=trial.share,
-                baseline=baseline.score,
-                **score.to_dict(),
-            )
+        if self._ledger is None:
+            return
+        own = {"candidate": trial.name, "stage": trial.stage}
+        if not math.isfinite(score.score):
+            self._ledger.append(event="dropped", **own, reason="selection score not finite")
+            return
+        self._ledger.append(
+            event="trial",
+            **own,
+            layer=trial.layer,
+            seed=trial.seed,
+            positions=trial.intervention.positions,
+            norm=trial.norm(),
+            share=trial.share,
+            baseline=baseline.score,
+            **score.to_dict(),
+        )
 
     def save(self, candidates: Iterable[Resumable]) -> None:
         """An epoch has ended: save what the run can resume from."""

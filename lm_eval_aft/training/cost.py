@@ -238,7 +238,7 @@ class Rates:
             passes = min(seeds, stage.candidates) if stage.name == "final" else 1
             shared = self.train_shared * (passes * stage.train) + self.selection_shared * stage.selection
             own = self.train_own * stage.train + self.selection_own * stage.selection
-            epochs = 1 if stage.remembers else stage.epochs
+            epochs = 1 if stage.reuses_frozen else stage.epochs
             found = found + shared * epochs + own * (stage.candidates * stage.epochs)
         return found
 

@@ -54,12 +54,8 @@ class Gradients:
     ) -> None:
         if not isinstance(engine, Trajectory | Reference):
             raise TypeError(f"No gradients from {type(engine).__name__}.")
-        self.engine, self.layers, self.name, self._workers = (
-            engine,
-            sorted(layers),
-            name,
-            workers or Workers(),
-        )
+        self.engine, self.layers, self.name = engine, sorted(layers), name
+        self._workers = workers or Workers()
         ordered = by_length(documents, isinstance(engine, Trajectory) and engine.packed)
         self._chunks = list(in_steps(ordered, CHUNK))[self._workers.rank :: self._workers.size]
         groups = units(documents)
@@ -74,11 +70,12 @@ class Gradients:
         self.counts = torch.zeros(parts)
         self.norms = torch.zeros(len(self.layers), 0)
         self.done = 0  # chunks
+        self.finished = False
 
     @subnormals_flushed()
     def run(self, tick: Tick, pause: Callable[[], None] = lambda: None) -> Gradients:
         """Read what documents are left; ``pause`` is called where the pass can be saved."""
-        if self.done == len(self._chunks):
+        if self.finished:
             return self
         for chunk in self._chunks[self.done :]:
             for parts, each in self._read(chunk):
@@ -96,14 +93,15 @@ class Gradients:
         self.sums = {each: torch.stack([sums[each] for sums, *_ in others]).sum(0) for each in self.sums}
         self.counts = torch.stack([counts for _, counts, _ in others]).sum(0)
         self.norms = torch.cat([norms for *_, norms in others], 1)
+        self.finished = True
         return self
 
     def mean(self, positions: str, parts: slice = slice(None)) -> Tensor:
         """Gradient of the mean loss (layers, hidden_size) over all documents, or over some parts."""
-        return self.sums[positions][parts].sum(0) / self.counts[parts].sum()
+        return self.sums[positions][parts].sum(0) / self.counts[parts].sum().clamp(min=1)
 
     def halves(self, positions: str) -> tuple[Tensor, Tensor]:
-        """The same over every other part, and over the rest."""
+        """The same over every other part, and over the rest; of a single part, that and zeros."""
         return self.mean(positions, slice(0, None, 2)), self.mean(positions, slice(1, None, 2))
 
     @property
@@ -114,16 +112,20 @@ class Gradients:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values from which `restore` goes on."""
         tensors = {f"sums:{each}": table for each, table in self.sums.items()}
-        return tensors | {"counts": self.counts, "norms": self.norms}, {
-            "done": self.done,
-            "stopped": "",
-            "steps": 0,
-        }
+        values = {"done": self.done, "finished": self.finished, "stopped": "", "steps": 0}
+        return tensors | {"counts": self.counts, "norms": self.norms}, values
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Take up a state written by `state`."""
+        """Take up a state written by `state`.
+
+        Only a process that is alone writes unfinished ones; several divide the documents in another way and
+        start the pass again.
+        """
+        if not values["finished"] and self._workers.size > 1:
+            return
         self.sums = {each: tensors[f"sums:{each}"] for each in self.sums}
-        self.counts, self.norms, self.done = tensors["counts"], tensors["norms"], values["done"]
+        self.counts, self.norms = tensors["counts"], tensors["norms"]
+        self.done, self.finished = values["done"], values["finished"]
 
     def _read(self, chunk: Sequence[TokenizedDocument]) -> list[tuple[list[int], _Reduced]]:
         """The chunk's passes: the part that each row belongs to, and the rows' gradients."""

@@ -167,10 +167,10 @@ class OnePass:
     saved: dict[str, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.asked = Asked()
-        if self.asked.name in self.saved:
-            self.asked.restore(*self.saved[self.asked.name])
-        self._states: list[Any] = [self.asked]
+        self.progress = SearchState()
+        if self.progress.name in self.saved:
+            self.progress.restore(*self.saved[self.progress.name])
+        self._states: list[Any] = [self.progress]
         self._found: dict[int, LayerResult] = {}
         self._passes: dict[int, Gradients] = {}
         self._directions: dict[int, list[Direction]] = {}
@@ -182,7 +182,7 @@ class OnePass:
 
     def baseline(self, selection: int | None = None) -> Score:
         """The frozen model on the first ``selection`` documents of the selection split, or all."""
-        return self._ask([], len(self.selection) if selection is None else selection)[0]
+        return self._score([], len(self.selection) if selection is None else selection)[0]
 
     def run(self) -> SweepResult:
         """One backward pass; a search over layers, positions and lengths; a line search; a refinement.
@@ -192,20 +192,20 @@ class OnePass:
         """
         first = self.seeds[0]
         if isinstance(self.engine, Trajectory):
-            self.engine.remembers = MEMORY
-        every = self._directed(first)
+            self.engine.keep_bytes = KEPT_BYTES
+        every = self._directions_of(first)
         live = sorted(range(len(every)), key=lambda i: -every[i].gain)
         live = live[: len(self.sites)]  # of several positions, those that promise most
         best: dict[int, int] = {}
-        for rung in self.protocol.rungs:
+        for rung in self.protocol.search_rounds:
             n = documents_of(len(self.selection), rung.selection)
-            scored = self._climb(live, best, n)
+            scored = self._search_lengths(live, best, n)
             keep = max(self.protocol.finalists, math.ceil(len(live) * rung.keep))
             live = sorted(scored, key=lambda i: self.criterion.key(scored[i].scores[-1]))[:keep]
         finals = []
         for i in live[: self.protocol.finalists]:
-            group = [self._searched(i, seed, best[i]) for seed in self.seeds]
-            finals.append([self._refined(trial, i) for trial in group])
+            group = [self._line_search(i, seed, best[i]) for seed in self.seeds]
+            finals.append([self._refine(trial, i) for trial in group])
         ranked = sorted(
             (self._result(group, len(self.selection)) for group in finals), key=self.criterion.key
         )
@@ -223,18 +223,18 @@ class OnePass:
             if trial.best
         ]
         pairs = itertools.combinations(vectors, 2)
-        halves = {
-            f"{each.layer} {each.positions}": round(each.agreement, 4)
-            for each in self._directed(self.seeds[0])
-        }
+        first = self.seeds[0]
+        own, parts = self._directions_of(first), len(self._passes[first].counts)
+        # Documents that all share one row have no halves.
+        halves = {f"{d.layer} {d.positions}": round(d.agreement, 4) for d in own if parts > 1}
         return {
-            "trials": len({name for name, _ in self.asked.scores if not name.startswith("baseline")}),
+            "trials": len({name for name, _ in self.progress.scores if not name.startswith("baseline")}),
             "halves_cosine": halves,
             "seeds_cosine": [round(float(torch.cosine_similarity(a, b, dim=0)), 4) for a, b in pairs],
         }
 
-    def _directed(self, seed: int) -> list[Direction]:
-        """A seed's directions, the most promising first by the first seed's order of positions and layers."""
+    def _directions_of(self, seed: int) -> list[Direction]:
+        """A seed's directions, in the same order for every seed: by positions, then by layer."""
         if seed not in self._directions:
             layers = [layer for site in self.sites for layer in site]
             objective = at_temperature(self.engine.objective, self.baseline().temperature)
@@ -246,14 +246,14 @@ class OnePass:
                     found.restore(*self.saved[found.name])
                 self._states.append(found)
                 found.run(self.events.tick, lambda: self.events.pause(self._states))
-            draw = partial(_draw, seed, self.engine.backbone.hidden_size) if self.random else None
+            draw = partial(_random_vector, seed, self.engine.backbone.hidden_size) if self.random else None
             self._passes[seed], self._directions[seed] = found, directions(found, self.sites, draw)
             self.events.save(self._states)
         return self._directions[seed]
 
-    def _ask(self, trials: Sequence[Trial], n: int) -> tuple[Score, list[Score | None]]:
+    def _score(self, trials: Sequence[Trial], n: int) -> tuple[Score, list[Score | None]]:
         """Scores of the baseline and of trials on the first ``n`` selection documents; None: not finite."""
-        scores = self.asked.scores
+        scores = self.progress.scores
         depth = len(self.engine.backbone.blocks)
         zero = {f"layers.{depth - 1}": torch.zeros(self.engine.backbone.hidden_size)}
         baseline = Trial(depth - 1, 0, Recipe(), Intervention(METHODS["static"], zero, 0.0), "baseline")
@@ -274,11 +274,11 @@ class OnePass:
         found = [scores[each.name, n] for each in trials]
         return scores[baseline.name, n], [each if math.isfinite(each.score) else None for each in found]
 
-    def _trial(self, i: int, seed: int, share: float, stage: str) -> Trial:
-        direction = self._directed(seed)[i]
-        return self._made(direction, seed, direction.at(share), stage, f"{share:.6g}")
+    def _along(self, i: int, seed: int, share: float, stage: str) -> Trial:
+        direction = self._directions_of(seed)[i]
+        return self._make_trial(direction, seed, direction.at(share), stage, f"{share:.6g}")
 
-    def _made(
+    def _make_trial(
         self, direction: Direction, seed: int, tensors: dict[str, Tensor], stage: str, label: str
     ) -> Trial:
         parameter = next(self.engine.model.parameters())
@@ -294,7 +294,7 @@ class OnePass:
         self.events.tick(done)
         self.events.pause(self._states)
 
-    def _climb(self, live: Sequence[int], best: dict[int, int], n: int) -> dict[int, Trial]:
+    def _search_lengths(self, live: Sequence[int], best: dict[int, int], n: int) -> dict[int, Trial]:
         """The best length on the grid for each direction, and its trial; ``best`` holds and gets the places.
 
         The first round tries the guess, and shorter lengths where it does not help. Later ones start at the
@@ -304,24 +304,22 @@ class OnePass:
         tried: dict[int, dict[int, Trial]] = {i: {} for i in live}
         wanted = {}
         for i in live:
-            guess = math.log(max(self._directed(seed)[i].guess, 1e-30))
+            guess = math.log(max(self._directions_of(seed)[i].guess, 1e-30))
             at = best.get(i, min(range(len(grid)), key=lambda k: abs(math.log(grid[k]) - guess)))
-            wanted[i] = _on(grid, (at - 1, at, at + 1) if i in best else (at,))
+            wanted[i] = _within(grid, (at - 1, at, at + 1) if i in best else (at,))
         known = set(best)
         while any(wanted.values()):
-            asked = {
-                i: {k: self._trial(i, seed, grid[k], "search") for k in own} for i, own in wanted.items()
-            }
-            baseline, _ = self._ask([trial for own in asked.values() for trial in own.values()], n)
+            made = {i: {k: self._along(i, seed, grid[k], "search") for k in own} for i, own in wanted.items()}
+            baseline, _ = self._score([trial for own in made.values() for trial in own.values()], n)
             for i, own in tried.items():
-                own |= asked[i]
+                own |= made[i]
                 best[i] = self._best(own)
                 if i in known:
-                    wanted[i] = [k for k in _on(grid, (best[i] - 1, best[i] + 1)) if k not in own]
+                    wanted[i] = [k for k in _within(grid, (best[i] - 1, best[i] + 1)) if k not in own]
                 else:
                     last = own[min(own)]
                     helps = last.scores and self.criterion.change(last.scores[-1], baseline) < 0
-                    wanted[i] = [] if helps else _on(grid, (min(own) - SHORTER,))
+                    wanted[i] = [] if helps else _within(grid, (min(own) - SHORTER,))
         scored = {i: tried[i][best[i]] for i in live if tried[i][best[i]].scores}
         if not scored:
             raise AFTError("No trial had a finite score.", "Use --dtype float32, or shorter --lengths.")
@@ -335,15 +333,15 @@ class OnePass:
         finite = {k: trial.scores[-1] for k, trial in tried.items() if trial.scores}
         return min(finite, key=lambda k: self.criterion.key(finite[k])) if finite else min(tried)
 
-    def _searched(self, i: int, seed: int, at: int) -> Trial:
+    def _line_search(self, i: int, seed: int, at: int) -> Trial:
         """A bracketed search for the length, between the grid's neighbours of the best, on all documents."""
         grid = [math.log(share) for share in sorted(self.protocol.lengths)]
         tried: list[Trial] = []
 
         def score(log_share: float) -> float:
-            trial = self._trial(i, seed, math.exp(log_share), "line")
+            trial = self._along(i, seed, math.exp(log_share), "line")
             tried.append(trial)
-            (found,) = self._ask([trial], len(self.selection))[1]
+            (found,) = self._score([trial], len(self.selection))[1]
             return math.inf if found is None else self.criterion.key(found)[0]
 
         near = (grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)])
@@ -354,18 +352,20 @@ class OnePass:
         if not finite:
             raise AFTError("No trial had a finite score.", "Use --dtype float32, or shorter --lengths.")
         best = min(finite, key=lambda trial: self.criterion.key(trial.scores[-1]))
-        final = self._made(self._directed(seed)[i], seed, best.intervention.tensors, "final", best.label)
+        final = self._make_trial(
+            self._directions_of(seed)[i], seed, best.intervention.tensors, "final", best.label
+        )
         final.record(best.scores[-1])
         return final
 
-    def _refined(self, final: Trial, i: int) -> Trial:
+    def _refine(self, final: Trial, i: int) -> Trial:
         """Quasi-Newton steps (L-BFGS) on the gradient of all training documents, while selection improves.
 
         The first pair of differences is the way from v = 0, whose gradient the pass gave.
         """
         if self.random:
             return final  # it would no longer be random
-        seed, direction = final.seed, self._directed(final.seed)[i]
+        seed, direction = final.seed, self._directions_of(final.seed)[i]
         names = list(direction.tensors)
         own = [self._passes[seed].layers.index(int(name.removeprefix("layers."))) for name in names]
         at = torch.zeros(len(names), self.engine.backbone.hidden_size).double()
@@ -381,8 +381,8 @@ class OnePass:
             for factor in FACTORS:
                 moved = dict(zip(names, at + factor * step, strict=True))
                 label = f"step{final.epoch}-{factor:g}"
-                trial = self._made(direction, seed, moved, "refine", label)
-                self._ask([trial], len(self.selection))
+                trial = self._make_trial(direction, seed, moved, "refine", label)
+                self._score([trial], len(self.selection))
                 if trial.scores:
                     trials.append(trial)
                     if self.criterion.improves(trial.scores[-1], final.scores[-1]):
@@ -404,7 +404,7 @@ class OnePass:
     def _slope(self, final: Trial, names: Sequence[str]) -> Tensor:
         """Gradient of the mean training loss at a trial's vector, (layers, hidden_size)."""
         key = f"{final.name.replace('/', '-')}-{final.epoch}"
-        if key not in self.asked.slopes:
+        if key not in self.progress.slopes:
             documents = self.train[final.seed][self.workers.rank :: self.workers.size]
             tensors = {name: each.detach().clone() for name, each in final.intervention.tensors.items()}
             probe = _Probe(final.layer, final.seed, Recipe(), replace(final.intervention, tensors=tensors))
@@ -414,8 +414,8 @@ class OnePass:
             slopes = [tensors[name].grad for name in names]
             mine = torch.stack([slope.cpu() for slope in slopes if slope is not None])
             parts = self.workers.gather(mine * len(documents))
-            self.asked.slopes[key] = torch.stack(parts).sum(0) / len(self.train[final.seed])
-        return self.asked.slopes[key]
+            self.progress.slopes[key] = torch.stack(parts).sum(0) / len(self.train[final.seed])
+        return self.progress.slopes[key]
 
     def _result(self, group: list[Trial], n: int) -> LayerResult:
         best = {trial.name: self.criterion.best(trial.scores) for trial in group}
@@ -428,7 +428,7 @@ class OnePass:
         )
 
 
-MEMORY = 1 << 30  # bytes of frozen blocks' outputs kept for trials to come
+KEPT_BYTES = 1 << 30  # bytes of frozen blocks' outputs kept for trials to come
 SHORTER = 2  # places on the grid
 PRECISION = 0.15  # of a line search, in the logarithm of the length: the score is flat there
 WORTHWHILE = 0.002  # of the whole gain: a step that brings less is the last
@@ -436,7 +436,7 @@ FACTORS = (1.0, 0.5, 0.25)  # of a quasi-Newton step, the next one where the las
 
 
 @dataclass
-class Asked:
+class SearchState:
     """What a run has learnt so far, from which it resumes: trials' scores, and gradients away from v = 0."""
 
     name = "trials"  # in state files
@@ -444,12 +444,14 @@ class Asked:
     slopes: dict[str, Tensor] = field(default_factory=dict)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        scores = [[name, n, score.to_dict()] for (name, n), score in self.scores.items()]
+        finite = {key: math.isfinite(score.score) for key, score in self.scores.items()}  # JSON has no NaN
+        scores = [[*key, score.to_dict() if finite[key] else None] for key, score in self.scores.items()]
         return dict(self.slopes), {"scores": scores, "stopped": "", "steps": 0}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         self.slopes = dict(tensors)
-        self.scores = {(name, n): Score(**score) for name, n, score in values["scores"]}
+        lost = {"score": math.nan, "cross_entropy": math.nan, "accuracy": 0.0, "temperature": 1.0}
+        self.scores = {(name, n): Score(**(score or {**lost, "n": n})) for name, n, score in values["scores"]}
 
 
 def at_temperature(objective: Any, temperature: float) -> Any:
@@ -477,11 +479,12 @@ def _objective(engine: Any, objective: Any) -> Iterator[None]:
         engine.objective = before
 
 
-def _on(grid: Sequence[float], places: Sequence[int]) -> list[int]:
+def _within(grid: Sequence[float], places: Sequence[int]) -> list[int]:
+    """The places that the grid has."""
     return [k for k in places if 0 <= k < len(grid)]
 
 
-def _draw(seed: int, width: int, layer: int) -> Tensor:
+def _random_vector(seed: int, width: int, layer: int) -> Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(1000003 * seed + layer))
 
 

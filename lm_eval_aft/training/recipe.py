@@ -125,6 +125,11 @@ class Protocol:
         """Whether directions come from one backward pass, not from an optimiser."""
         return bool(self.lengths)
 
+    @property
+    def search_rounds(self) -> tuple[Rung, ...]:
+        """With one pass: the rungs, or one on all selection documents, since lengths have to be searched."""
+        return self.rungs or (Rung(1, 1, 1, 1),)
+
     def changed(self, changes: Mapping[str, Any]) -> Protocol:
         """This protocol with some fields replaced; entries of ``None`` are left as they are.
 
@@ -146,6 +151,8 @@ class Protocol:
                     + ("one backward pass." if self.one_pass else "an optimiser."),
                     f"Leave it out, or choose another of: {', '.join(PROTOCOLS)}.",
                 )
+            if name == "lengths" and not value:
+                raise AFTError("There are no lengths to try.", "Give at least one, or leave out the setting.")
             if name in ("patience", "clip") and not value:
                 value = None
             if name in ("lr", "l2", "lengths"):
@@ -179,7 +186,7 @@ class Stage:
         train, selection: documents to train and evaluate on, in each epoch.
         epochs: how many (the most, in the final stage).
         keep: how many of them go on afterwards.
-        remembers: whether the frozen passes of the first epoch serve the others too.
+        reuses_frozen: whether the frozen passes of the first epoch serve the others too.
     """
 
     name: str
@@ -188,7 +195,7 @@ class Stage:
     selection: int
     epochs: int
     keep: int
-    remembers: bool = False
+    reuses_frozen: bool = False
 
     @property
     def documents(self) -> int:
@@ -222,7 +229,7 @@ def schedule(protocol: Protocol, layers: int, train: int, selection: int) -> lis
 def _one_pass_stages(protocol: Protocol, directions: int, train: int, selection: int) -> list[Stage]:
     """The pass; rounds of about three lengths for each direction left; the line search and the refinement."""
     stages = [Stage("pass", 1, train * protocol.seeds, 0, 1, directions)]
-    for place, rung in enumerate(protocol.rungs):
+    for place, rung in enumerate(protocol.search_rounds):
         keep = min(directions, max(protocol.finalists, math.ceil(directions * rung.keep)))
         stages.append(
             Stage(

@@ -68,9 +68,9 @@ class Trajectory:
         self.packed = packed
         device = input_device(model).type
         self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
-        # Outputs of frozen blocks by documents and layer, kept up to so many bytes for passes to come.
-        self.remembers = 0
-        self._remembered: dict[tuple[tuple[TokenizedDocument, ...], int], Any] = {}
+        # Frozen blocks' outputs by documents and layer, of the latest passes: at most so many bytes of them.
+        self.keep_bytes = 0
+        self._kept_outputs: dict[tuple[tuple[TokenizedDocument, ...], int], Any] = {}
 
     @subnormals_flushed()
     def train(
@@ -138,23 +138,23 @@ class Trajectory:
     @torch.no_grad()
     def outputs(self, batch: Batch, layers: Collection[int]) -> dict[int, Any]:
         """The frozen model's output at each of these blocks."""
-        kept = {layer: self._remembered.get((batch.documents, layer)) for layer in layers if self.remembers}
+        kept = {layer: self._kept_outputs.get((batch.documents, layer)) for layer in layers}
         if kept and all(output is not None for output in kept.values()):
             return kept
         with capture(self.backbone, sorted(layers)) as outputs:
             _run_blocks(self.model, batch)
-        if self.remembers:
-            self._remember(batch, outputs)
+        if self.keep_bytes:
+            self._keep(batch, outputs)
         return outputs
 
-    def _remember(self, batch: Batch, outputs: dict[int, Any]) -> None:
-        self._remembered |= {(batch.documents, layer): output for layer, output in outputs.items()}
-        sizes = {key: hidden_states(output).nbytes for key, output in self._remembered.items()}
+    def _keep(self, batch: Batch, outputs: dict[int, Any]) -> None:
+        self._kept_outputs |= {(batch.documents, layer): output for layer, output in outputs.items()}
+        sizes = {key: hidden_states(output).nbytes for key, output in self._kept_outputs.items()}
         total = sum(sizes.values())
         for key, size in sizes.items():  # the oldest first
-            if total <= self.remembers:
+            if total <= self.keep_bytes:
                 break
-            del self._remembered[key]
+            del self._kept_outputs[key]
             total -= size
 
     @contextmanager
@@ -199,7 +199,7 @@ class Trajectory:
             # Outside the handler, so that the failed pass's tensors are free by now.
             del batch
             forget()
-            self._remembered.clear()
+            self._kept_outputs.clear()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.budget = max(1, min(self.budget, tokens) // 2)

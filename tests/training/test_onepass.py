@@ -14,17 +14,17 @@ import torch
 
 from lm_eval_aft import AFTError, load_vector, train_vector
 from lm_eval_aft.engine.batching import TokenizedDocument
-from lm_eval_aft.harness.examples import encode
+from lm_eval_aft.harness.examples import PromptSettings, encode
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.intervention import POSITIONS, Intervention
 from lm_eval_aft.steering.methods import METHODS
-from lm_eval_aft.training import gradients, onepass
-from lm_eval_aft.training.candidate import Candidate, Recipe
+from lm_eval_aft.training import gradients, onepass, trainer
+from lm_eval_aft.training.candidate import Candidate, Recipe, Workers
 from lm_eval_aft.training.checkpoint import RunRecorder
 from lm_eval_aft.training.gradients import Gradients
 from lm_eval_aft.training.objectives import LM, Choice, Objective
-from lm_eval_aft.training.onepass import directions
+from lm_eval_aft.training.onepass import OnePass, directions
 from lm_eval_aft.training.recipe import TrainingPlan
 from lm_eval_aft.training.selection import Score
 from lm_eval_aft.training.setup import prepare
@@ -129,6 +129,81 @@ def test_out_of_memory_the_pass_goes_on_with_smaller_batches() -> None:
     found = Gradients(engine, docs, range(4), ["all"]).run(nothing)
     assert engine.budget < 1024
     assert torch.allclose(found.mean("all"), whole, atol=1e-6)
+
+
+def test_the_plain_engine_gives_the_same_gradients() -> None:
+    model = tiny_model("llama")
+    docs = documents(9)
+    fast, _ = make_engine(model, find_backbone(model), Choice("acc"), docs)
+    plain = Reference(model, find_backbone(model), Choice("acc"))
+    one, other = (Gradients(each, docs, range(4), list(POSITIONS)).run(nothing) for each in (fast, plain))
+    for positions in POSITIONS:
+        assert torch.allclose(other.sums[positions], one.sums[positions], rtol=1e-4, atol=1e-6)
+    assert other.counts.tolist() == one.counts.tolist()
+    # It reads a prompt once for each of its options, so other tokens are measured.
+    assert torch.allclose(other.scales, one.scales, rtol=0.1)
+
+
+def with_rank(rank: int, size: int, others: Sequence[Any] = ()) -> Workers:
+    """One of several processes; the others have found this already."""
+    workers = Workers()
+    workers.rank, workers.size = rank, size
+    workers.gather = lambda value: [*others, value]  # type: ignore[method-assign]
+    return workers
+
+
+def test_processes_share_the_documents_and_resume_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "CHUNK", 2)
+    model = tiny_model("llama")
+    docs = documents(6)  # three chunks: two for the first process, one for the second
+    engine, _ = make_engine(model, find_backbone(model), Choice("acc"), docs)
+    whole = Gradients(engine, docs, range(4), ["all"]).run(nothing)
+    first = Gradients(engine, docs, range(4), ["all"], workers=with_rank(0, 2)).run(nothing)
+    assert first.counts.sum() == 4
+    part = (first.sums, first.counts, first.norms)
+    second = Gradients(engine, docs, range(4), ["all"], workers=with_rank(1, 2, [part])).run(nothing)
+    assert second.counts.tolist() == whole.counts.tolist()
+    assert torch.equal(second.mean("all"), whole.mean("all"))
+    assert torch.equal(second.scales, whole.scales)
+    # The first process's state is every process's when the run goes on: the pass is over for all.
+    resumed = Gradients(engine, docs, range(4), ["all"], workers=with_rank(1, 2, [part]))
+    resumed.restore(*second.state())
+    assert torch.equal(resumed.run(nothing).mean("all"), whole.mean("all"))
+    # What a process alone has left unfinished was divided otherwise: several begin again.
+    alone = Gradients(engine, docs, range(4), ["all"])
+    with pytest.raises(Stop):
+        alone.run(nothing, interrupt)
+    again = Gradients(engine, docs, range(4), ["all"])
+    again.restore(*alone.state())
+    assert again.done == 1
+    assert torch.equal(again.run(nothing).mean("all"), whole.mean("all"))
+    shared = Gradients(engine, docs, range(4), ["all"], workers=with_rank(1, 2, [part]))
+    shared.restore(*alone.state())
+    assert torch.equal(shared.run(nothing).mean("all"), whole.mean("all"))
+
+
+def test_frozen_outputs_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    docs = documents(9)
+    engine = Trajectory(model, find_backbone(model), Choice("acc"), packed=True, budget=60)
+    vector = torch.linspace(-1, 1, 32)
+    probe = Candidate(2, 0, Recipe(), Intervention.static(2, vector))
+    expected = engine.evaluate([probe], docs, nothing)
+    passes: list[int] = []
+    run_blocks = trainer._run_blocks
+    monkeypatch.setattr(trainer, "_run_blocks", lambda *args: (passes.append(1), run_blocks(*args)))
+    engine.keep_bytes = 1 << 20
+    assert engine.evaluate([probe], docs, nothing) == expected
+    batches = len(passes)
+    assert batches > 2
+    assert engine.evaluate([probe], docs, nothing) == expected
+    assert len(passes) == batches  # none was read again
+    engine.keep_bytes = 1  # nothing fits
+    other = Candidate(1, 0, Recipe(), Intervention.static(1, vector))
+    assert engine.evaluate([other, probe], docs, nothing)[1] == expected[0]
+    passes.clear()
+    assert engine.evaluate([probe], docs, nothing) == expected
+    assert len(passes) == batches
 
 
 def test_the_direction_is_the_steepest_for_lengths_in_residual_norms() -> None:
@@ -289,6 +364,29 @@ def test_positions(positions: str, lm: AFTLM, settings: dict[str, Any]) -> None:
         assert len(result.vector.metadata["protocol"]["halves_cosine"]) == 4 * len(POSITIONS)
 
 
+@pytest.mark.parametrize("changes", [{"rungs": ()}, {"lengths": 0.25}], ids=["rungs", "lengths"])
+def test_a_search_without_rounds_or_with_one_length(
+    changes: dict[str, Any], lm: AFTLM, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    result = train_vector(lm, "toy_choice", tmp_path / "out", **settings, **changes)
+    searched = [line for line in events(tmp_path / "out", "trial") if line["stage"] == "search"]
+    assert {line["layer"] for line in searched} == {0, 1, 2, 3}
+    if "rungs" in changes:
+        assert {line["n"] for line in searched} == {24}
+    else:
+        assert [line["share"] for line in searched] == pytest.approx([0.25] * len(searched))
+    assert result.sweep is not None
+    whole = [line["score"] for line in events(tmp_path / "out", "trial") if line["n"] == 24]
+    assert result.sweep.chosen.score == min(whole)
+
+
+def test_documents_that_all_share_one_row_have_no_halves(lm: AFTLM, settings: dict[str, Any]) -> None:
+    settings |= {"train_docs": 8, "prompts": PromptSettings(num_fewshot=1), "layers": "1-2"}
+    protocol = train_vector(lm, "toy_choice", **settings).vector.metadata["protocol"]
+    assert protocol["halves_cosine"] == {}
+    assert protocol["trials"] > 2
+
+
 def test_all_layers_together(lm: AFTLM, settings: dict[str, Any]) -> None:
     result = train_vector(lm, "toy_choice", method="all-layers", **settings)
     assert list(result.vector.layers) == [0, 1, 2, 3]
@@ -308,6 +406,10 @@ def test_seeds_draw_their_documents_and_their_cosines_are_told(lm: AFTLM, settin
 
 class Stop(Exception):
     pass
+
+
+def interrupt(*_: Any) -> None:
+    raise Stop
 
 
 @pytest.mark.parametrize("after", [1, 3, 6, 9])
@@ -341,7 +443,7 @@ def test_a_killed_run_resumes_to_the_same_vector(
 
 
 def test_trials_that_are_not_finite_are_passed_over(
-    lm: AFTLM, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    lm: AFTLM, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate = Trajectory.evaluate
 
@@ -352,9 +454,19 @@ def test_trials_that_are_not_finite_are_passed_over(
         return [bad if at_fault else score for at_fault, score in zip(hit, found, strict=True)]
 
     monkeypatch.setattr(Trajectory, "evaluate", failing)
-    result = train_vector(lm, "toy_choice", **settings)
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(OnePass, "_line_search", interrupt)
+        with pytest.raises(Stop):
+            train_vector(lm, "toy_choice", folder, **settings)
+    result = train_vector(lm, "toy_choice", folder, resume=True, **settings)
     assert result.sweep is not None
     assert {layer.layer for layer in result.sweep.layers} == {0, 2, 3}
+    assert {line["layer"] for line in events(folder, "trial")} == {0, 2, 3}
+    dropped = [line["candidate"] for line in events(folder, "dropped")]
+    assert dropped
+    assert len(dropped) == len(set(dropped))  # not scored again after the interruption
+    assert all("layer1-" in name for name in dropped)
     settings["layers"] = "1"
     with pytest.raises(AFTError, match="No trial had a finite score"):
         train_vector(lm, "toy_choice", **settings)
@@ -365,6 +477,7 @@ def test_trials_that_are_not_finite_are_passed_over(
     [
         ({"lr": 1e-2}, "has no setting 'lr'"),
         ({"epochs": 2}, "has no setting 'epochs'"),
+        ({"lengths": []}, "no lengths to try"),
         ({"method": "drab"}, "does not fit the method 'drab'"),
         ({"screen": "order"}, "ranks the layers itself"),
         ({"protocol": "rapid", "refine": 3}, "has no setting 'refine'"),
