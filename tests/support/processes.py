@@ -17,8 +17,14 @@ LAUNCH = [
 ]
 
 
-def by_one_and_by_two(arguments: Sequence[str], folder: Path) -> tuple[SteeringVector, SteeringVector]:
-    """The vectors of ``train-vector ARGUMENTS``: in ``folder/one`` by one process, ``folder/two`` by two."""
+def by_one_and_by_two(
+    arguments: Sequence[str], folder: Path, exactly: bool = True
+) -> tuple[SteeringVector, SteeringVector]:
+    """The vectors of ``train-vector ARGUMENTS``: in ``folder/one`` by one process, ``folder/two`` by two.
+
+    Args:
+        exactly: both are to be the same to the last bit.
+    """
     for name, launcher in (("one", [sys.executable]), ("two", LAUNCH)):
         done = subprocess.run(
             [*launcher, "-m", "lm_eval_aft.cli.train", *arguments, "--output", str(folder / name)],
@@ -30,5 +36,5 @@ def by_one_and_by_two(arguments: Sequence[str], folder: Path) -> tuple[SteeringV
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_vector(folder / name) for name in ("one", "two"))
     assert (one.metadata["processes"], two.metadata["processes"]) == (1, 2)
-    assert two.digest() == one.digest()
+    assert not exactly or two.digest() == one.digest()
     return one, two

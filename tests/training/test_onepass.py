@@ -31,6 +31,7 @@ from lm_eval_aft.training.setup import prepare
 from lm_eval_aft.training.trainer import Reference, Trajectory, make_engine
 from tests.engine.test_engine import documents, nothing, single
 from tests.support.families import FAMILIES, tiny_model
+from tests.support.processes import by_one_and_by_two
 
 OFTEN = ("llama", "gemma2", "bloom")  # packed, behind a window, never packed
 # Its recurrence leaves both gradients up to 5e-4 away from those in float64.
@@ -491,6 +492,27 @@ def test_what_does_not_fit_is_an_error(
         settings.pop("refine")
     with pytest.raises(AFTError, match=message):
         train_vector(lm, "toy_choice", **(settings | changes))
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_vector_of_one(
+    checkpoint: Callable[..., str], toy_tasks: Callable[..., str], tmp_path: Path
+) -> None:
+    """To the last bit in the search; refinement sums the processes' parts in another order."""
+    arguments = [
+        *("--model", checkpoint("llama"), "--task", "toy_choice", "--include-path", toy_tasks()),
+        *("--protocol", "onepass", "--train-docs", "36", "--selection-docs", "24", "--seeds", "2"),
+        *("--device", "cpu", "--refine"),
+    ]
+    by_one_and_by_two([*arguments, "0"], tmp_path / "search")
+    lines = [
+        sorted(json.dumps({k: v for k, v in line.items() if k != "time"}) for line in events(folder, "trial"))
+        for folder in (tmp_path / "search" / "one", tmp_path / "search" / "two")
+    ]
+    assert lines[0] == lines[1]
+    one, two = by_one_and_by_two([*arguments, "2"], tmp_path / "refined", exactly=False)
+    for name, tensor in one.tensors.items():
+        assert torch.allclose(two.tensors[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
