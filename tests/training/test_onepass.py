@@ -473,6 +473,16 @@ def test_trials_that_are_not_finite_are_passed_over(
         train_vector(lm, "toy_choice", **settings)
 
 
+def test_a_model_whose_baseline_is_not_finite_is_an_error(
+    lm: AFTLM, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight.fill_(torch.nan)
+    for resume in (False, True):
+        with pytest.raises(AFTError, match="gives NaN or infinite numbers"):
+            train_vector(lm, "toy_choice", tmp_path / "out", resume=resume, **settings)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

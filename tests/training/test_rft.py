@@ -112,6 +112,17 @@ def comparable(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if k != "time"} for e in events(folder)]
 
 
+def test_rounds_of_one_pass(lm: AFTLM, settings: dict[str, Any], tmp_path: Path, rising: None) -> None:
+    for name in ("lr", "l2", "epochs", "batch_size", "regression", "retries"):
+        settings.pop(name)
+    meta = train_vector(
+        lm, "toy_words", tmp_path / "out", **settings | {"protocol": "onepass"}
+    ).vector.metadata
+    assert meta["protocol"]["name"] == "onepass"
+    assert len(meta["rft"]["table"]) > 1
+    assert meta["protocol"]["trials"] > 2
+
+
 def test_rounds_are_recorded_and_the_best_is_kept(
     lm: AFTLM, settings: dict[str, Any], tmp_path: Path, rising: None
 ) -> None:
