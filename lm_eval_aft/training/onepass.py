@@ -411,8 +411,9 @@ class OnePass:
             objective = at_temperature(self.engine.objective, final.scores[-1].temperature)
             with _objective(self.engine, objective):
                 self.engine.train([probe], [documents], self.events.tick)
-            slopes = [tensors[name].grad for name in names]
-            mine = torch.stack([slope.cpu() for slope in slopes if slope is not None])
+            slopes = [tensors[name].grad for name in names]  # none in a process without documents
+            zero = torch.zeros(self.engine.backbone.hidden_size)
+            mine = torch.stack([zero if slope is None else slope.cpu() for slope in slopes])
             parts = self.workers.gather(mine * len(documents))
             self.progress.slopes[key] = torch.stack(parts).sum(0) / len(self.train[final.seed])
         return self.progress.slopes[key]
