@@ -176,7 +176,13 @@ def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) ->
     create(parser.add_subparsers())
     ours = ["--model", "aft", "--tasks", ",".join(tasks), "--log_samples", "--output_path", str(folder)]
     try:
-        config = from_cli(parser.parse_args(["run", *ours, *flags]))
+        known, unknown = parser.parse_known_args(["run", *ours, *flags])
+        if unknown:
+            raise AFTError(
+                f"lm-eval has no flag {unknown[0]!r}.",
+                "Separate several tasks by commas; for the flags see `lm_eval run --help`.",
+            )
+        config = from_cli(known)
     except ValueError as error:
         raise AFTError(f"lm-eval refuses these flags: {error}", "See `lm_eval run --help`.") from error
     if config.model_args:
