@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, replacing_dir, sha256
+from lm_eval_aft._util.files import canonical_json, exclusive_dir, exists, replacing, replacing_dir, sha256
 from lm_eval_aft._util.private_names import borrowed, require
 from lm_eval_aft._util.process import is_main_process
 from lm_eval_aft.engine.active_steering import Routing, whole_spec
@@ -399,14 +399,9 @@ def vector_label(spec: str) -> str:
     'math-algebrax0.7+logic-analogyx0.3'
     """
     path = Path(spec)
-    try:
-        if path.suffix == ".safetensors":
-            return path.stem
-        if path.exists():
-            return path.resolve().name
-    except OSError:  # too long for a path
-        pass
-    return _label(spec)
+    if path.suffix == ".safetensors":
+        return path.stem
+    return path.resolve().name if exists(path) else _label(spec)
 
 
 def _label(text: str) -> str:
