@@ -19,7 +19,7 @@ from lm_eval_aft._util.process import quiet_libraries
 from lm_eval_aft.evaluation.run import evaluate_pair
 from lm_eval_aft.evaluation.stats import mcnemar_exact
 from lm_eval_aft.lm import AFTLM
-from lm_eval_aft.training.controls import random_like
+from lm_eval_aft.training.setup import random_like
 
 CHOICE, MATH = "aft_demo_choice", "aft_demo_math"
 PRIMARY = {CHOICE: ("acc_norm", "none"), MATH: ("exact_match", "strict-match")}

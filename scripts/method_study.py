@@ -30,8 +30,8 @@ from lm_eval_aft.evaluation.stats import mcnemar_exact
 from lm_eval_aft.harness.tasks import tasks_path
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.methods import METHODS
-from lm_eval_aft.training.controls import random_like
 from lm_eval_aft.training.recipe import Rung
+from lm_eval_aft.training.setup import random_like
 
 TASKS = {
     "aft_demo_choice": ("acc_norm", "none", "shuffled"),

@@ -50,7 +50,7 @@ from lm_eval_aft.training.candidate import Candidate, Recipe, in_steps
 from lm_eval_aft.training.objectives import Choice
 from lm_eval_aft.training.recipe import TrainingPlan
 from lm_eval_aft.training.selection import Score
-from lm_eval_aft.training.setup import Starts, prepare
+from lm_eval_aft.training.setup import Initializer, prepare
 from lm_eval_aft.training.trainer import make_engine
 
 LAYERS, ON, EPOCHS, SEEDS, FINAL = 24, 30, 10, 3, 100  # the earlier study's numbers
@@ -201,7 +201,7 @@ def train(lm: AFTLM, folder: Path, train_docs: int, selection_docs: int, layers:
     packed = getattr(engine, "packed", True)
     order = sorted(range(len(encoded)), key=lambda i: -encoded[i].tokens(packed))
     evaluation = [encoded[i] for i in order]
-    starts = Starts(prepared, training, [])
+    starts = Initializer(prepared, training, [])
 
     def in_order(values: Sequence[float]) -> NDArray[Any]:
         found = np.zeros(len(order), dtype=np.asarray(values).dtype)

@@ -55,7 +55,7 @@ def not_finite_cause(dtype: str, coefficient: float | None = None) -> str:
     Args:
         coefficient: of the vector that steers the model; ``None`` where none does.
     """
-    smaller = "" if coefficient is None else f", or a coefficient nearer to 0 than {coefficient:g}"
+    smaller = "" if coefficient is None else f", or a weaker vector (its coefficient is {coefficient:g})"
     if dtype == "float16":
         return f"float16 holds no number above 65,504. Use bfloat16 or float32{smaller}."
     if coefficient is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -25,23 +25,14 @@ def _route_help() -> str:
     return f"Let a router pick each document's vector: {specs}; may repeat."
 
 
-@click.command(
-    "eval",
-    context_settings={"ignore_unknown_options": True},
-)
+@click.command("eval", context_settings={"ignore_unknown_options": True})
 @offline_option
 @click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
 @click.option(
     "--vector", "vectors", multiple=True, help="Folder, library name, Hub id or expression; may repeat."
 )
 @click.option("--library", type=click.Path(path_type=Path), help="Library that names come from.")
-@click.option(
-    "--route",
-    "routes",
-    multiple=True,
-    cls=LateHelp,
-    late_help=_route_help,
-)
+@click.option("--route", "routes", multiple=True, cls=LateHelp, late_help=_route_help)
 @click.option(
     "--tasks",
     required=True,
@@ -65,28 +56,9 @@ def _route_help() -> str:
     help="Further arguments of `--model aft`: revision=...,peft=...; coefficient= and positions= replace "
     "those of every vector.",
 )
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Keep the runs that are in the output folder already, and score the others.",
-)
+@click.option("--resume", is_flag=True, help="Keep the runs that are in the output folder; score the others.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def evaluate(
-    model: str,
-    vectors: tuple[str, ...],
-    library: Path | None,
-    routes: tuple[str, ...],
-    tasks: str,
-    output: Path,
-    placebo: str,
-    answer_only: bool,
-    all_seeds: bool,
-    device: str | None,
-    dtype: str | None,
-    model_args: str | None,
-    resume: bool,
-    flags: tuple[str, ...],
-) -> None:
+def evaluate(tasks: str, output: Path, model_args: str | None, **options: Any) -> None:
     """Score the baseline and steered model with lm-eval, and compare them pair by pair.
 
     Log-likelihoods of the baseline, all vectors and placebos are computed together. Writes ordinary
@@ -109,20 +81,9 @@ def evaluate(
 
     try:
         with terminable():
-            runs = evaluate_pair(
-                model,
-                vectors,
-                [name.strip() for name in tasks.split(",")],
-                output,
-                placebo=placebo,
-                all_seeds=all_seeds,
-                answer_only=answer_only,
-                library=library,
-                routes=routes,
-                model_args=parse_model_args(model_args, device=device, dtype=dtype),
-                flags=flags,
-                resume=resume,
-            )
+            arguments = parse_model_args(model_args, device=options.pop("device"), dtype=options.pop("dtype"))
+            names = [name.strip() for name in tasks.split(",")]
+            runs = evaluate_pair(tasks=names, output=output, model_args=arguments, **options)
     except (KeyboardInterrupt, Terminated) as end:
         ended(end, output)
     if is_main_process():
@@ -215,7 +176,8 @@ def print_report(found: Report) -> None:
             colour = {"better": "[green]", "worse": "[red]"}.get(row.verdict, "")
             table.add_row(f"  {escape(row.run)}", *texts, colour + verdict)
     # Without a terminal rich assumes 80 columns and cuts cells; log files have room.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if found.rows:
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
     for each in tables(found):
         print_table(each.title, each.columns, each.lines)
         for line in filter(None, (*each.notes, each.intro)):

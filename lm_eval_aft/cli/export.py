@@ -38,8 +38,8 @@ _HELP = """Write VECTOR in a format that other tools read, and check that it doe
 
 The result is loaded again and its logits are compared with the steered model's (merged and
 steered: with the vector as the checkpoint's dtype rounds it); one that does not agree is deleted.
-A .gguf file is read back instead. merged, peft and gguf keep the vector's own record of how it
-was made and chosen, which `aft import` reads.
+Files of gguf and vllm-lens are read back instead. merged, peft and gguf keep the vector's own
+record of how it was made and chosen, which `aft import` reads.
 
 \b
 Examples:

@@ -39,8 +39,8 @@ def parse_pairs(text: str, what: str = "model arguments") -> dict[str, Any]:
         if text.startswith("{"):
             return dict(json.loads(text))
         parts = [part.partition("=") for part in text.strip().split(",")]
-        if not all(sign for _, sign, _ in parts):
-            raise ValueError("a part of it has no =")
+        if not all(key.strip() and sign for key, sign, _ in parts):
+            raise ValueError("a part of it has no name or no =")
         if twice := [key for key, count in Counter(key for key, *_ in parts).items() if count > 1]:
             raise ValueError(f"{twice[0]} is given twice")
         return dict(simple_parse_args_string(text))

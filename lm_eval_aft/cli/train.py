@@ -11,6 +11,7 @@ import click
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.process import Terminated, is_main_process, quiet_libraries, terminable
 from lm_eval_aft.cli.options import (
+    LateHelp,
     PlainCommand,
     ended,
     offline_option,
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     from lm_eval_aft.training.run import TrainingResult
     from lm_eval_aft.training.setup import Prepared
     from lm_eval_aft.training.sweep import SweepResult
+
+
+def _criterion_help() -> str:
+    from lm_eval_aft.training.selection import CRITERIA, DEFAULT_CRITERION
+
+    return f"What makes one candidate better: {', '.join(CRITERIA)}.  [default: {DEFAULT_CRITERION}]"
 
 
 @click.command("train-vector", cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -127,6 +134,7 @@ if TYPE_CHECKING:
 @click.option("--rungs", help="Search rounds TRAIN:SELECTION:EPOCHS:KEEP,...; none: train everything fully.")
 @click.option("--finalists", type=int, help="How many settings of the search are trained fully.")
 @click.option("--regression/--no-regression", default=None, help="Stop a finalist worse than the baseline.")
+@click.option("--criterion", cls=LateHelp, late_help=_criterion_help)
 @click.option("--retries", type=int, help="New starts when nothing beats the baseline.")
 @click.option(
     "--screen",
@@ -343,7 +351,7 @@ def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
                 str(layer.layer),
                 f"{layer.stage} ({layer.baseline.n})",
                 f"{layer.score:.4f}",
-                f"{layer.change:+.4f}",
+                f"{layer.cross_entropy_change:+.4f}",
                 f"{layer.accuracy:.1%}",
                 f"{lr:g}",
                 f"{l2:g}",

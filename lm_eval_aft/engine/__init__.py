@@ -2,5 +2,6 @@
 
 May import ``library``, ``steering`` and ``_util``.
 Rows and masks are made in ``rows``, training's batches in ``batching``; ``fallback`` chooses how requests are
-scored, ``scorer`` and ``generation`` do it, ``stock`` runs lm-eval's own code, ``naive`` is the reference.
+scored, ``scorer`` and ``generation`` do it, ``stock`` runs lm-eval's own code, ``checks`` compares with it,
+and ``active_steering`` knows what steers the model, and puts it there.
 """

@@ -90,26 +90,35 @@ def _rope(text: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def disagreement(fast: Tensor, slow: Tensor, tokens: Tensor, dtype: torch.dtype) -> str:
+def disagreement(
+    fast: Tensor, slow: Tensor, tokens: Tensor, dtype: torch.dtype, rounding: float = 0.0
+) -> str:
     """Compare log-likelihoods (options,) of two paths; ``""`` when they agree.
 
     In 16 bits only gross errors can be told from rounding: the tolerance is 0.1 nats a token (``tokens``
-    counts them). In fp32 it is the larger of 1e-4 and 1e-6 of the value.
+    counts them). In fp32 it is the largest of 1e-4, 1e-6 of the value, and ``rounding`` (nats).
     """
     difference = (fast - slow).abs()
     if dtype in (torch.float32, torch.float64):
-        bar = torch.maximum(torch.full_like(difference, 1e-4), 1e-6 * slow.abs())
+        bar = torch.maximum(torch.full_like(difference, max(1e-4, rounding)), 1e-6 * slow.abs())
     else:
         bar = 0.1 * tokens.to(difference)
     return "" if bool((difference <= bar).all()) else f"differ by {float(difference.max()):.2g} nats"
 
 
 def answers_differ(
-    found: Sequence[Answer], wanted: Sequence[Answer], tokens: Sequence[int], dtype: torch.dtype
+    found: Sequence[Answer],
+    wanted: Sequence[Answer],
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    rounding: float = 0.0,
 ) -> str:
-    """How two paths' answers to requests of so many ``tokens`` each differ; ``""`` when they agree."""
+    """How two paths' answers to requests of so many ``tokens`` each differ; ``""`` when they agree.
+
+    In fp32 differences up to ``rounding`` (nats) say nothing; see `disagreement`.
+    """
     fast, slow = (torch.tensor([value for value, _ in each], dtype=torch.float64) for each in (found, wanted))
-    reason = disagreement(fast, slow, torch.tensor(tokens), dtype)
+    reason = disagreement(fast, slow, torch.tensor(tokens), dtype, rounding)
     if reason:
         return f"log-likelihoods {reason}"
     exact = dtype in (torch.float32, torch.float64)

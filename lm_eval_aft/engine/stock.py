@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -32,7 +33,8 @@ class StockLM(HFLM):
         naive: where only some positions are steered: the reference that answers are checked against.
     """
 
-    batch_schedule: float  # these two are `HFLM`'s
+    batch_schedule: float  # these three are `HFLM`'s
+    batch_size_per_gpu: int
     batch_sizes: dict[int, int]
     active: ActiveSteering = None  # type: ignore[assignment]  # until the model is loaded
     fast: bool = True
@@ -94,6 +96,22 @@ class StockLM(HFLM):
 
         self._check("scoring", differs)
         return found
+
+    def rounding(self, requests: Sequence[Request], answers: Sequence[Answer]) -> float:
+        """How far stock's ``answers`` to these requests move (nats) in one batch with a longer request.
+
+        The padding changes only the order of sums, so this is what the dtype gives on this model.
+        """
+        _, context, tail = max(requests, key=lambda request: len(request[1]) + len(request[2]))
+        room = self.max_length + 1 - len(context) - len(tail)
+        longer = (None, [*context, *context[:8]][: len(context) + max(0, room)], tail)
+        before, self.batch_size_per_gpu = self.batch_size_per_gpu, len(requests) + 1
+        try:
+            again = self.some_stock_answers([*requests, longer])
+        finally:
+            self.batch_size_per_gpu = before
+        moved = [abs(a - b) for (a, _), (b, _) in zip(answers, again, strict=False)]
+        return max(moved) if all(map(math.isfinite, moved)) else 0.0
 
     def some_stock_answers(self, requests: Sequence[Request], states: Sequence[int] = ()) -> list[Answer]:
         """Stock's answers to part of the requests; ``states``: which of a router's vectors steers each."""

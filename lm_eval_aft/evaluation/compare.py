@@ -29,27 +29,19 @@ PRIMARY_METRICS = ("acc_norm", "acc", "exact_match")
 PRIMARY_FILTERS = ("strict-match", "none")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Comparison:
-    """One run against the baseline on one task, filter and metric.
+    """One run against the baseline on one task, filter and metric: a row without a verdict yet.
 
     Attributes:
         doc_ids: the documents compared.
         wins, losses: the documents that got better and worse (lower scores are better for some metrics).
-        clusters: what to say about clusters of documents, if anything.
-        primary: whether this metric decides the verdict on the task.
     """
 
-    task: str
-    filter: str
-    metric: str
-    higher_is_better: bool
-    paired: PairedComparison
+    row: VerdictRow
     doc_ids: list[int]
     wins: list[int]
     losses: list[int]
-    clusters: str
-    primary: bool = False
 
 
 def differences(baseline: ScoredRun, other: ScoredRun) -> list[str]:
@@ -127,6 +119,7 @@ def not_finite(baseline: ScoredRun, other: ScoredRun) -> list[NotFinite]:
 def _cause(run: ScoredRun) -> str:
     config = run.any.get("config", {})
     coefficient = (run.vector or {}).get("coefficient")
+    coefficient = coefficient if isinstance(coefficient, int | float) else None
     dtype = _dtype(config.get("model_dtype") or model_args(run.any).get("dtype"))
     return not_finite_cause(dtype or "its dtype", coefficient)
 
@@ -147,30 +140,33 @@ def compare_runs(baseline: ScoredRun, other: ScoredRun) -> list[Comparison]:
             for metric in left[ids[0]].metrics if ids else ():
                 if all(metric in left[i].metrics and metric in right[i].metrics for i in ids):
                     each = _compare(before, after, filter_name, metric, ids)
-                    found.append(replace(each, primary=(filter_name, metric) == primary))
-    return sorted(found, key=lambda c: (c.task, not c.primary))
+                    row = replace(
+                        each.row, run=other.name, kind=other.kind, primary=(filter_name, metric) == primary
+                    )
+                    found.append(replace(each, row=row))
+    return sorted(found, key=lambda c: (c.row.task, not c.row.primary))
 
 
 def _compare(before: TaskRun, after: TaskRun, filter_name: str, metric: str, ids: list[int]) -> Comparison:
-    left, right = before.samples[filter_name], after.samples[filter_name]
-    clusters = [left[i].cluster for i in ids]
-    paired = compare_paired(
-        [left[i].metrics[metric] for i in ids], [right[i].metrics[metric] for i in ids], clusters
-    )
-    gained = [i for i in ids if right[i].metrics[metric] > left[i].metrics[metric]]
-    lost = [i for i in ids if right[i].metrics[metric] < left[i].metrics[metric]]
+    samples = [[side.samples[filter_name][i] for i in ids] for side in (before, after)]
+    left, right = ([sample.metrics[metric] for sample in side] for side in samples)
+    clusters = [sample.cluster for sample in samples[0]]
+    paired = compare_paired(left, right, clusters)
     up = _higher_is_better(before, metric)
-    return Comparison(
+    moved = [(i, (new > old) == up) for i, old, new in zip(ids, left, right, strict=True) if new != old]
+    wins, losses = ([i for i, won in moved if won is side] for side in (True, False))
+    values: dict[str, Any] = asdict(paired) | {"wins": len(wins), "losses": len(losses)}
+    for name, scores in (("baseline", left), ("steered", right)):
+        values[f"{name}_low"], values[f"{name}_high"] = mean_interval(scores)
+    row = VerdictRow(
         task=before.task,
-        filter=filter_name,
         metric=metric,
+        filter=filter_name,
         higher_is_better=up,
-        paired=paired,
-        doc_ids=ids,
-        wins=gained if up else lost,
-        losses=lost if up else gained,
-        clusters=_cluster_note(clusters, paired),
+        share=all(0 <= score <= 1 for score in (*left, *right)),
+        **values | {"clusters": _cluster_note(clusters, paired)},
     )
+    return Comparison(row, ids, wins, losses)
 
 
 def primary_metric(*runs: TaskRun, complete: bool = True) -> tuple[str, str] | None:
@@ -386,7 +382,7 @@ def _hardware(text: Any) -> str | None:
 def _number(value: Any, digits: int) -> str | None:
     try:
         return f"{float(value):.{digits}f}"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -415,13 +411,13 @@ class VerdictRow:
         clusters: what to say about clusters of documents, if anything.
     """
 
-    run: str
-    kind: str
+    run: str = ""
+    kind: str = ""
     task: str
     metric: str
     filter: str
-    primary: bool
-    family: bool
+    primary: bool = False
+    family: bool = False
     higher_is_better: bool
     share: bool
     n: int
@@ -439,8 +435,8 @@ class VerdictRow:
     wins: int
     losses: int
     p_value: float
-    p_adjusted: float | None
-    verdict: str
+    p_adjusted: float | None = None
+    verdict: str = ""
     mde: float | None
     test: str
     interval: str
@@ -462,18 +458,19 @@ def judge(
         vectors: run name -> its vector; one selected on these documents gets no verdict.
         mismatched: names of runs that differ from the baseline in more than steering: no verdict either.
     """
-    rows = [make_row(baseline, run, each) for run, each in comparisons]
+    rows = [each.row for _, each in comparisons]
     same: dict[tuple[Any, ...], list[int]] = {}
     for i, (run, each) in enumerate(comparisons):
-        if not each.primary or run.kind != "steered":
+        if not each.row.primary or run.kind != "steered":
             continue
         if _selected_on(vectors[run.name], baseline, each):
             rows[i] = replace(rows[i], verdict=SELECTED)
         elif run.name in mismatched:
             rows[i] = replace(rows[i], verdict=DIFFERENT)
         else:
-            outcome = (each.task, *map(tuple, (each.doc_ids, each.wins, each.losses)), rows[i].difference)
-            same.setdefault(((run.vector or {}).get("sha256") or run.name, *outcome), []).append(i)
+            outcome = (*map(tuple, (each.doc_ids, each.wins, each.losses)), each.row.difference)
+            vector = (run.vector or {}).get("sha256") or run.name
+            same.setdefault((vector, each.row.task, *outcome), []).append(i)
     adjusted = holm([rows[equal[0]].p_value for equal in same.values()])
     for equal, p in zip(same.values(), adjusted, strict=True):
         for i in equal:
@@ -487,31 +484,5 @@ def _selected_on(info: VectorInfo, baseline: ScoredRun, each: Comparison) -> boo
     if info.biased:
         return True
     known = set(info.selection_documents)
-    samples = baseline.tasks[each.task].samples[each.filter]
+    samples = baseline.tasks[each.row.task].samples[each.row.filter]
     return bool(known) and any(samples[i].doc_hash[:HASH_DIGITS] in known for i in each.doc_ids)
-
-
-def make_row(baseline: ScoredRun, run: ScoredRun, each: Comparison) -> VerdictRow:
-    """A comparison as a row outside Holm's family, without a verdict."""
-    values: dict[str, Any] = asdict(each.paired)
-    share = True
-    for name, side in (("baseline", baseline), ("steered", run)):
-        samples = side.tasks[each.task].samples[each.filter]
-        scores = [samples[i].metrics[each.metric] for i in each.doc_ids]
-        share = share and all(0 <= score <= 1 for score in scores)
-        values[f"{name}_low"], values[f"{name}_high"] = mean_interval(scores)
-    values |= {"wins": len(each.wins), "losses": len(each.losses), "clusters": each.clusters}
-    return VerdictRow(
-        run=run.name,
-        kind=run.kind,
-        task=each.task,
-        metric=each.metric,
-        filter=each.filter,
-        primary=each.primary,
-        family=False,
-        higher_is_better=each.higher_is_better,
-        share=share,
-        p_adjusted=None,
-        verdict="",
-        **values,
-    )

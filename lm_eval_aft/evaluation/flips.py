@@ -15,7 +15,7 @@ def flipped_documents(
     baseline: ScoredRun, run: ScoredRun, comparison: Comparison, limit: int
 ) -> dict[str, Any]:
     """Up to ``limit`` documents won and as many lost on a comparison's metric, and how many there are."""
-    before, after = baseline.tasks[comparison.task], run.tasks[comparison.task]
+    before, after = baseline.tasks[comparison.row.task], run.tasks[comparison.row.task]
 
     def full(ids: list[int]) -> list[dict[str, Any]]:
         try:
@@ -27,15 +27,15 @@ def flipped_documents(
                 AGAIN,
             ) from error
 
-    names = {"run": run.name, "task": comparison.task, "metric": comparison.metric}
+    names = {"run": run.name, "task": comparison.row.task, "metric": comparison.row.metric}
     counts = {"won_count": len(comparison.wins), "lost_count": len(comparison.losses)}
     documents = {"won": full(comparison.wins), "lost": full(comparison.losses)}
-    return {**names, "filter": comparison.filter, **counts, **documents}
+    return {**names, "filter": comparison.row.filter, **counts, **documents}
 
 
 def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: int) -> dict[str, Any]:
-    first = before.document(comparison.filter, doc_id)
-    second = after.document(comparison.filter, doc_id)
+    first = before.document(comparison.row.filter, doc_id)
+    second = after.document(comparison.row.filter, doc_id)
     arguments = request_arguments(first)
     context = str(arguments[0][0]) if arguments[0] else ""
     found: dict[str, Any] = {
@@ -46,7 +46,7 @@ def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: i
     }
     if all(len(each) > 1 and isinstance(each[1], str) for each in arguments):
         delimiter = str(before.config.get("target_delimiter", " "))
-        return found | {"options": _options(delimiter, comparison.metric, arguments, first, second)}
+        return found | {"options": _options(delimiter, comparison.row.metric, arguments, first, second)}
     return found | {"generations": {"before": _generation(first), "after": _generation(second)}}
 
 

@@ -21,7 +21,6 @@ from lm_eval_aft.evaluation.compare import (
     differences,
     fingerprint_text,
     judge,
-    make_row,
     not_finite,
     primary_metric,
     require_comparable,
@@ -181,7 +180,7 @@ def build_report(
         flips=[
             flipped_documents(baseline, run, each, flips)
             for run, each in comparisons
-            if each.primary and run.kind == "steered"
+            if each.row.primary and run.kind == "steered"
         ],
         settings=[{"run": run.name, "values": described(run)} for run in shown],
         vectors=[info.to_dict() for info in vectors.values() if info.path],
@@ -420,9 +419,8 @@ def answer_only_rows(
         name = _ordinary_name(run, runs)
         ordinary = {row.task: row for row in rows if row.primary and row.run == name}
         for each in compare_runs(base, run):
-            if each.primary and each.task in ordinary:
-                row = make_row(base, run, each)
-                pairs.append(AnswerOnlyRow(ordinary[each.task], row, meaning(ordinary[each.task], row)))
+            if each.row.primary and (row := ordinary.get(each.row.task)):
+                pairs.append(AnswerOnlyRow(row, each.row, meaning(row, each.row)))
     return pairs, unfit
 
 
@@ -486,22 +484,22 @@ def route_rows(
     found = []
     for run, each in comparisons:
         routing = run.routing
-        if routing is None or not each.primary:
+        if routing is None or not each.row.primary:
             continue
-        before = baseline.tasks[each.task].samples[each.filter]
-        after = run.tasks[each.task].samples[each.filter]
-        logged = (routing.get("routes") or {}).get(each.task) or {}
+        before = baseline.tasks[each.row.task].samples[each.row.filter]
+        after = run.tasks[each.row.task].samples[each.row.filter]
+        logged = (routing.get("routes") or {}).get(each.row.task) or {}
         routed = {int(doc_id): str(name) for name, ids in logged.items() for doc_id in ids}
         groups: dict[str, list[int]] = {}
         for doc_id in each.doc_ids:
             groups.setdefault(routed.get(doc_id, UNKNOWN), []).append(doc_id)
         for name, ids in sorted(groups.items(), key=lambda group: -len(group[1])):
-            old = [before[i].metrics[each.metric] for i in ids]
-            new = [after[i].metrics[each.metric] for i in ids]
+            old = [before[i].metrics[each.row.metric] for i in ids]
+            new = [after[i].metrics[each.row.metric] for i in ids]
             vector = (routing.get("vectors") or {}).get(name) or {}
-            own = each.task in str(vector.get("task")).split(",")
+            own = each.row.task in str(vector.get("task")).split(",")
             found.append(
-                {"run": run.name, "task": each.task, "metric": each.metric, "filter": each.filter}
+                {"run": run.name, "task": each.row.task, "metric": each.row.metric, "filter": each.row.filter}
                 | {"route": name, "own": own, "n": len(ids), "of": len(each.doc_ids)}
                 | {"baseline": sum(old) / len(ids), "steered": sum(new) / len(ids)}
                 | {"difference": (sum(new) - sum(old)) / len(ids)}

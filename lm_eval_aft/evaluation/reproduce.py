@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ def commands(run: ScoredRun) -> list[str]:
     calls: dict[tuple[Path, str], list[str]] = {}
     for task, each in run.tasks.items():
         # Tasks may have their own numbers of shots.
-        asked = bool(each.results["config"]["aft"].get("asked"))
-        shots = "" if asked else str(each.results.get("n-shot", {}).get(task))
+        shots = "" if _asked(each.results) else str(each.results.get("n-shot", {}).get(task))
         calls.setdefault((each.file, shots), []).append(task)
     return [_command(run, tasks) for tasks in calls.values()]
 
@@ -39,32 +39,41 @@ def _command(run: ScoredRun, tasks: list[str]) -> str:
         "metadata": _given_metadata(run.tasks[tasks[0]]),
         "include_path": folder,
     }
-    if set(settings["seed"]) == {None}:
+    if all(seed is None for seed in settings["seed"]):
         del settings["seed"]
     # `aft eval` records what it was asked for: the name of a template, tasks as a group, and more.
-    if asked := dict(config.get("aft", {}).get("asked") or {}):
-        names = asked.pop("tasks", names)
+    if asked := _asked(results):
+        names = asked["tasks"]
         settings |= {"num_fewshot": None, **asked}
+        del settings["tasks"]
     last = {"log_samples": True, "output_path": f"RESULTS/{run.name}"}
     return lm_eval_command(str(config.get("model")), model_args(results), names, settings | last)
 
 
+def _asked(results: dict[str, Any]) -> dict[str, Any]:
+    found = results["config"]["aft"].get("asked")
+    return dict(found) if isinstance(found, dict) and isinstance(found.get("tasks"), list) else {}
+
+
+def _metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """A task's metadata; lm-eval takes anything there."""
+    found = config.get("metadata")
+    return found if isinstance(found, dict) else {}
+
+
 def _source(config: dict[str, Any]) -> Path | None:
-    found = (config.get("metadata") or {}).get("config_source")
-    return Path(found) if found and found != "inline" else None
+    found = _metadata(config).get("config_source")
+    return Path(found) if isinstance(found, str) and found != "inline" else None
 
 
 def _given_metadata(run: TaskRun) -> dict[str, Any]:
     """What was given as ``--metadata``: not the model arguments, nor what the task's file says."""
-    given, arguments, source = (
-        dict(run.config.get("metadata") or {}),
-        model_args(run.results),
-        _source(run.config),
-    )
-    own = {"version": None, "config_source": None, "device": None, **arguments}
+    own = {"version": None, "config_source": None, "device": None, **model_args(run.results)}
+    source = _source(run.config)
     if source is not None and source.is_file():
-        own |= read_definition(source).get("metadata") or {}
-    return {key: value for key, value in given.items() if key not in own}
+        with contextlib.suppress(Exception):  # whatever is in a file of that name by now
+            own |= _metadata(read_definition(source))
+    return {key: value for key, value in _metadata(run.config).items() if key not in own}
 
 
 # Settings of a plan that are no flags of the same name, or that flags set together with others.

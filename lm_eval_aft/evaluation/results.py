@@ -90,9 +90,10 @@ class ScoredRun:
         return bool(self.aft.get("answer_only"))
 
     @property
-    def texts_not_finite(self) -> int:
-        """How many texts ``--model aft`` wrote from logits that are no finite numbers."""
-        return int((self.aft.get("not_finite") or {}).get("generate_until", 0))
+    def texts_not_finite(self) -> bool:
+        """Whether ``--model aft`` wrote texts from logits that are no finite numbers."""
+        found = self.aft.get("not_finite")
+        return bool(isinstance(found, dict) and found.get("generate_until"))
 
     @property
     def library(self) -> str | None:
@@ -263,19 +264,12 @@ def _load_task(task: str, results: dict[str, Any], file: Path, samples_file: Pat
 
 # The ``results_*.json`` files that lm-eval writes: finding, decoding and grouping them.
 
-
 # How the folders of results still being written end, or of those left by a process that died; 0.1 wrote the
 # second kind. They begin with a dot, which alone says nothing: lm-eval calls ../models/m's ..__models__m.
 _UNFINISHED = (".begun", ".scoring")
 
 _MAPPINGS = (
-    "config",
-    "configs",
-    "versions",
-    "n-shot",
-    "n-samples",
-    "higher_is_better",
-    "groups",
+    *("config", "configs", "versions", "n-shot", "n-samples", "higher_is_better", "groups"),
     "task_hashes",
 )
 

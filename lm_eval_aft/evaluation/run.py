@@ -29,7 +29,7 @@ from lm_eval_aft.library.store import Library
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
-from lm_eval_aft.training.controls import random_like
+from lm_eval_aft.training.setup import random_like
 
 if TYPE_CHECKING:
     from lm_eval.config.evaluate_config import EvaluatorConfig

@@ -6,7 +6,7 @@ import logging
 import random
 import string
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -287,9 +287,8 @@ class _Subject:
 
     def _by_hand(self, prompts: Sequence[str], positions: str) -> list[str]:
         self.lm.steer(None)
-        handle = attach(self.model, self._steering(positions)) if positions else None
         texts = []
-        try:
+        with attach(self.model, self._steering(positions)) if positions else nullcontext():
             for prompt in prompts:
                 ids = torch.tensor([self._ids(prompt)], device=self.model.device)
                 mask = torch.ones_like(ids)
@@ -297,9 +296,6 @@ class _Subject:
                     input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, pad_token_id=1
                 )
                 texts.append(self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
-        finally:
-            if handle is not None:
-                handle.remove()
         return texts
 
     def _compare_texts(

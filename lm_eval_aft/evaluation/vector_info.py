@@ -108,7 +108,8 @@ def _load_as_scored(
     except AFTError as error:
         info.warnings.append(f"{info.run}: {error.what} How it was chosen cannot be checked.")
         return None
-    vector.coefficient = float(logged.get("coefficient", vector.coefficient))
+    if isinstance(coefficient := logged.get("coefficient"), int | float):
+        vector.coefficient = float(coefficient)
     vector.positions = str(logged.get("positions", vector.positions))
     if logged.get("sha256") and vector.digest() != logged["sha256"]:
         info.warnings.append(f"{info.run}: {changed}")

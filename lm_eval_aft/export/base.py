@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,10 +263,11 @@ class Export:
     notes: list[str]
 
 
-def optional_package(name: str, needing: str) -> Any:
-    """A package that comes with an extra of ours; raises `AFTError` where it is missing."""
+@contextmanager
+def optional_package(name: str, needing: str) -> Iterator[None]:
+    """In this context an import of a package that comes with an extra of ours may fail as an `AFTError`."""
     try:
-        return importlib.import_module(name)
+        yield
     except ImportError as error:
         raise AFTError(
             f"{needing} need the {name} package.", f"Install it: pip install 'lm-eval-aft[{name}]'"

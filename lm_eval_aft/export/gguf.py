@@ -49,7 +49,8 @@ def write(job: ExportJob) -> Export:
         AFTError: gguf is missing, or the file does not read back equal.
     """
     base, shifts, progress = job.base, job.shifts, job.progress
-    gguf = optional_package("gguf", "GGUF files")
+    with optional_package("gguf", "GGUF files"):
+        import gguf
     hint, own = model_hint(gguf, base.config.model_type), record(job.vector, shifts)
     with appearing(job.target, 10**6) as file:
         progress("writing")
@@ -106,7 +107,8 @@ def read_gguf(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
         AFTError: gguf is missing, not a control vector, damaged, or holds anything but finite F32
             directions of one width.
     """
-    gguf = optional_package("gguf", "GGUF files")
+    with optional_package("gguf", "GGUF files"):
+        import gguf
     check_header(path)  # the package trusts the lengths that a file declares
     try:
         reader = gguf.GGUFReader(path)

@@ -64,7 +64,8 @@ def write(job: ExportJob) -> Export:
         AFTError: peft is missing, no Linear can stand for the vector, or the check fails.
     """
     base, shifts, progress = job.base, job.shifts, job.progress
-    peft = optional_package("peft", "Adapters")
+    with optional_package("peft", "Adapters"):
+        import peft
     if base.args.get("peft"):
         raise AFTError(
             f"{base.name} has the adapter {base.args['peft']} already, and lm-eval's peft= takes one.",
@@ -161,7 +162,8 @@ def read_adapter(
     Raises:
         AFTError: it acts on Linears that do not write into the residual stream, or peft cannot load it.
     """
-    peft = optional_package("peft", "Adapters")
+    with optional_package("peft", "Adapters"):
+        import peft
     progress("looking for a place")
     shifts: dict[int, Tensor] = {}
     for module, bias in biases.items():

@@ -153,7 +153,7 @@ def read_model_args(given: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name not in ARGUMENTS and name not in _OF_TRANSFORMERS:
             near = nearest(name, _ALIKE)
-            if near:
+            if near or not name.strip():
                 raise unknown_argument(name, near)
         found[name] = ARGUMENTS[name].read(name, value) if name in ARGUMENTS else value
     return found

@@ -82,7 +82,7 @@ class Splits:
 
 
 @dataclass
-class Carved:
+class DividedTask:
     """A task's training split in two parts, before any prompt is built; documents are (id, document, key).
 
     Attributes:
@@ -123,15 +123,15 @@ def split_task(
     def sizes(available: int, split: str) -> tuple[int, int]:
         return _sizes(train_docs, selection_docs, available, most, split)
 
-    return prompted(carve(extractor, sizes, train_split), share=share)
+    return build_examples(divide(extractor, sizes, train_split), share=share)
 
 
-def carve(
+def divide(
     extractor: Extractor,
     sizes: Callable[[int, str], tuple[int, int]],
     train_split: str | None = None,
     barred: Callable[[dict[str, Any]], bool] = lambda _: False,
-) -> Carved:
+) -> DividedTask:
     """Choose a task's selection documents and its training pool.
 
     Args:
@@ -167,15 +167,15 @@ def carve(
         ) from None
     random.Random(SELECTION_SEED).shuffle(documents)
     chosen, pool = documents[:selection_docs], documents[selection_docs:]
-    return Carved(extractor, name, chosen, pool, train_docs, counts, evaluation)
+    return DividedTask(extractor, name, chosen, pool, train_docs, counts, evaluation)
 
 
-def prompted(
-    carved: Carved, barred: Callable[[dict[str, Any]], bool] = lambda _: False, share: int = 1
+def build_examples(
+    divided: DividedTask, barred: Callable[[dict[str, Any]], bool] = lambda _: False, share: int = 1
 ) -> Splits:
     """Build a task's selection examples; no few-shot context contains a ``barred`` document."""
-    extractor, counts, chosen, pool = carved.extractor, carved.counts, carved.chosen, carved.pool
-    forbidden = carved.evaluation | {key for _, _, key in chosen}
+    extractor, counts, chosen, pool = divided.extractor, divided.counts, divided.chosen, divided.pool
+    forbidden = divided.evaluation | {key for _, _, key in chosen}
     fewshot = _fewshot_pool(extractor, forbidden, pool, barred) if extractor.num_fewshot else []
     # With hardly more documents than few-shot examples, groups must be small to leave enough others.
     share = max(1, min(share, len(fewshot) - extractor.num_fewshot))
@@ -197,7 +197,7 @@ def prompted(
         raise extractor.fault
     if not selection:
         raise AFTError(
-            f"No document of split {carved.split!r} has a usable gold answer: right options beside wrong "
+            f"No document of split {divided.split!r} has a usable gold answer: right options beside wrong "
             "ones, or a text.",
             "Check the task's YAML, or choose another task.",
         )
@@ -211,7 +211,7 @@ def prompted(
             reason,
         )
     documents_chosen = tuple(_doc_hash(doc)[:16] for _, doc, _ in chosen)
-    found = Splits(extractor, selection, pool, carved.train_docs, counts, digest, documents_chosen, share)
+    found = Splits(extractor, selection, pool, divided.train_docs, counts, digest, documents_chosen, share)
     found._fewshot = fewshot
     return found
 
@@ -403,15 +403,15 @@ def split_tasks(
     selection = _divided(most[1] if selection_docs is None else selection_docs, count, "selection-docs")
     dedup = CrossTaskDedup(extractors)
     evaluation = [dedup.identities(i, list(each.task.eval_docs)) for i, each in enumerate(extractors)]
-    carved = []
+    divided = []
     for i, extractor in enumerate(extractors):
         barred = dedup.among(_others(evaluation, i))
-        carved.append(carve(extractor, _sizer((train[i], selection[i]), names[i]), train_split, barred))
-    chosen = [dedup.identities(i, [doc for _, doc, _ in each.chosen]) for i, each in enumerate(carved)]
+        divided.append(divide(extractor, _sizer((train[i], selection[i]), names[i]), train_split, barred))
+    chosen = [dedup.identities(i, [doc for _, doc, _ in each.chosen]) for i, each in enumerate(divided)]
     parts = []
-    for i, each in enumerate(carved):
+    for i, each in enumerate(divided):
         _drop_from_pool(each, dedup.among(_others(chosen, i)))
-        parts.append(prompted(each, dedup.among(_others(evaluation, i) | _others(chosen, i)), share))
+        parts.append(build_examples(each, dedup.among(_others(evaluation, i) | _others(chosen, i)), share))
     for name, part, wanted in zip(names, parts, zip(train, selection, strict=True), strict=True):
         _warn_if_short(name, part, wanted)
     return MixedSplits(parts, _tagged([part.selection for part in parts]))
@@ -482,10 +482,10 @@ def _sizer(wanted: tuple[int, int], name: str) -> Callable[[int, str], tuple[int
     return sizes
 
 
-def _drop_from_pool(carved: Carved, barred: Callable[[dict[str, Any]], bool]) -> None:
-    kept = [each for each in carved.pool if not barred(each[1])]
-    carved.counts["other_selection"] = len(carved.pool) - len(kept)
-    carved.pool = kept
+def _drop_from_pool(divided: DividedTask, barred: Callable[[dict[str, Any]], bool]) -> None:
+    kept = [each for each in divided.pool if not barred(each[1])]
+    divided.counts["other_selection"] = len(divided.pool) - len(kept)
+    divided.pool = kept
 
 
 def _warn_if_short(name: str, part: Splits, wanted: tuple[int, int]) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -342,12 +342,10 @@ def read_bench_study(path: Path) -> BenchStudy:
     if plan and study.prune and not plan.protocol.retries:
         faults.add("prune", "needs a recipe with retries; after those a model and task are given up.")
     faults.refuse()
-    for i, each in enumerate(study.models):
-        faults.check(f"models[{i}] ({each.name})", lambda: study.plan(each, task, static, 0))  # noqa: B023
-    for i, one in enumerate(study.tasks):
-        faults.check(f"tasks[{i}] ({one.name})", lambda: study.plan(model, one, static, 0))  # noqa: B023
-    for i, method in enumerate(study.methods):
-        faults.check(f"methods[{i}] ({method.name})", lambda: study.plan(model, task, method, 0))  # noqa: B023
+    usual: dict[str, Any] = {"model": model, "task": task, "method": static, "seed": 0}
+    for part in ("model", "task", "method"):
+        for i, each in enumerate(getattr(study, f"{part}s")):
+            faults.check(f"{part}s[{i}] ({each.name})", partial(study.plan, **usual | {part: each}))
     faults.refuse()
     return study
 

@@ -230,7 +230,6 @@ class Schedule:
 
     Attributes:
         states: cell name -> one of the states above.
-        errors: why baselines failed, by key.
     """
 
     def __init__(
@@ -251,7 +250,6 @@ class Schedule:
             self.states[cell.name] = DONE if known else TO_DO if cell.matches(only) else LEFT_OUT
         self.jobs = self._jobs()
         self.running: list[Job] = []
-        self.errors: dict[str, str] = {}
         self._settle_pruned()
 
     def _jobs(self) -> list[Job]:
@@ -297,7 +295,6 @@ class Schedule:
         if done.error:
             self.ledger.append(event="failed", **common, kind=job.kind, error=done.error)
             if job.kind == "baseline":
-                self.errors[job.key] = done.error
                 self._fail_without_baseline(job.key, done)
             self._mark(job, FAILED)
         elif job.kind == "baseline":
@@ -318,29 +315,18 @@ class Schedule:
     def _ready(self, job: Job) -> bool:
         if job.kind == "baseline":
             return True
-        if any(
-            other.kind == "baseline" and other.key == job.cell.baseline_key
-            for other in (*self.jobs, *self.running)
-        ):
-            return False
+        baselines = {each.key for each in (*self.jobs, *self.running) if each.kind == "baseline"}
         lead = self._leads[job.cell.series]
-        return (
-            not self.prune
-            or lead is job.cell
-            or job.cell.control
-            or self.states[lead.name] not in (TO_DO, RUNNING)
-        )
+        follows = self.prune and lead is not job.cell and not job.cell.control
+        waits = follows and self.states[lead.name] in (TO_DO, RUNNING)
+        return job.cell.baseline_key not in baselines and not waits
 
     def _settle_pruned(self) -> None:
-        if not self.prune:
-            return
-        for cell in self.cells:
+        for cell in self.cells if self.prune else ():
             lead = self._leads[cell.series]
-            if cell is lead or self.states[cell.name] not in (TO_DO, LEFT_OUT):
-                continue
-            if cell.control:  # a placebo that is no better than the baseline does what it should
-                continue
-            if given_up(self.ledger.outcomes.get(lead.key)):
+            # (A placebo that is no better than the baseline does what it should.)
+            waiting = cell is not lead and not cell.control and self.states[cell.name] in (TO_DO, LEFT_OUT)
+            if waiting and given_up(self.ledger.outcomes.get(lead.key)):
                 self.states[cell.name] = PRUNED
                 self.jobs = [job for job in self.jobs if job.kind != "cell" or job.cell is not cell]
 

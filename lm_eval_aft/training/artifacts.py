@@ -19,11 +19,9 @@ from lm_eval_aft.harness.commands import vector_command
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
-from lm_eval_aft.training.candidate import Candidate
-from lm_eval_aft.training.controls import random_like
-from lm_eval_aft.training.distributed import Workers
+from lm_eval_aft.training.candidate import Candidate, Workers
 from lm_eval_aft.training.selection import median_seed
-from lm_eval_aft.training.setup import Prepared
+from lm_eval_aft.training.setup import Prepared, random_like
 from lm_eval_aft.training.sweep import Calibration, LayerResult, SweepResult
 
 
@@ -173,7 +171,7 @@ def _layer(result: LayerResult, sweep: SweepResult) -> dict[str, Any]:
     """
     accuracy = sweep.baseline.accuracy + result.accuracy - result.baseline.accuracy
     return {
-        "score": sweep.baseline.score + result.change,
+        "score": sweep.baseline.score + result.cross_entropy_change,
         "accuracy": min(1.0, max(0.0, accuracy)),
         "stage": result.stage,
         "n": result.baseline.n,

@@ -40,6 +40,7 @@ from lm_eval_aft.steering.fingerprint import fingerprint
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.training.artifacts import write_card
+from lm_eval_aft.training.candidate import Workers
 from lm_eval_aft.training.checkpoint import (
     PICTURE,
     SEEDS,
@@ -50,11 +51,9 @@ from lm_eval_aft.training.checkpoint import (
     save_state,
     seed_file,
 )
-from lm_eval_aft.training.controls import random_like
-from lm_eval_aft.training.distributed import Workers
 from lm_eval_aft.training.recipe import SMALLEST_SHARE
 from lm_eval_aft.training.selection import solve_rate
-from lm_eval_aft.training.setup import Prepared
+from lm_eval_aft.training.setup import Prepared, random_like
 
 
 class Trained(Protocol):

@@ -25,7 +25,7 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.training.artifacts import draw_sweep, finished_vector, training_metadata, write_card
-from lm_eval_aft.training.candidate import Candidate, Engine, Recipe
+from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Workers
 from lm_eval_aft.training.checkpoint import (
     PICTURE,
     RunRecorder,
@@ -37,14 +37,13 @@ from lm_eval_aft.training.checkpoint import (
     open_run,
     seed_file,
 )
-from lm_eval_aft.training.controls import apply_control
 from lm_eval_aft.training.cost import Estimate, estimate
-from lm_eval_aft.training.distributed import Workers
 from lm_eval_aft.training.recipe import Stage, TrainingPlan
 from lm_eval_aft.training.rft import Rounds
 from lm_eval_aft.training.setup import (
+    Initializer,
     Prepared,
-    Starts,
+    apply_control,
     first_gradients,
     layer_order,
     load_model,
@@ -184,7 +183,7 @@ def run_sweep(
     bar = _progress_bar(prepared.stages(), workers, len(selection), progress)
     with bar, postponed() as asked:
         events = RunRecorder(bar, folder, settings, log, saved, asked)
-        starts = Starts(prepared, train, selection[:8])
+        starts = Initializer(prepared, train, selection[:8])
         sweep = Sweep(
             engine,
             plan.protocol,
@@ -209,8 +208,9 @@ def run_sweep(
         )
         calibrations = workers.broadcast(calibrations)
     if screened and plan.screen == "order":  # how well it agrees with the sweep of all layers
-        changes = {result.layer: result.change for result in found.layers}
-        screened["rank_correlation"] = rank_correlation(screened["order"], changes)
+        changes = {result.layer: result.cross_entropy_change for result in found.layers}
+        agreement = rank_correlation(screened["order"], changes)
+        screened |= {"rank_correlation": agreement} if math.isfinite(agreement) else {}
     seconds = time.monotonic() - started
     drawn = len(train[plan.first_seed])
     metadata = training_metadata(
@@ -264,7 +264,7 @@ def cost(prepared: Prepared) -> Estimate:
     selection = encode(prepared.splits.selection, lm)
     train = encode(prepared.splits.train(plan.first_seed), lm)
     engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, [*selection, *train])
-    starts = Starts(prepared, {plan.first_seed: train}, selection[:8])
+    starts = Initializer(prepared, {plan.first_seed: train}, selection[:8])
     group = [Candidate(site, 0, Recipe(), starts(site, plan.first_seed)) for site in prepared.sites]
     return estimate(
         engine,

@@ -1,10 +1,12 @@
-"""Preparing a plan: its model, tasks and documents, the candidates' initialization, and the layer screen."""
+"""Preparing a plan: its model, tasks, documents and controls, the candidates' initialization, the screen."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from lm_eval_aft.engine.batching import (
 )
 from lm_eval_aft.engine.checks import require_finite
 from lm_eval_aft.engine.precision import to_training_dtype
-from lm_eval_aft.harness.examples import Extractor
+from lm_eval_aft.harness.examples import Example, Extractor
 from lm_eval_aft.harness.grading import Marker
 from lm_eval_aft.harness.model_args import refuse_steering
 from lm_eval_aft.harness.splits import MixedSplits, Splits, split_task, split_tasks
@@ -32,8 +34,8 @@ from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.steering.hooks import hidden_states, with_hidden_states
 from lm_eval_aft.steering.intervention import GENERATED, Intervention
 from lm_eval_aft.steering.methods import DEFAULT_METHOD, METHODS, Method, find_method
-from lm_eval_aft.training.controls import check_control
-from lm_eval_aft.training.objectives import OBJECTIVES, Mixture, Objective, make_objective
+from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.training.objectives import CONTROLS, OBJECTIVES, Mixture, Objective, make_objective
 from lm_eval_aft.training.recipe import Stage, TrainingPlan, parse_layers, schedule
 from lm_eval_aft.training.trainer import Trajectory, master_dtype, residual_norm
 
@@ -277,7 +279,7 @@ def _check_rft(plan: TrainingPlan, extractors: Sequence[Extractor]) -> None:
 
 
 @dataclass
-class Starts:
+class Initializer:
     """Makes candidates' initial interventions.
 
     Attributes:
@@ -476,3 +478,77 @@ def rank_correlation(order: Sequence[int], changes: dict[int, float]) -> float:
     if len(shared) < 3:
         return float("nan")
     return float(spearmanr(range(len(shared)), [changes[layer] for layer in shared]).statistic)
+
+
+# Placebo controls: what a vector must beat before its gain means anything.
+
+
+def check_control(control: str | None, objective: str) -> None:
+    """Raise `AFTError` for a control that does not exist or does not fit the objective."""
+    if control is None or control == "random":
+        return
+    fits = [name for name, kind in OBJECTIVES.items() if control in kind.controls]
+    if not fits:
+        raise AFTError(f"There is no control {control!r}.", f"Choose one of: {', '.join(CONTROLS)}.")
+    if objective not in fits:
+        raise AFTError(
+            f"The control {control!r} is for the objective {fits[0]!r}, this task uses {objective!r}.",
+            "Use random, which fits every task.",
+        )
+
+
+def apply_control(examples: Sequence[Example], control: str | None, seed: int) -> list[Example]:
+    """The training examples of a control; other controls leave them as they are.
+
+    ``shuffled`` permutes the gold labels across examples (a label beyond an example's options
+    wraps around); ``format`` permutes the gold continuations. Each task keeps its own.
+    """
+    if control not in ("shuffled", "format"):
+        return list(examples)
+    found = list(examples)
+    for task in sorted({example.task for example in examples}):
+        places = [i for i, example in enumerate(examples) if example.task == task]
+        for i, changed in zip(
+            places, _apply_to_group([examples[i] for i in places], control, seed), strict=True
+        ):
+            found[i] = changed
+    return found
+
+
+def _apply_to_group(examples: Sequence[Example], control: str, seed: int) -> list[Example]:
+    if len(examples) < 2:
+        return list(examples)
+    order = list(range(len(examples)))
+    random.Random(f"{control}|{seed}").shuffle(order)
+    changed = []
+    for place, index in enumerate(order):
+        example = examples[index]
+        # The neighbour in a random circle: no example keeps its own.
+        other = examples[order[(place + 1) % len(order)]]
+        if control == "shuffled":
+            n = len(example.requests)
+            changed.append(replace(example, gold=tuple(sorted({gold % n for gold in other.gold}))))
+        else:
+            context = example.requests[0][0]
+            changed.append(
+                replace(example, requests=((context, other.requests[0][1]),), lengths=other.lengths)
+            )
+    back = dict(zip(order, changed, strict=True))
+    return [back[i] for i in range(len(examples))]
+
+
+def random_like(vector: SteeringVector, seed: int) -> SteeringVector:
+    """A vector that adds as much as this one in a random direction, with the same coefficient.
+
+    The direction depends on the vector: placebos of other vectors with this ``seed`` have others. What a
+    dynamic method adds keeps its norm at every token, and the tokens it acts on are those it learnt.
+    """
+    drawn = hashlib.sha256(f"{vector.digest()}|{seed}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(drawn[:7]))
+    tensors = METHODS[vector.method].placebo(vector.tensors, generator)
+    return replace(
+        vector,
+        layers={layer: tensors[f"layers.{layer}"] for layer in vector.layers},
+        extra={name: tensors[name] for name in vector.extra},
+        metadata={**vector.metadata, "control": "random", "control_seed": seed},
+    )

@@ -17,9 +17,8 @@ from lm_eval_aft.harness.splits import interleaved
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
-from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Tick, in_steps
+from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Tick, Workers, in_steps
 from lm_eval_aft.training.checkpoint import RunRecorder
-from lm_eval_aft.training.distributed import Workers
 from lm_eval_aft.training.recipe import Protocol, schedule
 from lm_eval_aft.training.selection import Criterion, Score, find_criterion, mean_of_seeds, median_seed
 from lm_eval_aft.training.setup import Prepared
@@ -49,7 +48,7 @@ class LayerResult:
     candidates: tuple[Candidate, ...]
 
     @property
-    def change(self) -> float:
+    def cross_entropy_change(self) -> float:
         """Difference from the baseline in nats; negative is better."""
         return self.score - self.baseline.score
 

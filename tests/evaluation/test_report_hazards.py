@@ -289,3 +289,19 @@ def test_names_in_brackets_are_printed_whole(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "A [title]" in shown
     assert "arc[v1]" in shown
+
+
+@pytest.mark.parametrize("odd", [None, 3, "x", ["x"], {"x": ["y"]}, float("nan")])
+def test_odd_entries_beside_the_scores(tmp_path: Path, odd: Any) -> None:
+    """What only notes, causes and printed commands read may be anything: the verdicts stand."""
+    aft: dict[str, Any] = {"asked": odd, "not_finite": odd if not isinstance(odd, dict) else None}
+    for name, score, vector in (("a", 0.0, None), ("b", 1.0, steered_by(coefficient=odd))):
+        write_results(
+            tmp_path / name, {TASK: [score] * 30}, aft=aft, vector=vector, task_config={"metadata": odd}
+        )
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert report.rows[0].verdict == "better"
+    assert report.commands[0]["commands"][0].startswith("lm_eval --model aft")
+    (samples,) = (tmp_path / "b").rglob("samples_*.jsonl")
+    samples.write_text(samples.read_text().replace('"-1.0"', '"nan"'))
+    assert compare(tmp_path / "a", tmp_path / "b").rows == []

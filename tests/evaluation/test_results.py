@@ -396,7 +396,7 @@ def test_one_run_is_no_comparison(tmp_path: Path) -> None:
     run = read_run(write_results(tmp_path / "run", {TASK: ONES}))
     with pytest.raises(AFTError, match="nothing to compare"):
         build_report([run])
-    assert compare_runs(run, run)[0].paired.p_value == 1
+    assert compare_runs(run, run)[0].row.p_value == 1
     with pytest.raises(AFTError, match="given twice"):
         compare(tmp_path / "run", tmp_path / "run")
 

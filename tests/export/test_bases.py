@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
-from lm_eval_aft import AFTError, SteeringVector
+from lm_eval_aft import AFTError, SteeringVector, train_vector
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.export.formats import export_vector, import_vector
 from lm_eval_aft.lm import AFTLM
@@ -270,3 +270,35 @@ def test_no_word_of_resizing_where_nothing_is_resized(tmp_path: Path) -> None:
     made = export_vector(SteeringVector({2: values}), "peft", tmp_path / "out", model=str(tmp_path / "base"))
     assert not any("resizes" in note for note in made.notes)
     assert import_vector(tmp_path / "out", tmp_path / "back")[0].is_dir()
+
+
+# --- from training to an export
+
+
+@pytest.mark.parametrize("kind", ["peft", "gguf_file"])
+def test_what_is_trained_with_model_arguments_is_exported_without_them(
+    kind: str,
+    adapter: str,
+    gguf_base: dict[str, str],
+    checkpoint: Callable[..., str],
+    toy_tasks: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    """The vector remembers how its base was loaded."""
+    given = dict(gguf_base) if kind == "gguf_file" else {"pretrained": checkpoint("llama"), "peft": adapter}
+    trained = train_vector(
+        given.pop("pretrained"),
+        "toy_choice",
+        protocol="rapid",
+        layers="1",
+        lr=0.1,
+        train_docs=20,
+        epochs=1,
+        progress=False,
+        include_path=[toy_tasks()],
+        model_args={**given, "device": "cpu", "dtype": "float32"},
+    )
+    made = export_vector(trained.vector, "merged", tmp_path / "out")
+    assert made.agreement is not None
+    told = "dtype float32" if kind == "gguf_file" else "was merged into the weights first"
+    assert any(told in note for note in made.notes)

@@ -30,7 +30,7 @@ def test_overflow_is_told_with_its_cause(
     told = [each.message for each in caplog.records if "say nothing" in each.message]
     assert len(told) == 1
     assert f"Answers of {checkpoint('llama')} are NaN or infinite" in told[0]
-    assert "Use bfloat16 or float32, or a coefficient nearer to 0 than 90000." in told[0]
+    assert "Use bfloat16 or float32, or a weaker vector (its coefficient is 90000)." in told[0]
     lm.steer(None)
     caplog.clear()
     getattr(lm, kind)(requests, disable_tqdm=True)

@@ -15,7 +15,7 @@ from lm_eval_aft import AFTError, SteeringVector, attach
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.steering.methods import METHODS, find_method, register_method
 from lm_eval_aft.steering.vector_file import read_header
-from lm_eval_aft.training.controls import random_like
+from lm_eval_aft.training.setup import random_like
 from tests.conftest import tiny_model
 
 COUNTS = {

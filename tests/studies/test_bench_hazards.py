@@ -36,7 +36,7 @@ from lm_eval_aft.studies.ray import LOSSES
 from lm_eval_aft.studies.report import build_study_report, study_tables, summary
 from lm_eval_aft.studies.runner import StudyProgress
 from lm_eval_aft.studies.transfer import Transfer
-from lm_eval_aft.training.controls import check_control, random_like
+from lm_eval_aft.training.setup import check_control, random_like
 
 Outcomes = Callable[[StudyCell], dict[str, Any] | None]
 FOUR = "tasks: [{task: aft_demo_choice, name: a, limit: 100}, {task: aft_demo_choice, name: b, limit: 101}, \

@@ -338,3 +338,22 @@ def test_calibration_leaves_out_what_is_not_finite() -> None:
 def test_each_metric_of_choices_has_its_default() -> None:
     assert make_objective("choice", None, ["acc_bytes"]).metric == "acc_bytes"
     assert make_objective("choice", "both", ["acc_bytes"]).metrics == ("acc", "acc_norm")
+
+
+def test_a_screen_of_two_layers_has_no_rank_correlation(lm: AFTLM, tmp_path: Path) -> None:
+    plan = {**PLAN, "layers": "0,1", "screen": "order"}
+    include = a_task(tmp_path / "t", CHOICE)
+    result = train_vector(lm, "own", tmp_path / "out", include_path=include, progress=False, **plan)
+    kept = SteeringVector.load(tmp_path / "out").metadata["protocol"]["screen_result"]
+    assert result.screen == kept
+    assert sorted(kept["order"]) == [0, 1]
+    assert "rank_correlation" not in kept
+
+
+def test_criteria_are_listed_and_given_by_name(checkpoint: str, tmp_path: Path) -> None:
+    words = ["--model", checkpoint, "--task", "own", "--include-path", *a_task(tmp_path, CHOICE), "--dry-run"]
+    told = CliRunner().invoke(command, ["--help"]).output
+    assert f"Whatmakesonecandidatebetter:{','.join(CRITERIA)}" in "".join(told.split())
+    found = CliRunner().invoke(command, [*words, "--criterion", "magic"])
+    assert found.exit_code == 1
+    assert f"There is no criterion 'magic'.\nChoose one of: {', '.join(CRITERIA)}." in found.output

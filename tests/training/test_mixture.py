@@ -25,11 +25,10 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.vector import describe_vector
 from lm_eval_aft.studies.config import LibraryStudy, VectorEntry
 from lm_eval_aft.training import checkpoint as events_module
-from lm_eval_aft.training.controls import apply_control
 from lm_eval_aft.training.objectives import LM, Choice, Mixture, Objective
 from lm_eval_aft.training.recipe import TrainingPlan
 from lm_eval_aft.training.selection import Score
-from lm_eval_aft.training.setup import Prepared, prepare
+from lm_eval_aft.training.setup import Prepared, apply_control, prepare
 from tests.conftest import CHOICE_YAML, toy_documents
 from tests.training.test_objectives import DOCS, logits_and_batch
 

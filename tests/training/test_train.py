@@ -23,10 +23,10 @@ from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.training import checkpoint as events_module
 from lm_eval_aft.training import sweep as sweep_module
 from lm_eval_aft.training.candidate import Candidate, Recipe
-from lm_eval_aft.training.controls import apply_control, random_like
 from lm_eval_aft.training.recipe import parse_layers
 from lm_eval_aft.training.run import cost
 from lm_eval_aft.training.selection import Score
+from lm_eval_aft.training.setup import apply_control, random_like
 from tests.support.processes import by_one_and_by_two
 
 # Every layer and seed to the end: no search, no retries.
