@@ -132,7 +132,7 @@ def test_training_improves_the_training_loss(lm: AFTLM, settings: dict[str, Any]
 
 
 def test_the_loss_is_recorded_and_shown(lm: AFTLM, settings: dict[str, Any]) -> None:
-    from lm_eval_aft.evaluation.vector_info import _training_command
+    from lm_eval_aft.evaluation.reproduce import training_command
     from lm_eval_aft.training.recipe import TrainingPlan
     from lm_eval_aft.training.setup import prepare
 
@@ -144,7 +144,7 @@ def test_the_loss_is_recorded_and_shown(lm: AFTLM, settings: dict[str, Any]) -> 
     assert prepare(lm, plan).summary()["loss"] == "margin of 2 nats"
     meta = train_vector(lm, "toy_choice", **settings).vector.metadata
     assert (meta["metric"], meta["loss"]) == ("both", {"name": "margin", "margin": 2.0})
-    command = _training_command(plan.to_dict(), "MODEL")
+    command = training_command(plan.to_dict(), meta)
     assert "--metric both --choice-loss margin --margin 2.0" in command
 
 
