@@ -351,7 +351,7 @@ def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
                 str(layer.layer),
                 f"{layer.stage} ({layer.baseline.n})",
                 f"{layer.score:.4f}",
-                f"{layer.cross_entropy_change:+.4f}",
+                f"{layer.change:+.4f}",
                 f"{layer.accuracy:.1%}",
                 f"{lr:g}",
                 f"{l2:g}",
