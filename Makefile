@@ -39,7 +39,7 @@ OURS_ALONE = \
 	tests/package/test_layers.py tests/library/test_library_hazards.py tests/package/test_method_study.py \
 	tests/steering/test_methods.py tests/training/test_objectives.py tests/package/test_release.py \
 	tests/evaluation/test_report_hazards.py tests/evaluation/test_results.py tests/library/test_route.py \
-	tests/training/test_selection.py tests/package/test_selection_noise.py tests/harness/test_solutions.py \
+	tests/evaluation/test_selected_documents.py tests/package/test_selection_noise.py tests/harness/test_solutions.py \
 	tests/evaluation/test_stats.py tests/training/test_sweep.py tests/steering/test_vector.py \
 	tests/studies/test_bench.py tests/studies/test_bench_ray.py tests/package/test_fuzz.py \
 	tests/package/test_interruptions.py tests/library/test_library.py \

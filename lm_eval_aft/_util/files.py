@@ -29,6 +29,14 @@ _FREE_SPACE = "Free some space or choose another place."
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder; false for what cannot be a path, as a long expression."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a file name, or a null byte in it
+        return False
+
+
 @contextmanager
 def exclusive_dir(folder: Path | None) -> Iterator[None]:
     """Keep other processes of this package out of an output folder while the block runs.

@@ -358,7 +358,7 @@ def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
                 str(layer.layer),
                 f"{layer.stage} ({layer.baseline.n})",
                 f"{layer.score:.4f}",
-                f"{layer.cross_entropy_change:+.4f}",
+                f"{layer.change:+.4f}",
                 f"{layer.accuracy:.1%}",
                 *(each if isinstance(each, str) else f"{each:g}" for each in chosen),
                 "/".join(str(c.chosen.get("refined", c.best_epoch)) for c in ordered),

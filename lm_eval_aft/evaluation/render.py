@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import exists
 from lm_eval_aft.evaluation import formatting, plots
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.formatting import (
@@ -198,7 +199,7 @@ def update_cards(report: Report) -> list[Path]:
     for described in report.vectors:
         folder = Path(described["path"])
         # There are facts only if the vector could be read and is the one that was scored.
-        if not folder.is_dir() or not described["facts"].get("task"):
+        if not (exists(folder) and folder.is_dir()) or not described["facts"].get("task"):
             continue
         vector = SteeringVector.load(folder)
         facts = described["facts"]

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -216,7 +217,7 @@ def _load_run(files: list[Path], name: str, kind: str | None) -> ScoredRun:
 
 def _samples_beside(file: Path) -> dict[str, Path]:
     """The samples files of a results file, by task."""
-    tail = f"_{file.stem.removeprefix('results_')}.jsonl"
+    tail = f"_{_stamp(file)}.jsonl"
     found = (path for path in file.parent.iterdir() if path.name.endswith(tail))
     return {
         path.name.removeprefix("samples_").removesuffix(tail): path
@@ -268,6 +269,9 @@ def _load_task(task: str, results: dict[str, Any], file: Path, samples_file: Pat
 # second kind. They begin with a dot, which alone says nothing: lm-eval calls ../models/m's ..__models__m.
 _UNFINISHED = (".begun", ".scoring")
 
+# results_STAMP.json, or FILE_STAMP.json after `--output_path FILE.json`.
+_DATED = re.compile(r"(?<=_)\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?$")
+
 _MAPPINGS = (
     *("config", "configs", "versions", "n-shot", "n-samples", "higher_is_better", "groups"),
     "task_hashes",
@@ -282,12 +286,18 @@ def find_results(source: Path) -> list[Path]:
     """
     if source.is_file() and source.suffix == ".json":
         return [source]
-    seen = source.rglob("results_*.json")
-    seen = (path for path in seen if not any(map(_is_unfinished, path.relative_to(source).parts[:-1])))
-    found = sorted(seen, key=lambda path: (path.name, str(path)))
+    named = (path for path in source.rglob("*.json") if path.match("results_*") or _DATED.search(path.stem))
+    seen = (path for path in named if not any(map(_is_unfinished, path.relative_to(source).parts[:-1])))
+    found = sorted(seen, key=lambda path: (_stamp(path), str(path)))
     if not found:
         raise AFTError(f"No lm-eval results below {source}.", "Give the folder named by --output_path.")
     return found
+
+
+def _stamp(file: Path) -> str:
+    """What the names of a results file and of its samples end in: when they were written."""
+    dated = _DATED.search(file.stem)
+    return dated[0] if dated else file.stem.removeprefix("results_")
 
 
 def _is_unfinished(name: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
-from lm_eval_aft._util.files import canonical_json, exclusive_dir, replacing, replacing_dir, sha256
+from lm_eval_aft._util.files import canonical_json, exclusive_dir, exists, replacing, replacing_dir, sha256
 from lm_eval_aft._util.private_names import borrowed, require
 from lm_eval_aft._util.process import is_main_process
 from lm_eval_aft.engine.active_steering import Routing, whole_spec
@@ -176,7 +176,13 @@ def read_flags(tasks: Sequence[str], folder: Path, flags: Sequence[str] = ()) ->
     create(parser.add_subparsers())
     ours = ["--model", "aft", "--tasks", ",".join(tasks), "--log_samples", "--output_path", str(folder)]
     try:
-        config = from_cli(parser.parse_args(["run", *ours, *flags]))
+        known, unknown = parser.parse_known_args(["run", *ours, *flags])
+        if unknown:
+            raise AFTError(
+                f"lm-eval has no flag {unknown[0]!r}.",
+                "Separate several tasks by commas; for the flags see `lm_eval run --help`.",
+            )
+        config = from_cli(known)
     except ValueError as error:
         raise AFTError(f"lm-eval refuses these flags: {error}", "See `lm_eval run --help`.") from error
     if config.model_args:
@@ -393,14 +399,9 @@ def vector_label(spec: str) -> str:
     'math-algebrax0.7+logic-analogyx0.3'
     """
     path = Path(spec)
-    try:
-        if path.suffix == ".safetensors":
-            return path.stem
-        if path.exists():
-            return path.resolve().name
-    except OSError:  # too long for a path
-        pass
-    return _label(spec)
+    if path.suffix == ".safetensors":
+        return path.stem
+    return path.resolve().name if exists(path) else _label(spec)
 
 
 def _label(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import exists
 from lm_eval_aft.evaluation.reproduce import training_command
 from lm_eval_aft.evaluation.results import ScoredRun
 from lm_eval_aft.steering.vector_file import is_biased
@@ -89,7 +90,7 @@ def read_vector_info(run: ScoredRun) -> VectorInfo:
         "norm": round(vector.norm(), 4),
         "coefficient": vector.coefficient,
     }
-    if path.exists():  # false for a sum of vectors, or one on the Hub
+    if exists(path):  # false for a sum of vectors, or one on the Hub
         info.path = str(path)
         _read_ledger(info, path if path.is_dir() else path.parent, vector.metadata, list(vector.layers))
     return info

@@ -253,6 +253,11 @@ def _training_split(task: ConfigurableTask, wanted: str | None) -> str:
 def _sizes(
     train: int | None, selection: int | None, available: int, most: tuple[int, int], split: str
 ) -> tuple[int, int]:
+    if available < 2:
+        raise AFTError(
+            f"Split {split!r} has {available} usable documents, too few to train and to choose on.",
+            "Name another split with --train-split, or choose another task.",
+        )
     if selection is None:
         share = available // 2 if train is None else available - train
         selection = min(most[1], share)
@@ -262,9 +267,7 @@ def _sizes(
         raise AFTError(
             f"{train} training and {selection} selection documents were asked for, but split {split!r} has "
             f"{available} usable ones.",
-            "Lower --train-docs or --selection-docs."
-            if available > 1
-            else "Name another split with --train-split, or choose another task.",
+            "Lower --train-docs or --selection-docs.",
         )
     return train, selection
 

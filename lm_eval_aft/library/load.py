@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.files import exists
 from lm_eval_aft.library.files import is_name, suggestion
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.steering.vector_file import FILE_NAME
@@ -47,9 +48,9 @@ def load_vector(
     if not isinstance(spec, str) or holds_vector(path):
         return SteeringVector.load(path)
     shelf = library if isinstance(library, Library) else Library(library)
-    if is_name(spec) and _exists(shelf.root / spec):
+    if is_name(spec) and exists(shelf.root / spec):
         return SteeringVector.load(shelf.path(spec))
-    if _exists(path):  # its own message says what is wrong with it
+    if exists(path):  # its own message says what is wrong with it
         return SteeringVector.load(path)
     if is_expression(spec):
         from lm_eval_aft.library.compose import Operand, combine
@@ -85,23 +86,16 @@ def folder_of(
         return path if path.is_dir() else None
     shelf = library if isinstance(library, Library) else Library(library)
     found = shelf.root / path
-    if is_name(str(spec)) and _exists(found):
+    if is_name(str(spec)) and exists(found):
         return found
-    return path if _exists(path) and path.is_dir() else None
+    return path if exists(path) and path.is_dir() else None
 
 
 def holds_vector(path: Path) -> bool:
     """Whether there is a vector folder, or a file, at ``path``; another folder hides no library name."""
-    if not _exists(path):
+    if not exists(path):
         return False
-    return _exists(path / FILE_NAME) if path.is_dir() else True
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long for a file name, or a null byte in it
-        return False
+    return exists(path / FILE_NAME) if path.is_dir() else True
 
 
 # Expressions: text in, weights out.

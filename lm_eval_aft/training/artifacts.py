@@ -172,7 +172,7 @@ def _layer(result: LayerResult, sweep: SweepResult) -> dict[str, Any]:
     """
     accuracy = sweep.baseline.accuracy + result.accuracy - result.baseline.accuracy
     return {
-        "score": sweep.baseline.score + result.cross_entropy_change,
+        "score": sweep.baseline.score + result.change,
         "accuracy": min(1.0, max(0.0, accuracy)),
         "stage": result.stage,
         "n": result.baseline.n,

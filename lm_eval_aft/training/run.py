@@ -204,7 +204,7 @@ def run_sweep(
         )
         calibrations = workers.broadcast(calibrations)
     if screened and plan.screen == "order":  # how well it agrees with the sweep of all layers
-        changes = {result.layer: result.cross_entropy_change for result in found.layers}
+        changes = {result.layer: result.change for result in found.layers}
         agreement = rank_correlation(screened["order"], changes)
         screened |= {"rank_correlation": agreement} if math.isfinite(agreement) else {}
     seconds = time.monotonic() - started

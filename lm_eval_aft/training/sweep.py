@@ -48,7 +48,7 @@ class LayerResult:
     candidates: tuple[Candidate, ...]
 
     @property
-    def cross_entropy_change(self) -> float:
+    def change(self) -> float:
         """Difference from the baseline in nats; negative is better."""
         return self.score - self.baseline.score
 

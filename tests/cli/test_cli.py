@@ -211,6 +211,8 @@ def test_other_bad_eval_input(trained: tuple[str, str, Path], tmp_path: Path) ->
     refused(call(*good), "no harness task 'toy_choice'")
     refused(call(*good, "--model-args", "dtype"), "Cannot read model arguments")
     refused(call(*good, "--", "--model_args", "a=1"), "belong before the `--`")
+    refused(call(*good, "toy_generate"), "no flag 'toy_generate'", "Separate several tasks by commas")
+    refused(call(*good, "--", "--limits", "3"), "no flag '--limits'", "lm_eval run --help")
 
 
 def test_tasks_path_and_help() -> None:

@@ -187,8 +187,8 @@ def test_prompts_longer_than_the_chunks_of_attention() -> None:
 
 def test_longer_questions_are_compared_with_stock_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a config does not say is found by the check, whatever was asked first."""
-    monkeypatch.setattr("lm_eval_aft.engine.fallback.refused", lambda _model, _longest: "")
-    monkeypatch.setattr("lm_eval_aft.engine.generation.refused", lambda _model, _longest: "")
+    monkeypatch.setattr("lm_eval_aft.engine.fallback.packing_ruled_out", lambda _model, _longest: "")
+    monkeypatch.setattr("lm_eval_aft.engine.generation.packing_ruled_out", lambda _model, _longest: "")
     model = chunked_model()
     short = asked("loglikelihood", [(sentence(8 + i, i), t) for i in range(4) for t in (" dog", " cat sees")])
     long = asked("loglikelihood", [(sentence(60 + i, i), t) for i in range(4) for t in (" dog", " cat sees")])

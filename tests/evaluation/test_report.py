@@ -19,10 +19,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from lm_eval_aft import SteeringVector
+from lm_eval_aft import AFTError, SteeringVector
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.evaluation import formatting
 from lm_eval_aft.evaluation.compare import VerdictRow
+from lm_eval_aft.evaluation.render import update_cards
 from lm_eval_aft.evaluation.report import Report, compare
 from tests.conftest import toy_documents
 from tests.result_folders import steered_by, write_results
@@ -361,6 +362,19 @@ def test_model_card(runs: Path, tmp_path: Path) -> None:
     for row in rows:
         assert formatting.interval(row.low, row.high, row.share) in card.text
     assert "they are not results" in " ".join(card.text.split()).replace("**", "")
+
+
+def test_a_sum_of_vectors_too_long_for_a_path(tmp_path: Path) -> None:
+    """What cannot be a path is none: the report says that the vectors were not found, and has all scores."""
+    spec = " + ".join(["no/such_vector*0.01"] * 20)
+    base = write_results(tmp_path / "base", {"arc_easy": [1.0, 0.0, 1.0]})
+    config = {"model_args": {"pretrained": "some/model", "vector": spec}}
+    run = write_results(tmp_path / "sum", {"arc_easy": [1.0, 1.0, 1.0]}, vector=steered_by(), config=config)
+    report = compare(base, run)
+    assert [(row.wins, row.losses) for row in report.rows] == [(1, 0)]
+    assert any("no/such_vector" in each for each in report.warnings)
+    with pytest.raises(AFTError, match="No vector of these runs is in a folder"):
+        update_cards(report)
 
 
 def test_cards_take_no_results_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,15 @@ def test_several_runs_in_one_folder(tmp_path: Path) -> None:
     assert [(run.name, run.kind) for run in runs] == [("baseline", "baseline"), ("steered/arc", "steered")]
 
 
+def test_results_in_a_file_of_a_name_of_ones_own(tmp_path: Path) -> None:
+    """lm_eval --output_path mine.json writes mine_STAMP.json, and the samples beside it."""
+    folder = write_results(tmp_path / "run", {"arc": [1.0, 0.0]})
+    (results,) = folder.rglob("results_*.json")
+    mine = results.rename(results.with_name(results.name.replace("results_", "mine_")))
+    for given in (mine, folder):
+        assert list(read_run(given).tasks) == ["arc"]
+
+
 def test_folder_of_aft_eval(tmp_path: Path) -> None:
     write_results(tmp_path / "baseline", {TASK: ZEROS})
     write_results(tmp_path / "steered" / "arc", {TASK: ONES}, vector=steered_by())

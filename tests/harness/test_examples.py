@@ -264,7 +264,7 @@ def test_too_few_documents_left_says_what_was_left_out(toy_tasks: Callable[..., 
     with pytest.raises(AFTError, match=f"{told} because they occur before[^\n]*\nLower --train-docs or"):
         split_task(maker, 10, 10)
     maker.task.dataset["train"] = documents[:40]
-    told = "has 0 usable ones. Of its 40 documents, 40 were left out"
+    told = "has 0 usable documents, too few to train and to choose on. Of its 40 documents, 40 were left out"
     with pytest.raises(AFTError, match=f"{told}[^\n]*\nName another split with --train-split, or choose"):
         split_task(maker)
 

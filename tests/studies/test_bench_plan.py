@@ -26,7 +26,7 @@ from lm_eval_aft.studies.planner import (
     plan_cost,
     typical_documents,
 )
-from lm_eval_aft.studies.simulated_device import Device
+from lm_eval_aft.studies.simulated_device import Device, meta_model
 from lm_eval_aft.training.cost import flops_of
 from lm_eval_aft.training.objectives import make_objective
 from lm_eval_aft.training.recipe import Protocol
@@ -110,7 +110,8 @@ def test_what_does_not_fit_is_planned_in_smaller_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_shipped_shapes_have_the_published_number_of_parameters(model: str) -> None:
     shape = Shape(find_config(model), True, torch.bfloat16)
-    assert sum(parameter.numel() for parameter in shape.model().parameters()) == PUBLISHED[model]
+    parameters = meta_model(shape.config, shape.dtype).parameters()
+    assert sum(parameter.numel() for parameter in parameters) == PUBLISHED[model]
 
 
 def test_every_model_of_the_hub_studies_has_a_shipped_shape_and_a_tiny_relative() -> None:

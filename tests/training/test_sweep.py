@@ -182,7 +182,7 @@ def test_a_pair_that_never_helps_is_pruned_with_a_reason_and_still_reported() ->
     result = run(Scripted(lambda c, e: 1.1), find_protocol("maximum"))
     assert result.retries == 3
     assert result.pruned == "no better than the baseline on the selection split after 3 retries"
-    assert [layer.cross_entropy_change for layer in result.layers] == pytest.approx([0.1] * 6)
+    assert [layer.change for layer in result.layers] == pytest.approx([0.1] * 6)
 
 
 def test_retries_start_from_small_random_vectors_of_their_own() -> None:
