@@ -178,11 +178,13 @@ def tried_task(case: str, work: Path, lm: AFTLM | None = None) -> TaskRow:
 
 
 def _listed(name: str, folder: Path) -> bool:
-    """Whether `aft tasks --trainable` would list it."""
+    """Whether `aft tasks --trainable` would list it, or every task of a group or tag."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return any(task.trainable for task in list_tasks(name, manager=manager))
+    several = name in manager.all_tasks and name not in manager.all_subtasks
+    names = list(manager.load(name)["tasks"]) if several else [name]
+    return all(any(task.trainable for task in list_tasks(each, manager=manager)) for each in names)
 
 
 def yaml_config(folder: Path, case: str) -> dict[str, Any]:
@@ -283,6 +285,10 @@ def _first(task: Any, doc: dict[str, Any], results: Sequence[Any]) -> float | No
     return None
 
 
+def _all_samples(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [sample for _, samples in sorted(results["samples"].items()) for sample in samples]
+
+
 def _scores_are_stocks(
     name: str, folder: Path, lm: AFTLM, vector: Any, prompts: dict[str, Any], shots: int
 ) -> None:
@@ -307,7 +313,7 @@ def _scores_are_stocks(
                 )
             )
     lm.steer(None)
-    for mine, theirs in zip(*(each["samples"][name] for each in found), strict=True):
+    for mine, theirs in zip(*map(_all_samples, found), strict=True):
         assert mine["arguments"] == theirs["arguments"]
         for one, other in zip(mine["resps"], theirs["resps"], strict=True):
             if isinstance(one[0], str):
@@ -316,7 +322,14 @@ def _scores_are_stocks(
                 assert abs(one[0][0] - other[0][0]) <= max(1e-4, 1e-6 * abs(other[0][0]))
                 assert one[0][1] == other[0][1]
     numbers = [
-        {k: v for k, v in each["results"][name].items() if isinstance(v, float | int)} for each in found
+        {
+            (task, key): value
+            for task, scores in each["results"].items()  # of a group or tag: those of its tasks
+            for key, value in scores.items()
+            if isinstance(value, float | int)
+        }
+        for each in found
     ]
+    assert numbers[0].keys() == numbers[1].keys()
     for key, value in numbers[1].items():
         assert numbers[0][key] == value or math.isclose(numbers[0][key], value, rel_tol=1e-3), (key, numbers)
