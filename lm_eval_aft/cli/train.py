@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,9 +53,8 @@ def _criterion_help() -> str:
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the vector, card and ledger.")
 @click.option(
     "--protocol",
-    default="adaptive",
-    show_default=True,
-    help="Recipe: rapid, optimized, maximum, adaptive, full or onepass; --dry-run shows its numbers.",
+    help="Recipe: onepass, adaptive, full, rapid, optimized or maximum; --dry-run shows its numbers.  "
+    "[default: onepass; adaptive for methods that depend on the hidden state, or with --lr and the like]",
 )
 @click.option("--layers", help="all, or like 3,5-8,25%-75%:2 (from 0).  [default: by protocol, as below]")
 @click.option("--seeds", type=int, help="How many seeds each finalist is trained with.")
@@ -159,20 +159,20 @@ def _criterion_help() -> str:
 def train_vector(**options: Any) -> None:
     """Fit a steering vector on a harness task's training split.
 
-    Trains every layer, chooses layer, learning rate and epoch on documents held out from the
+    Trains every layer, chooses layer and length (or learning rate and epoch) on documents held out from the
     training split, and never looks at the evaluation split, except to drop documents that occur in
     both. Score the result with `aft eval`, or with stock lm_eval.
 
     \b
     Protocols (every number can be changed by its flag):
-      rapid      25-75 % depth, every other layer, 50 documents, 3 epochs, one seed
-      optimized  20-80 % depth, 3 epochs a layer, then the best one for up to 10
-      maximum    every layer with 3 seeds for up to 10 epochs, stopped when worse than the baseline
+      onepass    no optimiser: one backward pass gives every layer's direction, a search the layer and
+                 the length, and quasi-Newton steps refine the best (methods static and all-layers)
       adaptive   every layer x 5 learning rates, thinned out by successive halving; then 4 penalties;
                  the last two with 3 seeds for 3 to 10 epochs
       full       every layer x 5 learning rates x 3 seeds to the end, nothing thinned out
-      onepass    no optimiser: one backward pass gives every layer's direction, a search the layer and
-                 the length, and quasi-Newton steps refine the best (methods static and all-layers)
+      rapid      25-75 % depth, every other layer, 50 documents, 3 epochs, one seed
+      optimized  20-80 % depth, 3 epochs a layer, then the best one for up to 10
+      maximum    every layer with 3 seeds for up to 10 epochs, stopped when worse than the baseline
 
     \b
     Objective rft (rejection-sampling fine-tuning), for tasks whose answers are generated:
@@ -288,7 +288,7 @@ def scoring_flags(options: Mapping[str, Any]) -> list[str]:
     """The same prompts and metadata as flags of ``lm_eval run``."""
     flags = _prompts(options).flags()
     if options.get("task_metadata"):
-        flags += ["--metadata", str(options["task_metadata"])]
+        flags += ["--metadata", json.dumps(parse_pairs(str(options["task_metadata"]), "metadata"))]
     for folder in options.get("include_path") or ():
         flags += ["--include_path", str(folder)]
     return flags

@@ -282,7 +282,9 @@ PROTOCOLS = {
         ),
     )
 }
-DEFAULT_PROTOCOL = "adaptive"
+# Where none is named, see `usual_protocol`.
+DEFAULT_PROTOCOL = "onepass"
+WITH_OPTIMISER = "adaptive"
 
 
 def find_protocol(name: str) -> Protocol:
@@ -294,6 +296,21 @@ def find_protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
         raise AFTError(f"There is no protocol {name!r}.", f"Choose one of: {', '.join(PROTOCOLS)}.")
     return PROTOCOLS[name]
+
+
+def usual_protocol(settings: Mapping[str, Any]) -> str:
+    """The protocol of a plan that names none: one backward pass, where that can do what is asked.
+
+    Methods whose output depends on the hidden state, settings of an optimiser (``lr=1e-2``) and the screen
+    of layers need the other one.
+
+    >>> usual_protocol({"method": "static"}), usual_protocol({"method": "mlp"}), usual_protocol({"lr": 1e-2})
+    ('onepass', 'adaptive', 'adaptive')
+    """
+    method = find_method(settings.get("method") or DEFAULT_METHOD)
+    asked = any(settings.get(name) is not None for name in _OPTIMISER)
+    possible = method.constant and method.trained and settings.get("screen", "off") == "off"
+    return DEFAULT_PROTOCOL if possible and not asked else WITH_OPTIMISER
 
 
 def parse_rungs(text: str) -> tuple[Rung, ...]:
@@ -428,9 +445,11 @@ class TrainingPlan:
 
     @classmethod
     def of(
-        cls, task: str | Sequence[str], protocol: str | Protocol = DEFAULT_PROTOCOL, **settings: Any
+        cls, task: str | Sequence[str], protocol: str | Protocol | None = None, **settings: Any
     ) -> TrainingPlan:
         """A plan from a protocol's name, changes to the protocol, and fields of the plan.
+
+        Without a protocol it is `usual_protocol`'s.
 
         Fields of `RFTSettings` are given as ``rft_samples``, ``rft_rounds`` and so on.
 
@@ -441,6 +460,7 @@ class TrainingPlan:
         names = [name.strip() for name in task.split(",")]
         if len(set(names)) < len(names) or not all(names):
             raise AFTError(f"The tasks {task!r} name one twice, or none.", "Name each task once.")
+        protocol = usual_protocol(settings) if protocol is None else protocol
         base = protocol if isinstance(protocol, Protocol) else find_protocol(str(protocol))
         own = {each.name for each in fields(cls)}
         rounds = {f"rft_{each.name}": each.name for each in fields(RFTSettings)}

@@ -194,7 +194,7 @@ def test_metadata_reaches_training_scoring_and_the_printed_command(tasks: str, t
     grid = "--layers 1 --lr 1e-2 --epochs 1".split()
     said = call("search", "--task", "sized", *words, *grid, "--output", str(tmp_path / "s")).output
     (printed,) = [line for line in said.splitlines() if line.startswith("  aft eval")]
-    assert "--metadata size=18" in printed
+    assert shlex.quote('{"size": 18}') in printed
     assert f"--include_path {tasks}" in printed
     command = shlex.split(printed.replace("RESULTS", str(tmp_path / "results")))[1:]
     call(*command)

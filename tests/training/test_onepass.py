@@ -26,7 +26,6 @@ from lm_eval_aft.training.gradients import Gradients
 from lm_eval_aft.training.objectives import LM, Choice, Objective
 from lm_eval_aft.training.onepass import OnePass, directions
 from lm_eval_aft.training.recipe import TrainingPlan
-from lm_eval_aft.training.selection import Score
 from lm_eval_aft.training.setup import prepare
 from lm_eval_aft.training.trainer import Reference, Trajectory, make_engine
 from tests.engine.test_engine import documents, nothing, single
@@ -446,15 +445,17 @@ def test_a_killed_run_resumes_to_the_same_vector(
 def test_trials_that_are_not_finite_are_passed_over(
     lm: AFTLM, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = Trajectory.evaluate
+    outcomes = Trajectory.outcomes
 
-    def failing(self: Trajectory, candidates: Any, documents: Any, tick: Any) -> list[Score]:
-        found = evaluate(self, candidates, documents, tick)
-        bad = replace(found[0], score=float("nan"))
+    def failing(self: Trajectory, candidates: Any, documents: Any, tick: Any) -> list[list[Any]]:
+        found = outcomes(self, candidates, documents, tick)
         hit = [each.layer == 1 and each.stage != "baseline" for each in candidates]
-        return [bad if at_fault else score for at_fault, score in zip(hit, found, strict=True)]
+        return [
+            [float("nan") * one for one in own] if at_fault else own
+            for at_fault, own in zip(hit, found, strict=True)
+        ]
 
-    monkeypatch.setattr(Trajectory, "evaluate", failing)
+    monkeypatch.setattr(Trajectory, "outcomes", failing)
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(OnePass, "_line_search", interrupt)
