@@ -196,7 +196,7 @@ A steering vector for [lm-evaluation-harness](https://github.com/EleutherAI/lm-e
 _SELECTION = """
 ## Selection split
 
-These scores chose the layer and the epoch, so they flatter the vector: **they are not results**.
+These scores chose the layer and the {what}, so they flatter the vector: **they are not results**.
 Score the evaluation split with the command above. Cross-entropy in nats after fitting one
 temperature; mean over {seeds} seed(s); {n} documents.
 
@@ -332,9 +332,9 @@ def _selection_section(vector: SteeringVector) -> str:
     for layer, result in selection["layers"].items():
         mark = " (chosen)" if int(layer) in vector.layers else ""
         rows.append(f"| {layer}{mark} | {result['score']:.4f} | {result['accuracy']:.4f} |")
-    return _SELECTION.format(
-        seeds=(vector.metadata.get("protocol") or {}).get("seeds"), n=baseline["n"], rows="\n".join(rows)
-    )
+    protocol = vector.metadata.get("protocol") or {}
+    what = "length" if protocol.get("lengths") else "epoch"
+    return _SELECTION.format(what=what, seeds=protocol.get("seeds"), n=baseline["n"], rows="\n".join(rows))
 
 
 def _rounds_section(meta: dict[str, Any]) -> str:

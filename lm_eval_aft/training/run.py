@@ -92,7 +92,7 @@ def train_vector(
     documents: dict[Any, Any] | None = None,
     **settings: Any,
 ) -> TrainingResult:
-    """Fit a vector on a task's training split, choosing layer and epoch on a selection split.
+    """Fit a vector on a task's training split, choosing layer and length (or epoch) on a selection split.
 
     Args:
         model: Hub name, local folder, ``demo``, or an `AFTLM` without a vector.
