@@ -40,7 +40,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(
         ("base_model", "fingerprint", "protocol", "prompts", "splits", "selection", "loss"), dict
     ),
-    **dict.fromkeys(("versions", "rft", "calibration", "recipe", "hub"), dict),
+    **dict.fromkeys(("versions", "rft", "calibration", "recipe", "hub", "residual_norm", "share"), dict),
     **dict.fromkeys(("tasks",), list),
     **dict.fromkeys(("task", "method", "positions", "objective", "metric", "control", "created"), str),
     **dict.fromkeys(("num_hidden_layers", "seed", "epoch", "parameters", "processes"), int),
@@ -234,6 +234,28 @@ def is_biased(meta: Mapping[str, Any]) -> bool:
     """Whether a vector was chosen on evaluation documents, by its metadata's own word."""
     protocol = mapping_or_empty(meta.get("protocol"))
     return bool(protocol.get("biased") or protocol.get("name") == "biased")
+
+
+def recorded_share(meta: Mapping[str, Any]) -> float | None:
+    """A vector's norm as a share of the median residual norm, root of the sum of squares over its layers.
+
+    ``None`` where its metadata do not have it.
+
+    >>> recorded_share({"share": {"3": 0.3, "4": 0.4}})
+    0.5
+    """
+    shares = list(mapping_or_empty(meta.get("share")).values())
+    fine = all(isinstance(each, int | float) and 0 <= each < math.inf for each in shares)
+    return math.hypot(*shares) if shares and fine else None
+
+
+def norm_text(norm: float, share: float | None, digits: str = ".4g") -> str:
+    """A norm, and what share of the median residual norm it is, where that is known.
+
+    >>> norm_text(29.31, 0.1416), norm_text(29.31, None)
+    ('29.31 (14.2 %)', '29.31')
+    """
+    return f"{norm:{digits}}" + ("" if share is None else f" ({100 * share:.3g} %)")
 
 
 def mapping_or_empty(value: Any) -> Mapping[str, Any]:

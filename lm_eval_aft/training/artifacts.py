@@ -18,7 +18,7 @@ from lm_eval_aft._util.process import now
 from lm_eval_aft.harness.commands import vector_command
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.methods import METHODS
-from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.steering.vector import SteeringVector, residual_shares
 from lm_eval_aft.training.candidate import Candidate, Workers
 from lm_eval_aft.training.selection import median_seed
 from lm_eval_aft.training.setup import Prepared, random_like
@@ -44,6 +44,10 @@ def finished_vector(
         "selection": {**metadata["selection"], "vector": candidate.best_score.to_dict()},
     }
     intervention = candidate.intervention
+    layers = {layer: candidate.best[f"layers.{layer}"] for layer in intervention.layers}
+    if shares := residual_shares(intervention.method, layers, candidate.norms):
+        own["residual_norm"] = {str(layer): candidate.norms[layer] for layer in layers}
+        own["share"] = {str(layer): float(f"{share:.4g}") for layer, share in shares.items()}
     if calibration:
         own["calibration"] = calibration.to_dict()
     vector = SteeringVector.from_tensors(
