@@ -238,6 +238,19 @@ def residual_shares(
     return {layer: float(values.double().norm()) / norms[layer] for layer, values in layers.items()}
 
 
+def length_metadata(
+    method: Method, layers: Mapping[int, Tensor], norms: Mapping[int, float]
+) -> dict[str, dict[str, float]]:
+    """What a header says of a vector's length: ``residual_norm`` and ``share`` by layer, if known."""
+    shares = residual_shares(method, layers, norms)
+    if not shares:
+        return {}
+    return {
+        "residual_norm": {str(layer): norms[layer] for layer in layers},
+        "share": {str(layer): float(f"{share:.4g}") for layer, share in shares.items()},
+    }
+
+
 def describe_vector(vector: SteeringVector) -> dict[str, Any]:
     """A vector as result files describe it: what it does, what it was trained on, where it came from."""
     meta = vector.metadata

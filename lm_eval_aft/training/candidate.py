@@ -21,8 +21,8 @@ from lm_eval_aft.steering.vector_file import layer_index
 from lm_eval_aft.training.selection import DEFAULT_CRITERION, Criterion, Score, find_criterion
 
 # Learning rates and penalties in units that fit every model. Median norms of residual streams of 4 and of
-# 37,000 have been seen: 1e-2 is a large step in one model and none in another. "0.01r" means 0.01 in units of r,
-# the root mean square entry of a typical hidden state at the layer: median norm / sqrt(hidden_size).
+# 37,000 have been seen: 1e-2 is a large step in one model and none in another. "0.01r" means 0.01 in units
+# of r, the root mean square entry of a typical hidden state at the layer: median norm / sqrt(hidden_size).
 
 
 def _check_relative(text: str) -> str:
@@ -51,9 +51,13 @@ def read_rate(text: str) -> float | str:
     return f"{float(text[:-1]):.12g}r" if text.endswith("r") else float(text)
 
 
-def rate_text(rate: float | str) -> str:
-    """For tables and names."""
-    return rate if isinstance(rate, str) else f"{rate:g}"
+def rate_text(rate: float | str, digits: str = "g") -> str:
+    """For tables and names.
+
+    >>> rate_text(0.01), rate_text("0.0123456r", ".3g")
+    ('0.01', '0.0123r')
+    """
+    return f"{float(rate[:-1]):{digits}}r" if isinstance(rate, str) else f"{rate:{digits}}"
 
 
 def absolute(rate: float | str, unit: float) -> float:
