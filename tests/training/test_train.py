@@ -394,9 +394,7 @@ def test_relative_rates_find_the_same_vector_in_a_model_with_a_longer_stream(
     one, other = found[1.0], found[64.0]
     assert list(one.layers) == list(other.layers)
     for layer, values in one.layers.items():
-        assert torch.allclose(
-            values * 64, other.layers[layer], rtol=1e-3, atol=1e-4 * float(values.norm()) * 64
-        )
+        assert float((other.layers[layer] / 64 - values).norm()) < 1e-3 * float(values.norm())
     chosen = [vector.metadata["protocol"]["chosen"] for vector in (one, other)]
     assert chosen[0]["lr"] == chosen[1]["lr"] in ("0.01r", "0.1r")
     assert chosen[1]["lr_absolute"] == pytest.approx(64 * chosen[0]["lr_absolute"], rel=1e-3)
