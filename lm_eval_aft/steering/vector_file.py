@@ -40,7 +40,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(
         ("base_model", "fingerprint", "protocol", "prompts", "splits", "selection", "loss"), dict
     ),
-    **dict.fromkeys(("versions", "rft", "calibration", "recipe", "hub", "residual_norm", "share"), dict),
+    **dict.fromkeys(("versions", "rft", "calibration", "recipe", "hub"), dict),
     **dict.fromkeys(("tasks",), list),
     **dict.fromkeys(("task", "method", "positions", "objective", "metric", "control", "created"), str),
     **dict.fromkeys(("num_hidden_layers", "seed", "epoch", "parameters", "processes"), int),
