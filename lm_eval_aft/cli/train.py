@@ -21,6 +21,7 @@ from lm_eval_aft.cli.options import (
     print_table,
 )
 from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector_file import norm_text
 from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 
 if TYPE_CHECKING:
@@ -119,8 +120,14 @@ def _criterion_help() -> str:
 @click.option(
     "--norm-cap", type=float, help="Largest norm, as a share of the median residual norm at its layer."
 )
-@click.option("--lr", help="Adam's learning rate, or several to search: 1e-4,1e-3,1e-2.")
-@click.option("--l2", help="Lambda of lambda * ||v||^2, or several to search.")
+@click.option(
+    "--lr",
+    help="Adam's learning rate, or several to search. 0.003r,0.01r: relative to the hidden states, so that "
+    "a step moves the vector by about 0.3 % or 1 % of their median norm; 1e-3: in the model's own units.",
+)
+@click.option(
+    "--l2", help="Lambda of lambda * ||v||^2, or several to search; 0.001r: v measured as --lr 0.001r does."
+)
 @click.option("--epochs", type=int, help="The most epochs of a finalist.")
 @click.option("--min-epochs", type=int, help="Epochs before --patience may stop it.")
 @click.option("--patience", type=int, help="Epochs without gain before a stop; 0: never.")
@@ -260,11 +267,11 @@ def plan_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         AFTError: an option that cannot be read.
     """
     from lm_eval_aft.harness.examples import PROMPTS
-    from lm_eval_aft.training.recipe import parse_numbers, parse_rungs
+    from lm_eval_aft.training.recipe import parse_numbers, parse_rates, parse_rungs
 
     parsers: dict[str, Callable[[str], Any]] = {
-        "lr": parse_numbers,
-        "l2": parse_numbers,
+        "lr": parse_rates,
+        "l2": parse_rates,
         "lengths": parse_numbers,
         "rungs": parse_rungs,
         "task_metadata": lambda text: parse_pairs(text, "metadata"),
@@ -345,14 +352,19 @@ def _print_rounds(rft: dict[str, Any]) -> None:
 
 def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
     baseline = sweep.baseline
-    settings = [name for name in sweep.finalist.chosen if name not in ("layer", "norm", "refined")]
+    chosen = sweep.finalist.chosen
+    hidden = ("layer", "norm", "share", "refined", "lr_absolute")
+    settings = [name for name in chosen if name not in hidden]
     empty = [""] * (len(settings) + 2)
     rows = [("baseline", "", f"{baseline.score:.4f}", "", f"{baseline.accuracy:.1%}", *empty)]
     mark = 0
     for place, layer in enumerate(sweep.layers, start=1):
         ordered = sorted(layer.candidates, key=lambda c: c.seed)
-        norms = "/".join(f"{c.norm(best=True):.2f}" for c in ordered)
-        chosen = [ordered[0].chosen[name] for name in settings]
+        norms = "/".join(norm_text(c.norm(best=True), c.relative_norm(best=True), ".2f") for c in ordered)
+        best = ordered[0].chosen
+        shown = [each if isinstance(each := best[name], str) else f"{each:g}" for name in settings]
+        if "lr_absolute" in best:
+            shown[settings.index("lr")] += f" ({best['lr_absolute']:.3g})"
         rows.append(
             (
                 str(layer.layer),
@@ -360,16 +372,18 @@ def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
                 f"{layer.score:.4f}",
                 f"{layer.change:+.4f}",
                 f"{layer.accuracy:.1%}",
-                *(each if isinstance(each, str) else f"{each:g}" for each in chosen),
+                *shown,
                 "/".join(str(c.chosen.get("refined", c.best_epoch)) for c in ordered),
                 norms,
             )
         )
         mark = place if layer is sweep.chosen else mark
-    steps = "refined" if "refined" in sweep.finalist.chosen else "best epoch"
+    steps = "refined" if "refined" in chosen else "best epoch"
     columns = ["layer", "stage (docs)", "cross-entropy", "change", "accuracy", *settings, steps, "norm"]
     title = f"Selection split, {baseline.n} documents: means over seeds; change against the same documents"
     print_table(title, columns, rows, mark)
+    if sweep.finalist.relative_norm(best=True) is not None:
+        click.echo("Norms in brackets are shares of the median norm of the hidden states at the layer.")
     _print_calibration(result.vector)
     own = sweep.finalist.best_score.tasks if sweep.finalist.best_score else {}
     for task, score in own.items():

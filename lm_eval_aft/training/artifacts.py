@@ -18,7 +18,7 @@ from lm_eval_aft._util.process import now
 from lm_eval_aft.harness.commands import vector_command
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.methods import METHODS
-from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.steering.vector import SteeringVector, length_metadata
 from lm_eval_aft.training.candidate import Candidate, Workers
 from lm_eval_aft.training.selection import median_seed
 from lm_eval_aft.training.setup import Prepared, random_like
@@ -44,6 +44,8 @@ def finished_vector(
         "selection": {**metadata["selection"], "vector": candidate.best_score.to_dict()},
     }
     intervention = candidate.intervention
+    layers = {layer: candidate.best[f"layers.{layer}"] for layer in intervention.layers}
+    own |= length_metadata(intervention.method, layers, candidate.norms)
     if calibration:
         own["calibration"] = calibration.to_dict()
     vector = SteeringVector.from_tensors(
@@ -303,9 +305,14 @@ def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
 
 def _numbers(vector: SteeringVector) -> str:
     count = sum(tensor.numel() for tensor in vector.tensors.values())
-    if vector.method == "static":
-        return f"{count} numbers"
-    return f"{count:,} numbers (method `{vector.method}`: {METHODS[vector.method].formula})"
+    told = (
+        f"{count} numbers"
+        if vector.method == "static"
+        else (f"{count:,} numbers (method `{vector.method}`: {METHODS[vector.method].formula})")
+    )
+    share = vector.share()
+    aside = "" if share is None else f", {100 * share:.3g} % of the median residual norm there"
+    return f"{told} of norm {vector.norm():.4g}{aside}"
 
 
 def _origin(meta: dict[str, Any]) -> str:

@@ -229,7 +229,8 @@ class OnePass:
             self._found[result.layer] = result
         pruned = "" if ranked[0].improves else "no trial does better than the baseline on the selection split"
         layers = tuple(self._found[layer] for layer in sorted(self._found))
-        return SweepResult(self.baseline(), layers, ranked[0], 0, pruned, self._notes(ranked[0]))
+        norms = dict(zip(self._passes[first].layers, self._passes[first].scales.tolist(), strict=True))
+        return SweepResult(self.baseline(), layers, ranked[0], 0, pruned, norms, self._notes(ranked[0]))
 
     def _notes(self, chosen: LayerResult) -> dict[str, Any]:
         """How much was tried, and how well halves of the training documents and seeds agree."""
@@ -311,7 +312,8 @@ class OnePass:
         intervention = Intervention(self.method, own, positions=direction.positions)
         recipe = Recipe(epochs=1 + self.protocol.refine, patience=1, criterion=self.protocol.criterion)
         share = direction.share(tensors)
-        return Trial(direction.layer, seed, recipe, intervention, stage, share=share, label=label)
+        norms = {int(name.removeprefix("layers.")): scale for name, scale in direction.scales.items()}
+        return Trial(direction.layer, seed, recipe, intervention, stage, norms, share=share, label=label)
 
     def _tick(self, done: int, /) -> None:
         self.events.tick(done)

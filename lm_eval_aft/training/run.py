@@ -52,7 +52,7 @@ from lm_eval_aft.training.setup import (
     rank_correlation,
 )
 from lm_eval_aft.training.sweep import Sweep, SweepResult, coefficients, score_again
-from lm_eval_aft.training.trainer import Trajectory, make_engine
+from lm_eval_aft.training.trainer import Trajectory, make_engine, residual_norms
 
 logger = logging.getLogger(__name__)
 SCREENED = 64  # documents that the screen reads
@@ -190,8 +190,10 @@ def run_sweep(
         if plan.protocol.one_pass:
             sweep = one_pass(prepared, engine, **shared)
         else:
-            start = Initializer(prepared, train, selection[:8])
-            sweep = Sweep(engine, plan.protocol, layers, start=start, **shared)
+            steered = prepared.layers if prepared.method.steers_all_layers else layers
+            norms = workers.broadcast(residual_norms(lm.model, prepared.backbone, steered, selection))
+            start = Initializer(prepared, train, norms)
+            sweep = Sweep(engine, plan.protocol, layers, start=start, norms=norms, **shared)
         baseline = sweep.baseline()
         if not math.isfinite(baseline.score):
             raise baseline_not_finite(lm.model)
@@ -262,7 +264,7 @@ def cost(prepared: Prepared) -> Estimate:
     selection = encode(prepared.splits.selection, lm)
     train = encode(prepared.splits.train(plan.first_seed), lm)
     engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, [*selection, *train])
-    start = Initializer(prepared, {plan.first_seed: train}, selection[:8])
+    start = Initializer(prepared, {plan.first_seed: train})
     # A candidate's part grows evenly with the blocks above its layer: the first, middle and last tell.
     ends = {prepared.sites[0], prepared.sites[len(prepared.sites) // 2], prepared.sites[-1]}
     group = [Candidate(site, 0, Recipe(), start(site, plan.first_seed)) for site in sorted(ends)]

@@ -264,21 +264,29 @@ def _resuming_differs(engine: Trajectory, reference: Reference, document: Tokeni
     return "" if fine else f"resumed passes differ by {worst:.2g} nats"
 
 
+MEASURED = 64  # documents whose hidden states are measured
+
+
 @torch.no_grad()
-def residual_norm(
-    model: nn.Module, backbone: Backbone, layer: int, documents: Sequence[TokenizedDocument]
-) -> float:
-    """Median norm of the hidden states at a layer's output, over the documents' tokens."""
+def residual_norms(
+    model: nn.Module, backbone: Backbone, layers: Sequence[int], documents: Sequence[TokenizedDocument]
+) -> dict[int, float]:
+    """Median norm of the hidden states at each layer's output, over the tokens of the first documents.
+
+    A multiple-choice document is read with its first option. Four digits are kept, so that a resumed run
+    measures the same.
+    """
     parameter = next(model.parameters())
-    norms = []
-    for document in documents:
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for document in documents[:MEASURED]:
         batch = make_batch(
             [TokenizedDocument(document.pairs[:1])], False, input_device(model), parameter.dtype
         )
-        with capture(backbone, [layer]) as outputs:
+        with capture(backbone, list(layers)) as outputs:
             _run_blocks(model, batch)
-        norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1))
-    return float(torch.cat(norms).median())
+        for layer, norms in found.items():
+            norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1).cpu())
+    return {layer: float(f"{float(torch.cat(norms).median()):.4g}") for layer, norms in found.items()}
 
 
 def _run_blocks(model: nn.Module, batch: Batch) -> None:

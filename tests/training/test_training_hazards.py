@@ -280,6 +280,8 @@ def test_a_norm_cap_holds_for_every_seed(checkpoint: str, tmp_path: Path) -> Non
     reached = {seed: lengths[seed] * v.coefficient for seed, v in result.finalists.items()}
     assert len({round(length, 4) for length in lengths.values()}) == 3
     assert max(reached.values()) == pytest.approx(min(reached.values()), rel=1e-5)
+    for vector in result.finalists.values():
+        assert vector.share() * vector.coefficient == pytest.approx(0.01, rel=1e-3)
 
 
 def test_what_is_not_trained_can_be_planned() -> None:
