@@ -189,7 +189,8 @@ class Stage:
     """Candidates that go through the same epochs together.
 
     Attributes:
-        name: ``search``, ``penalty`` or ``final``.
+        name: ``search``, ``penalty`` or ``final``; with one pass ``pass``, ``search``, ``line``, ``final`` or
+            ``refine``.
         candidates: how many there are.
         train, selection: documents to train and evaluate on, in each epoch.
         epochs: how many (the most, in the final stage).
@@ -251,7 +252,9 @@ def _one_pass_stages(protocol: Protocol, directions: int, train: int, selection:
         )
         directions = keep
     finals = min(directions, protocol.finalists) * protocol.seeds
-    stages.append(Stage("final", finals, 0, selection, LINE_SEARCH, finals, True))
+    last = documents_of(selection, protocol.search_rounds[-1].selection)
+    stages.append(Stage("line", finals, 0, last, LINE_SEARCH, finals, True))
+    stages.append(Stage("final", finals, 0, selection, 1, finals))
     if protocol.refine:
         stages.append(Stage("refine", finals, train, selection, protocol.refine, 1, True))
     return stages
