@@ -131,7 +131,7 @@ def _criterion_help() -> str:
 @click.option("--epochs", type=int, help="The most epochs of a finalist.")
 @click.option("--min-epochs", type=int, help="Epochs before --patience may stop it.")
 @click.option("--patience", type=int, help="Epochs without gain before a stop; 0: never.")
-@click.option("--clip", type=float, help="Largest gradient norm; 0: no limit.")
+@click.option("--clip", type=float, help="Largest gradient norm, measured as --lr is; 0: no limit.")
 @click.option("--batch-size", type=int, help="Documents per optimiser step.")
 @click.option(
     "--share-fewshot",

@@ -253,7 +253,7 @@ def recorded_norms(meta: Mapping[str, Any]) -> dict[int, float]:
     """The median residual norm at each layer that a vector's metadata have it for."""
     found = mapping_or_empty(meta.get("residual_norm"))
     fine = {k: v for k, v in found.items() if isinstance(v, int | float) and 0 < v < math.inf}
-    return {int(layer): float(norm) for layer, norm in fine.items() if layer.isdecimal()}
+    return {int(layer): float(norm) for layer, norm in fine.items() if str(layer).isdecimal()}
 
 
 def norm_text(norm: float, share: float | None, digits: str = ".4g") -> str:

@@ -131,6 +131,14 @@ class Sweep:
             AFTError: no setting kept a finite score on every seed.
         """
         protocol = self.protocol
+        if any(isinstance(rate, str) for rate in (*protocol.lr, *protocol.l2)):
+            for layer, norm in self.norms.items():
+                if not 0 < norm < math.inf:
+                    raise AFTError(
+                        f"The hidden states have a median norm of {norm:g} at layer {layer}, so a learning "
+                        "rate or penalty cannot be relative to it.",
+                        "Leave out that layer, or give numbers, as in --lr 1e-3 --l2 0.",
+                    )
         settings: list[Setting] = [(layer, lr, protocol.l2[0]) for layer in self.layers for lr in protocol.lr]
         drawn = min(len(documents) for documents in self.train.values())
         plan = schedule(protocol, len(self.layers), drawn, len(self.selection))

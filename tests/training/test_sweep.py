@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,12 @@ class Silent:
         pass
 
 
-def run(engine: Scripted, protocol: Protocol, layers: Sequence[int] = range(6)) -> SweepResult:
+def run(
+    engine: Scripted,
+    protocol: Protocol,
+    layers: Sequence[int] = range(6),
+    norms: Mapping[int, float] | None = None,
+) -> SweepResult:
     seeds = range(protocol.seeds)
     train = {seed: list(DOCS) for seed in seeds}
 
@@ -80,7 +85,7 @@ def run(engine: Scripted, protocol: Protocol, layers: Sequence[int] = range(6)) 
         return Intervention.static(layer, vector)
 
     parts: dict[str, Any] = {"seeds": seeds, "train": train, "selection": DOCS, "events": Silent()}
-    norms = dict.fromkeys(layers, 2.0)  # so that 0.01r is 0.01 at the vectors' width of 4
+    norms = dict.fromkeys(layers, 2.0) | dict(norms or {})  # 0.01r is 0.01 at the vectors' width of 4
     return Sweep(engine, protocol, list(layers), start=start, norms=norms, **parts).run()
 
 
@@ -269,6 +274,14 @@ def test_changes_and_rungs_in_writing() -> None:
         find_protocol("turbo")
 
 
+@pytest.mark.parametrize("norm", [0.0, float("inf"), float("nan")])
+def test_relative_rates_need_hidden_states_with_a_length(norm: float) -> None:
+    with pytest.raises(AFTError, match="median norm of .* at layer 3") as found:
+        run(Scripted(by_layer), ADAPTIVE, norms={3: norm})
+    assert "--lr 1e-3" in found.value.hint
+    run(Scripted(by_layer), find_protocol("rapid"), norms={3: norm})  # not needed there
+
+
 def test_rates_in_writing() -> None:
     """Flags, study files and Python give the same protocol, in one spelling."""
     for given in ("0.0100r, 1e-3", ["0.01r", "0.001"], ("1e-2r", 1e-3)):
@@ -348,6 +361,7 @@ def test_a_resumed_run_counts_the_work_done_before(name: str) -> None:
         made = Sweep(
             engine, protocol, range(6), seeds=seeds, train=train, selection=DOCS, events=events, saved=saved,
             start=lambda layer, seed, noise: Intervention.static(layer, torch.zeros(4)),
+            norms=dict.fromkeys(range(6), 2.0),
         )  # fmt: skip
         made.run()
         return made, events, engine
