@@ -390,6 +390,10 @@ def _print_plan(job: TrainSet) -> None:
 @click.option("--category", help="Only this category; * and ? allowed.")
 @click.option("--fits", "model", help="Only vectors that fit this model; reads its config and tokenizer.")
 @click.option("--weights", is_flag=True, help="With --fits: load the model and compare the weights too.")
+@click.option(
+    "--model-args",
+    help="With --fits: further arguments of lm-eval's hf model to load it with: peft=...,revision=...",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every field.")
 def list_vectors(
     shelf: Library,
@@ -398,6 +402,7 @@ def list_vectors(
     category: str | None,
     model: str | None,
     weights: bool,
+    model_args: str | None,
     as_json: bool,
 ) -> None:
     """List the library's vectors.
@@ -411,14 +416,16 @@ def list_vectors(
     Examples:
       aft vectors list --task 'arc*'
       aft vectors list --fits EleutherAI/pythia-160m --json
+      aft vectors list --fits EleutherAI/pythia-160m --model-args peft=my-adapter
     """
 
-    if weights and not model:
-        raise AFTError("--weights compares with a model.", "Name it with --fits MODEL.")
+    if not model and (weights or model_args):
+        what = "--weights compares with a model" if weights else "--model-args are those of a model"
+        raise AFTError(f"{what}.", "Name it with --fits MODEL.")
     everything = shelf.entries()
     found = [entry for entry in everything if entry.matches(base_model, task, category)]
     if model:
-        found = _fitting(shelf, found, model, weights)
+        found = _fitting(shelf, found, model, model_args, weights)
     if as_json:
         click.echo(as_json_text([entry.to_dict() for entry in found]))
         return
@@ -571,25 +578,39 @@ def routes(table: Path | None, text: str | None) -> None:
         click.echo(content, nl=False)
 
 
-def _fitting(shelf: Library, entries: Sequence[Entry], model: str, weights: bool) -> list[Entry]:
+def _fitting(
+    shelf: Library, entries: Sequence[Entry], model: str, model_args: str | None, weights: bool
+) -> list[Entry]:
     quiet_libraries()
     from lm_eval_aft.demo import resolve_pretrained
+    from lm_eval_aft.harness.model_args import check_source, refuse_steering
     from lm_eval_aft.library.entry import identify, misfits
-    from lm_eval_aft.steering.vector_file import FILE_NAME, read_header
+    from lm_eval_aft.steering.fingerprint import weight_args
+    from lm_eval_aft.steering.vector_file import FILE_NAME, mapping_or_empty, read_header
 
-    identity = identify(resolve_pretrained(model), weights=weights)
-    found, reasons = [], Counter[str]()
+    args = parse_model_args(model_args)
+    refuse_steering(args, "they are about the model, not about what steers it")
+    check_source(model, args)
+    plain = {key: value for key, value in args.items() if key not in ("blocks", "fast")}
+    identity = identify(resolve_pretrained(model), weights=weights, args=plain)
+    found, reasons, otherwise = [], Counter[str](), Counter[str]()
     for entry in entries:
+        base: Mapping[str, Any] = {}
         if entry.error:
             differing = ["damaged"]
         elif entry.hidden_size != identity.hidden_size:
             differing = ["hidden size"]
         else:
-            differing = misfits(read_header(shelf.path(entry.name) / FILE_NAME), identity)
+            header = read_header(shelf.path(entry.name) / FILE_NAME)
+            differing = misfits(header, identity)
+            base = mapping_or_empty(header.metadata.get("base_model"))
         if differing:
             reasons[differing[0]] += 1
         else:
             found.append(entry)
+        unsure = not identity.weights if not differing else differing[0] in _BY_ARGUMENTS
+        if base and unsure and weight_args(base) != weight_args({"args": args}):
+            otherwise[weight_args(base) or "none"] += 1
     if reasons:
         told = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
         click.echo(f"Do not fit: {told}.", err=True)
@@ -597,7 +618,15 @@ def _fitting(shelf: Library, entries: Sequence[Entry], model: str, weights: bool
         click.echo(
             "Only config and tokenizer were compared; --weights tells fine-tuned copies apart.", err=True
         )
+    if otherwise:
+        told = "; ".join(f"{printable(each)[:200]} ({count})" for each, count in otherwise.most_common())
+        click.echo(f"Trained with other model arguments: {told}. Give them as --model-args.", err=True)
     return found
+
+
+# In what vectors may differ from their own model, loaded with other arguments; lm-eval resizes embeddings
+# under peft=, which counts as another architecture.
+_BY_ARGUMENTS = ("architecture", "parameter names or shapes", "tokenizer vocabulary", "weights")
 
 
 def cells(entry: Entry) -> list[str]:

@@ -149,11 +149,12 @@ def build_report(
     vectors = {run.name: read_vector_info(run) for run in others}
     comparisons = [(run, each) for run in others for each in compare_runs(baseline, run)]
     unfit = [each for run in others for each in not_finite(baseline, run)]
-    if not comparisons and not unfit:
-        raise AFTError(
-            "The runs have no metric in common that has a score per document.", "Compare their tables by eye."
-        )
     rows = judge(baseline, comparisons, vectors, mismatched)
+    corpus = corpus_scores(baseline, others, rows)
+    if not comparisons and not unfit and not corpus:
+        raise AFTError(
+            "The runs have no metric in common that has a score.", "Give runs scored without --predict_only."
+        )
     pairs, without = answer_only_rows(baseline, rows, others, answer_only, force)
     models = sorted({str(run.any.get("model_name")) for run in runs})
     models = [Path(model).name if model.startswith((".", "/")) else model for model in models]
@@ -172,7 +173,7 @@ def build_report(
         ],
         rows=rows,
         not_finite=unfit,
-        corpus=corpus_scores(baseline, others, rows),
+        corpus=corpus,
         groups=group_scores(baseline, others),
         seeds=over_seeds(rows),
         answer_only=pairs,

@@ -195,12 +195,14 @@ class ModelIdentity:
     weights: bool
 
 
-def identify(model: str, *, weights: bool = False) -> ModelIdentity:
+def identify(model: str, *, weights: bool = False, args: Mapping[str, Any] | None = None) -> ModelIdentity:
     """Identify a model by its config and tokenizer, or with its weights if asked or needed.
 
     Args:
         model: local folder or Hub name.
         weights: load the weights as well.
+        args: further arguments of lm-eval's ``hf``: ``revision``, ``subfolder``, ``peft``, ... With an
+            adapter or a GGUF file, which no config describes, the weights are loaded.
 
     Raises:
         AFTError: no such model.
@@ -210,24 +212,32 @@ def identify(model: str, *, weights: bool = False) -> ModelIdentity:
 
     from lm_eval_aft.steering.fingerprint import fingerprint
 
+    given = {key: value for key, value in (args or {}).items() if value not in (None, "")}
+    source: dict[str, Any] = {key: given[key] for key in ("revision", "subfolder") if key in given}
+    # Unset, transformers would ask on the terminal whether to run a stranger's code.
+    source["trust_remote_code"] = bool(given.get("trust_remote_code"))
+    loaded: Any = None
+    quantized = False
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        loaded: Any = None
-        if not weights:
+        if not (weights or given.keys() & {"peft", "delta", "gguf_file"}):
+            config = AutoConfig.from_pretrained(model, **source)
+            tokenizer = AutoTokenizer.from_pretrained(given.get("tokenizer", model), **source)
+            quantized = getattr(config, "quantization_config", None) is not None
             try:
                 with torch.device("meta"):  # names and shapes, no numbers
                     loaded = AutoModelForCausalLM.from_config(config)
             except (ImportError, NotImplementedError, RuntimeError, ValueError):
                 weights = True
-        if weights:
-            loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        if loaded is None:
+            from lm_eval.models.huggingface import HFLM
+
+            lm = HFLM(pretrained=model, **{"device": "cpu", **given})
+            loaded, tokenizer, config, weights = lm.model, lm.tokenizer, lm.config, True
+    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise model_not_loaded(model, error) from error
     text = config.get_text_config()
     found = fingerprint(loaded, tokenizer)
-    if getattr(config, "quantization_config", None) is not None:
-        found["quantized"] = True
+    found["quantized"] |= quantized
     return ModelIdentity(model, text.hidden_size, text.num_hidden_layers, found, weights)
 
 

@@ -158,11 +158,22 @@ def describe_base(base: Mapping[str, Any]) -> str:
     >>> describe_base({"name": "me/model", "revision": "main", "args": {"peft": "me/adapter"}})
     "'me/model' with peft='me/adapter'"
     """
+    told = weight_args(base)
+    name = base.get("name") or "an unnamed model"
+    return f"{name!r}{' with ' if told else ''}{told}"
+
+
+def weight_args(base: Mapping[str, Any]) -> str:
+    """Those arguments of a vector's ``base_model`` entry that decide which weights it has; ``""`` for none.
+
+    >>> weight_args({"name": "me/model", "revision": "v1", "args": {"dtype": "bfloat16"}})
+    "revision='v1'"
+    """
     args = base.get("args")
     given = {"revision": base.get("revision"), **(args if isinstance(args, Mapping) else {})}
-    told = [f"{key}={given[key]!r}" for key in WEIGHT_ARGS if given.get(key) not in (None, "", "main")]
-    name = base.get("name") or "an unnamed model"
-    return f"{name!r}{' with ' if told else ''}{', '.join(told)}"
+    return ", ".join(
+        f"{key}={given[key]!r}" for key in WEIGHT_ARGS if given.get(key) not in (None, "", "main")
+    )
 
 
 def check_fingerprint(

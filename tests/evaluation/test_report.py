@@ -642,3 +642,32 @@ def test_metrics_without_a_score_per_document_are_listed(tmp_path: Path) -> None
     assert [(row["metric"], row["baseline"], row["steered"]) for row in report.corpus] == [
         ("brier_score,none", 0.5, 0.25)
     ]
+
+
+def test_tasks_without_any_score_per_document(tmp_path: Path) -> None:
+    """Perplexities of whole corpora, Matthews' coefficient: nothing to test, and all the same a report."""
+    listed = [{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}]
+    pair: Any = [[-3.5, 2]] * 4
+    for name, score in (("a", 20.5), ("b", 18.25)):
+        where = write_results(
+            tmp_path / name, {"task": pair}, metric="word_perplexity", task_config={"metric_list": listed}
+        )
+        (path,) = where.rglob("results_*.json")
+        results = json.loads(path.read_text())
+        results["results"]["task"]["word_perplexity,none"] = score
+        path.write_text(json.dumps(results))
+    words = ["report", *(str(tmp_path / name) for name in ("a", "b")), "-o", str(tmp_path / "written")]
+    done = CliRunner().invoke(aft, words)
+    assert done.exit_code == 0, done.output
+    for text in (done.output, (tmp_path / "written" / "report.md").read_text()):
+        assert "word_perplexity" in text
+        assert "20.5" in text
+        assert "18.25" in text
+    assert json.loads((tmp_path / "written" / "report.json").read_text())["rows"] == []
+    for path in tmp_path.rglob("results_*.json"):
+        results = json.loads(path.read_text())
+        del results["results"]["task"]["word_perplexity,none"]
+        path.write_text(json.dumps(results))
+    done = CliRunner().invoke(aft, words)
+    assert done.exit_code == 1
+    assert "no metric in common" in done.output

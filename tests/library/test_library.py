@@ -25,6 +25,7 @@ from lm_eval_aft.cli.main import aft
 from lm_eval_aft.library import files, store
 from lm_eval_aft.library.files import damage
 from lm_eval_aft.library.store import INDEX, Library, default_library
+from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
 from lm_eval_aft.training.artifacts import write_card
 from tests.conftest import tiny_model, tiny_tokenizer
@@ -357,6 +358,60 @@ def test_fits(library: Library, checkpoint: Callable[..., str]) -> None:
         assert ("Only config and tokenizer were compared" in done.stderr) == (not flags)
     assert "cannot be loaded" in run("list", "--library", library.root, "--fits", "/no/model", code=1).output
     assert "--fits" in run("list", "--library", library.root, "--weights", code=1).output
+
+
+def test_fits_of_a_model_loaded_with_arguments(
+    library: Library, checkpoint: Callable[..., str], tmp_path: Path
+) -> None:
+    """What vectors were trained with is told where it was not given, and compared where it was."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    (tmp_path / "hub" / "sub").mkdir(parents=True)
+    model.save_pretrained(tmp_path / "hub" / "sub")
+    tokenizer.save_pretrained(tmp_path / "hub" / "sub")
+
+    def add(name: str, base: Any, **args: str) -> None:
+        identity = fingerprint(base, tokenizer)
+        recorded = {"name": "me/model", "revision": "main", "args": {"dtype": "float32", **args}}
+        a_vector(1.0, 1, fingerprint=identity, base_model=recorded).save(library.root / name)
+
+    add("llama/plain", model)
+    add("llama/sub", model, subfolder="sub")
+    add("llama/old", tiny_model("llama", 1), revision="old")
+    a_vector(1.0, 1).save(library.root / "llama/hand")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / "adapter")
+    peft = f"peft={tmp_path / 'adapter'}"
+    adapted = AFTLM(checkpoint("llama"), peft=str(tmp_path / "adapter"), device="cpu").model
+    add("llama/adapted", adapted, peft=str(tmp_path / "adapter"))
+
+    def listed(*flags: str) -> tuple[list[str], str]:
+        words = ["vectors", "list", "--library", str(library.root), "--json", "--fits", *flags]
+        done = CliRunner().invoke(aft, words)
+        assert done.exit_code == 0, done.stderr
+        return [entry["name"].removeprefix("llama/") for entry in json.loads(done.stdout)], done.stderr
+
+    folder = checkpoint("llama")
+    names, told = listed(folder)
+    assert names == ["hand", "old", "plain", "sub"]
+    for each in (f"peft='{tmp_path / 'adapter'}' (1)", "subfolder='sub' (1)", "revision='old' (1)"):
+        assert each in told
+    names, told = listed(folder, "--weights")
+    assert names == ["hand", "plain", "sub"]
+    assert "subfolder" not in told  # it fits, whatever it was loaded with
+    assert "revision='old' (1)" in told
+    names, told = listed(folder, "--model-args", peft)
+    assert names == ["adapted", "hand"]
+    assert "Only config" not in told
+    assert "none (1)" in told
+    names, told = listed(str(tmp_path / "hub"), "--model-args", "subfolder=sub")
+    assert names == ["hand", "old", "plain", "sub"]
+    assert "subfolder" not in told
+    where = ("list", "--library", library.root)
+    assert "--fits" in run(*where, "--model-args", peft, code=1).output
+    refused = run(*where, "--fits", folder, "--model-args", "vector=v", code=1).output
+    assert "vector= has no place here" in refused
 
 
 def test_a_sum_goes_through_the_harness_model_and_the_report(
