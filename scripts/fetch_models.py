@@ -183,7 +183,7 @@ def convert(folder: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(**file)
     read: Any = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16, **unpacked(GGUF))
     # A model that was read from a GGUF file counts as quantised and is not saved.
-    del read.config.quantization_config
+    vars(read.config).pop("quantization_config", None)
     with torch.device("meta"):
         model = type(read)(read.config)
     model.load_state_dict(read.state_dict(), assign=True)

@@ -276,7 +276,7 @@ def _write(folder: Path, vector: SteeringVector) -> None:
 @offline_option
 @click.argument("study", type=click.Path(path_type=Path, dir_okay=False))
 @library_option
-@click.option("--model", help="Hub name or local folder of the base model.  [default: the study's]")
+@click.option("--model", help="Hub name, folder or GGUF file of the base model.  [default: the study's]")
 @click.option("--resume", is_flag=True, help="Continue an earlier run.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; train nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task in the cross-scores.")

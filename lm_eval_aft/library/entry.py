@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError, model_not_loaded
+from lm_eval_aft._util.model_source import model_source, unpacked
 from lm_eval_aft.library.files import CARD, FILES
 from lm_eval_aft.steering.vector_file import FILE_NAME, Header, is_biased, mapping_or_empty, read_header
 
@@ -189,7 +190,7 @@ def identify(model: str, *, weights: bool = False) -> ModelIdentity:
     """Identify a model by its config and tokenizer, or with its weights if asked or needed.
 
     Args:
-        model: local folder or Hub name.
+        model: local folder, GGUF file or Hub name.
         weights: load the weights as well.
 
     Raises:
@@ -200,9 +201,13 @@ def identify(model: str, *, weights: bool = False) -> ModelIdentity:
 
     from lm_eval_aft.steering.fingerprint import fingerprint
 
+    place, args = model_source(model, {})
+    file = {"gguf_file": args["gguf_file"]} if args else {}
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **file)
+        # Beside a tokenizer a GGUF file's own is not read.
+        own = {} if "tokenizer" in args else file
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **own)
         loaded: Any = None
         if not weights:
             try:
@@ -211,7 +216,9 @@ def identify(model: str, *, weights: bool = False) -> ModelIdentity:
             except (ImportError, NotImplementedError, RuntimeError, ValueError):
                 weights = True
         if weights:
-            loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                place, trust_remote_code=False, **file, **unpacked(file)
+            )
     except (OSError, ValueError) as error:
         raise model_not_loaded(model, error) from error
     text = config.get_text_config()
