@@ -29,7 +29,7 @@ export AFT_TEST_DATA := $(abspath ../shared)
 endif
 endif
 
-# Tests never touch the network.
+# Tests use no hub; those of the slow and full tiers get models from the package index (scripts/fetch_models.py).
 PYTEST = TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=15 -n $(WORKERS) --dist loadfile
 
 # Tests of our own arithmetic, files, pages and rules, which other libraries' releases hardly reach: `make canary`
@@ -51,7 +51,7 @@ DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math 
 	--device cpu --batch_size 32 --log_samples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-slow test-full test-oldest test-newest canary .venv-newest coverage check format clean
+.PHONY: help setup lock demo models test test-slow test-full test-oldest test-newest canary .venv-newest coverage check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ demo: setup ## train a vector for the embedded model, score it with stock lm_eva
 		--output_path demo-results/steered
 	$(BIN)/aft report demo-results/baseline demo-results/steered --output demo-results/report --card
 	@echo "Results lie in demo-results; the report is demo-results/report/report.html."
+
+models: setup ## three small pretrained models from the package index, in models/ (2.9 GB)
+	$(BIN)/python scripts/fetch_models.py all --output models
 
 test: setup ## unit and integration tests
 	$(PYTEST) $(PYTEST_ARGS)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lm_eval_aft._util.errors import AFTError, model_not_loaded, not_finite_cause, print_errors_plainly
 from lm_eval_aft._util.files import canonical_json
+from lm_eval_aft._util.model_source import model_source, unpacked
 from lm_eval_aft._util.private_names import borrowed, gone, require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.engine.active_steering import ActiveSteering, Routing, whole_spec
@@ -30,12 +31,12 @@ from lm_eval_aft.engine.generation import Texts
 from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.engine.scorer import Answers, Scorer
 from lm_eval_aft.engine.stock import StockLM
-from lm_eval_aft.harness.model_args import ARGUMENTS, check_source, read_model_args, unknown_argument
+from lm_eval_aft.harness.model_args import ARGUMENTS, read_model_args, unknown_argument
 from lm_eval_aft.harness.tasks import refuse_generation, refuse_thinking, without_contexts
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.steering.backbone import check_causal, check_weights, input_device, is_compiled
-from lm_eval_aft.steering.fingerprint import fingerprint, stored_weights
+from lm_eval_aft.steering.fingerprint import fingerprint, is_quantized, stored_weights
 from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.vector import SteeringVector, describe_vector
 
@@ -116,7 +117,7 @@ class AFTLM(StockLM):
         if given.route and given.vector:
             raise AFTError("Both vector= and route= are given.", "A router picks the vectors: leave one out.")
         _check_names_of_torch(pretrained, given.device, kwargs)
-        check_source(pretrained, kwargs)
+        pretrained, kwargs = model_source(pretrained, kwargs)
         # Read before the model, so that a wrong path fails in milliseconds.
         shelf = Library(given.library)
         loaded = None if given.vector is None else load_vector(given.vector, shelf)
@@ -135,6 +136,8 @@ class AFTLM(StockLM):
         if self.backend != "causal":
             raise AFTError("Encoder-decoder models are not supported.", "Use a decoder-only (causal) model.")
         check_weights(self.model)
+        if kwargs.get("gguf_file"):
+            _tell_dequantised(self.model, str(kwargs["gguf_file"]))
         if self.device.type == "meta":  # stock looks at the first weights, which lie on disk
             self._device = input_device(self.model)
             if self.device.type == "meta":
@@ -157,6 +160,9 @@ class AFTLM(StockLM):
         if route:
             routing = self.routing_of(route, shelf, allow_mismatch=given.allow_mismatch)
             self.follow(routing.adjusted(**replaced))
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        super()._create_model(*args, **(kwargs | unpacked(kwargs.get("gguf_file"))))
 
     def steer(
         self,
@@ -401,6 +407,18 @@ def _check_names_of_torch(pretrained: Any, device: Any, given: Mapping[str, Any]
         torch.device(device)
     except RuntimeError as error:
         raise AFTError(f"device={device!r} is not a device.", "Write cpu, cuda, cuda:1 or mps.") from error
+
+
+def _tell_dequantised(model: Any, file: str) -> None:
+    """Say what dequantised weights take in memory; raise `AFTError` if they are still quantised."""
+    if is_quantized(model):
+        raise gone(
+            "lm-eval: HFLM._create_model", f"the weights of {file} were left in their quantised blocks"
+        )
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    dtype = str(model.dtype).removeprefix("torch.")
+    half = "" if model.dtype.itemsize < 4 else "; dtype=bfloat16 takes half of it"
+    logger.info("%s was dequantised: its weights take %.0f MB in %s%s.", file, size / 1e6, dtype, half)
 
 
 def _runnable(pretrained: Any, given: Mapping[str, Any]) -> Any:

@@ -46,6 +46,8 @@ def model_not_loaded(name: object, error: Exception) -> AFTError:
     if "Unrecognized configuration class" in reason:
         reason = "transformers has no causal language model for this kind of checkpoint."
         hint = "From Python, load it with a class of its own and pass the model itself as pretrained."
+    if isinstance(error, ImportError) and "gguf" in str(error).lower():
+        reason, hint = "GGUF files need the gguf package.", "Install it: pip install 'lm-eval-aft[gguf]'"
     return AFTError(f"The model {told} cannot be loaded: {reason}", hint)
 
 

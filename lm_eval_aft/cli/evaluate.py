@@ -27,7 +27,7 @@ def _route_help() -> str:
 
 @click.command("eval", context_settings={"ignore_unknown_options": True})
 @offline_option
-@click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
+@click.option("--model", required=True, help="Hub name, folder or GGUF file of the base model, or `demo`.")
 @click.option(
     "--vector", "vectors", multiple=True, help="Folder, library name, Hub id or expression; may repeat."
 )

@@ -52,11 +52,10 @@ Examples:
 
 
 def _arguments(model: str | None, text: str | None, revision: str | None) -> dict[str, Any]:
-    from lm_eval_aft.harness.model_args import check_source, refuse_steering
+    from lm_eval_aft.harness.model_args import refuse_steering
 
     args = parse_model_args(text, revision=revision)
     refuse_steering(args, "they are about the base model, not about what steers it")
-    check_source(model, args)
     return args
 
 
@@ -76,7 +75,7 @@ model_args_option = click.option(
     help=" ".join(f"{each.name}: {each.summary}." for each in FORMATS.values()),
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=_output_help())
-@click.option("--model", help="Hub name or local folder of the base model.  [default: the vector's own]")
+@click.option("--model", help="Hub name, folder or GGUF file of the base model.  [default: the vector's own]")
 @click.option("--revision", help="The base model's revision on the Hub.")
 @model_args_option
 @click.option("--coefficient", type=float, help="Replaces the vector's own coefficient.")

@@ -313,7 +313,7 @@ def _continued_by_the_same_command() -> Iterator[None]:
     "task_metadata",
 )
 @click.command("search")
-@click.option("--model", required=True, help="Hub name or local folder of a causal LM, or `demo`.")
+@click.option("--model", required=True, help="Hub name, local folder or GGUF file of a causal LM, or `demo`.")
 @click.option("--task", required=True, help="Harness task with a training split.")
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder; what it already holds is kept."
@@ -372,6 +372,7 @@ def search(
       aft search --model M --task gsm8k --strategy optuna --trials 40 --lr 1e-4,1e-2 --output o
     """
     quiet_libraries()
+    from lm_eval_aft._util.model_source import model_source
     from lm_eval_aft.harness.commands import vector_command
     from lm_eval_aft.steering.vector import SteeringVector
     from lm_eval_aft.studies.search import WINNER, Search, Space
@@ -381,6 +382,7 @@ def search(
     arguments = parse_model_args(
         options.pop("model_args"), device=options.pop("device"), dtype=options.pop("dtype")
     )
+    model, arguments = model_source(model, arguments)
     space = Space(layers, parse_rates(lr), _whole(epochs), parse_rates(l2))
     job = Search(
         model, task, output, space, strategy, trials, seeds, batch_size, plan_settings(options), arguments
@@ -433,7 +435,7 @@ def _whole(text: str) -> tuple[int, ...]:
     "task_metadata",
 )
 @click.command("transfer")
-@click.option("--model", required=True, help="Hub name or local folder of the base model, or `demo`.")
+@click.option("--model", required=True, help="Hub name, folder or GGUF file of the base model, or `demo`.")
 @click.option("--tasks", required=True, help="Harness tasks, comma-separated: scored on, and trained on.")
 @click.option(
     "--vector",

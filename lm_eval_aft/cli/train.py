@@ -42,7 +42,7 @@ def _criterion_help() -> str:
 
 @click.command("train-vector", cls=PlainCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @offline_option
-@click.option("--model", required=True, help="Hub name or local folder of a causal LM, or `demo`.")
+@click.option("--model", required=True, help="Hub name, local folder or GGUF file of a causal LM, or `demo`.")
 @click.option(
     "--task",
     required=True,
@@ -212,15 +212,16 @@ def train_vector(**options: Any) -> None:
 
 def _train(options: dict[str, Any], output: Path | None, dry_run: bool) -> None:
     quiet_libraries()
+    from lm_eval_aft._util.model_source import model_source
     from lm_eval_aft.training import run
     from lm_eval_aft.training.recipe import TrainingPlan
     from lm_eval_aft.training.setup import load_model, prepare
 
     folder_options = {name: options.pop(name) for name in ("resume", "overwrite")}
-    model = options.pop("model")
-    model_args = parse_model_args(
+    given = parse_model_args(
         options.pop("model_args"), device=options.pop("device"), dtype=options.pop("dtype")
     )
+    model, model_args = model_source(options.pop("model"), given)
     plan = TrainingPlan.of(**plan_settings(options))
     click.echo(f"Loading {model} ...", err=True)
     if dry_run:

@@ -277,7 +277,7 @@ def _write(folder: Path, vector: SteeringVector) -> None:
 @offline_option
 @click.argument("study", type=click.Path(path_type=Path, dir_okay=False))
 @library_option
-@click.option("--model", help="Hub name or local folder of the base model.  [default: the study's]")
+@click.option("--model", help="Hub name, folder or GGUF file of the base model.  [default: the study's]")
 @click.option("--resume", is_flag=True, help="Continue an earlier run.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; train nothing.")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents per task in the cross-scores.")
@@ -583,14 +583,14 @@ def _fitting(
 ) -> list[Entry]:
     quiet_libraries()
     from lm_eval_aft.demo import resolve_pretrained
-    from lm_eval_aft.harness.model_args import check_source, refuse_steering
+    from lm_eval_aft.harness.model_args import refuse_steering
     from lm_eval_aft.library.entry import identify, misfits
     from lm_eval_aft.steering.fingerprint import weight_args
     from lm_eval_aft.steering.vector_file import FILE_NAME, mapping_or_empty, read_header
 
     args = parse_model_args(model_args)
     refuse_steering(args, "they are about the model, not about what steers it")
-    check_source(model, args)
+    model, args = model_source(model, args)
     plain = {key: value for key, value in args.items() if key not in ("blocks", "fast")}
     identity = identify(resolve_pretrained(model), weights=weights, args=plain)
     found, reasons, otherwise = [], Counter[str](), Counter[str]()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, exclusive_dir, exists, replacing, replacing_dir, sha256
+from lm_eval_aft._util.model_source import model_source
 from lm_eval_aft._util.private_names import borrowed, require
 from lm_eval_aft._util.process import is_main_process
 from lm_eval_aft.engine.active_steering import Routing, whole_spec
@@ -99,7 +100,8 @@ def evaluate_pair(
             "--answer-only needs a vector." if answer_only else "Give a vector or a router.",
         )
     folder = Path(output)
-    arguments = {"softmax_dtype": "float32", **(model_args or {})}
+    model, given = model_source(model, model_args or {})
+    arguments = {"softmax_dtype": "float32", **given}
     if own := sorted(STEERING_ARGUMENTS & arguments.keys()):
         raise AFTError(
             f"{', '.join(own)} among the model arguments would apply to every run, the baseline included.",

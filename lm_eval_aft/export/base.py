@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lm_eval_aft._util.errors import AFTError, model_not_loaded
 from lm_eval_aft._util.files import canonical_json
+from lm_eval_aft._util.model_source import loaded_by_lm_eval, model_source
 from lm_eval_aft._util.private_names import require
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.library.entry import task_names
@@ -102,7 +103,7 @@ def recorded_base(metadata: Mapping[str, Any]) -> tuple[str | None, dict[str, An
 
 
 def load_base(name: str, args: Mapping[str, Any] | None = None, blocks: str | None = None) -> Base:
-    """Load a causal LM and its tokenizer from a folder, the Hub, or ``demo``.
+    """Load a causal LM and its tokenizer from a folder, the Hub, a GGUF file, or ``demo``.
 
     Args:
         args: further arguments of lm-eval's ``hf``: ``revision``, ``subfolder``, ``gguf_file``, ``peft``, ...
@@ -112,7 +113,8 @@ def load_base(name: str, args: Mapping[str, Any] | None = None, blocks: str | No
     """
     from transformers import AutoModelForCausalLM
 
-    path, given = resolve_pretrained(name), {k: v for k, v in (args or {}).items() if v not in (None, "")}
+    name, given = model_source(name, {k: v for k, v in (args or {}).items() if v not in (None, "")})
+    path = resolve_pretrained(name)
     revision = given.get("revision")
     try:
         if given.keys() <= {"revision"}:
@@ -122,7 +124,7 @@ def load_base(name: str, args: Mapping[str, Any] | None = None, blocks: str | No
             ).eval()
             tokenizer = _tokenizer(name, path, revision)
         else:
-            model, tokenizer = _loaded_by_lm_eval(path, given)
+            model, tokenizer = loaded_by_lm_eval(path, given)
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise model_not_loaded(name, error) from error
     model.requires_grad_(False)
@@ -135,16 +137,6 @@ def same_base(base: Base) -> list[str]:
         f"{key}={base.args[key]}" for key in WEIGHT_ARGS if base.args.get(key) not in (None, "main")
     )
     return [f"it is for {base.name} loaded with {told}: give these to lm-eval as well"] if told else []
-
-
-def _loaded_by_lm_eval(path: str, args: dict[str, Any]) -> tuple[Any, Any]:
-    from lm_eval.models.huggingface import HFLM
-
-    lm = HFLM(pretrained=path, **{"device": "cpu", **args})
-    model: Any = lm.model
-    if args.get("gguf_file"):  # dequantised while it was read: a checkpoint of it is a plain one
-        del model.config.quantization_config
-    return model, lm.tokenizer
 
 
 def _tokenizer(name: str, path: str, revision: str | None) -> Any:

@@ -77,6 +77,8 @@ def write(job: ExportJob) -> Export:
         f"written as {', '.join(f'direction.{n}' for n in shifts)}, model hint {hint}; read back equal",
         "its logits were not compared, as that takes llama.cpp (--control-vector-scaled FILE:1 there)",
     ]
+    if file_name := base.args.get("gguf_file"):
+        notes.append(f"it is for {Path(base.path) / file_name} and its other quantisations")
     return Export(job.target, "gguf", None, notes)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft._util.files import canonical_json
+from lm_eval_aft._util.model_source import model_source
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.harness.tasks import find_definition, read_definition
 from lm_eval_aft.steering.vector_file import FILE_NAME
@@ -28,6 +29,7 @@ def model_identity(pretrained: str, model_args: Mapping[str, Any]) -> dict[str, 
 
     An argument that names a folder (``peft``, ``tokenizer``) counts with what is in it.
     """
+    pretrained, model_args = model_source(pretrained, model_args)
     path = Path(resolve_pretrained(pretrained))
     what = _contents(path) if path.is_dir() else pretrained
     found = {"model": what, "args": json.loads(canonical_json(dict(model_args)))}

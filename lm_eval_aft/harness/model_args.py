@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm_eval_aft._util.errors import AFTError
@@ -190,24 +189,6 @@ def refuse_steering(given: Mapping[str, Any], why: str) -> None:
             f"here: {why}.",
             f"Leave {'them' if plural else 'it'} out.",
         )
-
-
-def check_source(pretrained: Any, given: Mapping[str, Any]) -> None:
-    """Raise `AFTError` for GGUF files that are given as if they were a model's folder."""
-    if not isinstance(pretrained, str) or given.get("gguf_file"):
-        return
-    place = Path(pretrained)
-    if pretrained.lower().endswith(".gguf"):
-        folder, _, name = pretrained.rpartition("/")
-    elif (files := sorted(place.glob("*.gguf"))) and not (place / "config.json").is_file():
-        folder, name = pretrained, files[0].name
-    else:
-        return
-    raise AFTError(
-        f"{pretrained!r} is a GGUF file or holds nothing else, and lm-eval takes the file's name apart.",
-        f"Use pretrained={folder or '.'},gguf_file={name} (on the command line --model {folder or '.'} and "
-        f"--model-args gguf_file={name}).",
-    )
 
 
 def _refused(name: str, value: Any, why: str, hint: str) -> AFTError:

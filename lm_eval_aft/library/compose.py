@@ -179,7 +179,7 @@ def _identity(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Vectors made by hand may lack any of it; the operand that says most is used.
     """
-    keys = ("fingerprint", "base_model", "num_hidden_layers")
+    keys = ("fingerprint", "tokenizer", "base_model", "num_hidden_layers")
     told = [{key: meta[key] for key in keys if meta.get(key) is not None} for meta in metas]
     return next((each for key in keys for each in told if key in each), {})
 

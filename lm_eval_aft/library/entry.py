@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError, model_not_loaded
+from lm_eval_aft._util.model_source import loaded_by_lm_eval, model_source
 from lm_eval_aft.library.files import CARD, FILES
 from lm_eval_aft.steering.vector_file import (
     FILE_NAME,
@@ -199,10 +200,10 @@ def identify(model: str, *, weights: bool = False, args: Mapping[str, Any] | Non
     """Identify a model by its config and tokenizer, or with its weights if asked or needed.
 
     Args:
-        model: local folder or Hub name.
+        model: local folder, GGUF file or Hub name.
         weights: load the weights as well.
         args: further arguments of lm-eval's ``hf``: ``revision``, ``subfolder``, ``peft``, ... With an
-            adapter or a GGUF file, which no config describes, the weights are loaded.
+            adapter, which no config describes, the weights are loaded.
 
     Raises:
         AFTError: no such model.
@@ -213,26 +214,28 @@ def identify(model: str, *, weights: bool = False, args: Mapping[str, Any] | Non
     from lm_eval_aft.steering.fingerprint import fingerprint
 
     given = {key: value for key, value in (args or {}).items() if value not in (None, "")}
+    place, given = model_source(model, given)
     source: dict[str, Any] = {key: given[key] for key in ("revision", "subfolder") if key in given}
     # Unset, transformers would ask on the terminal whether to run a stranger's code.
     source["trust_remote_code"] = bool(given.get("trust_remote_code"))
+    file = {"gguf_file": given["gguf_file"]} if given.get("gguf_file") else {}
     loaded: Any = None
     quantized = False
     try:
-        if not (weights or given.keys() & {"peft", "delta", "gguf_file"}):
-            config = AutoConfig.from_pretrained(model, **source)
-            tokenizer = AutoTokenizer.from_pretrained(given.get("tokenizer", model), **source)
-            quantized = getattr(config, "quantization_config", None) is not None
+        if not (weights or given.keys() & {"peft", "delta"}):
+            config = AutoConfig.from_pretrained(place, **source, **file)
+            # Beside a tokenizer a GGUF file's own is not read.
+            own = {} if "tokenizer" in given else file
+            tokenizer = AutoTokenizer.from_pretrained(given.get("tokenizer", place), **source, **own)
+            quantized = not file and getattr(config, "quantization_config", None) is not None
             try:
                 with torch.device("meta"):  # names and shapes, no numbers
                     loaded = AutoModelForCausalLM.from_config(config)
             except (ImportError, NotImplementedError, RuntimeError, ValueError):
                 weights = True
         if loaded is None:
-            from lm_eval.models.huggingface import HFLM
-
-            lm = HFLM(pretrained=model, **{"device": "cpu", **given})
-            loaded, tokenizer, config, weights = lm.model, lm.tokenizer, lm.config, True
+            loaded, tokenizer = loaded_by_lm_eval(place, given)
+            config, weights = loaded.config, True
     except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
         raise model_not_loaded(model, error) from error
     text = config.get_text_config()

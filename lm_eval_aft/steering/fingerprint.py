@@ -6,7 +6,8 @@ import base64
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,9 @@ _COMPUTATION = "settings of the computation (rotary embedding, norms, scaling, s
 # Those arguments of lm-eval's `hf` that decide which weights and vocabulary a model has.
 WEIGHT_ARGS = ("revision", "subfolder", "gguf_file", "peft", "delta", "tokenizer")
 _ENTRIES = 16
+# Weights of one model in two quantisations lie some percent of their size apart; those of models that have
+# nothing in common 100 and more.
+_KIN = 0.4
 _COARSENESS = {"float64": 0, "float32": 0, "float16": 1, "bfloat16": 1}
 
 
@@ -67,25 +71,97 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
         the last possibly ``None``), ``dtype``, ``quantized``, ``sketch`` (base64 of little-endian fp32,
         NaN where weights lie on disk and cannot be read).
     """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    described = {key: getattr(text, key, None) for key in _CONFIG_KEYS}
-    rope = getattr(text, "rope_parameters", None)
-    described["rope_theta"] = rope.get("rope_theta") if isinstance(rope, Mapping) else None
     parameters = _parameters(model)
     shapes = [(name, list(parameter.shape)) for name, parameter in parameters]
     vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else None
     quantized = is_quantized(model)
     dtypes = {str(p.dtype).removeprefix("torch.") for _, p in parameters if p.is_floating_point()}
     return {
-        "config": _sha256(described),
-        "computation": _sha256(_canonical({key: getattr(text, key, None) for key in _COMPUTATION_KEYS})),
+        **_settings(model, lambda number: number),
         "parameters": _sha256(shapes),
         "vocabulary": None if vocabulary is None else _sha256(vocabulary),
         "dtype": max(dtypes, key=lambda name: _COARSENESS.get(name, 2), default="float32"),
         "quantized": quantized,
         "sketch": None if quantized else _encode(_sketch([p for _, p in parameters])),
     }
+
+
+def _settings(model: nn.Module, spelt: Callable[[float], float]) -> dict[str, str]:
+    """The hashes ``config`` and ``computation``, with the settings that are real numbers spelt so."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    described = {key: getattr(text, key, None) for key in _CONFIG_KEYS}
+    rope = getattr(text, "rope_parameters", None)
+    described["rope_theta"] = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+    for key in ("rope_theta", "residual_multiplier"):
+        if (number := described[key]) is not None:
+            described[key] = spelt(number)
+    computation = _canonical({key: getattr(text, key, None) for key in _COMPUTATION_KEYS}, spelt)
+    return {"config": _sha256(described), "computation": _sha256(computation)}
+
+
+def _single(number: float) -> float:
+    """A number as a GGUF file holds it."""
+    return float(np.float32(number))
+
+
+def _short(number: float) -> float:
+    """A number of a GGUF file as a config writes it: 1e-05, not 9.999999747378752e-06."""
+    found = float(str(np.float32(number))) if _single(number) == number else number
+    return int(found) if found.is_integer() else found
+
+
+def _settings_as_recorded(recorded: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
+    """Those hashes that are the recorded ones once numbers are spelt as in GGUF files, or as in configs."""
+    spelt = [_settings(model, each) for each in (_single, _short, float)]
+    return {key: value for each in spelt for key, value in each.items() if recorded.get(key) == value}
+
+
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """What tokenizers of one vocabulary may differ in, JSON-serialisable.
+
+    Returns:
+        ``begins``: the special token that is put before a text; ``ends``: the end-of-text token;
+        ``added_tokens`` and ``chat_template``: SHA-256. ``None`` for what there is none of.
+    """
+    first = (tokenizer("a")["input_ids"] or [None])[0]
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "begins": tokenizer.convert_ids_to_tokens(first) if first in tokenizer.all_special_ids else None,
+        "ends": tokenizer.eos_token,
+        "added_tokens": _sha256(sorted(tokenizer.get_added_vocab().items())),
+        "chat_template": None if template is None else _sha256(template),
+    }
+
+
+def _tokenizers_differ(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """In what two `tokenizer_facts` differ, in words; ``""`` if in nothing."""
+    told = []
+    for key, what in (("begins", "begins texts with"), ("ends", "ends them with")):
+        here, there = (each.get(key) for each in (present, recorded))
+        if here != there:
+            told.append(f"{what} {here or 'nothing'} (there {there or 'nothing'})")
+    if recorded.get("added_tokens") != present.get("added_tokens"):
+        told.append("has other added tokens")
+    templates = [each.get("chat_template") for each in (present, recorded)]
+    if templates[0] != templates[1]:
+        told.append(f"has {'no' if templates[0] is None else 'another'} chat template")
+    return ", ".join(told)
+
+
+def _apart(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> float:
+    """How far two models' weights are apart: median |a - b| / |b| of a parameter; infinite if not known."""
+    try:
+        ours, theirs = _decode(recorded["sketch"]), _decode(present["sketch"])
+    except (KeyError, TypeError, ValueError):  # quantised weights have none
+        return math.inf
+    if abs(len(ours) - len(theirs)) > _ENTRIES:  # one matrix more where the output layer is not tied
+        return math.inf
+    count = min(len(ours), len(theirs)) // _ENTRIES
+    ours, theirs = (each[: count * _ENTRIES].view(count, _ENTRIES) for each in (ours, theirs))
+    shares = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+    shares = shares[shares.isfinite()]  # offloaded weights are NaN, and biases may be 0
+    return float(shares.median()) if len(shares) else math.inf
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -197,6 +273,7 @@ def check_fingerprint(
     if recorded is None:
         return
     present = fingerprint(model, tokenizer)
+    present |= _settings_as_recorded(recorded, model)
     differences = compare_fingerprints(recorded, present)
     trained_on = describe_base(metadata.get("base_model") or {})
     place = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -206,6 +283,11 @@ def check_fingerprint(
     if differences:
         here = f"not on {name}" if name != trained_on else "which was loaded otherwise or has changed since"
         what = f"The vector was trained on {trained_on}, {here}: {', '.join(differences)} differ."
+        if (apart := _apart(recorded, present)) < _KIN:
+            what += (
+                f" The two are kin: their weights are {apart:.1%} apart, as in two quantisations of one "
+                "model or in a copy that was trained further."
+            )
         if not allow_mismatch:
             raise AFTError(
                 what,
@@ -215,6 +297,11 @@ def check_fingerprint(
         logger.warning("%s Continuing, because allow_mismatch is set.", what)
     elif (reason := _limits_of_comparison(recorded, present)) is not None:
         logger.warning("%s: the vector was trained on %s, this is %s.", reason, trained_on, name)
+    facts = metadata.get("tokenizer")
+    if tokenizer is not None and isinstance(facts, Mapping):
+        told = _tokenizers_differ(facts, tokenizer_facts(tokenizer))
+        if told:
+            logger.warning("The tokenizer differs from that of %s: this one %s.", trained_on, told)
 
 
 def _same_weights(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
@@ -270,13 +357,13 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False)) or quantizer is not None
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: Any, spelt: Callable[[float], float]) -> Any:
     """The settings in one form: numbers as floats, unset ones left out."""
     if isinstance(value, Mapping):
-        return {str(key): _canonical(each) for key, each in value.items() if each is not None}
+        return {str(key): _canonical(each, spelt) for key, each in value.items() if each is not None}
     if isinstance(value, list | tuple):
-        return [_canonical(each) for each in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return [_canonical(each, spelt) for each in value]
+    return value if isinstance(value, bool) or not isinstance(value, int | float) else float(spelt(value))
 
 
 def _sha256(value: Any) -> str:

@@ -124,7 +124,10 @@ def _folder(text: str, info: ValidationInfo) -> str:
 
 
 def _check_pretrained(text: str, info: ValidationInfo) -> str:
-    return _folder(text, info) if text.startswith(("/", "./", "../")) else text
+    if not text.startswith(("/", "./", "../")):
+        return text
+    file = Path((info.context or {})["base"], text).resolve()
+    return str(file) if file.suffix == ".gguf" and file.is_file() else _folder(text, info)
 
 
 def _check_table(name: str) -> str:

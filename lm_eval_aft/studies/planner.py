@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.model_source import model_source
 from lm_eval_aft._util.settings import read_yaml
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.engine.batching import TokenizedDocument, lay_out, units
@@ -86,8 +87,8 @@ TASK_SIZES = {task: _task_size(given) for task, given in _DATA["tasks"].items()}
 OTHER_TASKS = _task_size(_DATA["other_tasks"])  # assumed for any task that is not listed
 
 
-def find_config(model: str) -> Any:
-    """The transformers config of a Hub model or local folder; known shapes need no network.
+def find_config(model: str, model_args: Mapping[str, Any] | None = None) -> Any:
+    """The transformers config of a Hub model, local folder or GGUF file; known shapes need no network.
 
     Raises:
         AFTError: neither known nor to be had.
@@ -97,8 +98,10 @@ def find_config(model: str) -> Any:
     if model in KNOWN:
         family, settings = KNOWN[model]
         return AutoConfig.for_model(family, **settings)
+    model, args = model_source(model, model_args or {})
+    named = {"gguf_file": args["gguf_file"]} if args.get("gguf_file") else {}
     try:
-        return AutoConfig.from_pretrained(resolve_pretrained(model))
+        return AutoConfig.from_pretrained(resolve_pretrained(model), **named)
     except (OSError, ValueError) as error:
         raise AFTError(
             f"The config of {model!r} cannot be had: {str(error).strip().splitlines()[0]}",
@@ -218,7 +221,7 @@ def find_shape(entry: ModelEntry) -> Shape:
     Raises:
         AFTError: its config can be read neither from a folder nor from the Hub.
     """
-    config, shipped = find_config(entry.pretrained), entry.pretrained in KNOWN
+    config, shipped = find_config(entry.pretrained, entry.model_args), entry.pretrained in KNOWN
     wanted = entry.model_args.get("dtype")
     if wanted in (None, "auto"):
         wanted = torch.bfloat16 if shipped else getattr(config, "dtype", None) or torch.float32

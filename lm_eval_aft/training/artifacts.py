@@ -17,6 +17,7 @@ from lm_eval_aft._util.files import replacing
 from lm_eval_aft._util.process import now
 from lm_eval_aft.harness.commands import vector_command
 from lm_eval_aft.library.entry import task_names
+from lm_eval_aft.steering.fingerprint import tokenizer_facts
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector, length_metadata
 from lm_eval_aft.training.candidate import Candidate, Workers
@@ -83,6 +84,7 @@ def training_metadata(
         "num_hidden_layers": len(prepared.backbone.blocks),
         "base_model": {"name": str(name), "revision": lm.revision, **({"args": args} if args else {})},
         "fingerprint": identity,
+        "tokenizer": tokenizer_facts(lm.tokenizer),
         **_tasks(prepared),
         "prompts": asdict(plan.prompts),
         **({"include_path": list(plan.include_path)} if plan.include_path else {}),

@@ -21,6 +21,7 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import describe_base, fingerprint
 from lm_eval_aft.steering.hooks import attach
 from tests.conftest import tiny_model, tiny_tokenizer
+from tests.support.gguf_files import llama_to_gguf
 
 IDS = torch.arange(2, 30)[None]
 OUTPUTS = {"merged": "out", "gguf": "out.gguf", "steered": "out.pt", "vllm-lens": "out.json"}
@@ -49,31 +50,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def gguf_base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Arguments of a tiny llama in a GGUF file, in F32 and without a vocabulary."""
-    gguf = pytest.importorskip("gguf")
-    folder, model = tmp_path_factory.mktemp("gguf"), tiny_model("llama")
-    config = model.config
-    writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        for part, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
-            if name.endswith(f"{part}_proj.weight"):  # GGUF rotates neighbours, transformers halves
-                pairs = tensor.view(heads, 2, config.head_dim // 2, -1)
-                tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("gguf")
+    llama_to_gguf(tiny_model("llama"), folder / "m.gguf")
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     return {"pretrained": str(folder), "gguf_file": "m.gguf", "tokenizer": str(folder / "tokenizer")}
 

@@ -15,41 +15,12 @@ from lm_eval_aft import SteeringVector
 from lm_eval_aft.demo import model_path
 from lm_eval_aft.export.formats import export_vector
 from lm_eval_aft.steering.hooks import attach
+from tests.support.gguf_files import llama_to_gguf
 
 llama_cpp: Any = pytest.importorskip("llama_cpp")
 gguf: Any = pytest.importorskip("gguf")
 
 IDS = [5, 17, 300, 42, 7, 999, 123, 456]
-
-
-def llama_to_gguf(model: Any, path: Path) -> None:
-    """A Llama checkpoint as GGUF in F32, without a vocabulary: it is fed token ids."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue  # tied
-        for part, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
-            if name.endswith(f"{part}_proj.weight"):  # GGUF rotates neighbours, transformers halves
-                pairs = tensor.view(heads, 2, config.head_dim // 2, -1)
-                tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def logits(model_file: Path, control_vector: Path | None) -> NDArray[np.float32]:

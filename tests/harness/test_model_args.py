@@ -12,7 +12,6 @@ from lm_eval_aft.harness.model_args import (
     ARGUMENTS,
     OWN,
     STEERING,
-    check_source,
     nearest,
     read_model_args,
     refuse_steering,
@@ -114,15 +113,3 @@ def test_quantisation_of_former_transformers(name):
         AFTError, match=f"{name}= cannot be given: .*\n.*quantization_config=BitsAndBytesConfig"
     ):
         read_model_args({name: True})
-
-
-def test_gguf_files_need_their_argument(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    for given in (tmp_path / "model.gguf", tmp_path):
-        with pytest.raises(AFTError, match=f"Use pretrained={tmp_path},gguf_file=model.gguf"):
-            check_source(str(given), {})
-    check_source(str(tmp_path), {"gguf_file": "model.gguf"})
-    with pytest.raises(AFTError, match="pretrained=owner/name,gguf_file=q4.gguf"):
-        check_source("owner/name/q4.gguf", {})
-    (tmp_path / "config.json").write_text("{}")
-    check_source(str(tmp_path), {})

@@ -299,6 +299,7 @@ GONE: dict[str, Take] = {
     ),
     "lm-eval: HFLM._loglikelihood_tokens": without(HF, "HFLM._loglikelihood_tokens"),
     "lm-eval: HFLM._detect_batch_size, batch_schedule, batch_sizes": without(HF, "HFLM._detect_batch_size"),
+    "lm-eval: HFLM._create_model": without(HF, "HFLM._create_model"),
     "lm-eval: HFLM._device": instead(HF, "HFLM", Bare),
     ATTRIBUTES: instead(HF, "HFLM", Bare),
     "lm-eval: HFLM._encode_pair": without(HF, "HFLM._encode_pair"),
