@@ -582,6 +582,7 @@ def _fitting(
     shelf: Library, entries: Sequence[Entry], model: str, model_args: str | None, weights: bool
 ) -> list[Entry]:
     quiet_libraries()
+    from lm_eval_aft._util.model_source import model_source
     from lm_eval_aft.demo import resolve_pretrained
     from lm_eval_aft.harness.model_args import refuse_steering
     from lm_eval_aft.library.entry import identify, misfits
