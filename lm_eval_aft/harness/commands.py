@@ -58,7 +58,7 @@ def lm_eval_flags(settings: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in settings.items():
         # A template turns fewshot_as_multiturn on unless it is set to false.
-        if value in (None, "") or (value is False and name != "fewshot_as_multiturn"):
+        if value in (None, "", {}) or (value is False and name != "fewshot_as_multiturn"):
             continue
         if isinstance(value, float) and value.is_integer():
             value = int(value)
