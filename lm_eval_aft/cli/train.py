@@ -230,7 +230,7 @@ def _dry_run(prepared: Prepared) -> None:
     rows = [(key, str(value)) for key, value in prepared.summary().items()]
     print_table("Plan (nothing was trained)", ("setting", "value"), rows)
     print_stages(prepared.stages())
-    click.echo("Measuring a few documents ...", err=True)
+    click.echo("Measuring ...", err=True)
     print_cost(cost(prepared), retries=True)
     if (rft := prepared.plan.rft) is not None:
         click.echo(
@@ -416,9 +416,11 @@ def print_stages(stages: Sequence[Stage]) -> None:
 def print_cost(expected: Estimate, retries: bool = False) -> None:
     """The cost of a run; ``retries``: it may start some candidates again, which is not counted."""
     aside = " (retries aside)" if retries else ""
+    least, most = duration(expected.least or 0), duration(expected.most or expected.seconds)
+    spread = "" if least == most else f" ({least} to {most}, as candidates stop early or not)"
     click.echo(
-        f"At most about {duration(expected.seconds)} on this machine as it is now{aside}, "
-        f"{expected.flops:.3g} floating-point operations, "
+        f"About {duration(expected.seconds)} on this machine as it is now{aside}{spread}, "
+        f"{expected.flops:.3g} floating-point operations at most, "
         f"{expected.peak_bytes / 2**20:,.0f} MiB above the loaded weights."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import time
@@ -37,6 +38,7 @@ from lm_eval_aft.training.candidate import Candidate, in_steps
 from lm_eval_aft.training.recipe import Protocol, Stage
 from lm_eval_aft.training.trainer import Trajectory, by_length
 
+logger = logging.getLogger(__name__)
 with borrowed("torch: torch.utils._python_dispatch.TorchDispatchMode, torch.utils._pytree.tree_leaves"):
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -438,22 +440,29 @@ class Forecast:
     protocol: Protocol
 
     def estimate(self) -> Estimate:
-        """Time ever larger passes, as long as `SECONDS` and `SHARE` allow, and extrapolate.
+        """Time ever larger passes, as long as there is time, and extrapolate.
 
         Raises:
             RuntimeError, TypeError, ...: the model's blocks cannot be run in this way.
         """
         started, (share, blocks) = clock(), LEVELS[0]
+        first, seconds = self._measured(share, blocks)
+        found = first
         while True:
-            found, seconds = self._measured(share, blocks)
             left = min(MOST, max(LEAST, SHARE * found.seconds)) - (clock() - started)
             work = share * max(1, self._most(blocks))
             growth = {level: level[0] * max(1, self._most(level[1])) / work for level in LEVELS}
             # Everything is done twice: counted, then timed.
             larger = [level for level, more in growth.items() if more > 1 and 2 * more * seconds < left]
             if not larger:
-                return found
+                # Operations are the same from every level, up to rounding.
+                return replace(found, flops=first.flops)
             share, blocks = larger[-1]
+            try:
+                found, seconds = self._measured(share, blocks)
+            except RuntimeError as error:  # out of memory, where a run would take smaller batches
+                logger.info("No larger pass was timed: %s", error)
+                return found
 
     def _most(self, blocks: int) -> int:
         return 0 if self.engine.whole else min(blocks, len(self.engine.backbone.blocks) - 1)
@@ -489,7 +498,19 @@ class Forecast:
             else step(self.train.mean, lowest) + read(self.train.mean, every - lowest, around=False),
         )
         timed = sum(each.seconds for each in (read, judge, step) if each)
-        return self._total(rates, self._peak(step, read, judge, lowest)), timed
+        baseline = judge(self.selection.mean, every) + Spent(laid_out[1])
+        checks = judge(self._checked(), every)
+        return self._total(rates, baseline, checks, self._peak(step, read, judge, lowest)), timed
+
+    def _checked(self) -> Size:
+        """The passes that choose the engine (`make_engine`): a few documents, packed and not."""
+        packed = self.engine.packed
+        ordered = by_length(
+            [d for own in (*self.train.documents, *self.selection.documents) for d in own], packed
+        )
+        passes = [(ordered[:2], packed), (ordered[:2], False)] if packed else []
+        passes += [(ordered[-1:], packed), (ordered[-1:], packed), (ordered[-1:], False)]
+        return reduce(Size.__add__, (Size.of(*each) for each in passes))
 
     def _fitted(self, work: Callable[[Candidate, Batch], object], batch: Batch, blocks: int) -> _Fitted:
         """What a kind of pass takes around the blocks and for each of them, from passes at two layers."""
@@ -513,12 +534,16 @@ class Forecast:
         seconds = _seconds(lambda: work(candidate, batch))
         return _Taken(seconds, float(sum(counted.values())), float(attention), float(memory.peak))
 
-    def _total(self, rates: Rates, peak_bytes: float) -> Estimate:
+    def _total(self, rates: Rates, baseline: Spent, checks: Spent, peak_bytes: float) -> Estimate:
         stages, seeds = self.stages, self.protocol.seeds
         most = rates.total(stages, seeds)
         least = rates.total([replace(each, epochs=self._fewest(each)) for each in stages], seeds)
-        usual = math.sqrt(least.seconds * most.seconds)
-        return Estimate(usual, most.flops, int(peak_bytes), least.seconds, most.seconds)
+        # With one pass the baseline is scored together with the trials.
+        sizes = {self.judged} | {stage.selection for stage in stages if not self.protocol.one_pass}
+        once = baseline.seconds * sum(sizes) + checks.seconds
+        fewest, all_of_them = least.seconds + once, most.seconds + once
+        usual = math.sqrt(fewest * all_of_them)
+        return Estimate(usual, most.flops, int(peak_bytes), fewest, all_of_them)
 
     def _fewest(self, stage: Stage) -> int:
         """The epochs after which a stage's candidates may stop at the earliest."""
