@@ -26,7 +26,7 @@ from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe
 from lm_eval_aft.training.recipe import TrainingPlan
 from lm_eval_aft.training.setup import Prepared, prepare
-from lm_eval_aft.training.trainer import make_engine, residual_norm
+from lm_eval_aft.training.trainer import make_engine, residual_norms
 
 TASK = "aft_demo_choice"
 SIZES = {"train_docs": 300, "selection_docs": 500}
@@ -66,7 +66,7 @@ def report(
     trained = found.vector.layers[layer]
     selection = encode(prepared.splits.selection, prepared.lm)
     blocks = [selection[start : start + BLOCK] for start in range(0, len(selection), BLOCK)]
-    size = residual_norm(prepared.lm.model, prepared.backbone, layer, selection[:64])
+    size = residual_norms(prepared.lm.model, prepared.backbone, [layer], selection)[layer]
     click.echo(f"\nlayer {layer}: median residual norm {size:.1f}, trained vector {trained.norm():.2f}")
     for norm in norms:
         vectors = [norm * unit for unit in units] + [norm * trained / trained.norm()]

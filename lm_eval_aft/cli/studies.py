@@ -334,7 +334,9 @@ def _continued_by_the_same_command() -> Iterator[None]:
     show_default=True,
     help="As `train-vector --layers`; percentages are of the depth.",
 )
-@click.option("--lr", default="1e-4,5e-4,1e-3,2e-3", show_default=True, help="Learning rates.")
+@click.option(
+    "--lr", default="1e-4,5e-4,1e-3,2e-3", show_default=True, help="Learning rates; 0.001r,0.1r: relative."
+)
 @click.option("--epochs", default="5,10,15,20", show_default=True, help="Numbers of epochs.")
 @click.option("--l2", default="0", show_default=True, help="Lambdas of lambda * ||v||^2.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Of every setting.")
@@ -373,13 +375,13 @@ def search(
     from lm_eval_aft.harness.commands import vector_command
     from lm_eval_aft.steering.vector import SteeringVector
     from lm_eval_aft.studies.search import WINNER, Search, Space
-    from lm_eval_aft.training.recipe import parse_numbers
+    from lm_eval_aft.training.recipe import parse_rates
     from lm_eval_aft.training.run import cost
 
     arguments = parse_model_args(
         options.pop("model_args"), device=options.pop("device"), dtype=options.pop("dtype")
     )
-    space = Space(layers, parse_numbers(lr), _whole(epochs), parse_numbers(l2))
+    space = Space(layers, parse_rates(lr), _whole(epochs), parse_rates(l2))
     job = Search(
         model, task, output, space, strategy, trials, seeds, batch_size, plan_settings(options), arguments
     )

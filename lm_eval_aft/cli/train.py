@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from lm_eval_aft.cli.options import (
     print_table,
 )
 from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.vector_file import norm_text
 from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 
 if TYPE_CHECKING:
@@ -52,9 +54,8 @@ def _criterion_help() -> str:
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for the vector, card and ledger.")
 @click.option(
     "--protocol",
-    default="adaptive",
-    show_default=True,
-    help="Recipe: rapid, optimized, maximum, adaptive, full or onepass; --dry-run shows its numbers.",
+    help="Recipe: onepass, adaptive, full, rapid, optimized or maximum; --dry-run shows its numbers.  "
+    "[default: onepass; adaptive for methods that depend on the hidden state, or with --lr and the like]",
 )
 @click.option("--layers", help="all, or like 3,5-8,25%-75%:2 (from 0).  [default: by protocol, as below]")
 @click.option("--seeds", type=int, help="How many seeds each finalist is trained with.")
@@ -119,8 +120,14 @@ def _criterion_help() -> str:
 @click.option(
     "--norm-cap", type=float, help="Largest norm, as a share of the median residual norm at its layer."
 )
-@click.option("--lr", help="Adam's learning rate, or several to search: 1e-4,1e-3,1e-2.")
-@click.option("--l2", help="Lambda of lambda * ||v||^2, or several to search.")
+@click.option(
+    "--lr",
+    help="Adam's learning rate, or several to search. 0.003r,0.01r: relative to the hidden states, so that "
+    "a step moves the vector by about 0.3 % or 1 % of their median norm; 1e-3: in the model's own units.",
+)
+@click.option(
+    "--l2", help="Lambda of lambda * ||v||^2, or several to search; 0.001r: v measured as --lr 0.001r does."
+)
 @click.option("--epochs", type=int, help="The most epochs of a finalist.")
 @click.option("--min-epochs", type=int, help="Epochs before --patience may stop it.")
 @click.option("--patience", type=int, help="Epochs without gain before a stop; 0: never.")
@@ -159,20 +166,20 @@ def _criterion_help() -> str:
 def train_vector(**options: Any) -> None:
     """Fit a steering vector on a harness task's training split.
 
-    Trains every layer, chooses layer, learning rate and epoch on documents held out from the
+    Trains every layer, chooses layer and length (or learning rate and epoch) on documents held out from the
     training split, and never looks at the evaluation split, except to drop documents that occur in
     both. Score the result with `aft eval`, or with stock lm_eval.
 
     \b
     Protocols (every number can be changed by its flag):
-      rapid      25-75 % depth, every other layer, 50 documents, 3 epochs, one seed
-      optimized  20-80 % depth, 3 epochs a layer, then the best one for up to 10
-      maximum    every layer with 3 seeds for up to 10 epochs, stopped when worse than the baseline
+      onepass    no optimiser: one backward pass gives every layer's direction, a search the layer and
+                 the length, and quasi-Newton steps refine the best (methods static and all-layers)
       adaptive   every layer x 5 learning rates, thinned out by successive halving; then 4 penalties;
                  the last two with 3 seeds for 3 to 10 epochs
       full       every layer x 5 learning rates x 3 seeds to the end, nothing thinned out
-      onepass    no optimiser: one backward pass gives every layer's direction, a search the layer and
-                 the length, and quasi-Newton steps refine the best (methods static and all-layers)
+      rapid      25-75 % depth, every other layer, 50 documents, 3 epochs, one seed
+      optimized  20-80 % depth, 3 epochs a layer, then the best one for up to 10
+      maximum    every layer with 3 seeds for up to 10 epochs, stopped when worse than the baseline
 
     \b
     Objective rft (rejection-sampling fine-tuning), for tasks whose answers are generated:
@@ -260,11 +267,11 @@ def plan_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         AFTError: an option that cannot be read.
     """
     from lm_eval_aft.harness.examples import PROMPTS
-    from lm_eval_aft.training.recipe import parse_numbers, parse_rungs
+    from lm_eval_aft.training.recipe import parse_numbers, parse_rates, parse_rungs
 
     parsers: dict[str, Callable[[str], Any]] = {
-        "lr": parse_numbers,
-        "l2": parse_numbers,
+        "lr": parse_rates,
+        "l2": parse_rates,
         "lengths": parse_numbers,
         "rungs": parse_rungs,
         "task_metadata": lambda text: parse_pairs(text, "metadata"),
@@ -288,7 +295,7 @@ def scoring_flags(options: Mapping[str, Any]) -> list[str]:
     """The same prompts and metadata as flags of ``lm_eval run``."""
     flags = _prompts(options).flags()
     if options.get("task_metadata"):
-        flags += ["--metadata", str(options["task_metadata"])]
+        flags += ["--metadata", json.dumps(parse_pairs(str(options["task_metadata"]), "metadata"))]
     for folder in options.get("include_path") or ():
         flags += ["--include_path", str(folder)]
     return flags
@@ -345,14 +352,19 @@ def _print_rounds(rft: dict[str, Any]) -> None:
 
 def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
     baseline = sweep.baseline
-    settings = [name for name in sweep.finalist.chosen if name not in ("layer", "norm", "refined")]
+    chosen = sweep.finalist.chosen
+    hidden = ("layer", "norm", "share", "refined", "lr_absolute")
+    settings = [name for name in chosen if name not in hidden]
     empty = [""] * (len(settings) + 2)
     rows = [("baseline", "", f"{baseline.score:.4f}", "", f"{baseline.accuracy:.1%}", *empty)]
     mark = 0
     for place, layer in enumerate(sweep.layers, start=1):
         ordered = sorted(layer.candidates, key=lambda c: c.seed)
-        norms = "/".join(f"{c.norm(best=True):.2f}" for c in ordered)
-        chosen = [ordered[0].chosen[name] for name in settings]
+        norms = "/".join(norm_text(c.norm(best=True), c.relative_norm(best=True), ".2f") for c in ordered)
+        best = ordered[0].chosen
+        shown = [each if isinstance(each := best[name], str) else f"{each:g}" for name in settings]
+        if "lr_absolute" in best:
+            shown[settings.index("lr")] += f" ({best['lr_absolute']:.3g})"
         rows.append(
             (
                 str(layer.layer),
@@ -360,16 +372,18 @@ def _print_sweep(result: TrainingResult, sweep: SweepResult) -> None:
                 f"{layer.score:.4f}",
                 f"{layer.change:+.4f}",
                 f"{layer.accuracy:.1%}",
-                *(each if isinstance(each, str) else f"{each:g}" for each in chosen),
+                *shown,
                 "/".join(str(c.chosen.get("refined", c.best_epoch)) for c in ordered),
                 norms,
             )
         )
         mark = place if layer is sweep.chosen else mark
-    steps = "refined" if "refined" in sweep.finalist.chosen else "best epoch"
+    steps = "refined" if "refined" in chosen else "best epoch"
     columns = ["layer", "stage (docs)", "cross-entropy", "change", "accuracy", *settings, steps, "norm"]
     title = f"Selection split, {baseline.n} documents: means over seeds; change against the same documents"
     print_table(title, columns, rows, mark)
+    if sweep.finalist.relative_norm(best=True) is not None:
+        click.echo("Norms in brackets are shares of the median norm of the hidden states at the layer.")
     _print_calibration(result.vector)
     own = sweep.finalist.best_score.tasks if sweep.finalist.best_score else {}
     for task, score in own.items():

@@ -18,6 +18,7 @@ from lm_eval_aft._util.files import appearing, exclusive_dir
 from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
 from lm_eval_aft.cli.options import ended, offline_option, parse_model_args, print_table
 from lm_eval_aft.library.files import is_name, printable
+from lm_eval_aft.steering.vector_file import norm_text
 
 if TYPE_CHECKING:
     from lm_eval_aft.library.entry import Entry
@@ -238,7 +239,7 @@ def _print_conflicts(found: Sequence[Mapping[str, Any]]) -> None:
             str(row["layer"]),
             f"{row['one']} with {row['other']}",
             "–" if row["cosine"] is None else f"{row['cosine']:+.4f}",
-            ", ".join(f"{norm:.4g}" for norm in row["norms"]),
+            ", ".join(map(norm_text, row["norms"], row["shares"])),
         )
         for row in found
     ]
@@ -401,6 +402,7 @@ def list_vectors(
 ) -> None:
     """List the library's vectors.
 
+    `norm` is the vector's, as a share of the median norm of the hidden states at its layer.
     `selection` is the change against the baseline on the selection split, cross-entropy in nats,
     which the vector was chosen by: it is not a result. `evaluation` holds the results of the
     vector's card, in percentage points with their 95 % interval (`aft report --card` fills the card).
@@ -424,7 +426,7 @@ def list_vectors(
         what = "is empty" if not everything else f"has {len(everything)} vectors, none of which match"
         click.echo(f"The library {shelf.root} {what}.")
         return
-    columns = ("name", "width", "layers", "task", "base model", "selection", "evaluation", "made")
+    columns = ("name", "width", "layers", "norm", "task", "base model", "selection", "evaluation", "made")
     print_columns(columns, [cells(entry) for entry in found])
     click.echo(f"{len(found)} {'vector' if len(found) == 1 else 'vectors'} in {shelf.root}")
 
@@ -461,6 +463,8 @@ def show(shelf: Library, as_json: bool, name: str) -> None:
     for key, value in fields.items():
         if key == "results":
             value = "; ".join(f"{result_text(r)} (n = {r['n']}, {r['verdict']})" for r in entry.results)
+        elif key == "share" and value is not None:
+            key, value = "norm", f"{100 * value:.3g} % of the median residual norm"
         elif isinstance(value, dict):
             value = ", ".join(
                 f"{k} {v:+.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items()
@@ -599,7 +603,7 @@ def _fitting(shelf: Library, entries: Sequence[Entry], model: str, weights: bool
 def cells(entry: Entry) -> list[str]:
     """The columns of one row of `aft vectors list`."""
     if entry.error:
-        return [entry.name, "damaged", *["–"] * 6]
+        return [entry.name, "damaged", *["–"] * 7]
     change = entry.selection.get("score")
     model = (entry.base_model or "–").rstrip("/").rpartition("/")[2]
     task = ", ".join(entry.tasks) or "–"
@@ -609,6 +613,7 @@ def cells(entry: Entry) -> list[str]:
         entry.name,
         str(entry.hidden_size),
         ", ".join(map(str, entry.layers)),
+        "–" if entry.share is None else f"{100 * entry.share:.3g} %",
         f"{task} (placebo: {entry.control})" if entry.control else task,
         model,
         "–" if change is None else f"{change:+.4f}",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lm_eval_aft._util.private_names import NAMES, borrowed
 from lm_eval_aft.steering.backbone import Conv1D
+from lm_eval_aft.steering.fingerprint import is_quantized
 
 logger = logging.getLogger(__name__)
 WORTHWHILE = 5_000_000  # with fewer parameters a CPU spends most of its time outside matrix products
@@ -39,9 +40,8 @@ def to_training_dtype(model: nn.Module) -> torch.dtype:
     """
     parameter = next(model.parameters())
     present, device = parameter.dtype, parameter.device
-    config: Any = getattr(model, "config", None)
     offloaded = any(each.is_meta for each in model.parameters())
-    if getattr(config, "quantization_config", None) or offloaded:
+    if is_quantized(model) or offloaded:
         return present
     if present not in (torch.float32, torch.float16):
         return present

@@ -313,7 +313,7 @@ def described(run: ScoredRun) -> dict[str, str]:
         "routed vectors": list(routing.get("vectors") or {}) or None,
         "vector sha256": vector.get("sha256"),
         "vector layers": vector.get("layers"),
-        "vector norm": _number(vector.get("norm"), 4),
+        "vector norm": _norm(vector),
         "coefficient": vector.get("coefficient"),
         "control": vector.get("control"),
         **run_settings(results),
@@ -384,6 +384,13 @@ def _number(value: Any, digits: int) -> str | None:
         return f"{float(value):.{digits}f}"
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _norm(vector: dict[str, Any]) -> str | None:
+    norm, share = _number(vector.get("norm"), 4), vector.get("share")
+    if norm is None or not isinstance(share, int | float):
+        return norm
+    return f"{norm} ({100 * share:.3g} % of the residual norm)"
 
 
 def _short(value: Any) -> str:

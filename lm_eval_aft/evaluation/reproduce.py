@@ -28,7 +28,8 @@ def _command(run: ScoredRun, tasks: list[str]) -> str:
     results = run.tasks[tasks[0]].results
     config: dict[str, Any] = results.get("config", {})
     template, multiturn = results.get("chat_template_sha"), results.get("fewshot_as_multiturn")
-    names, folder = task_words({task: _source(run.tasks[task].config) for task in tasks})
+    sources = {task: _source(run.tasks[task].config) for task in tasks}
+    names, folder = task_words(sources)
     settings = {
         "num_fewshot": results.get("n-shot", {}).get(tasks[0]),
         **{name: config.get(name) for name in ("batch_size", "device", "limit", "gen_kwargs")},
@@ -43,9 +44,14 @@ def _command(run: ScoredRun, tasks: list[str]) -> str:
         del settings["seed"]
     # `aft eval` records what it was asked for: the name of a template, tasks as a group, and more.
     if asked := _asked(results):
-        names = asked["tasks"]
+        # A file's task goes by its name: lm-eval 0.4.12 reads no functions from a file that is named itself.
+        words = {path.resolve(): word for path, word in zip(sources.values(), names, strict=True) if path}
         settings |= {"num_fewshot": None, **asked}
-        del settings["tasks"]
+        given = settings.pop("tasks")
+        names = (
+            given if asked.get("include_path") else [words.get(Path(each).resolve(), each) for each in given]
+        )
+        settings["include_path"] = asked.get("include_path") or (folder if names != given else None)
     last = {"log_samples": True, "output_path": f"RESULTS/{run.name}"}
     return lm_eval_command(str(config.get("model")), model_args(results), names, settings | last)
 

@@ -90,6 +90,8 @@ def read_vector_info(run: ScoredRun) -> VectorInfo:
         "norm": round(vector.norm(), 4),
         "coefficient": vector.coefficient,
     }
+    if (share := vector.share()) is not None:
+        info.facts["norm as a share of the residual norm"] = f"{100 * share:.3g} %"
     if exists(path):  # false for a sum of vectors, or one on the Hub
         info.path = str(path)
         _read_ledger(info, path if path.is_dir() else path.parent, vector.metadata, list(vector.layers))

@@ -33,7 +33,13 @@ from lm_eval_aft.steering.fingerprint import (
 from lm_eval_aft.steering.hooks import add_all, check_fits
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
-from lm_eval_aft.steering.vector_file import MAX_HEADER, is_biased, mapping_or_empty, parse_entry
+from lm_eval_aft.steering.vector_file import (
+    MAX_HEADER,
+    is_biased,
+    mapping_or_empty,
+    norm_text,
+    parse_entry,
+)
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"),
@@ -641,7 +647,8 @@ def write_card(
         f"`{base.name}`{at} with one constant vector added to the residual stream after block {layers}, "
         f"{stored} by `aft export`.",
         "",
-        f"- Vector: SHA-256 `{vector.digest()}`, norm {vector.norm():.4g}, coefficient {vector.coefficient:g}"
+        f"- Vector: SHA-256 `{vector.digest()}`, norm {norm_text(vector.norm(), vector.share())}, "
+        f"coefficient {vector.coefficient:g}"
         + (f", trained on {', '.join(f'`{task}`' for task in tasks)}" if tasks else ""),
         *(f"- {_sentence(note)}." for note in notes),
         f"- `{RECORD_NAME}` holds the vector's own record of how it was made and chosen.",

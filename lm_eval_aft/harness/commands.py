@@ -63,7 +63,8 @@ def lm_eval_flags(settings: Mapping[str, Any]) -> list[str]:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, Mapping):
-            text = json.dumps(value) if name == "samples" else pairs(value)
+            # lm-eval 0.4.12 reads these as JSON only.
+            text = json.dumps(value) if name in ("samples", "metadata") else pairs(value)
         else:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             text = "false" if value is False else text

@@ -15,8 +15,8 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.fingerprint import compare_fingerprints
 from lm_eval_aft.steering.methods import METHODS
-from lm_eval_aft.steering.vector import SteeringVector
-from lm_eval_aft.steering.vector_file import is_biased
+from lm_eval_aft.steering.vector import SteeringVector, length_metadata
+from lm_eval_aft.steering.vector_file import is_biased, recorded_norms
 
 # What a composed vector keeps where all operands agree on it.
 _SHARED = (
@@ -54,8 +54,10 @@ def combine(operands: Sequence[Operand], expression: str | None = None) -> Steer
     ordered = sorted(operands, key=lambda operand: (operand.vector.digest(), operand.weight))
     metadata = _metadata(ordered, expression)
     first = ordered[0].vector
+    norms = _residual_norms(ordered)
     if len(ordered) == 1 and ordered[0].weight == 1:
-        return replace(first, metadata=metadata)
+        kept = {key: first.metadata[key] for key in ("residual_norm", "share") if key in first.metadata}
+        return replace(first, metadata=metadata | kept)
     layers: dict[int, torch.Tensor] = {}
     for operand in ordered:
         factor = operand.weight * operand.vector.coefficient
@@ -65,6 +67,7 @@ def combine(operands: Sequence[Operand], expression: str | None = None) -> Steer
     for layer, values in layers.items():
         if not bool(torch.isfinite(values).all()):
             raise AFTError(f"The sum is too large for fp32 at layer {layer}.", "Use smaller weights.")
+    metadata |= length_metadata(METHODS[first.method], layers, norms)
     return SteeringVector(layers, positions=first.positions, metadata=metadata)
 
 
@@ -100,11 +103,12 @@ def conflicts(operands: Sequence[Operand]) -> list[dict[str, Any]]:
     """How far each pair of operands points the same way, at each layer they share.
 
     Returns:
-        Rows ``{"layer", "one", "other", "cosine", "norms"}``: the cosine lies in [-1, 1], weights'
+        Rows ``{"layer", "one", "other", "cosine", "norms", "shares"}``: the cosine lies in [-1, 1], weights'
         signs included, ``None`` where a vector is zero; norms are of the weighted vectors, in
-        residual-stream units.
+        residual-stream units, and ``shares`` the same as shares of the median residual norm there, ``None``
+        where that is not recorded.
     """
-    rows = []
+    rows, residual = [], _residual_norms(operands)
     for one, other in combinations(operands, 2):
         for layer in sorted(one.vector.layers.keys() & other.vector.layers.keys()):
             pair = [
@@ -116,8 +120,17 @@ def conflicts(operands: Sequence[Operand]) -> list[dict[str, Any]]:
             if all(norm > 0 and math.isfinite(norm) for norm in norms):
                 cosine = float((pair[0] / norms[0]) @ (pair[1] / norms[1]))
             names = {"layer": layer, "one": one.name, "other": other.name}
-            rows.append({**names, "cosine": cosine, "norms": norms})
+            shares = [norm / residual[layer] if layer in residual else None for norm in norms]
+            rows.append({**names, "cosine": cosine, "norms": norms, "shares": shares})
     return rows
+
+
+def _residual_norms(operands: Sequence[Operand]) -> dict[int, float]:
+    """By layer, as the first operand that records it has measured it: they are for one model."""
+    found: dict[int, float] = {}
+    for operand in operands:
+        found = recorded_norms(operand.vector.metadata) | found
+    return found
 
 
 def _differences(a: SteeringVector, b: SteeringVector) -> list[str]:

@@ -10,7 +10,14 @@ from typing import Any
 
 from lm_eval_aft._util.errors import AFTError, model_not_loaded
 from lm_eval_aft.library.files import CARD, FILES
-from lm_eval_aft.steering.vector_file import FILE_NAME, Header, is_biased, mapping_or_empty, read_header
+from lm_eval_aft.steering.vector_file import (
+    FILE_NAME,
+    Header,
+    is_biased,
+    mapping_or_empty,
+    read_header,
+    recorded_share,
+)
 
 # The columns of a card's results table, as lm_eval_aft.training.artifacts writes them.
 _COLUMNS = ("task", "metric", "n", "difference", "95 % interval", "verdict")
@@ -27,6 +34,7 @@ class Entry:
         layers: 0-based block indices.
         hidden_size: numbers per layer.
         num_hidden_layers: blocks of the base model, if known.
+        share: its norm as a share of the median residual norm at its layer, if recorded.
         tasks: harness tasks it was trained on.
         base_model: name of the base model as given at training.
         control: the placebo it is, if it is one.
@@ -52,6 +60,7 @@ class Entry:
     created: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     recipe: str | None = None
+    share: float | None = None
 
     @property
     def category(self) -> str:
@@ -108,6 +117,7 @@ def read_entry(name: str, folder: Path) -> Entry:
         created=_text(meta.get("created")),
         versions={str(k)[:40]: str(v)[:40] for k, v in list(versions.items())[:20]},
         recipe=_text(mapping_or_empty(meta.get("recipe")).get("expression")),
+        share=recorded_share(meta),
     )
 
 

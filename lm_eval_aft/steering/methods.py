@@ -33,6 +33,8 @@ class Method(ABC):
         constant: whether it adds the same to every hidden state, so that it can be summed and exported.
         trained: whether there is anything to train.
         steers_all_layers: whether it steers all its layers at once; other methods steer one.
+        adds: how the names of tensors begin whose entries have the unit of hidden states.
+        reads: likewise of those that hidden states are multiplied by; the others have no unit.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,16 @@ class Method(ABC):
     constant: ClassVar[bool] = False
     trained: ClassVar[bool] = True
     steers_all_layers: ClassVar[bool] = False
+    adds: ClassVar[tuple[str, ...]] = ("layers.",)
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def power(self, name: str) -> int:
+        """The exponent of the hidden states' unit in a tensor's entries: 1, 0 or -1.
+
+        >>> METHODS["drab"].power("layers.3"), METHODS["drab"].power("method.gate.weight")
+        (1, -1)
+        """
+        return name.startswith(self.adds) - name.startswith(self.reads)
 
     def extra_shapes(self, hidden_size: int) -> Shapes:
         """Shapes of its tensors other than ``layers.{L}``, by name."""
@@ -170,6 +182,7 @@ class Drab(Method):
     name = "drab"
     formula = "sigmoid(w.h + b) v"
     count = "2 d + 1"
+    reads = ("method.gate.weight",)
 
     def extra_shapes(self, hidden_size: int) -> Shapes:
         return {"method.gate.weight": (1, hidden_size), "method.gate.bias": (1,)}
@@ -201,6 +214,8 @@ class DrabStrong(Method):
     name = "drab-strong"
     formula = "sum_i softmax(W2 relu(W1 h + b1) + b2)_i v_i, i = 1..8"
     count = "r (d + 1) + 8 (r + 1) + 8 d, r = d // 16"
+    adds = ("layers.", "method.bank")
+    reads = ("method.router.hidden.weight",)
 
     def extra_shapes(self, hidden_size: int) -> Shapes:
         units = max(1, hidden_size // 16)
@@ -245,6 +260,8 @@ class MLP(Method):
     name = "mlp"
     formula = "W2 relu(W1 h + b1) + b2"
     count = "2 d k + k + d, k = d // 8"
+    adds = ("layers.", "method.up.weight")
+    reads = ("method.down.weight",)
 
     def extra_shapes(self, hidden_size: int) -> Shapes:
         units = max(1, hidden_size // 8)
@@ -306,6 +323,7 @@ class Scale(Method):
     name = "scale"
     formula = "s * h, elementwise"
     count = "d"
+    adds = ()
 
     def delta(self, tensors: Mapping[str, Tensor], layer: int, hidden: Tensor) -> Tensor:
         return hidden * tensors[f"layers.{layer}"]

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, replacing
 from lm_eval_aft.steering.intervention import POSITIONS
-from lm_eval_aft.steering.methods import METHODS
+from lm_eval_aft.steering.methods import METHODS, Method
 from lm_eval_aft.steering.vector_file import (
     FILE_NAME,
     FORMAT,
     is_biased,
     layer_index,
     read_tensors,
+    recorded_share,
     unknown_method,
 )
 
@@ -99,6 +100,10 @@ class SteeringVector:
     def norm(self) -> float:
         """Euclidean norm over all layers, in residual-stream units, coefficient excluded."""
         return math.sqrt(sum(float(v.double().square().sum()) for v in self.layers.values()))
+
+    def share(self) -> float | None:
+        """The same, each layer's as a share of the median residual norm there; ``None``: not recorded."""
+        return recorded_share(self.metadata)
 
     def digest(self) -> str:
         """SHA-256 of what the vector *does*: layers, values, coefficient, positions, method."""
@@ -221,6 +226,31 @@ class SteeringVector:
                 )
 
 
+def residual_shares(
+    method: Method, layers: Mapping[int, Tensor], norms: Mapping[int, float]
+) -> dict[int, float]:
+    """Each layer's norm as a share of the median norm of the hidden states there, coefficient excluded.
+
+    Empty where a layer's ``norms`` is unknown, or where the method's ``layers.{L}`` have no unit.
+    """
+    if method.power("layers.") != 1 or not all(norms.get(layer, 0) > 0 for layer in layers):
+        return {}
+    return {layer: float(values.double().norm()) / norms[layer] for layer, values in layers.items()}
+
+
+def length_metadata(
+    method: Method, layers: Mapping[int, Tensor], norms: Mapping[int, float]
+) -> dict[str, dict[str, float]]:
+    """What a header says of a vector's length: ``residual_norm`` and ``share`` by layer, if known."""
+    shares = residual_shares(method, layers, norms)
+    if not shares:
+        return {}
+    return {
+        "residual_norm": {str(layer): norms[layer] for layer in layers},
+        "share": {str(layer): float(f"{share:.4g}") for layer, share in shares.items()},
+    }
+
+
 def describe_vector(vector: SteeringVector) -> dict[str, Any]:
     """A vector as result files describe it: what it does, what it was trained on, where it came from."""
     meta = vector.metadata
@@ -234,6 +264,7 @@ def describe_vector(vector: SteeringVector) -> dict[str, Any]:
         "positions": vector.positions,
         "method": vector.method,
         "norm": vector.norm(),
+        **({} if (share := vector.share()) is None else {"share": share}),
         "task": meta.get("task"),
         "num_fewshot": meta.get("num_fewshot"),
         "control": meta.get("control"),

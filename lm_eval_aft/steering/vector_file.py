@@ -236,5 +236,34 @@ def is_biased(meta: Mapping[str, Any]) -> bool:
     return bool(protocol.get("biased") or protocol.get("name") == "biased")
 
 
+def recorded_share(meta: Mapping[str, Any]) -> float | None:
+    """A vector's norm as a share of the median residual norm, root of the sum of squares over its layers.
+
+    ``None`` where its metadata do not have it.
+
+    >>> recorded_share({"share": {"3": 0.3, "4": 0.4}})
+    0.5
+    """
+    shares = list(mapping_or_empty(meta.get("share")).values())
+    fine = all(isinstance(each, int | float) and 0 <= each < math.inf for each in shares)
+    return math.hypot(*shares) if shares and fine else None
+
+
+def recorded_norms(meta: Mapping[str, Any]) -> dict[int, float]:
+    """The median residual norm at each layer that a vector's metadata have it for."""
+    found = mapping_or_empty(meta.get("residual_norm"))
+    fine = {k: v for k, v in found.items() if isinstance(v, int | float) and 0 < v < math.inf}
+    return {int(layer): float(norm) for layer, norm in fine.items() if layer.isdecimal()}
+
+
+def norm_text(norm: float, share: float | None, digits: str = ".4g") -> str:
+    """A norm, and what share of the median residual norm it is, where that is known.
+
+    >>> norm_text(29.31, 0.1416), norm_text(29.31, None)
+    ('29.31 (14.2 %)', '29.31')
+    """
+    return f"{norm:{digits}}" + ("" if share is None else f" ({100 * share:.3g} %)")
+
+
 def mapping_or_empty(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}

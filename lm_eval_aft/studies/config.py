@@ -34,7 +34,7 @@ from lm_eval_aft.harness.model_args import read_model_args, refuse_steering
 from lm_eval_aft.harness.tasks import check_names, find_definition, full_index
 from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.routers import read_table
-from lm_eval_aft.training.recipe import DEFAULT_PROTOCOL, TrainingPlan, parse_rungs
+from lm_eval_aft.training.recipe import TrainingPlan, parse_rungs
 
 # The earlier study's tables.
 EARLIER_STUDY = read_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
@@ -283,7 +283,7 @@ class BenchStudy(_Strict):
 
         A recipe may ask for several seeds in each cell (``seeds: 3``); cells never share one.
         """
-        settings = {"protocol": DEFAULT_PROTOCOL, **self.recipe}
+        settings = dict(self.recipe)
         for entry in (model, task, method):
             settings |= entry.settings
         prompts = _take_prompts(settings)
@@ -339,8 +339,8 @@ def read_bench_study(path: Path) -> BenchStudy:
     task, static = TaskEntry(name="t", task="t"), MethodEntry(name="static")
     model = ModelEntry(name="m", pretrained=DEMO)
     plan = faults.check("recipe", lambda: study.plan(model, task, static, 0))
-    if plan and study.prune and not plan.protocol.retries:
-        faults.add("prune", "needs a recipe with retries; after those a model and task are given up.")
+    if plan and study.prune and not (plan.protocol.retries or plan.protocol.one_pass):
+        faults.add("prune", "needs a recipe with retries or one backward pass, after which it gives up.")
     faults.refuse()
     usual: dict[str, Any] = {"model": model, "task": task, "method": static, "seed": 0}
     for part in ("model", "task", "method"):
@@ -427,7 +427,7 @@ def read_library_study(path: Path) -> LibraryStudy:
         AFTError: it cannot be read, or says something that cannot be; every such field is named.
     """
     study = _read_file(path, LibraryStudy, _LIBRARY_HINT)
-    shared = {"protocol": DEFAULT_PROTOCOL, **study.defaults.settings}
+    shared = dict(study.defaults.settings)
     shared.pop("task", None)  # each entry has its own
     own = {"include_path": study.include_path} if study.include_path else {}
     faults, entries = _Faults(path, _LIBRARY_HINT), {}

@@ -560,6 +560,7 @@ def _vector(vector: SteeringVector) -> dict[str, Any]:
         "layers": list(vector.layers),
         "depth": facts.get("num_hidden_layers"),
         "norm": vector.norm(),
+        "norm_share": vector.share(),
         "epoch": facts.get("epoch"),
         "chosen": protocol.get("chosen"),
         "selection_change": chosen.get("score", 0.0) - baseline.get("score", 0.0),

@@ -23,6 +23,7 @@ from lm_eval_aft.evaluation.formatting import (
 from lm_eval_aft.evaluation.report import over_seeds
 from lm_eval_aft.evaluation.stats import ALPHA, BETTER, WORSE, holm, seeds_interval, verdict
 from lm_eval_aft.steering.methods import DEFAULT_METHOD
+from lm_eval_aft.steering.vector_file import norm_text
 from lm_eval_aft.studies.config import EARLIER_STUDY, BenchStudy
 from lm_eval_aft.studies.jobs import DONE, FAILED, PRUNED, Schedule, StudyCell, given_up
 
@@ -458,7 +459,7 @@ def _pivot_tables(report: BenchReport) -> list[RenderedTable]:
 
 _ROW_COLUMNS = [name for name in formatting.COLUMNS if name not in ("task", "run")]
 _HEADINGS = ["won / lost" if name == "wins / losses" else name for name in _ROW_COLUMNS]
-_COLUMNS = ["model", "task", "method", "seed", "layer", *_HEADINGS]
+_COLUMNS = ["model", "task", "method", "seed", "layer", "norm", *_HEADINGS]
 
 
 def _cells(report: BenchReport) -> RenderedTable:
@@ -475,9 +476,13 @@ def _cells(report: BenchReport) -> RenderedTable:
         shown = f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else ", ".join(map(str, layers))
         if each.why and each.state == DONE:
             verdict_text = f"{verdict_text}; {each.why}"
-        lines.append([*head, shown, first, *texts, verdict_text])
+        norm = each.vector.get("norm")
+        length = "–" if norm is None else norm_text(norm, each.vector.get("norm_share"), ".3g")
+        lines.append([*head, shown, length, first, *texts, verdict_text])
         tones.append(plots.tone(each.row))
-    return RenderedTable("Every cell", _COLUMNS, lines, tones=tones)
+    intro = "Norms in brackets are shares of the median norm of the hidden states at the vector's layer."
+    told = intro if any("%" in line[5] for line in lines) else ""
+    return RenderedTable("Every cell", _COLUMNS, lines, told, tones=tones)
 
 
 def _brief(table: RenderedTable) -> RenderedTable:
@@ -494,7 +499,7 @@ def _placebos(report: BenchReport) -> RenderedTable:
         for row in each.others
         if row.primary and row.kind == "placebo"
     ]
-    return RenderedTable("Placebos", ["cell", "placebo", *_COLUMNS[6:13]], lines)
+    return RenderedTable("Placebos", ["cell", "placebo", *_HEADINGS[1:8]], lines)
 
 
 def _averages(title: str, name: str, rows: list[dict[str, Any]]) -> RenderedTable:
@@ -584,7 +589,9 @@ def write_study_report(report: BenchReport, folder: Path) -> list[Path]:
 
 
 _CELL_COLUMNS = ("model", "task", "method", "seed", "control", "state", "why")
-_VECTOR_COLUMNS = ("sha256", "layers", "norm", "epoch", "selection_change", "retries", "pruned", "train")
+_VECTOR_COLUMNS = (
+    *("sha256", "layers", "norm", "epoch", "selection_change", "retries", "pruned", "train", "norm_share"),
+)
 
 
 def study_csv(report: BenchReport) -> str:

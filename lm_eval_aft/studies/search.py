@@ -14,6 +14,7 @@ from lm_eval_aft._util.files import LOCK, JsonLines, canonical_json, exclusive_d
 from lm_eval_aft.evaluation.formatting import markdown_table, write_formats
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
+from lm_eval_aft.training.candidate import absolute, rate_text
 from lm_eval_aft.training.checkpoint import TRAINING_LEDGER
 from lm_eval_aft.training.recipe import Protocol, TrainingPlan, parse_layers
 from lm_eval_aft.training.run import train_vector
@@ -39,20 +40,39 @@ class Space:
 
     Attributes:
         layers: as ``train-vector --layers`` takes them, percentages of the depth for instance.
-        lr: learning rates; Optuna draws on a log scale from the least to the largest.
+        lr: learning rates, numbers or relative ones, as in ``"0.01r"`` (see `lm_eval_aft.training.recipe`);
+            Optuna draws on a log scale from the least to the largest, all of one kind.
         epochs: epochs after which training ends, its best epoch kept; Optuna draws between the ends.
     """
 
     layers: str = "10%,20%,30%,40%,50%,60%,70%,80%,90%"
-    lr: tuple[float, ...] = (1e-4, 5e-4, 1e-3, 2e-3)
+    lr: tuple[float | str, ...] = (1e-4, 5e-4, 1e-3, 2e-3)
     epochs: tuple[int, ...] = (5, 10, 15, 20)
-    l2: tuple[float, ...] = (0.0,)  # penalties; Optuna chooses one
+    l2: tuple[float | str, ...] = (0.0,)  # penalties; Optuna chooses one
 
     def __post_init__(self) -> None:
         if not (self.lr and self.epochs and self.l2) or min(self.epochs, default=0) < 1:
             raise AFTError(
                 "The search space is empty.", "Give at least one layer, lr, L2 and number of epochs."
             )
+
+    @property
+    def relative(self) -> bool:
+        """Whether learning rates are relative."""
+        return isinstance(self.lr[0], str)
+
+    def rates(self) -> list[float]:
+        """The learning rates as numbers, for Optuna.
+
+        Raises:
+            AFTError: some are relative and some not.
+        """
+        if len({isinstance(each, str) for each in self.lr}) > 1:
+            raise AFTError(
+                f"Optuna cannot draw between {' and '.join(map(rate_text, self.lr))}.",
+                "Give learning rates that are all numbers, or all relative, as in 0.001r,0.1r.",
+            )
+        return [absolute(each, 1.0) for each in self.lr]
 
     def protocol(self, seeds: int, batch_size: int) -> Protocol:
         """The grid as a recipe: every setting trained to the end, which passes each number of epochs."""
@@ -99,6 +119,7 @@ class Search:
             raise AFTError(f"There is no strategy {self.strategy!r}.", f"Use {' or '.join(STRATEGIES)}.")
         if self.strategy == "optuna":
             _optuna()
+            self.space.rates()
         plan = TrainingPlan.of(self.task, self.space.protocol(self.seeds, self.batch_size), **self.settings)
         self._claim(plan)
         return prepare(load_model(self.model, self.model_args), plan, self.documents)
@@ -168,27 +189,30 @@ class Search:
         sites = parse_layers(space.layers, len(prepared.backbone.blocks))
         ledger = JsonLines(self.output / SEARCH_LEDGER)
         points = [Point(**{**line, "best_epoch": tuple(line["best_epoch"])}) for line in ledger.read()]
-        ranges = optuna.distributions
+        ranges, rates = optuna.distributions, space.rates()
         wanted = {
             "layer": ranges.IntDistribution(min(sites), max(sites)),
-            "lr": ranges.FloatDistribution(min(space.lr), max(space.lr), log=min(space.lr) < max(space.lr)),
+            "lr": ranges.FloatDistribution(min(rates), max(rates), log=min(rates) < max(rates)),
             "epochs": ranges.IntDistribution(min(space.epochs), max(space.epochs)),
             "l2": ranges.CategoricalDistribution(list(dict.fromkeys(space.l2))),
         }
         study = optuna.create_study(direction="minimize")
         for point in points:
-            params = {name: getattr(point, name) for name in wanted}
+            params = {name: getattr(point, name) for name in wanted} | {"lr": absolute(point.lr, 1.0)}
             study.add_trial(optuna.trial.create_trial(params=params, distributions=wanted, value=point.score))
         for number in range(len(points), self.trials):
             study.sampler = optuna.samplers.TPESampler(seed=prepared.plan.first_seed + number)
             trial = study.ask(wanted)
-            point = self._trial(prepared, criterion, number, dict(trial.params), progress)
+            params = dict(trial.params)
+            if space.relative:
+                params["lr"] = f"{params['lr']!r}r"
+            point = self._trial(prepared, criterion, number, params, progress)
             study.tell(trial, point.score)
             ledger.append(**asdict(point))
             points.append(point)
             say(
-                f"trial {number}: layer {point.layer}, lr {point.lr:.2g}, l2 {point.l2:g}, "
-                f"{point.epochs} epochs: {point.change:+.4f} nats"
+                f"trial {number}: layer {point.layer}, lr {rate_text(point.lr, '.2g')}, "
+                f"l2 {rate_text(point.l2)}, {point.epochs} epochs: {point.change:+.4f} nats"
             )
         best = min(points, key=lambda point: point.order(criterion))
         with replacing_dir(self.output / WINNER) as folder:
@@ -237,8 +261,8 @@ class Point:
 
     layer: int
     depth: float  # the layer as a share of the depth, 0 the first block and 1 the last
-    lr: float
-    l2: float
+    lr: float | str
+    l2: float | str
     epochs: int
     score: float  # mean over seeds of the best epoch's temperature-fitted cross-entropy, within ``epochs``
     change: float  # difference from the baseline; negative is better
@@ -262,7 +286,7 @@ def read_points(
 
     Settings in which a seed diverged are left out.
     """
-    found: dict[tuple[int, float, float], dict[int, list[dict[str, Any]]]] = {}
+    found: dict[tuple[int, Any, Any], dict[int, list[dict[str, Any]]]] = {}
     for line in JsonLines(folder / TRAINING_LEDGER).read():
         if line.get("event") == "epoch" and line["stage"] == "final":
             setting = (line["layer"], line["lr"], line["l2"])
@@ -289,8 +313,8 @@ def read_points(
 _SHOWN: dict[str, Callable[[Point], str]] = {
     "layer": lambda point: str(point.layer),
     "depth": lambda point: f"{point.depth:.0%}",
-    "lr": lambda point: f"{point.lr:.3g}",
-    "l2": lambda point: f"{point.l2:g}",
+    "lr": lambda point: rate_text(point.lr, ".3g"),
+    "l2": lambda point: rate_text(point.l2),
     "epochs": lambda point: str(point.epochs),
     "cross-entropy": lambda point: f"{point.score:.4f}",
     "change": lambda point: f"{point.change:+.4f}",

@@ -18,7 +18,7 @@ from lm_eval_aft._util.process import now
 from lm_eval_aft.harness.commands import vector_command
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.steering.methods import METHODS
-from lm_eval_aft.steering.vector import SteeringVector
+from lm_eval_aft.steering.vector import SteeringVector, length_metadata
 from lm_eval_aft.training.candidate import Candidate, Workers
 from lm_eval_aft.training.selection import median_seed
 from lm_eval_aft.training.setup import Prepared, random_like
@@ -44,6 +44,8 @@ def finished_vector(
         "selection": {**metadata["selection"], "vector": candidate.best_score.to_dict()},
     }
     intervention = candidate.intervention
+    layers = {layer: candidate.best[f"layers.{layer}"] for layer in intervention.layers}
+    own |= length_metadata(intervention.method, layers, candidate.norms)
     if calibration:
         own["calibration"] = calibration.to_dict()
     vector = SteeringVector.from_tensors(
@@ -196,7 +198,7 @@ A steering vector for [lm-evaluation-harness](https://github.com/EleutherAI/lm-e
 _SELECTION = """
 ## Selection split
 
-These scores chose the layer and the epoch, so they flatter the vector: **they are not results**.
+These scores chose the layer and the {what}, so they flatter the vector: **they are not results**.
 Score the evaluation split with the command above. Cross-entropy in nats after fitting one
 temperature; mean over {seeds} seed(s); {n} documents.
 
@@ -303,9 +305,14 @@ def _text(vector: SteeringVector, results: Sequence[dict[str, Any]]) -> str:
 
 def _numbers(vector: SteeringVector) -> str:
     count = sum(tensor.numel() for tensor in vector.tensors.values())
-    if vector.method == "static":
-        return f"{count} numbers"
-    return f"{count:,} numbers (method `{vector.method}`: {METHODS[vector.method].formula})"
+    told = (
+        f"{count} numbers"
+        if vector.method == "static"
+        else (f"{count:,} numbers (method `{vector.method}`: {METHODS[vector.method].formula})")
+    )
+    share = vector.share()
+    aside = "" if share is None else f", {100 * share:.3g} % of the median residual norm there"
+    return f"{told} of norm {vector.norm():.4g}{aside}"
 
 
 def _origin(meta: dict[str, Any]) -> str:
@@ -332,9 +339,9 @@ def _selection_section(vector: SteeringVector) -> str:
     for layer, result in selection["layers"].items():
         mark = " (chosen)" if int(layer) in vector.layers else ""
         rows.append(f"| {layer}{mark} | {result['score']:.4f} | {result['accuracy']:.4f} |")
-    return _SELECTION.format(
-        seeds=(vector.metadata.get("protocol") or {}).get("seeds"), n=baseline["n"], rows="\n".join(rows)
-    )
+    protocol = vector.metadata.get("protocol") or {}
+    what = "length" if protocol.get("lengths") else "epoch"
+    return _SELECTION.format(what=what, seeds=protocol.get("seeds"), n=baseline["n"], rows="\n".join(rows))
 
 
 def _rounds_section(meta: dict[str, Any]) -> str:

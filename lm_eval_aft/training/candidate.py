@@ -5,17 +5,64 @@ from __future__ import annotations
 import atexit
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, distributed
 
 from lm_eval_aft._util.settings import Count, NotNegative, Positive, settings
 from lm_eval_aft.engine.batching import TokenizedDocument, units
 from lm_eval_aft.steering.intervention import Intervention
+from lm_eval_aft.steering.vector import residual_shares
+from lm_eval_aft.steering.vector_file import layer_index
 from lm_eval_aft.training.selection import DEFAULT_CRITERION, Criterion, Score, find_criterion
+
+# Learning rates and penalties in units that fit every model. Median norms of residual streams of 4 and of
+# 37,000 have been seen: 1e-2 is a large step in one model and none in another. "0.01r" means 0.01 in units
+# of r, the root mean square entry of a typical hidden state at the layer: median norm / sqrt(hidden_size).
+
+
+def _check_relative(text: str) -> str:
+    try:
+        number = float(text.removesuffix("r"))
+    except ValueError:
+        number = math.nan
+    if not (text.endswith("r") and math.isfinite(number) and number > 0):
+        raise ValueError("Input should be a number, or a positive one with an r, as in 0.01r")
+    return text
+
+
+Relative = Annotated[str, AfterValidator(_check_relative)]
+
+
+def read_rate(text: str) -> float | str:
+    """``1e-2`` as a number; ``0.01r`` as text, in one spelling for each number.
+
+    Raises:
+        ValueError: neither.
+
+    >>> read_rate("1e-2"), read_rate("1e-2r"), read_rate("0.0100 r")
+    (0.01, '0.01r', '0.01r')
+    """
+    text = text.strip()
+    return f"{float(text[:-1]):.12g}r" if text.endswith("r") else float(text)
+
+
+def rate_text(rate: float | str, digits: str = "g") -> str:
+    """For tables and names.
+
+    >>> rate_text(0.01), rate_text("0.0123456r", ".3g")
+    ('0.01', '0.0123r')
+    """
+    return f"{float(rate[:-1]):{digits}}r" if isinstance(rate, str) else f"{rate:{digits}}"
+
+
+def absolute(rate: float | str, unit: float) -> float:
+    """A number as it is, or so many units."""
+    return float(rate[:-1]) * unit if isinstance(rate, str) else rate
 
 
 @settings
@@ -23,18 +70,20 @@ class Recipe:
     """How one candidate is trained.
 
     Attributes:
-        lr: Adam's learning rate; one step moves each entry of the vector by about this much.
-        l2: lambda of the penalty lambda * ||v||^2 added to the loss.
+        lr: Adam's learning rate; one step moves each entry of the vector by about this much. In
+            residual-stream units, or as ``"0.01r"`` relative to the layer's typical entry, see above.
+        l2: lambda of the penalty lambda * ||v||^2 added to the loss; ``"0.001r"``: with v measured in r.
         epochs: the most epochs a candidate may run.
         patience: epochs without a better selection score after which it stops; ``None``: never.
         min_epochs: epochs before ``patience`` may stop it.
         regression: stop as soon as the selection score falls behind the baseline's.
-        clip: gradient norm above which gradients are scaled down; ``None``: never.
+        clip: gradient norm above which gradients are scaled down; ``None``: never. With a relative ``lr``
+            that is the gradient with respect to the vector in units of r.
         criterion: what makes one epoch better than another.
     """
 
-    lr: Positive = 1e-3
-    l2: NotNegative = 0.0
+    lr: Positive | Relative = 1e-3
+    l2: NotNegative | Relative = 0.0
     epochs: Count = 10
     patience: Count | None = 3
     clip: Positive | None = 1.0
@@ -55,6 +104,7 @@ class Candidate:
         intervention: what it steers with; its tensors are trained in place.
         best: its tensors after the best epoch so far.
         stage: the part of the protocol it belongs to.
+        norms: median norm of the hidden states by layer; a relative learning rate or penalty needs it.
         scores: the selection score after each epoch so far.
         steps: optimiser steps done in an epoch that is not finished.
     """
@@ -64,6 +114,7 @@ class Candidate:
     recipe: Recipe
     intervention: Intervention
     stage: str = "final"
+    norms: Mapping[int, float] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
     best_score: Score | None = None
@@ -77,13 +128,27 @@ class Candidate:
         if self.trained:
             for tensor in self._tensors:
                 tensor.requires_grad_(True)
-        self._adam = torch.optim.Adam(self._tensors, lr=self.recipe.lr)
+        if not self.norms and (isinstance(self.recipe.lr, str) or isinstance(self.recipe.l2, str)):
+            raise ValueError("A relative learning rate or penalty needs the norms of the hidden states.")
+        groups: dict[float, list[Tensor]] = {}
+        for name, tensor in self.intervention.tensors.items():
+            groups.setdefault(absolute(self.recipe.lr, self._unit(name)), []).append(tensor)
+        self._adam = torch.optim.Adam([{"params": each, "lr": lr} for lr, each in groups.items()])
+
+    def _unit(self, name: str) -> float:
+        """The unit of the tensor of this name when hidden states are measured in r; 1 where r is unknown."""
+        if not self.norms:
+            return 1.0
+        layer = layer_index(name)
+        norm = self.norms[self.layer if layer is None else layer]
+        r = norm / len(self.intervention.tensors[f"layers.{self.layer}"]) ** 0.5
+        return float(r ** self.intervention.method.power(name))
 
     @property
     def name(self) -> str:
         """Names the candidate in ledgers and state files."""
-        recipe = self.recipe
-        return f"{self.stage}/layer{self.layer}-seed{self.seed}-lr{recipe.lr:g}-l2{recipe.l2:g}"
+        lr, l2 = rate_text(self.recipe.lr), rate_text(self.recipe.l2)
+        return f"{self.stage}/layer{self.layer}-seed{self.seed}-lr{lr}-l2{l2}"
 
     @property
     def criterion(self) -> Criterion:
@@ -110,20 +175,33 @@ class Candidate:
         vectors = [tensor.detach() for name, tensor in tensors.items() if name.startswith("layers.")]
         return float(torch.stack([vector.norm() for vector in vectors]).norm())
 
+    def relative_norm(self, best: bool = False) -> float | None:
+        """The same, each vector as a share of the median residual norm at its layer; ``None``: unknown.
+
+        It is unknown too where the entries of ``layers.{L}`` have no unit.
+        """
+        tensors = self.best if best and self.best is not None else self.intervention.tensors
+        layers = {layer: tensors[f"layers.{layer}"].detach() for layer in self.intervention.layers}
+        shares = residual_shares(self.intervention.method, layers, self.norms)
+        return math.hypot(*shares.values()) if shares else None
+
     @property
     def epoch(self) -> int:
         """Epochs done so far."""
         return len(self.scores)
 
     @property
-    def setting(self) -> tuple[int, float, float]:
+    def setting(self) -> tuple[int, float | str, float | str]:
         """What it shares with its other seeds: layer, learning rate and L2."""
         return (self.layer, self.recipe.lr, self.recipe.l2)
 
     @property
     def chosen(self) -> dict[str, Any]:
         """What the run chose, for the header of the vector."""
-        return dict(zip(("layer", "lr", "l2"), self.setting, strict=True))
+        found = dict(zip(("layer", "lr", "l2"), self.setting, strict=True))
+        if isinstance(self.recipe.lr, str) and len(self.intervention.layers) == 1:
+            found["lr_absolute"] = absolute(self.recipe.lr, self._unit(f"layers.{self.layer}"))
+        return found
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` to this step's."""
@@ -132,20 +210,26 @@ class Candidate:
     def step(self) -> None:
         """One Adam step on the accumulated gradient plus that of the L2 term.
 
-        A gradient that is not finite stops the candidate instead.
+        A gradient that is not finite stops the candidate instead. With a relative learning rate all tensors
+        are trained as if hidden states were measured in r, the clipped gradient included, so that the unit
+        of the residual stream makes no difference.
         """
-        moved = [tensor for tensor in self._tensors if tensor.grad is not None]
+        tensors = self.intervention.tensors
+        moved = {name: tensor for name, tensor in tensors.items() if tensor.grad is not None}
         if not moved:
             return
-        gradients = [tensor.grad for tensor in moved if tensor.grad is not None]
-        for tensor, gradient in zip(moved, gradients, strict=True):
+        gradients = [tensor.grad for tensor in moved.values() if tensor.grad is not None]
+        for (name, tensor), gradient in zip(moved.items(), gradients, strict=True):
+            unit = self._unit(name)
             if self.recipe.l2:
-                gradient.add_(tensor.detach(), alpha=2 * self.recipe.l2)
+                gradient.add_(tensor.detach(), alpha=2 * absolute(self.recipe.l2, unit**-2))
+            if isinstance(self.recipe.lr, str):
+                gradient.mul_(unit)
         if not all(bool(gradient.isfinite().all()) for gradient in gradients):
             self.stopped = "gradient not finite"
         else:
             if self.recipe.clip is not None:
-                torch.nn.utils.clip_grad_norm_(moved, self.recipe.clip)
+                torch.nn.utils.clip_grad_norm_(list(moved.values()), self.recipe.clip)
             self._adam.step()
         self.forget()
 

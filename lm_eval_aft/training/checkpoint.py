@@ -84,6 +84,7 @@ class RunRecorder:
             l2=candidate.recipe.l2,
             epoch=candidate.epoch,
             norm=candidate.norm(),
+            share=candidate.relative_norm(),
             stopped=candidate.stopped,
             baseline=baseline.score,
             **score.to_dict(),

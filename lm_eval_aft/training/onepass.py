@@ -11,7 +11,9 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -22,11 +24,11 @@ from lm_eval_aft.steering.methods import METHODS, Method
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Workers
 from lm_eval_aft.training.checkpoint import RunRecorder, State
 from lm_eval_aft.training.gradients import Gradients
-from lm_eval_aft.training.recipe import LINE_SEARCH, Protocol, documents_of
+from lm_eval_aft.training.recipe import KEPT_BYTES, LINE_SEARCH, Protocol, documents_of
 from lm_eval_aft.training.selection import Criterion, Score, find_criterion, mean_of_seeds
 from lm_eval_aft.training.setup import Prepared
 from lm_eval_aft.training.sweep import LayerResult, SweepResult
-from lm_eval_aft.training.trainer import Reference, Trajectory, master_dtype
+from lm_eval_aft.training.trainer import Reference, Trajectory, by_length, master_dtype
 
 
 @dataclass
@@ -174,6 +176,20 @@ class OnePass:
         self._found: dict[int, LayerResult] = {}
         self._passes: dict[int, Gradients] = {}
         self._directions: dict[int, list[Direction]] = {}
+        # Each round scores the documents that are new in it, in the same batches for every trial.
+        rounds = {documents_of(len(self.selection), rung.selection) for rung in self.protocol.search_rounds}
+        self._parts = list(itertools.pairwise(sorted({0, *rounds, len(self.selection)})))
+        self._outcomes: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
+        if isinstance(self.engine, Trajectory):
+            self._keep_frozen(self.engine)
+
+    def _keep_frozen(self, engine: Trajectory) -> None:
+        """Let the baseline's pass over the selection documents serve all trials, if its outputs fit."""
+        layers = {layer for site in self.sites for layer in site[:1]}
+        tokens = sum(each.tokens(engine.packed) * each.rows(engine.packed) for each in self.selection)
+        size = next(engine.model.parameters()).element_size() * engine.backbone.hidden_size
+        engine.keep_bytes = KEPT_BYTES
+        engine.keep_layers = layers if tokens * size * len(layers) <= KEPT_BYTES else ()
 
     @property
     def criterion(self) -> Criterion:
@@ -191,8 +207,6 @@ class OnePass:
             AFTError: no trial had a finite score.
         """
         first = self.seeds[0]
-        if isinstance(self.engine, Trajectory):
-            self.engine.keep_bytes = KEPT_BYTES
         every = self._directions_of(first)
         live = sorted(range(len(every)), key=lambda i: -every[i].gain)
         live = live[: len(self.sites)]  # of several positions, those that promise most
@@ -202,9 +216,11 @@ class OnePass:
             scored = self._search_lengths(live, best, n)
             keep = max(self.protocol.finalists, math.ceil(len(live) * rung.keep))
             live = sorted(scored, key=lambda i: self.criterion.key(scored[i].scores[-1]))[:keep]
+        if isinstance(self.engine, Trajectory):
+            self.engine.keep_layers = ()  # what follows is at few of them
         finals = []
         for i in live[: self.protocol.finalists]:
-            group = [self._line_search(i, seed, best[i]) for seed in self.seeds]
+            group = [self._line_search(i, seed, best[i], n) for seed in self.seeds]
             finals.append([self._refine(trial, i) for trial in group])
         ranked = sorted(
             (self._result(group, len(self.selection)) for group in finals), key=self.criterion.key
@@ -213,7 +229,8 @@ class OnePass:
             self._found[result.layer] = result
         pruned = "" if ranked[0].improves else "no trial does better than the baseline on the selection split"
         layers = tuple(self._found[layer] for layer in sorted(self._found))
-        return SweepResult(self.baseline(), layers, ranked[0], 0, pruned, self._notes(ranked[0]))
+        norms = dict(zip(self._passes[first].layers, self._passes[first].scales.tolist(), strict=True))
+        return SweepResult(self.baseline(), layers, ranked[0], 0, pruned, norms, self._notes(ranked[0]))
 
     def _notes(self, chosen: LayerResult) -> dict[str, Any]:
         """How much was tried, and how well halves of the training documents and seeds agree."""
@@ -258,9 +275,16 @@ class OnePass:
         zero = {f"layers.{depth - 1}": torch.zeros(self.engine.backbone.hidden_size)}
         baseline = Trial(depth - 1, 0, Recipe(), Intervention(METHODS["static"], zero, 0.0), "baseline")
         wanted = [each for each in (baseline, *trials) if (each.name, n) not in scores]
-        mine: Sequence[Any] = self.workers.shard(wanted)
-        judged = self.engine.evaluate(mine, self.selection[:n], self._tick) if mine else []
-        given = {each.name: score for each, score in zip(mine, judged, strict=True)}
+        mine = [str(each.name) for each in self.workers.shard(wanted)]
+        parts = [part for part in self._parts if part[1] <= n]
+        for start, stop in parts:
+            new = [each for each in wanted if each.name in mine and (each.name, stop) not in self._outcomes]
+            found = self.engine.outcomes(new, self.selection[start:stop], self._tick) if new else []
+            self._outcomes |= {(each.name, stop): own for each, own in zip(new, found, strict=True)}
+        summarise = self.engine.objective.summarise
+        given = {
+            name: summarise([o for _, stop in parts for o in self._outcomes[name, stop]]) for name in mine
+        }
         known = {name: score for part in self.workers.gather(given) for name, score in part.items()}
         for each in wanted:
             scores[each.name, n] = known[each.name]
@@ -271,8 +295,8 @@ class OnePass:
             self.events.save(self._states)
         for each in trials:
             each.record(scores[each.name, n])
-        found = [scores[each.name, n] for each in trials]
-        return scores[baseline.name, n], [each if math.isfinite(each.score) else None for each in found]
+        own = [scores[each.name, n] for each in trials]
+        return scores[baseline.name, n], [each if math.isfinite(each.score) else None for each in own]
 
     def _along(self, i: int, seed: int, share: float, stage: str) -> Trial:
         direction = self._directions_of(seed)[i]
@@ -288,7 +312,8 @@ class OnePass:
         intervention = Intervention(self.method, own, positions=direction.positions)
         recipe = Recipe(epochs=1 + self.protocol.refine, patience=1, criterion=self.protocol.criterion)
         share = direction.share(tensors)
-        return Trial(direction.layer, seed, recipe, intervention, stage, share=share, label=label)
+        norms = {int(name.removeprefix("layers.")): scale for name, scale in direction.scales.items()}
+        return Trial(direction.layer, seed, recipe, intervention, stage, norms, share=share, label=label)
 
     def _tick(self, done: int, /) -> None:
         self.events.tick(done)
@@ -333,30 +358,30 @@ class OnePass:
         finite = {k: trial.scores[-1] for k, trial in tried.items() if trial.scores}
         return min(finite, key=lambda k: self.criterion.key(finite[k])) if finite else min(tried)
 
-    def _line_search(self, i: int, seed: int, at: int) -> Trial:
-        """A bracketed search for the length, between the grid's neighbours of the best, on all documents."""
-        grid = [math.log(share) for share in sorted(self.protocol.lengths)]
-        tried: list[Trial] = []
+    def _line_search(self, i: int, seed: int, at: int, n: int) -> Trial:
+        """A bracketed search for the length, between the neighbours of the best, on ``n`` documents."""
+        grid = sorted(self.protocol.lengths)
+        near = [math.log(grid[k]) for k in (max(at - 1, 0), min(at + 1, len(grid) - 1))]
+        tried = [self._along(i, seed, grid[at], "line")]
+        self._score(tried, n)
 
         def score(log_share: float) -> float:
             trial = self._along(i, seed, math.exp(log_share), "line")
             tried.append(trial)
-            (found,) = self._score([trial], len(self.selection))[1]
+            (found,) = self._score([trial], n)[1]
             return math.inf if found is None else self.criterion.key(found)[0]
 
-        near = (grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)])
-        minimize_scalar(
-            score, bounds=near, method="bounded", options={"xatol": PRECISION, "maxiter": LINE_SEARCH}
-        )
-        finite = [trial for trial in tried if trial.scores]
-        if not finite:
-            raise AFTError("No trial had a finite score.", "Use --dtype float32, or shorter --lengths.")
-        best = min(finite, key=lambda trial: self.criterion.key(trial.scores[-1]))
-        final = self._make_trial(
-            self._directions_of(seed)[i], seed, best.intervention.tensors, "final", best.label
-        )
-        final.record(best.scores[-1])
-        return final
+        options = {"xatol": PRECISION, "maxiter": LINE_SEARCH - 1}
+        minimize_scalar(score, bounds=near, method="bounded", options=options)
+        finite = sorted((t for t in tried if t.scores), key=lambda t: self.criterion.key(t.scores[-1]))
+        for best in finite:  # the first that is finite on all documents
+            (found,) = self._score([best], len(self.selection))[1]
+            if found is not None:
+                direction = self._directions_of(seed)[i]
+                final = self._make_trial(direction, seed, best.intervention.tensors, "final", best.label)
+                final.record(found)
+                return final
+        raise AFTError("No trial had a finite score.", "Use --dtype float32, or shorter --lengths.")
 
     def _refine(self, final: Trial, i: int) -> Trial:
         """Quasi-Newton steps (L-BFGS) on the gradient of all training documents, while selection improves.
@@ -406,6 +431,8 @@ class OnePass:
         key = f"{final.name.replace('/', '-')}-{final.epoch}"
         if key not in self.progress.slopes:
             documents = self.train[final.seed][self.workers.rank :: self.workers.size]
+            if isinstance(self.engine, Trajectory):
+                documents = by_length(documents, self.engine.packed)
             tensors = {name: each.detach().clone() for name, each in final.intervention.tensors.items()}
             probe = _Probe(final.layer, final.seed, Recipe(), replace(final.intervention, tensors=tensors))
             objective = at_temperature(self.engine.objective, final.scores[-1].temperature)
@@ -429,7 +456,6 @@ class OnePass:
         )
 
 
-KEPT_BYTES = 1 << 30  # bytes of frozen blocks' outputs kept for trials to come
 SHORTER = 2  # places on the grid
 PRECISION = 0.15  # of a line search, in the logarithm of the length: the score is flat there
 WORTHWHILE = 0.002  # of the whole gain: a step that brings less is the last

@@ -168,7 +168,7 @@ class Rounds:
         answers = self._sampler.selection_answers(number, vector, self.prepared.splits.selection)
         row = {"round": number, **SolveRates.of(answers).to_dict(), **(entry or {})}
         if vector is not None:
-            row |= {"layer": next(iter(vector.layers)), "norm": vector.norm()}
+            row |= {"layer": next(iter(vector.layers)), "norm": vector.norm(), "share": vector.share()}
         self._note("round", number, row)
         return answers, row
 

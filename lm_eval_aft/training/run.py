@@ -55,7 +55,7 @@ from lm_eval_aft.training.setup import (
     rank_correlation,
 )
 from lm_eval_aft.training.sweep import Sweep, SweepResult, coefficients, score_again
-from lm_eval_aft.training.trainer import Trajectory, make_engine, master_dtype
+from lm_eval_aft.training.trainer import Trajectory, make_engine, master_dtype, residual_norms
 
 logger = logging.getLogger(__name__)
 SCREENED = 64  # documents that the screen reads
@@ -96,7 +96,7 @@ def train_vector(
     documents: dict[Any, Any] | None = None,
     **settings: Any,
 ) -> TrainingResult:
-    """Fit a vector on a task's training split, choosing layer and epoch on a selection split.
+    """Fit a vector on a task's training split, choosing layer and length (or epoch) on a selection split.
 
     Args:
         model: Hub name, local folder, ``demo``, or an `AFTLM` without a vector.
@@ -194,8 +194,10 @@ def run_sweep(
         if plan.protocol.one_pass:
             sweep = one_pass(prepared, engine, **shared)
         else:
-            start = Initializer(prepared, train, selection[:8])
-            sweep = Sweep(engine, plan.protocol, layers, start=start, **shared)
+            steered = prepared.layers if prepared.method.steers_all_layers else layers
+            norms = workers.broadcast(residual_norms(lm.model, prepared.backbone, steered, selection))
+            start = Initializer(prepared, train, norms)
+            sweep = Sweep(engine, plan.protocol, layers, start=start, norms=norms, **shared)
         baseline = sweep.baseline()
         if not math.isfinite(baseline.score):
             raise baseline_not_finite(lm.model)
@@ -275,7 +277,7 @@ def cost(prepared: Prepared) -> Estimate:
                 engine,
                 partial(_probe, prepared),
                 prepared.sites,
-                Passes.of(train, engine, None if protocol.one_pass else protocol.batch_size, counts[0]),
+                Passes.of(train, engine, counts[0] if protocol.one_pass else protocol.batch_size, counts[0]),
                 Passes.of(selection, engine, None, counts[1]),
                 counts[1],
                 prepared.stages(),

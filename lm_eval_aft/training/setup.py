@@ -37,7 +37,7 @@ from lm_eval_aft.steering.methods import DEFAULT_METHOD, METHODS, Method, find_m
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.training.objectives import CONTROLS, OBJECTIVES, Mixture, Objective, make_objective
 from lm_eval_aft.training.recipe import Stage, TrainingPlan, parse_layers, schedule
-from lm_eval_aft.training.trainer import Trajectory, master_dtype, residual_norm
+from lm_eval_aft.training.trainer import Trajectory, master_dtype
 
 
 @dataclass
@@ -296,12 +296,12 @@ class Initializer:
 
     Attributes:
         train: training documents by seed; methods without training are computed from them.
-        probe: documents on which hidden states are measured for small random vectors.
+        norms: median norm of the hidden states by layer, for small random vectors.
     """
 
     prepared: Prepared
     train: Mapping[int, Sequence[TokenizedDocument]]
-    probe: Sequence[TokenizedDocument]
+    norms: Mapping[int, float] = field(default_factory=dict)
     _differences: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
     def __call__(self, layer: int, seed: int, noise: int | None = None) -> Intervention:
@@ -318,8 +318,9 @@ class Initializer:
             tensors |= {f"layers.{each}": found[each].clone() for each in layers}
         elif noise is not None:
             for place, each in enumerate(layers):
-                size = residual_norm(model, backbone, each, self.probe)
-                tensors[f"layers.{each}"] = small_random(backbone.hidden_size, size, noise + place, method)
+                tensors[f"layers.{each}"] = small_random(
+                    backbone.hidden_size, self.norms[each], noise + place, method
+                )
         parameter = next(model.parameters())
         dtype = master_dtype(parameter.dtype)
         placed = {name: tensor.to(parameter.device, dtype) for name, tensor in tensors.items()}

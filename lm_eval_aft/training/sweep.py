@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -22,11 +22,10 @@ from lm_eval_aft.training.checkpoint import RunRecorder
 from lm_eval_aft.training.recipe import Protocol, schedule
 from lm_eval_aft.training.selection import Criterion, Score, find_criterion, mean_of_seeds, median_seed
 from lm_eval_aft.training.setup import Prepared
-from lm_eval_aft.training.trainer import residual_norm
 
 logger = logging.getLogger(__name__)
 _DIVERGED = "Lower the learning rate, or train in a wider --dtype: bfloat16 or float32."
-Setting = tuple[int, float, float]  # layer, learning rate, L2
+Setting = tuple[int, float | str, float | str]  # layer, learning rate, L2
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ class SweepResult:
         chosen: the layer that won.
         retries: how many retries it took.
         pruned: why the pair of model and task was given up, or ``""``.
+        norms: median norm of the hidden states by layer.
         notes: further header entries about the search.
     """
 
@@ -81,6 +81,7 @@ class SweepResult:
     chosen: LayerResult
     retries: int = 0
     pruned: str = ""
+    norms: Mapping[int, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,6 +98,7 @@ class Sweep:
         train: training documents by seed, in the order the seed draws them.
         start: makes a candidate's initial intervention from its layer, its seed and, for a retry, the seed
             of a small random vector.
+        norms: median norm of the hidden states by layer; relative learning rates and penalties need it.
         saved: states of an interrupted run's candidates by name; the run resumes from them.
     """
 
@@ -109,6 +111,7 @@ class Sweep:
     selection: Sequence[TokenizedDocument]
     start: Callable[[int, int, int | None], Intervention]
     events: RunRecorder
+    norms: Mapping[int, float] = field(default_factory=dict)
     workers: Workers = field(default_factory=Workers)
     saved: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = field(default_factory=dict)
     candidates: dict[str, Candidate] = field(default_factory=dict)
@@ -188,7 +191,7 @@ class Sweep:
             pruned = f"no better than the baseline on the selection split after {retries} retries"
         self._found[chosen.layer] = chosen
         layers = tuple(self._found[layer] for layer in sorted(self._found))
-        return SweepResult(baseline, layers, chosen, retries, pruned)
+        return SweepResult(baseline, layers, chosen, retries, pruned, self.norms)
 
     def _candidate(
         self, stage: str, setting: Setting, seed: int | None = None, noise: int | None = None
@@ -208,7 +211,7 @@ class Sweep:
         )
         seed = self.seeds[0] if seed is None else seed
         start = self.start(layer, seed, None if noise is None else 1000 * noise + seed)
-        made = Candidate(layer, seed, recipe, start, stage)
+        made = Candidate(layer, seed, recipe, start, stage, self.norms)
         if made.name in self.saved:
             made.restore(*self.saved[made.name])
             self._uncounted[made.name] = range(made.epoch)
@@ -316,11 +319,10 @@ def coefficients(
     caps: dict[int, float | None] = {c.seed: None for c in found.chosen.candidates}
     if plan.norm_cap is not None:
         layers = finalist.intervention.layers
-        norms = {at: residual_norm(prepared.lm.model, prepared.backbone, at, selection[:64]) for at in layers}
         for each in found.chosen.candidates:
             if each.best is not None:
                 own = {at: each.best[f"layers.{at}"] for at in layers}
-                caps[each.seed] = norm_cap(plan.norm_cap, norms, own)
+                caps[each.seed] = norm_cap(plan.norm_cap, found.norms, own)
     chosen = Calibration({}, 1.0, None)
     if plan.calibrate:
         cap = caps[finalist.seed]
@@ -420,7 +422,7 @@ def calibrate(
     return Calibration(dict(sorted(curve.items())), chosen, cap)
 
 
-def norm_cap(share: float, residual: dict[int, float], vectors: dict[int, Tensor]) -> float:
+def norm_cap(share: float, residual: Mapping[int, float], vectors: dict[int, Tensor]) -> float:
     """The coefficient at which a vector's norm is ``share`` of the median residual norm at a layer.
 
     Args:

@@ -69,7 +69,9 @@ class Trajectory:
         device = input_device(model).type
         self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
         # Frozen blocks' outputs by documents and layer, of the latest passes: at most so many bytes of them.
+        # A pass keeps those at these layers too, whoever asked for it.
         self.keep_bytes = 0
+        self.keep_layers: Collection[int] = ()
         self._kept_outputs: dict[tuple[tuple[TokenizedDocument, ...], int], Any] = {}
 
     @subnormals_flushed()
@@ -95,11 +97,16 @@ class Trajectory:
             for candidate in live:
                 candidate.step()
 
-    @subnormals_flushed()
-    @torch.no_grad()
     def evaluate(
         self, candidates: Sequence[Candidate], documents: Sequence[TokenizedDocument], tick: Tick
     ) -> list[Score]:
+        return [self.objective.summarise(each) for each in self.outcomes(candidates, documents, tick)]
+
+    @subnormals_flushed()
+    @torch.no_grad()
+    def outcomes(
+        self, candidates: Sequence[Candidate], documents: Sequence[TokenizedDocument], tick: Tick
+    ) -> list[list[NDArray[np.float64]]]:
         outcomes: list[list[NDArray[np.float64]]] = [[] for _ in candidates]
 
         def score(batch: Batch) -> None:
@@ -115,7 +122,7 @@ class Trajectory:
                 its_outcomes.clear()
 
         self.each_batch(by_length(documents, self.packed), score, forget)
-        return [self.objective.summarise(its_outcomes) for its_outcomes in outcomes]
+        return outcomes
 
     @torch.no_grad()
     def baseline(self, documents: Sequence[TokenizedDocument], tick: Tick) -> Score:
@@ -141,7 +148,7 @@ class Trajectory:
         kept = {layer: self._kept_outputs.get((batch.documents, layer)) for layer in layers}
         if kept and all(output is not None for output in kept.values()):
             return kept
-        with capture(self.backbone, sorted(layers)) as outputs:
+        with capture(self.backbone, sorted({*layers, *self.keep_layers})) as outputs:
             _run_blocks(self.model, batch)
         if self.keep_bytes:
             self._keep(batch, outputs)
@@ -257,21 +264,29 @@ def _resuming_differs(engine: Trajectory, reference: Reference, document: Tokeni
     return "" if fine else f"resumed passes differ by {worst:.2g} nats"
 
 
+MEASURED = 64  # documents whose hidden states are measured
+
+
 @torch.no_grad()
-def residual_norm(
-    model: nn.Module, backbone: Backbone, layer: int, documents: Sequence[TokenizedDocument]
-) -> float:
-    """Median norm of the hidden states at a layer's output, over the documents' tokens."""
+def residual_norms(
+    model: nn.Module, backbone: Backbone, layers: Sequence[int], documents: Sequence[TokenizedDocument]
+) -> dict[int, float]:
+    """Median norm of the hidden states at each layer's output, over the tokens of the first documents.
+
+    A multiple-choice document is read with its first option. Four digits are kept, so that a resumed run
+    measures the same.
+    """
     parameter = next(model.parameters())
-    norms = []
-    for document in documents:
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for document in documents[:MEASURED]:
         batch = make_batch(
             [TokenizedDocument(document.pairs[:1])], False, input_device(model), parameter.dtype
         )
-        with capture(backbone, [layer]) as outputs:
+        with capture(backbone, list(layers)) as outputs:
             _run_blocks(model, batch)
-        norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1))
-    return float(torch.cat(norms).median())
+        for layer, norms in found.items():
+            norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1).cpu())
+    return {layer: float(f"{float(torch.cat(norms).median()):.4g}") for layer, norms in found.items()}
 
 
 def _run_blocks(model: nn.Module, batch: Batch) -> None:
@@ -322,25 +337,29 @@ class Reference:
                     tick(1)
                 candidate.step()
 
-    @torch.no_grad()
     def evaluate(
         self, candidates: Sequence[Candidate], documents: Sequence[TokenizedDocument], tick: Tick
     ) -> list[Score]:
-        return [self._score(candidate, documents, tick) for candidate in candidates]
+        return [self.objective.summarise(each) for each in self.outcomes(candidates, documents, tick)]
+
+    def baseline(self, documents: Sequence[TokenizedDocument], tick: Tick) -> Score:
+        return self.objective.summarise(self._outcomes(None, documents, tick))
+
+    def outcomes(
+        self, candidates: Sequence[Candidate], documents: Sequence[TokenizedDocument], tick: Tick
+    ) -> list[list[NDArray[np.float64]]]:
+        return [self._outcomes(candidate, documents, tick) for candidate in candidates]
 
     @torch.no_grad()
-    def baseline(self, documents: Sequence[TokenizedDocument], tick: Tick) -> Score:
-        return self._score(None, documents, tick)
-
-    def _score(
+    def _outcomes(
         self, candidate: Candidate | None, documents: Sequence[TokenizedDocument], tick: Tick
-    ) -> Score:
+    ) -> list[NDArray[np.float64]]:
         outcomes: list[NDArray[np.float64]] = []
         for document in documents:
             logits, batch = self.logits(document, candidate)
             outcomes += self.objective.outcomes(logits, batch)
             tick(1)
-        return self.objective.summarise(outcomes)
+        return outcomes
 
     def logits(self, document: TokenizedDocument, candidate: Candidate | None) -> tuple[Tensor, Batch]:
         """Logits (S, vocabulary) at a document's scored positions, and the batch that describes them."""

@@ -129,7 +129,7 @@ EVALUATED = [
         ["--limit", "4", "--apply_chat_template", "short", "--fewshot_as_multiturn", "false", *PROMPTS],
     ),
     (["toy_c*"], ["--samples", '{"toy_choice": [1, 5]}']),
-    (["tasks/made.yaml"], ["--metadata", "size=4"]),
+    (["tasks/made.yaml"], ["--metadata", '{"size": 4}']),
 ]
 
 

@@ -21,10 +21,12 @@ from click.testing import CliRunner, Result
 
 from lm_eval_aft import AFTError, SteeringVector
 from lm_eval_aft.cli.main import aft
+from lm_eval_aft.evaluation import compare as compare_module
 from lm_eval_aft.evaluation import formatting
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.render import update_cards
 from lm_eval_aft.evaluation.report import Report, compare
+from lm_eval_aft.steering.vector import describe_vector
 from tests.conftest import toy_documents
 from tests.result_folders import steered_by, write_results
 
@@ -166,6 +168,23 @@ def test_terminal_placebos_and_notes(runs: Path) -> None:
     assert re.search(r"steered/arc .* better", output)
     assert re.search(r"placebo/arc-random-1 .* placebo", output)
     assert "over 2 comparison(s)" in output
+
+
+def test_a_norm_is_shown_with_its_share_of_the_residual_norm(runs: Path, tmp_path: Path) -> None:
+    assert "% of the residual norm" not in call("report", runs).output  # not recorded
+    vector = SteeringVector.load(tmp_path / "arc")
+    vector.metadata["share"] = {"4": 0.1416}
+    vector.save(tmp_path / "arc")
+    assert vector.digest() == SteeringVector.load(tmp_path / "arc").digest()
+    call("report", runs, "-o", tmp_path / "out")
+    (facts,) = (each["facts"] for each in compare(runs).vectors if each["run"] == "steered/arc")
+    assert facts["norm"] == 4.0
+    assert facts["norm as a share of the residual norm"] == "14.2 %"
+    assert "14.2 %" in (tmp_path / "out" / "report.html").read_text()
+    described = describe_vector(vector)
+    assert (described["norm"], described["share"]) == (4.0, 0.1416)
+    assert compare_module._norm(described) == "4.0000 (14.2 % of the residual norm)"
+    assert compare_module._norm({"norm": 4.0}) == "4.0000"
 
 
 def test_nothing_from_documents_is_markup(runs: Path, tmp_path: Path) -> None:

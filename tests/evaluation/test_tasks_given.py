@@ -126,7 +126,7 @@ def test_scored_under_their_names(folder: Path, checkpoint: Callable[..., str], 
     vector = tmp_path / "v.safetensors"
     SteeringVector({2: torch.ones(32)}).save(vector)
     arguments = {"device": "cpu"}
-    flags = ["--include_path", "mine", "--metadata", "size=5"]
+    flags = ["--include_path", "mine", "--metadata", '{"size": 5}']
     tasks = ["x_pb*", "mine/x_meta.yaml"]
     evaluate_pair(checkpoint("llama"), str(vector), tasks, tmp_path / "a", model_args=arguments, flags=flags)
     run = read_run(tmp_path / "a" / "steered" / "v")

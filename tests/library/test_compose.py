@@ -262,6 +262,21 @@ def test_a_vector_made_by_hand_goes_with_any_of_its_width(library: Library) -> N
     assert list(both.layers) == [1, 2, 3]
 
 
+def test_a_sum_keeps_the_residual_norms_and_has_a_share_of_its_own() -> None:
+    known = {"residual_norm": {"0": 50}, "share": {"0": 0.1}}
+    a = SteeringVector({0: torch.tensor([3.0, 4, 0])}, 2.0, metadata=known)
+    b = SteeringVector({0: torch.tensor([0.0, 0, 5])}, metadata=known)
+    hand = SteeringVector({0: torch.tensor([0.0, 0, 5])})
+    assert combine([Operand("a", 1, a)]).share() == 0.1
+    total = combine([Operand("a", 0.5, a), Operand("b", 1, b)])
+    assert total.norm() == pytest.approx(50**0.5)
+    assert total.share() == pytest.approx(50**0.5 / 50, rel=1e-3)
+    assert combine([Operand("a", 1, a), Operand("h", 1, hand)]).metadata["residual_norm"] == {"0": 50.0}
+    assert combine([Operand("h", 2, hand)]).share() is None
+    (row,) = conflicts([Operand("a", 1, a), Operand("b", 1, b)])
+    assert row["shares"] == pytest.approx([0.2, 0.1])
+
+
 def test_conflicts() -> None:
     east, north = torch.tensor([2.0, 0, 0]), torch.tensor([0.0, 3, 0])
     a = Operand("a", 1, SteeringVector({0: east, 1: east}))
@@ -278,3 +293,4 @@ def test_conflicts() -> None:
     assert rows[0]["norms"] == [2, 4]
     assert rows[1]["cosine"] == 0
     assert rows[2]["cosine"] is None
+    assert rows[0]["shares"] == [None, None]

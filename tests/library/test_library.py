@@ -243,7 +243,7 @@ def test_what_is_no_vector_is_not_listed(library: Library, tmp_path: Path) -> No
 def test_list_and_show(library: Library, tmp_path: Path) -> None:
     where = ("--library", library.root)
     assert "is empty" in run("list", *where).output
-    vector = a_vector(**TRAINED)
+    vector = a_vector(**TRAINED, share={"1": 0.142})
     folder = tmp_path / "trained"
     vector.save(folder)
     write_card(folder, vector, [RESULT])
@@ -251,7 +251,7 @@ def test_list_and_show(library: Library, tmp_path: Path) -> None:
     a_folder(tmp_path / "b", task="arc_easy", control="random", base_model={"name": "/models/other"})
     run("add", tmp_path / "b", *where, "--name", "logic/b")
     (row,) = [line for line in run("list", *where).output.splitlines() if "math/" in line]
-    for text in ("32", "gsm8k", "tiny-160m", "-0.2500", "+2.0 [+0.5, +3.5]", "2026-01-02, 0.1.0"):
+    for text in ("32", "14.2 %", "gsm8k", "tiny-160m", "-0.2500", "+2.0 [+0.5, +3.5]", "2026-01-02, 0.1.0"):
         assert text in row
     assert "placebo: random" in run("list", *where).output
     for filters, names in [
@@ -273,6 +273,8 @@ def test_list_and_show(library: Library, tmp_path: Path) -> None:
     ]  # fmt: skip
     shown = run("show", *where, "math/word_problems").output
     assert "+2.0 [+0.5, +3.5] (n = 1319, better)" in shown
+    assert "norm  14.2 % of the median residual norm" in shown
+    assert "residual norm" not in run("show", *where, "logic/b").output  # not recorded
     assert (
         json.loads(run("show", *where, "math/word_problems", "--json").output)["metadata"]["task"] == "gsm8k"
     )

@@ -98,6 +98,17 @@ def test_what_dynamic_methods_add() -> None:
     assert torch.allclose(METHODS["mlp"].delta(t, 2, hidden), net(hidden), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_units_follow_the_hidden_states(name: str) -> None:
+    """Hidden states 8 times as long, tensors in their units: what is added is 8 times as long."""
+    method, tensors = METHODS[name], tensors_of(name)
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(4))
+    longer = {key: each * 8.0 ** method.power(key) for key, each in tensors.items()}
+    added = method.delta(tensors, 2, hidden)
+    assert torch.allclose(method.delta(longer, 2, hidden * 8), added * 8, rtol=1e-5, atol=1e-5)
+    assert float(added.norm()) > 0.1
+
+
 def test_scale_multiplies_by_one_plus_its_factors() -> None:
     hidden, factors = torch.randn(2, 7, 32), torch.randn(32)
     added = METHODS["scale"].delta({"layers.2": factors}, 2, hidden)

@@ -150,6 +150,9 @@ def test_the_report_tells_every_cell_in_every_format(write: Callable[..., Path],
     markdown, page = (output / "report.md").read_text(), (output / "report.html").read_text()
     for cell in report["cells"]:
         text = f"{100 * cell['row']['difference']:+.2f}".replace("-", "−").replace("+0.00", "0.00")
+        length = f"{cell['vector']['norm']:.3g} ({100 * cell['vector']['norm_share']:.3g} %)"
+        assert f" | {length} | " in markdown
+        assert length in page
         assert f"| {cell['task']} | {cell['method']} | {cell['seed']} |" in markdown
         assert text in markdown
         assert text in page

@@ -174,6 +174,22 @@ def test_optuna_search_goes_on_to_the_same_end(
     assert vector.digest() == load_vector(str(cut / "winner")).digest()
 
 
+def test_optuna_draws_relative_rates(tmp_path: Path, tasks: str, checkpoint: Callable[..., str]) -> None:
+    pytest.importorskip("optuna")
+    words = ["search", "--model", checkpoint(), "--task", "toy_choice", *TRAINING, "--include-path", tasks]
+    words += ["--strategy", "optuna", "--layers", "1", "--epochs", "1", "--output", str(tmp_path / "o")]
+    assert "all numbers, or all relative" in call(*words, "--lr", "1e-3,0.1r", code=1).output
+    words += ["--lr", "0.001r,0.1r"]
+    said = call(*words, "--trials", "2").output
+    call(*words, "--trials", "3")
+    rates = [point["lr"] for point in searched(tmp_path / "o")]
+    assert len(rates) == 3
+    assert all(rate.endswith("r") and 0.001 <= float(rate[:-1]) <= 0.1 for rate in rates)
+    assert f"lr {float(rates[0][:-1]):.2g}r" in said
+    vector = load_vector(str(tmp_path / "o" / "winner"))
+    assert vector.metadata["protocol"]["chosen"]["lr"] in rates
+
+
 def test_optuna_that_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     words = ["search", "--model", "demo", "--task", "aft_demo_choice", "--strategy", "optuna"]
@@ -194,7 +210,7 @@ def test_metadata_reaches_training_scoring_and_the_printed_command(tasks: str, t
     grid = "--layers 1 --lr 1e-2 --epochs 1".split()
     said = call("search", "--task", "sized", *words, *grid, "--output", str(tmp_path / "s")).output
     (printed,) = [line for line in said.splitlines() if line.startswith("  aft eval")]
-    assert "--metadata size=18" in printed
+    assert shlex.quote('{"size": 18}') in printed
     assert f"--include_path {tasks}" in printed
     command = shlex.split(printed.replace("RESULTS", str(tmp_path / "results")))[1:]
     call(*command)

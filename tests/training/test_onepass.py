@@ -25,8 +25,7 @@ from lm_eval_aft.training.checkpoint import RunRecorder
 from lm_eval_aft.training.gradients import Gradients
 from lm_eval_aft.training.objectives import LM, Choice, Objective
 from lm_eval_aft.training.onepass import OnePass, directions
-from lm_eval_aft.training.recipe import TrainingPlan
-from lm_eval_aft.training.selection import Score
+from lm_eval_aft.training.recipe import Rung, TrainingPlan
 from lm_eval_aft.training.setup import prepare
 from lm_eval_aft.training.trainer import Reference, Trajectory, make_engine
 from tests.engine.test_engine import documents, nothing, single
@@ -306,6 +305,51 @@ def test_a_run_keeps_the_best_and_says_what_it_tried(
     )
 
 
+def test_no_document_is_scored_twice_with_a_vector_nor_read_twice_without(
+    lm: AFTLM, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later rounds add documents; the baseline's pass over them serves every trial."""
+    scored: list[tuple[str, TokenizedDocument]] = []
+    outcomes, run_blocks = Trajectory.outcomes, trainer._run_blocks
+    frozen: list[TokenizedDocument] = []
+
+    def recorded(self: Trajectory, candidates: Any, documents: Any, tick: Any) -> list[list[Any]]:
+        scored.extend((each.name, document) for each in candidates for document in documents)
+        return outcomes(self, candidates, documents, tick)
+
+    def read(model: Any, batch: Any) -> None:
+        frozen.extend(batch.documents)
+        run_blocks(model, batch)
+
+    monkeypatch.setattr(Trajectory, "outcomes", recorded)
+    monkeypatch.setattr(trainer, "_run_blocks", read)
+    result = train_vector(lm, "toy_choice", rungs=(Rung(1, 0.4, 1, 0.5), Rung(1, 0.7, 1, 0.5)), **settings)
+    assert result.sweep is not None
+    assert result.sweep.notes["trials"] > 8
+    assert len(scored) == len(set(scored))
+    selection = [document for name, document in scored if name.startswith("baseline")]
+    assert len(selection) == 24
+    read_for_selection = [document for document in frozen if document in set(selection)]
+    assert len(read_for_selection) == 24 + 1  # the shortest once more, to check the engine
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({}, "onepass"),
+        ({"method": "all-layers", "positions": "auto", "refine": 0}, "onepass"),
+        ({"control": "shuffled", "objective": None, "seeds": 3}, "onepass"),
+        ({"method": "mlp"}, "adaptive"),
+        ({"method": "caa"}, "adaptive"),
+        ({"lr": 1e-2}, "adaptive"),
+        ({"screen": "order"}, "adaptive"),
+        ({"lr": 1e-2, "protocol": "full"}, "full"),
+    ],
+)
+def test_the_protocol_of_a_plan_that_names_none(asked: dict[str, Any], name: str) -> None:
+    assert TrainingPlan.of("t", **asked).protocol.name == name
+
+
 def test_the_line_searchs_scores_are_those_of_the_plain_engine(
     lm: AFTLM, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -446,15 +490,17 @@ def test_a_killed_run_resumes_to_the_same_vector(
 def test_trials_that_are_not_finite_are_passed_over(
     lm: AFTLM, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = Trajectory.evaluate
+    outcomes = Trajectory.outcomes
 
-    def failing(self: Trajectory, candidates: Any, documents: Any, tick: Any) -> list[Score]:
-        found = evaluate(self, candidates, documents, tick)
-        bad = replace(found[0], score=float("nan"))
+    def failing(self: Trajectory, candidates: Any, documents: Any, tick: Any) -> list[list[Any]]:
+        found = outcomes(self, candidates, documents, tick)
         hit = [each.layer == 1 and each.stage != "baseline" for each in candidates]
-        return [bad if at_fault else score for at_fault, score in zip(hit, found, strict=True)]
+        return [
+            [float("nan") * one for one in own] if at_fault else own
+            for at_fault, own in zip(hit, found, strict=True)
+        ]
 
-    monkeypatch.setattr(Trajectory, "evaluate", failing)
+    monkeypatch.setattr(Trajectory, "outcomes", failing)
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(OnePass, "_line_search", interrupt)

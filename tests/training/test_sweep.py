@@ -12,7 +12,7 @@ import torch
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.steering.intervention import Intervention
-from lm_eval_aft.training.candidate import Candidate, Recipe, Tick
+from lm_eval_aft.training.candidate import Candidate, Recipe, Tick, absolute
 from lm_eval_aft.training.recipe import PROTOCOLS, Protocol, find_protocol, parse_rungs, schedule
 from lm_eval_aft.training.selection import CRITERIA, Criterion, Score
 from lm_eval_aft.training.setup import small_random
@@ -79,14 +79,14 @@ def run(engine: Scripted, protocol: Protocol, layers: Sequence[int] = range(6)) 
         vector = torch.zeros(4) if noise is None else small_random(4, 1.0, noise)
         return Intervention.static(layer, vector)
 
-    return Sweep(
-        engine, protocol, list(layers), seeds=seeds, train=train, selection=DOCS, start=start, events=Silent()
-    ).run()
+    parts: dict[str, Any] = {"seeds": seeds, "train": train, "selection": DOCS, "events": Silent()}
+    norms = dict.fromkeys(layers, 2.0)  # so that 0.01r is 0.01 at the vectors' width of 4
+    return Sweep(engine, protocol, list(layers), start=start, norms=norms, **parts).run()
 
 
 def by_layer(candidate: Candidate, epoch: int) -> float:
     """Layer 4 is best, then its neighbours; the larger rate is better; each epoch helps a little."""
-    return 0.5 + 0.05 * abs(candidate.layer - 4) - 10 * candidate.recipe.lr - 0.001 * epoch
+    return 0.5 + 0.05 * abs(candidate.layer - 4) - absolute(candidate.recipe.lr, 1.0) - 0.001 * epoch
 
 
 ADAPTIVE = find_protocol("adaptive")
@@ -95,7 +95,7 @@ ADAPTIVE = find_protocol("adaptive")
 def test_halving_finds_the_best_layer_with_a_fraction_of_the_work() -> None:
     engine = Scripted(by_layer)
     result = run(engine, ADAPTIVE)
-    assert (result.chosen.layer, result.finalist.recipe.lr) == (4, 1e-2)
+    assert (result.chosen.layer, result.finalist.recipe.lr) == (4, "0.1r")
     assert result.pruned == ""
     stages = schedule(ADAPTIVE, 6, 64, 64)
     trained = sum(engine.trained.values())
@@ -226,9 +226,9 @@ def test_the_design_table() -> None:
     assert (maximum.regression, maximum.retries) == (True, 3)
     assert (adaptive.train_docs, adaptive.min_epochs, adaptive.epochs, adaptive.retries) == (500, 3, 10, 3)
     assert [p.share_fewshot for p in (rapid, optimized, maximum, adaptive, full)] == [1, 1, 1, 8, 1]
-    assert adaptive.lr == full.lr == (1e-4, 5e-4, 1e-3, 2e-3, 1e-2)
-    assert adaptive.l2 == (0.0, 1e-4, 1e-3, 1e-2)
-    assert (full.train_docs, full.rungs, full.l2, full.seeds) == (400, (), (1e-3,), 3)
+    assert adaptive.lr == full.lr == ("0.001r", "0.003r", "0.01r", "0.03r", "0.1r")
+    assert adaptive.l2 == (0.0, "0.0001r", "0.001r", "0.01r")
+    assert (full.train_docs, full.rungs, full.l2, full.seeds) == (400, (), ("0.001r",), 3)
     assert all(p.selection_docs == 500 for p in PROTOCOLS.values())
 
 
@@ -237,6 +237,12 @@ def test_the_design_table() -> None:
     [
         {"lr": 0.0},
         {"lr": ()},
+        {"lr": "0r"},
+        {"lr": ["-0.1r"]},
+        {"lr": "infr"},
+        {"lr": "r"},
+        {"lr": ["1e-3", "fast"]},
+        {"l2": "nanr"},
         {"l2": -1.0},
         {"epochs": 0},
         {"seeds": 0},
@@ -261,6 +267,17 @@ def test_changes_and_rungs_in_writing() -> None:
             parse_rungs(wrong)
     with pytest.raises(AFTError, match="Choose one of"):
         find_protocol("turbo")
+
+
+def test_rates_in_writing() -> None:
+    """Flags, study files and Python give the same protocol, in one spelling."""
+    for given in ("0.0100r, 1e-3", ["0.01r", "0.001"], ("1e-2r", 1e-3)):
+        changed = ADAPTIVE.changed({"lr": given, "l2": "1e-2r"})
+        assert (changed.lr, changed.l2) == (("0.01r", 1e-3), ("0.01r",))
+        assert changed.to_dict()["lr"] == ["0.01r", 1e-3]
+    with pytest.raises(AFTError, match=r"relative to the hidden states: 0\.003r") as found:
+        ADAPTIVE.changed({"lr": "0.1%"})
+    assert "Cannot read the numbers '0.1%'" in found.value.what
 
 
 def test_recipe_is_checked() -> None:
@@ -297,7 +314,7 @@ def test_every_choice_follows_the_criterion(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(CRITERIA, "contrary", Criterion("contrary", lambda score: (-score.score,)))
     contrary = ADAPTIVE.changed({"criterion": "contrary"})
     result = run(Scripted(by_layer, baseline_score=0.0), contrary)
-    assert (result.chosen.layer, result.finalist.recipe.lr) == (0, 1e-4)  # the highest cross-entropy
+    assert (result.chosen.layer, result.finalist.recipe.lr) == (0, "0.001r")  # the highest cross-entropy
     assert {candidate.best_epoch for candidate in result.chosen.candidates} == {1}
     assert (result.chosen.improves, result.retries, result.pruned) == (True, 0, "")
     assert contrary.to_dict()["criterion"] == "contrary"

@@ -20,13 +20,14 @@ from lm_eval_aft import AFTError, SteeringVector, load_vector, train_vector
 from lm_eval_aft.harness.examples import Example
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.intervention import Intervention
+from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.training import checkpoint as events_module
 from lm_eval_aft.training import sweep as sweep_module
 from lm_eval_aft.training.candidate import Candidate, Recipe
-from lm_eval_aft.training.recipe import parse_layers
+from lm_eval_aft.training.recipe import TrainingPlan, parse_layers
 from lm_eval_aft.training.run import cost
 from lm_eval_aft.training.selection import Score
-from lm_eval_aft.training.setup import apply_control, random_like
+from lm_eval_aft.training.setup import apply_control, prepare, random_like
 from tests.support.processes import by_one_and_by_two
 
 # Every layer and seed to the end: no search, no retries.
@@ -58,6 +59,10 @@ def settings(toy_tasks: Callable[..., str]) -> dict[str, Any]:
 @pytest.fixture
 def lm(checkpoint: Callable[..., str]) -> AFTLM:
     return AFTLM(checkpoint("llama"), device="cpu", batch_size=4)
+
+
+def plan_of(settings: dict[str, Any]) -> TrainingPlan:
+    return TrainingPlan.of("toy_choice", **{key: each for key, each in settings.items() if key != "progress"})
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -320,6 +325,118 @@ def test_adam_step_with_l2_and_clip_equals_torchs_own() -> None:
         torch.nn.utils.clip_grad_norm_([theirs], 0.7)
         adam.step()
     assert torch.allclose(ours.vector, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.trained])
+def test_relative_training_is_the_same_in_every_unit_of_the_residual_stream(name: str) -> None:
+    """A stream 8 times as long: what is added is 8 times as long, what reads it 8 times as small."""
+    method, width, factor = METHODS[name], 16, 8.0
+    layers = (1, 2) if method.steers_all_layers else (1,)
+    start = method.initial_tensors(width, layers, torch.Generator().manual_seed(0))
+    target = {
+        key: torch.randn(each.shape, generator=torch.Generator().manual_seed(1))
+        for key, each in start.items()
+    }
+    recipe = Recipe(lr="0.03r", l2="0.2r", clip=0.7)
+    ends = []
+    for scale in (1.0, factor):
+        units = {key: scale ** method.power(key) for key in start}
+        own = {key: each.clone() * units[key] for key, each in start.items()}
+        made = Candidate(1, 0, recipe, Intervention(method, own), norms={1: 2.0 * scale, 2: 6.0 * scale})
+        for _ in range(5):
+            loss = sum((((own[key] / units[key]) - target[key]) ** 4).sum() for key in own)
+            made.backward(loss)
+            made.step()
+        ends.append({key: each.detach() / units[key] for key, each in own.items()})
+    for key in start:
+        assert torch.equal(ends[0][key], ends[1][key])
+        assert not torch.equal(ends[0][key], start[key])
+
+
+def test_a_relative_rate_and_penalty_are_so_many_typical_entries() -> None:
+    """At a median norm of 24 and a width of 9, r is 8."""
+    torch.manual_seed(0)
+    target, ends = torch.randn(9), []
+    for recipe in (Recipe(lr="0.01r", l2="0.5r", clip=None), Recipe(lr=0.08, l2=0.5 / 64, clip=None)):
+        made = Candidate(3, 0, recipe, Intervention.static(3, torch.zeros(9)), norms={3: 24.0})
+        for _ in range(4):
+            made.backward(((made.vector - target) ** 2).sum())
+            made.step()
+        ends.append(made.vector.detach())
+        assert made.chosen.get("lr_absolute") == (0.08 if recipe.lr == "0.01r" else None)
+    assert torch.allclose(ends[0], ends[1], rtol=1e-5)
+    assert made.relative_norm() == pytest.approx(float(ends[1].norm()) / 24)
+    with pytest.raises(ValueError, match="needs the norms"):
+        Candidate(3, 0, Recipe(lr="0.01r"), Intervention.static(3, torch.zeros(9)))
+
+
+def longer_stream(lm: AFTLM, factor: float) -> None:
+    """Make a Llama whose hidden states are ``factor`` times as long, and whose outputs are the same."""
+    with torch.no_grad():
+        lm.model.model.embed_tokens.weight.mul_(factor)
+        for name, module in lm.model.named_modules():
+            if name.endswith(("o_proj", "down_proj")):
+                module.weight.mul_(factor)
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon *= factor**2
+
+
+def test_relative_rates_find_the_same_vector_in_a_model_with_a_longer_stream(
+    checkpoint: Callable[..., str], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    found = {}
+    for factor in (1.0, 64.0):
+        lm = AFTLM(checkpoint("llama"), device="cpu", batch_size=4)
+        assert not lm.model.config.tie_word_embeddings
+        longer_stream(lm, factor)
+        plan = {**settings, "lr": "0.01r,0.1r", "l2": "0.001r", "protocol": "full"}
+        found[factor] = train_vector(lm, "toy_choice", tmp_path / str(factor), **plan).vector
+    one, other = found[1.0], found[64.0]
+    assert list(one.layers) == list(other.layers)
+    for layer, values in one.layers.items():
+        assert float((other.layers[layer] / 64 - values).norm()) < 1e-3 * float(values.norm())
+    chosen = [vector.metadata["protocol"]["chosen"] for vector in (one, other)]
+    assert chosen[0]["lr"] == chosen[1]["lr"] in ("0.01r", "0.1r")
+    assert chosen[1]["lr_absolute"] == pytest.approx(64 * chosen[0]["lr_absolute"], rel=1e-3)
+    assert one.share() == pytest.approx(other.share(), rel=1e-2)
+    (layer,) = one.layers
+    assert one.share() == pytest.approx(one.norm() / one.metadata["residual_norm"][str(layer)], rel=1e-3)
+
+
+def test_the_length_is_recorded_and_shown_as_a_share(
+    lm: AFTLM, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval_aft.cli.train import print_result
+
+    result = train_vector(lm, "toy_choice", tmp_path / "v", **settings)
+    vector = load_vector(tmp_path / "v")
+    (layer,) = vector.layers
+    states = []  # by transformers alone
+    for example in prepare(lm, plan_of(settings)).splits.selection:
+        context, continuation = lm._encode_pair(*example.requests[0])
+        with torch.no_grad():
+            outputs = lm.model(torch.tensor([context + continuation[:-1]]), output_hidden_states=True)
+        states.append(outputs.hidden_states[layer + 1][0])
+    median = float(torch.cat(states).norm(dim=-1).median())
+    assert vector.metadata["residual_norm"][str(layer)] == pytest.approx(median, rel=1e-3)
+    assert vector.share() == pytest.approx(vector.norm() / median, rel=1e-3)
+    share = f"{100 * vector.share():.3g} %"
+    assert f"of norm {vector.norm():.4g}, {share} of the median residual norm there" in (
+        " ".join((tmp_path / "v" / "README.md").read_text().split())
+    )
+    print_result(result, "model")
+    shown = capsys.readouterr().out
+    assert f"{vector.norm():.2f} ({share})" in shown
+    best = [line for line in events(tmp_path / "v") if line["event"] == "epoch" and line["layer"] == layer]
+    assert all(line["share"] == pytest.approx(line["norm"] / median, rel=1e-3) for line in best)
+
+
+def test_a_length_without_unit_or_record_has_no_share(lm: AFTLM, settings: dict[str, Any]) -> None:
+    vector = train_vector(lm, "toy_choice", None, **{**settings, "method": "scale"}).vector
+    assert vector.share() is None
+    assert not {"share", "residual_norm"} & {*vector.metadata}
+    for wrong in ({"share": {"1": "long"}}, {"share": {"1": -1}}, {"share": {}}, {}):
+        assert SteeringVector({1: torch.ones(2)}, metadata=wrong).share() is None
 
 
 def examples(n: int) -> list[Example]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,19 @@ def test_a_converted_model_has_the_rotary_tables_of_one_loaded_so(
         assert buffer.dtype == expected[name].dtype, name
     ids = torch.randint(5, 60, (2, 100), generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(ids).logits, converted(ids).logits)
+
+
+@pytest.mark.parametrize("method", ["gguf", "fp8"])
+def test_weights_that_were_dequantised_train_in_the_fastest_dtype(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GGUF file's weights are plain ones once read, whatever transformers keeps of its quantisation."""
+    monkeypatch.setattr(precision, "hardware_has_bf16", lambda _device: True)
+    monkeypatch.setattr(precision, "WORTHWHILE", 0)
+    model: Any = tiny_model("llama")
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method))
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    assert precision.to_training_dtype(model) == (torch.bfloat16 if method == "gguf" else torch.float32)
 
 
 @pytest.mark.parametrize("kind", [CHOICE, TEXT])
@@ -266,6 +280,8 @@ def test_a_norm_cap_holds_for_every_seed(checkpoint: str, tmp_path: Path) -> Non
     reached = {seed: lengths[seed] * v.coefficient for seed, v in result.finalists.items()}
     assert len({round(length, 4) for length in lengths.values()}) == 3
     assert max(reached.values()) == pytest.approx(min(reached.values()), rel=1e-5)
+    for vector in result.finalists.values():
+        assert vector.share() * vector.coefficient == pytest.approx(0.01, rel=1e-3)
 
 
 def test_what_is_not_trained_can_be_planned() -> None:
