@@ -369,17 +369,30 @@ class UpperBlocks(Trajectory):
 
     def step(self, candidate: Candidate, batch: Batch) -> None:
         """A training step of one candidate, forward and backward."""
-        with self.steered(candidate, self.outputs(batch, [candidate.layer])):
-            logits = continuation_logits(self.model, batch)
-        candidate.backward(self.objective.losses(logits, batch).mean())
+        candidate.backward(self.objective.losses(self._logits(candidate, batch), batch).mean())
         candidate.step()
 
     @torch.no_grad()
     def read(self, candidate: Candidate, batch: Batch) -> list[Any]:
         """A candidate's outcomes, forward alone."""
+        return self.objective.outcomes(self._logits(candidate, batch), batch)
+
+    def bare_step(self, candidate: Candidate, batch: Batch) -> None:
+        """As `step`, without the loss, and the head at one position only."""
+        candidate.backward(self._logits(candidate, replace(batch, scored=batch.scored[:1])).sum())
+        candidate.step()
+
+    @torch.no_grad()
+    def bare_read(self, candidate: Candidate, batch: Batch) -> None:
+        """As `read`, likewise."""
+        self._logits(candidate, replace(batch, scored=batch.scored[:1]))
+
+    def _logits(self, candidate: Candidate, batch: Batch) -> Tensor:
         with self.steered(candidate, self.outputs(batch, [candidate.layer])):
-            logits = continuation_logits(self.model, batch)
-        return self.objective.outcomes(logits, batch)
+            return continuation_logits(self.model, batch)
+
+
+Work = Callable[[Candidate, Batch], object]
 
 
 @dataclass(frozen=True)
@@ -412,7 +425,10 @@ class _Fitted:
         flops = (block.flops - block.attention) * longer
         flops += block.attention * size.pairs / self.size.pairs
         found = Spent(block.seconds * (flops / block.flops if block.flops else longer), flops) * blocks
-        heads = size.scored / self.size.scored if around else 0.0
+        # The head is applied where something is scored; a whole pass grows with all tokens.
+        heads = size.scored / self.size.scored if block.seconds or block.flops else longer
+        if not around:
+            return found
         return found + Spent(self.around.seconds, self.around.flops) * heads
 
     def bytes(self, size: Size, blocks: float) -> float:
@@ -475,9 +491,9 @@ class Forecast:
         weights = _weights(engine.backbone)
         probe = self.probe(len(weights) - 1)
         train, selection = (_batch(engine, each.typical(share)) for each in (self.train, self.selection))
-        read = self._fitted(engine.read, train, blocks)
-        judge = self._fitted(engine.read, selection, blocks)
-        step = self._fitted(engine.step, train, blocks) if probe.trained else None
+        read = self._fitted(engine.read, engine.bare_read, train, blocks)
+        judge = self._fitted(engine.read, engine.bare_read, selection, blocks)
+        step = self._fitted(engine.step, engine.bare_step, train, blocks) if probe.trained else None
         laid_out = [
             _seconds(lambda: _batch(engine, each.documents)) / len(each.documents)  # noqa: B023
             for each in (train, selection)
@@ -527,18 +543,22 @@ class Forecast:
         passes += [(ordered[-1:], packed), (ordered[-1:], packed), (ordered[-1:], False)]
         return reduce(Size.__add__, (Size.of(*each) for each in passes))
 
-    def _fitted(self, work: Callable[[Candidate, Batch], object], batch: Batch, blocks: int) -> _Fitted:
-        """What a kind of pass takes around the blocks and for each of them, from passes at two layers."""
-        depth = len(self.engine.backbone.blocks)
-        size = Size.of(batch.documents, self.engine.packed)
-        around = self._taken(work, batch, depth - 1 if not self.engine.whole else depth // 2)
-        if not blocks:
-            return _Fitted(around, _Taken(0.0, 0.0, 0.0, 0.0), size, around.seconds)
-        weight = sum(_weights(self.engine.backbone)[depth - blocks :])
-        upper = self._taken(work, batch, depth - 1 - blocks)
-        return _Fitted(around, upper.without(around, weight), size, around.seconds + upper.seconds)
+    def _fitted(self, work: Work, bare: Work, batch: Batch, blocks: int) -> _Fitted:
+        """What a kind of pass takes around the blocks and for each of them.
 
-    def _taken(self, work: Callable[[Candidate, Batch], object], batch: Batch, layer: int) -> _Taken:
+        Args:
+            bare: the work without most of what surrounds the blocks, of which few would else be lost in it.
+        """
+        size, last = Size.of(batch.documents, self.engine.packed), len(self.engine.backbone.blocks) - 1
+        if self.engine.whole:
+            whole = self._taken(work, batch, last // 2)
+            return _Fitted(whole, _Taken(0.0, 0.0, 0.0, 0.0), size, whole.seconds)
+        around, without = self._taken(work, batch, last), self._taken(bare, batch, last)
+        upper = self._taken(bare, batch, last - blocks)
+        weight = sum(_weights(self.engine.backbone)[last + 1 - blocks :]) or 1.0
+        return _Fitted(around, upper.without(without, weight), size, around.seconds + upper.seconds)
+
+    def _taken(self, work: Work, batch: Batch, layer: int) -> _Taken:
         candidate = self.probe(layer)
         require(COUNTED_ATTENTION)
         # What is counted is done twice, so that nothing that is slow only once is timed.
