@@ -10,8 +10,8 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -224,9 +224,14 @@ def _nothing(_done: int) -> None:
 # needed to time them.
 
 # Seconds that measuring may take: a share of the run's own, within these bounds; the first level always may.
-SHARE, LEAST, MOST = 0.02, 1.0, 5.0
-# What may be measured: a share of a typical pass's tokens, and so many blocks at most.
-LEVELS = ((1 / 16, 1), (1 / 4, 1), (1.0, 1), (1.0, 4), (1.0, 16), (1.0, 64), (1.0, 256))
+SHARE, LEAST, MOST = 0.02, 1.0, 8.0
+# What may be measured, in turn: so many tokens and blocks, or what a typical pass has.
+LEVELS = (
+    *((tokens, 1) for tokens in (32, 128, 512, 2048, 8192, 32768)),
+    (32768, 4),
+    (32768, 16),
+    (32768, 256),
+)
 STEADY = 0.02  # seconds over which a short pass is repeated
 REFINED = 3  # steps that most refinements take at least, found on models of 0.1 to 135 million parameters
 COPIES = 5  # of a candidate's numbers: the vector, its gradient, two moments, the best so far
@@ -306,12 +311,17 @@ class Passes:
         total = reduce(Size.__add__, sizes)
         return cls(found, packed, total * (1 / len(many)), max(sizes, key=lambda size: size.tokens))
 
-    def typical(self, share: float) -> list[TokenizedDocument]:
-        """The pass nearest to the mean, cut to a share of its tokens."""
+    @cached_property
+    def typical(self) -> list[TokenizedDocument]:
+        """The pass nearest to the mean size."""
         sizes = [Size.of(each, self.packed).tokens for each in self.documents]
         mean = sum(sizes) / len(sizes)
-        place = min(range(len(sizes)), key=lambda i: abs(sizes[i] - mean))
-        return _cut(self.documents[place], share * sizes[place], self.packed)
+        return self.documents[min(range(len(sizes)), key=lambda i: abs(sizes[i] - mean))]
+
+    def cut(self, tokens: float) -> list[TokenizedDocument]:
+        """The typical pass, or as many tokens of it."""
+        whole = Size.of(self.typical, self.packed).tokens
+        return _cut(self.typical, min(tokens, whole), self.packed)
 
 
 def _cut(documents: Sequence[TokenizedDocument], tokens: float, packed: bool) -> list[TokenizedDocument]:
@@ -399,10 +409,10 @@ Work = Callable[[Candidate, Batch], object]
 class _Taken:
     """What a pass took; ``attention``: those of the operations that grow with pairs of tokens."""
 
-    seconds: float
-    flops: float
-    attention: float
-    bytes: float
+    seconds: float = 0.0
+    flops: float = 0.0
+    attention: float = 0.0
+    bytes: float = 0.0
 
     def without(self, part: _Taken, times: float) -> _Taken:
         """What is left, divided; timings jitter, so never below zero."""
@@ -412,28 +422,40 @@ class _Taken:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """One kind of pass: what it takes around the blocks, and for each block, at the size measured."""
+    """One kind of pass: what it takes around the blocks, and for each block, at the size measured.
+
+    Attributes:
+        spent: seconds that measuring it took.
+        counted: where only seconds were measured, the same pass at the size whose operations were counted.
+    """
 
     around: _Taken
     block: _Taken
     size: Size
-    seconds: float  # of all that was measured
+    spent: float
+    counted: _Fitted | None = None
 
     def __call__(self, size: Size, blocks: float, around: bool = True) -> Spent:
         """What passes of another size over so many blocks take."""
-        block, longer = self.block, size.tokens / self.size.tokens
-        flops = (block.flops - block.attention) * longer
-        flops += block.attention * size.pairs / self.size.pairs
-        found = Spent(block.seconds * (flops / block.flops if block.flops else longer), flops) * blocks
-        # The head is applied where something is scored; a whole pass grows with all tokens.
-        heads = size.scored / self.size.scored if block.seconds or block.flops else longer
+        known = self.counted or self
+        flops, here = known._block_flops(size), known._block_flops(self.size)
+        longer = size.tokens / self.size.tokens
+        found = Spent(self.block.seconds * (flops / here if here else longer), flops) * blocks
         if not around:
             return found
-        return found + Spent(self.around.seconds, self.around.flops) * heads
+        # The head is applied where something is scored; a whole pass (without blocks) grows with all tokens.
+        wider = size.scored / self.size.scored if here else longer
+        counted = size.scored / known.size.scored if here else size.tokens / known.size.tokens
+        return found + Spent(self.around.seconds * wider, known.around.flops * counted)
+
+    def _block_flops(self, size: Size) -> float:
+        linear = (self.block.flops - self.block.attention) * size.tokens / self.size.tokens
+        return linear + self.block.attention * size.pairs / self.size.pairs
 
     def bytes(self, size: Size, blocks: float) -> float:
         """Memory of such a pass, where so many blocks keep what they have allocated."""
-        return (self.around.bytes + self.block.bytes * blocks) * size.tokens / self.size.tokens
+        known = self.counted or self
+        return (known.around.bytes + known.block.bytes * blocks) * size.tokens / known.size.tokens
 
 
 @dataclass(frozen=True)
@@ -455,6 +477,7 @@ class Forecast:
     judged: int
     stages: Sequence[Stage]
     protocol: Protocol
+    _counted: dict[str, _Fitted] = field(default_factory=dict)
 
     def estimate(self) -> Estimate:
         """Time ever larger passes, as long as there is time, and extrapolate.
@@ -462,21 +485,22 @@ class Forecast:
         Raises:
             RuntimeError, TypeError, ...: the model's blocks cannot be run in this way.
         """
-        started, (share, blocks) = clock(), LEVELS[0]
-        first, seconds = self._measured(share, blocks)
-        found = first
+        started, level = clock(), LEVELS[0]
+        found, seconds = self._measured(*level)
+        typical = max(Size.of(each.typical, each.packed).tokens for each in (self.train, self.selection))
+
+        def work(tokens: float, blocks: int) -> float:
+            return min(tokens, typical) * max(1, self._most(blocks))
+
         while True:
             left = min(MOST, max(LEAST, SHARE * found.seconds)) - (clock() - started)
-            work = share * max(1, self._most(blocks))
-            growth = {level: level[0] * max(1, self._most(level[1])) / work for level in LEVELS}
-            # Everything is done twice: counted, then timed.
-            larger = [level for level, more in growth.items() if more > 1 and 2 * more * seconds < left]
+            growth = {each: work(*each) / work(*level) for each in LEVELS}
+            larger = [each for each, more in growth.items() if more > 1 and more * seconds < left]
             if not larger:
-                # Operations are the same from every level, up to rounding.
-                return replace(found, flops=first.flops)
-            share, blocks = larger[-1]
+                return found
+            level = larger[-1]
             try:
-                found, seconds = self._measured(share, blocks)
+                found, seconds = self._measured(*level)
             except RuntimeError as error:  # out of memory, where a run would take smaller batches
                 logger.info("No larger pass was timed: %s", error)
                 return found
@@ -485,15 +509,15 @@ class Forecast:
         return 0 if self.engine.whole else min(blocks, len(self.engine.backbone.blocks) - 1)
 
     @subnormals_flushed()
-    def _measured(self, share: float, blocks: int) -> tuple[Estimate, float]:
-        """The estimate from passes cut to a share of their tokens, over so many blocks, and their time."""
+    def _measured(self, tokens: float, blocks: int) -> tuple[Estimate, float]:
+        """The estimate from passes of so many tokens and blocks at most, and how long those took."""
         engine, blocks = self.engine, self._most(blocks)
         weights = _weights(engine.backbone)
         probe = self.probe(len(weights) - 1)
-        train, selection = (_batch(engine, each.typical(share)) for each in (self.train, self.selection))
-        read = self._fitted(engine.read, engine.bare_read, train, blocks)
-        judge = self._fitted(engine.read, engine.bare_read, selection, blocks)
-        step = self._fitted(engine.step, engine.bare_step, train, blocks) if probe.trained else None
+        train, selection = (_batch(engine, each.cut(tokens)) for each in (self.train, self.selection))
+        read = self._fitted("read", train, blocks)
+        judge = self._fitted("judge", selection, blocks)
+        step = self._fitted("step", train, blocks) if probe.trained else None
         laid_out = [
             _seconds(lambda: _batch(engine, each.documents)) / len(each.documents)  # noqa: B023
             for each in (train, selection)
@@ -516,7 +540,7 @@ class Forecast:
             if step is None
             else step(self.train.mean, lowest) + read(self.train.mean, every - lowest, around=False),
         )
-        timed = sum(each.seconds for each in (read, judge, step) if each)
+        timed = sum(each.spent for each in (read, judge, step) if each)
         baseline = judge(self.selection.mean, every) + Spent(laid_out[1])
         checks = judge(self._checked(), every)
         return self._total(rates, baseline, checks, self._peak(step, read, judge, lowest)), timed
@@ -543,31 +567,41 @@ class Forecast:
         passes += [(ordered[-1:], packed), (ordered[-1:], packed), (ordered[-1:], False)]
         return reduce(Size.__add__, (Size.of(*each) for each in passes))
 
-    def _fitted(self, work: Work, bare: Work, batch: Batch, blocks: int) -> _Fitted:
+    def _fitted(self, kind: str, batch: Batch, blocks: int) -> _Fitted:
         """What a kind of pass takes around the blocks and for each of them.
 
-        Args:
-            bare: the work without most of what surrounds the blocks, of which few would else be lost in it.
+        The latter is found without most of what surrounds the blocks, in which a few of them would be lost.
         """
-        size, last = Size.of(batch.documents, self.engine.packed), len(self.engine.backbone.blocks) - 1
-        if self.engine.whole:
-            whole = self._taken(work, batch, last // 2)
-            return _Fitted(whole, _Taken(0.0, 0.0, 0.0, 0.0), size, whole.seconds)
-        around, without = self._taken(work, batch, last), self._taken(bare, batch, last)
-        upper = self._taken(bare, batch, last - blocks)
-        weight = sum(_weights(self.engine.backbone)[last + 1 - blocks :]) or 1.0
-        return _Fitted(around, upper.without(without, weight), size, around.seconds + upper.seconds)
+        engine, size = self.engine, Size.of(batch.documents, self.engine.packed)
+        last, counted = len(engine.backbone.blocks) - 1, self._counted.get(kind)
+        work, bare = (engine.step, engine.bare_step) if kind == "step" else (engine.read, engine.bare_read)
 
-    def _taken(self, work: Work, batch: Batch, layer: int) -> _Taken:
+        def taken(work: Work, layer: int) -> _Taken:
+            return self._taken(work, batch, layer, count=counted is None)
+
+        if engine.whole:
+            around, block = taken(work, last // 2), _Taken()
+            spent = around.seconds
+        else:
+            around, without, upper = taken(work, last), taken(bare, last), taken(bare, last - blocks)
+            block = upper.without(without, sum(_weights(engine.backbone)[last + 1 - blocks :]) or 1.0)
+            spent = around.seconds + without.seconds + upper.seconds
+        fitted = _Fitted(around, block, size, spent, counted)
+        self._counted.setdefault(kind, fitted)
+        return fitted
+
+    def _taken(self, work: Work, batch: Batch, layer: int, count: bool) -> _Taken:
         candidate = self.probe(layer)
+        if not count:
+            return _Taken(_seconds(lambda: work(candidate, batch)))
         require(COUNTED_ATTENTION)
-        # What is counted is done twice, so that nothing that is slow only once is timed.
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, PeakMemory() as memory:
             work(candidate, batch)
-        counted = {str(name): count for name, count in counter.get_flop_counts().get("Global", {}).items()}
-        attention = sum(count for name, count in counted.items() if "attention" in name)
+        counts = {str(name): count for name, count in counter.get_flop_counts().get("Global", {}).items()}
+        attention = sum(count for name, count in counts.items() if "attention" in name)
+        # Done twice, so that nothing that is slow only once is timed.
         seconds = _seconds(lambda: work(candidate, batch))
-        return _Taken(seconds, float(sum(counted.values())), float(attention), float(memory.peak))
+        return _Taken(seconds, float(sum(counts.values())), float(attention), float(memory.peak))
 
     def _total(self, rates: Rates, baseline: Spent, checks: Spent, peak_bytes: float) -> Estimate:
         stages, seeds = self.stages, self.protocol.seeds
