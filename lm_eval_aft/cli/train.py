@@ -430,8 +430,8 @@ def print_stages(stages: Sequence[Stage]) -> None:
 def print_cost(expected: Estimate, retries: bool = False) -> None:
     """The cost of a run; ``retries``: it may start some candidates again, which is not counted."""
     aside = " (retries aside)" if retries else ""
-    least, most = duration(expected.least or 0), duration(expected.most or expected.seconds)
-    spread = "" if least == most else f" ({least} to {most}, as candidates stop early or not)"
+    ends = [duration(expected.seconds if each is None else each) for each in (expected.least, expected.most)]
+    spread = "" if ends[0] == ends[1] else f" ({ends[0]} to {ends[1]}, as candidates stop early or not)"
     click.echo(
         f"About {duration(expected.seconds)} on this machine as it is now{aside}{spread}, "
         f"{expected.flops:.3g} floating-point operations at most, "
