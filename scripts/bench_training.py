@@ -42,9 +42,9 @@ from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.steering.hooks import add_at
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.training.candidate import Candidate, Recipe, in_steps
-from lm_eval_aft.training.cost import estimate, peak_memory
+from lm_eval_aft.training.cost import Forecast, Passes, UpperBlocks, peak_memory
 from lm_eval_aft.training.objectives import Choice
-from lm_eval_aft.training.recipe import find_protocol, schedule
+from lm_eval_aft.training.recipe import Protocol, Stage, find_protocol, schedule
 from lm_eval_aft.training.trainer import Trajectory
 
 SHAPES: dict[str, Any] = {
@@ -411,7 +411,21 @@ def measure_memory(case: Case, side: str) -> int:
     engine = Trajectory(model, backbone, Choice("acc"), packed=True)
     depth = len(backbone.blocks)
     if side == "estimate":
-        return estimate(engine, at_zero(range(depth), backbone), docs, docs).peak_bytes
+        part = UpperBlocks(model, backbone, Choice("acc"), like=docs[0], packed=True)
+        return (
+            Forecast(
+                part,
+                lambda layer: at_zero([layer], backbone)[0],
+                range(depth),
+                Passes.of(docs, part, step=1),
+                Passes.of(docs, part),
+                len(docs),
+                [Stage("final", depth, len(docs), len(docs), 1, 1)],
+                Protocol("once", seeds=1),
+            )
+            .estimate()
+            .peak_bytes
+        )
     candidates = at_zero(range(depth), backbone)
 
     def train(some: Sequence[TokenizedDocument]) -> None:

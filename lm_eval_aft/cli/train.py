@@ -238,7 +238,7 @@ def _dry_run(prepared: Prepared) -> None:
     rows = [(key, str(value)) for key, value in prepared.summary().items()]
     print_table("Plan (nothing was trained)", ("setting", "value"), rows)
     print_stages(prepared.stages())
-    click.echo("Measuring a few documents ...", err=True)
+    click.echo("Measuring ...", err=True)
     print_cost(cost(prepared), retries=True)
     if (rft := prepared.plan.rft) is not None:
         click.echo(
@@ -431,9 +431,11 @@ def print_stages(stages: Sequence[Stage]) -> None:
 def print_cost(expected: Estimate, retries: bool = False) -> None:
     """The cost of a run; ``retries``: it may start some candidates again, which is not counted."""
     aside = " (retries aside)" if retries else ""
+    ends = [duration(expected.seconds if each is None else each) for each in (expected.least, expected.most)]
+    spread = "" if ends[0] == ends[1] else f" ({ends[0]} to {ends[1]}, as candidates stop early or not)"
     click.echo(
-        f"At most about {duration(expected.seconds)} on this machine as it is now{aside}, "
-        f"{expected.flops:.3g} floating-point operations, "
+        f"About {duration(expected.seconds)} on this machine as it is now{aside}{spread}, "
+        f"{expected.flops:.3g} floating-point operations at most, "
         f"{expected.peak_bytes / 2**20:,.0f} MiB above the loaded weights."
     )
 

@@ -75,6 +75,14 @@ def packing_ruled_out(model: nn.Module, longest: int) -> str:
     return ""
 
 
+def rows_may_be_packed(model: nn.Module, documents: Sequence[TokenizedDocument]) -> bool:
+    """Whether a model's config and the documents allow packed rows; a loaded model is tested as well."""
+    if packing_ruled_out(model, max(document.tokens(False) for document in documents)):
+        return False
+    together = [[documents[i] for i in unit] for unit in units(documents)]
+    return any(len(lay_out(unit, True)) < len(lay_out(unit, False)) for unit in together)
+
+
 def row_decides(model: nn.Module, longest: int) -> bool:
     """Whether rotary positions of rows of up to ``longest`` tokens depend on the rest of their batch."""
     config: Any = model.config

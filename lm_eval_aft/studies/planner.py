@@ -14,6 +14,7 @@ from lm_eval_aft._util.model_source import model_source
 from lm_eval_aft._util.settings import read_yaml
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.engine.batching import TokenizedDocument, lay_out, units
+from lm_eval_aft.engine.checks import rows_may_be_packed
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.methods import DEFAULT_METHOD, Method, find_method
@@ -25,7 +26,6 @@ from lm_eval_aft.studies.simulated_device import (
     Roofline,
     blocks_alike,
     meta_model,
-    rows_may_be_packed,
     shallower,
     shapes_only,
 )

@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm_eval_aft._util.private_names import borrowed, require
 from lm_eval_aft.engine.batching import Batch, TokenizedDocument
-from lm_eval_aft.engine.checks import packing_ruled_out
 from lm_eval_aft.steering.backbone import Backbone, find_backbone
 from lm_eval_aft.training.cost import COUNTED_ATTENTION, CPU_ATTENTION, Spent
 from lm_eval_aft.training.objectives import Objective
@@ -207,13 +206,6 @@ def blocks_alike(model: nn.Module) -> bool:
     types = getattr(getattr(model, "config", None), "layer_types", None) or [""]
     shapes = [[(n, p.shape) for n, p in block.named_parameters()] for block in find_backbone(model).blocks]
     return len(set(types)) == 1 and all(each == shapes[0] for each in shapes)
-
-
-def rows_may_be_packed(model: nn.Module, documents: Sequence[TokenizedDocument]) -> bool:
-    """Whether a model's config and the documents allow packed rows; a loaded model is tested as well."""
-    if packing_ruled_out(model, max(document.tokens(True) for document in documents)):
-        return False
-    return any(document.rows(True) < document.rows(False) for document in documents)
 
 
 class MetaObjective(Objective):

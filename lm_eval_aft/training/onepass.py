@@ -24,7 +24,7 @@ from lm_eval_aft.steering.methods import METHODS, Method
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Workers
 from lm_eval_aft.training.checkpoint import RunRecorder, State
 from lm_eval_aft.training.gradients import Gradients
-from lm_eval_aft.training.recipe import LINE_SEARCH, Protocol, documents_of
+from lm_eval_aft.training.recipe import KEPT_BYTES, LINE_SEARCH, Protocol, documents_of
 from lm_eval_aft.training.selection import Criterion, Score, find_criterion, mean_of_seeds
 from lm_eval_aft.training.setup import Prepared
 from lm_eval_aft.training.sweep import LayerResult, SweepResult
@@ -456,7 +456,6 @@ class OnePass:
         )
 
 
-KEPT_BYTES = 2 << 30  # bytes of frozen blocks' outputs kept for trials to come
 SHORTER = 2  # places on the grid
 PRECISION = 0.15  # of a line search, in the logarithm of the length: the score is flat there
 WORTHWHILE = 0.002  # of the whole gain: a step that brings less is the last

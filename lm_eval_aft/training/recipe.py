@@ -21,6 +21,7 @@ from lm_eval_aft.training.objectives import CHOICE_LOSSES, CONTROLS, OBJECTIVES
 from lm_eval_aft.training.selection import CRITERIA, DEFAULT_CRITERION
 
 LINE_SEARCH = 4  # the most lengths tried in a line search
+KEPT_BYTES = 2 << 30  # bytes of frozen blocks' outputs kept for trials to come
 SMALLEST_SHARE = 8  # fewer documents are too few for any comparison
 
 
@@ -236,7 +237,10 @@ def schedule(protocol: Protocol, layers: int, train: int, selection: int) -> lis
 
 
 def _one_pass_stages(protocol: Protocol, directions: int, train: int, selection: int) -> list[Stage]:
-    """The pass; rounds of about three lengths for each direction left; the line search and the refinement."""
+    """The pass; rounds of about three lengths for each direction left; the line search and the refinement.
+
+    The line search goes over the last round's documents; what it finds is scored on the others too.
+    """
     stages = [Stage("pass", 1, train * protocol.seeds, 0, 1, directions)]
     for place, rung in enumerate(protocol.search_rounds):
         keep = min(directions, max(protocol.finalists, math.ceil(directions * rung.keep)))
@@ -252,9 +256,10 @@ def _one_pass_stages(protocol: Protocol, directions: int, train: int, selection:
         )
         directions = keep
     finals = min(directions, protocol.finalists) * protocol.seeds
-    last = documents_of(selection, protocol.search_rounds[-1].selection)
+    last = stages[-1].selection
     stages.append(Stage("line", finals, 0, last, LINE_SEARCH, finals, True))
-    stages.append(Stage("final", finals, 0, selection, 1, finals))
+    if last < selection:
+        stages.append(Stage("final", finals, 0, selection - last, 1, finals, True))
     if protocol.refine:
         stages.append(Stage("refine", finals, train, selection, protocol.refine, 1, True))
     return stages

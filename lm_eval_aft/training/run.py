@@ -8,21 +8,24 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
 from lm_eval_aft._util.process import is_main_process, now, postponed
 from lm_eval_aft.engine.batching import TokenizedDocument
-from lm_eval_aft.engine.checks import baseline_not_finite
-from lm_eval_aft.harness.examples import encode
+from lm_eval_aft.engine.checks import baseline_not_finite, rows_may_be_packed
+from lm_eval_aft.harness.examples import Example, encode
+from lm_eval_aft.harness.splits import MixedSplits
 from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
+from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.training.artifacts import draw_sweep, finished_vector, training_metadata, write_card
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Workers
@@ -37,7 +40,7 @@ from lm_eval_aft.training.checkpoint import (
     open_run,
     seed_file,
 )
-from lm_eval_aft.training.cost import Estimate, estimate
+from lm_eval_aft.training.cost import Estimate, Forecast, Passes, UpperBlocks
 from lm_eval_aft.training.onepass import OnePass, one_pass
 from lm_eval_aft.training.recipe import Stage, TrainingPlan
 from lm_eval_aft.training.rft import Rounds
@@ -52,10 +55,11 @@ from lm_eval_aft.training.setup import (
     rank_correlation,
 )
 from lm_eval_aft.training.sweep import Sweep, SweepResult, coefficients, score_again
-from lm_eval_aft.training.trainer import Trajectory, make_engine, residual_norms
+from lm_eval_aft.training.trainer import Trajectory, make_engine, master_dtype, residual_norms
 
 logger = logging.getLogger(__name__)
 SCREENED = 64  # documents that the screen reads
+SAMPLED = 64  # documents of either kind whose lengths a dry run takes for those of all
 
 
 @dataclass
@@ -259,24 +263,52 @@ def _progress_bar(stages: Sequence[Stage], workers: Workers, judged: int, shown:
 
 
 def cost(prepared: Prepared) -> Estimate:
-    """What the plan would cost, by running a few of its documents."""
-    lm, plan = prepared.lm, prepared.plan
-    selection = encode(prepared.splits.selection, lm)
-    train = encode(prepared.splits.train(plan.first_seed), lm)
-    engine, _ = make_engine(lm.model, prepared.backbone, prepared.objective, [*selection, *train])
-    start = Initializer(prepared, {plan.first_seed: train})
-    # A candidate's part grows evenly with the blocks above its layer: the first, middle and last tell.
-    ends = {prepared.sites[0], prepared.sites[len(prepared.sites) // 2], prepared.sites[-1]}
-    group = [Candidate(site, 0, Recipe(), start(site, plan.first_seed)) for site in sorted(ends)]
-    return estimate(
-        engine,
-        group,
-        train,
-        selection,
-        stages=prepared.stages(),
-        batch_size=plan.protocol.batch_size,
-        seeds=plan.protocol.seeds,
-    )
+    """What the plan would cost, by timing parts of a few passes; see `lm_eval_aft.training.cost`."""
+    lm, plan, protocol = prepared.lm, prepared.plan, prepared.plan.protocol
+    train = encode(apply_control(_some_training(prepared), plan.control, plan.first_seed), lm)
+    selection = encode(prepared.splits.selection[:SAMPLED], lm)
+    counts = (prepared.splits.drawn, len(prepared.splits.selection))
+    shortest = min((*train, *selection), key=lambda document: document.tokens(False))
+    ways: list[dict[str, bool]] = [{"packed": True}, {"packed": False}, {"whole": True}]
+    for way in ways if rows_may_be_packed(lm.model, [*train, *selection]) else ways[1:]:
+        try:
+            engine = UpperBlocks(lm.model, prepared.backbone, prepared.objective, like=shortest, **way)
+            return Forecast(
+                engine,
+                partial(_probe, prepared),
+                prepared.sites,
+                Passes.of(train, engine, counts[0] if protocol.one_pass else protocol.batch_size, counts[0]),
+                Passes.of(selection, engine, None, counts[1]),
+                counts[1],
+                prepared.stages(),
+                protocol,
+            ).estimate()
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            # As in a run: packed rows, then unpacked ones resumed from a layer, then whole passes.
+            if "whole" in way:
+                raise
+            logger.info("Could not be timed with %s: %s", way, error)
+    raise AssertionError("the last way returns or raises")
+
+
+def _some_training(prepared: Prepared) -> list[Example]:
+    """The first training documents that a run draws; building them all may take long."""
+    splits = prepared.splits
+    parts = splits.parts if isinstance(splits, MixedSplits) else [splits]
+    few = [replace(part, train_docs=min(part.drawn, -(-SAMPLED // len(parts)))) for part in parts]
+    drawn = replace(splits, parts=few) if isinstance(splits, MixedSplits) else few[0]
+    return drawn.train(prepared.plan.first_seed)
+
+
+def _probe(prepared: Prepared, layer: int) -> Candidate:
+    """A candidate as the run's, at any layer; of a method that steers all, what is above the layer."""
+    method, parameter = prepared.method, next(prepared.lm.model.parameters())
+    others = [each for each in prepared.layers if each > layer] if method.steers_all_layers else []
+    width = prepared.backbone.hidden_size
+    tensors = method.initial_tensors(width, (layer, *others), torch.Generator())
+    own = {k: v.to(parameter.device, master_dtype(parameter.dtype)) for k, v in tensors.items()}
+    positions = "all" if prepared.plan.positions == "auto" else prepared.plan.positions
+    return Candidate(layer, 0, Recipe(), Intervention(method, own, positions=positions))
 
 
 def _screen(
