@@ -9,7 +9,7 @@ require gradients; where they are left as `from_pretrained` makes them, autograd
 loop is slower still ("ratio_unfrozen", one round). Both sides train the same layers on the same documents in
 turn, in one process; times are process CPU time, medians over rounds with quartiles. Models have random
 weights in the shape of the named ones; document lengths are those of real prompts where AFT_TEST_DATA is set.
-Where documents share few-shot examples, as in the default protocol, the plain loop reads each prompt whole.
+Where documents share few-shot examples, as in `adaptive`, the plain loop reads each prompt whole.
 The last line is the result as JSON.
 """
 
@@ -331,7 +331,7 @@ def measure(case: Case, rounds: int, bf16: bool) -> dict[str, Any]:
 
 
 def whole_protocol(depth: int, docs: int, layers: int, mid: dict[str, float]) -> dict[str, float]:
-    """The default protocol in bf16 against every one of its candidates trained to the end, plainly.
+    """The protocol `adaptive` in bf16 against every one of its candidates trained to the end, plainly.
 
     Uses the costs just measured, per candidate and document, and the protocol's own counts with
     500 training and 500 selection documents. Both sides train finalists for the fewest epochs the

@@ -254,9 +254,9 @@ SECTIONS: list[Section] = [
         "Training",
         "The engine against a plain loop over layers (batch size 1, every option a whole pass), the same "
         "candidates on the same documents in fp32. *Weights unfrozen*: the plain loop with the weights' "
-        "gradients left on. *Judging*: selection passes. *Whole protocol*: the default one in bfloat16 "
+        "gradients left on. *Judging*: selection passes. *Whole protocol*: `adaptive` in bfloat16 "
         "against all of its candidates trained to the end. *N sharing*: N documents' prompts show the same "
-        "examples, as in the default protocol.",
+        "examples, as in `onepass` and `adaptive`.",
         training,
     ),
     ("Memory of training", "Peak above the loaded weights, each side in a process of its own.", memory),

@@ -510,7 +510,7 @@ def test_two_processes_find_the_same_vector_as_one(
 def test_killed_search_resumes_to_the_same_vector(
     lm: AFTLM, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default protocol, interrupted in each of its stages."""
+    """The protocol `adaptive`, interrupted in each of its stages."""
     plan = {**settings, "protocol": "adaptive", "lr": (1e-3, 3e-2), "layers": "all", "epochs": 3}
     del plan["l2"], plan["retries"], plan["regression"]
     whole = train_vector(lm, "toy_choice", tmp_path / "whole", **plan)
@@ -568,7 +568,7 @@ def test_cost_estimate_is_of_the_right_size(lm: AFTLM, settings: dict[str, Any])
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_halving_chooses_as_well_as_the_exhaustive_sweep_on_the_demo() -> None:
-    """The default protocol's layer is within 1 % of the best one that training everything finds."""
+    """The layer of `adaptive` is within 1 % of the best one that training everything finds."""
     lm = AFTLM("demo", device="cpu", batch_size=32)
     sizes = {"train_docs": 200, "selection_docs": 300, "batch_size": 4, "epochs": 3, "progress": False}
     plan = {**sizes, "lr": (2e-3, 1e-2), "l2": 0.0, "seeds": 1}
