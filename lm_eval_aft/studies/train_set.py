@@ -16,7 +16,7 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import JsonLines, canonical_json, replacing_dir
 from lm_eval_aft.evaluation import formatting
 from lm_eval_aft.evaluation.formatting import json_text, markdown_table, write_formats
-from lm_eval_aft.evaluation.report import compare
+from lm_eval_aft.evaluation.report import Report, compare
 from lm_eval_aft.evaluation.run import evaluate_pair
 from lm_eval_aft.harness.identity import contents_digest
 from lm_eval_aft.library.store import Library
@@ -214,9 +214,7 @@ def cross_score(
         folder = library.root / FOLDER / "scores" / task
         score_vectors(folder, task, asked, study.include_path, library, say)
         trained_on = {each.name: each.plan().tasks for each in entries}
-        report = compare(folder)
-        for unfit in report.not_finite:
-            say(str(unfit))
+        report = read_scores(folder, task, say)
         by_run = {each["name"]: each["vector"] for each in report.runs}
         for row in report.rows:
             if row.primary and by_run.get(row.run) in trained_on:
@@ -258,6 +256,16 @@ CROSS_SCORES_NOTE = (
     "Score (difference from the baseline) on each task's evaluation split; * the task the vector was "
     "trained on; ▲ ▼ better or worse by a Holm-adjusted exact test over the vectors on that task."
 )
+
+
+def read_scores(folder: Path, task: str, say: Callable[[str], None]) -> Report:
+    """The comparison of the runs that `score_vectors` made; ``say`` gets what has no verdict, and why."""
+    report = compare(folder)
+    for unfit in report.not_finite:
+        say(str(unfit))
+    if not report.rows and not report.not_finite:
+        say(f"{task}: its metrics have no score per document to compare; `aft report {folder}` lists them.")
+    return report
 
 
 def score_vectors(

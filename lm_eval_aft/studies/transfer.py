@@ -11,13 +11,13 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
 from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.matrix import Matrix, MatrixCell
-from lm_eval_aft.evaluation.report import Report, compare
+from lm_eval_aft.evaluation.report import Report
 from lm_eval_aft.evaluation.stats import holm, verdict
 from lm_eval_aft.library.files import check_name
 from lm_eval_aft.library.load import load_vector
 from lm_eval_aft.library.store import Library
 from lm_eval_aft.studies.config import LibraryStudy, VectorEntry, require_plain
-from lm_eval_aft.studies.train_set import TrainSet, score_vectors
+from lm_eval_aft.studies.train_set import TrainSet, read_scores, score_vectors
 
 _KEPT = (
     *("metric", "filter", "n", "baseline", "steered", "difference", "low", "high", "wins", "losses"),
@@ -82,10 +82,13 @@ class Transfer:
             folder = self.output / "scores" / task
             if not score_vectors(folder, task, asked, self.settings.get("include_path") or (), library, say):
                 say(f"{task}: already scored.")
-            report = compare(folder)
-            for each in report.not_finite:
-                say(str(each))
+            report = read_scores(folder, task, say)
             found += _rows(report, {spec: name for name, spec in specs.items()})
+        if not found:
+            raise AFTError(
+                "No task has scores that can be compared document by document.",
+                f"`aft report {self.output}/scores/TASK` lists what there is.",
+            )
         missing = {name.removeprefix(f"{SHELF}/"): why for name, why in failed.items()}
         return _matrix(self.model, self.tasks, found, trained_on, missing)
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import jsonlines
 import pytest
+import torch
+import yaml
 from click.testing import CliRunner, Result
 
-from lm_eval_aft import load_vector
+from lm_eval_aft import SteeringVector, load_vector
 from lm_eval_aft.cli.main import aft
 from lm_eval_aft.evaluation.stats import holm
 from lm_eval_aft.studies import search as search_module
@@ -94,6 +96,28 @@ def test_transfer_of_given_vectors(tmp_path: Path, tasks: str, checkpoint: Calla
     (cell,) = json.loads((tmp_path / "out" / "transfer.json").read_text())["cells"]
     assert (cell["vector"], cell["task"], cell["own"]) == ("mine", "toy_choice", True)
     assert not (tmp_path / "out" / "vectors").exists()
+
+
+def test_transfer_to_tasks_without_a_score_per_document(
+    tmp_path: Path, tasks: str, checkpoint: Callable[..., str]
+) -> None:
+    """They are left out of the matrix and told; where nothing is left, that is the error."""
+    data = {"test": f"{tasks}/test.jsonl"}
+    rolling = {"task": "toy_roll", "dataset_path": "json", "dataset_kwargs": {"data_files": data}}
+    rolling |= {"output_type": "loglikelihood_rolling", "test_split": "test", "doc_to_text": ""}
+    rolling |= {"doc_to_target": "cat dog red", "metric_list": [{"metric": "word_perplexity"}]}
+    Path(tasks, "toy_roll.yaml").write_text(yaml.safe_dump(rolling))
+    SteeringVector({1: torch.ones(32)}).save(tmp_path / "v")
+    words = ["transfer", "--model", checkpoint(), "--include-path", tasks, "--device", "cpu"]
+    words += ["--vector", f"mine={tmp_path / 'v'}"]
+    output = call(*words, "--tasks", "toy_roll,toy_choice", "--output", str(tmp_path / "both")).output
+    assert "toy_roll: its metrics have no score per document" in output
+    (cell,) = json.loads((tmp_path / "both" / "transfer.json").read_text())["cells"]
+    assert cell["task"] == "toy_choice"
+    refused = call(*words, "--tasks", "toy_roll", "--output", str(tmp_path / "alone"), code=1).output
+    assert "No task has scores that can be compared" in refused
+    listed = call("report", str(tmp_path / "alone" / "scores" / "toy_roll")).output
+    assert "word_perplexity" in listed
 
 
 def searched(output: Path) -> list[dict[str, Any]]:
