@@ -215,10 +215,6 @@ def flops_of(work: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def _nothing(_done: int) -> None:
-    pass
-
-
 # What a document costs, from passes over a few. Blocks are much alike, so the uppermost tell what all of them
 # take; and what they take does not depend on the hidden states they start from, so that no frozen pass is
 # needed to time them.
@@ -542,7 +538,7 @@ class Forecast:
         )
         timed = sum(each.spent for each in (read, judge, step) if each)
         baseline = judge(self.selection.mean, every) + Spent(laid_out[1])
-        checks = judge(self._checked(), every)
+        checks = judge(self._checked, every)
         return self._total(rates, baseline, checks, self._peak(step, read, judge, lowest)), timed
 
     def _keeps_frozen(self) -> bool:
@@ -557,6 +553,7 @@ class Forecast:
         number = next(self.engine.model.parameters()).element_size()
         return len(self.sites) * self.engine.backbone.hidden_size * number * tokens
 
+    @cached_property
     def _checked(self) -> Size:
         """The passes that choose the engine (`make_engine`): a few documents, packed and not."""
         packed = self.engine.packed
@@ -595,7 +592,9 @@ class Forecast:
         if not count:
             return _Taken(_seconds(lambda: work(candidate, batch)))
         require(COUNTED_ATTENTION)
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, PeakMemory() as memory:
+        device = next(self.engine.model.parameters()).device.type
+        flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        with flops as counter, PeakMemory(device) as memory:
             work(candidate, batch)
         counts = {str(name): count for name, count in counter.get_flop_counts().get("Global", {}).items()}
         attention = sum(count for name, count in counts.items() if "attention" in name)
