@@ -230,6 +230,7 @@ LEVELS = (
 )
 STEADY = 0.02  # seconds over which a short pass is repeated
 REFINED = 3  # steps that most refinements take at least, found on models of 0.1 to 135 million parameters
+BESIDES = 1.0  # seconds that a run takes for other things: reading documents, writing files and a picture
 COPIES = 5  # of a candidate's numbers: the vector, its gradient, two moments, the best so far
 clock = time.perf_counter
 
@@ -608,7 +609,7 @@ class Forecast:
         least = rates.total([replace(each, epochs=self._fewest(each)) for each in stages], seeds)
         # Each part of the selection documents has its baseline; with one pass there is one part.
         sizes = {self.judged} | {stage.selection for stage in stages if not self.protocol.one_pass}
-        once = baseline.seconds * sum(sizes) + checks.seconds
+        once = baseline.seconds * sum(sizes) + checks.seconds + BESIDES
         fewest, all_of_them = least.seconds + once, most.seconds + once
         usual = math.sqrt(fewest * all_of_them)
         return Estimate(usual, most.flops, int(peak_bytes), fewest, all_of_them)
