@@ -94,7 +94,8 @@ def _settings(model: nn.Module, spelt: Callable[[float], float]) -> dict[str, st
     rope = getattr(text, "rope_parameters", None)
     described["rope_theta"] = rope.get("rope_theta") if isinstance(rope, Mapping) else None
     for key in ("rope_theta", "residual_multiplier"):
-        described[key] = None if described[key] is None else spelt(described[key])
+        if (number := described[key]) is not None:
+            described[key] = spelt(number)
     computation = _canonical({key: getattr(text, key, None) for key in _COMPUTATION_KEYS}, spelt)
     return {"config": _sha256(described), "computation": _sha256(computation)}
 
