@@ -266,7 +266,7 @@ def test_patterns_and_metadata_reach_training_and_the_printed_command(
     assert options["tasks"] == "own_made"
     assert list(options["flags"]) == [
         *("--num_fewshot", "1", "--system_instruction", "Be brief, please.", "--include_path", str(folder)),
-        *("--metadata", "size=20"),
+        *("--metadata", '{"size": 20}'),
     ]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "max_length=64,dtype=float32,vector=FOLDER --tasks own_made --num_fewshot 1" in card
