@@ -138,11 +138,17 @@ with borrowed("torch: torch.utils.flop_counter (flop_registry, register_flop_for
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query, *_per_query_head(query, key, value)))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+    shapes = (gradient, query, *_per_query_head(query, key, value))
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
+
+
+def _per_query_head(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
+    """Shapes of keys and values as if each query head had its own, which torch 2.9 does not see by itself."""
+    return (key[0], query[1], *key[2:]), (value[0], query[1], *value[2:])
 
 
 # The counter knows the attention kernels of GPUs only; these are the CPU's, with the same products.
