@@ -27,7 +27,7 @@ from tests.training.test_onepass import by_autograd
 SMALL, OTHERS = "smollm2-135m-instruct", ["gemma-3-270m", "qwen2.5-coder-0.5b-instruct"]
 GGUF = "gguf/model.gguf"
 BY_TIER = [
-    pytest.param(SMALL, marks=pytest.mark.slow),
+    pytest.param(SMALL, marks=pytest.mark.full),
     *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS),
 ]
 
@@ -92,7 +92,7 @@ def test_it_is_the_model_it_is_said_to_be(name: str, real_model: Callable[[str],
     assert stock.tokenizer.decode(best) == " Paris"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("task", ["arc_easy", "hellaswag"])
@@ -100,7 +100,7 @@ def test_choices_have_stocks_answers(task: str, chat: bool, loaded: Any, test_da
     check_answers(loaded(SMALL), task, 100, chat)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("chat", [False, True])
 def test_texts_are_stocks(chat: bool, loaded: Any, test_data: Path) -> None:
@@ -113,7 +113,7 @@ def test_texts_are_stocks(chat: bool, loaded: Any, test_data: Path) -> None:
     assert any(found)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_gradients_are_autograds(loaded: Any, test_data: Path) -> None:
     _, ours = loaded(SMALL)
@@ -147,7 +147,7 @@ def vector(
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_a_vector_is_better_on_held_out_questions(
     vector: Path, real_model: Callable[[str], Path], test_data: Path, tmp_path: Path
@@ -163,7 +163,7 @@ def test_a_vector_is_better_on_held_out_questions(
     assert row.verdict == "better"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_a_merged_export_is_the_steered_model(vector: Path, loaded: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
