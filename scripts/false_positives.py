@@ -38,7 +38,7 @@ from lm_eval_aft.training.checkpoint import RunRecorder
 from lm_eval_aft.training.onepass import one_pass
 from lm_eval_aft.training.recipe import TrainingPlan
 from lm_eval_aft.training.setup import load_model, prepare
-from lm_eval_aft.training.trainer import Trajectory, by_length, make_engine
+from lm_eval_aft.training.trainer import Trajectory, by_length, make_engine, residual_norms
 
 
 def relabelled(documents: Sequence[TokenizedDocument], draw: random.Random) -> list[TokenizedDocument]:
@@ -94,6 +94,7 @@ def main(
     train = encode(prepared.splits.train(0), prepared.lm)
     engine, _ = make_engine(prepared.lm.model, prepared.backbone, prepared.objective, [*selection, *train])
     assert isinstance(engine, Trajectory)
+    norms = residual_norms(prepared.lm.model, prepared.backbone, prepared.layers, selection)
     evaluation = by_length(evaluation, engine.packed)  # the order in which outcomes come
 
     def picked(candidate: Candidate) -> Any:
@@ -114,6 +115,7 @@ def main(
             seeds=[0],
             train={0: changed(train, draw)},
             selection=changed(selection, draw),
+            norms=norms,
             events=RunRecorder(tqdm(disable=True), None, {}, None, {}),
         ).run()
         labels = [each.gold for each in (relabelled(evaluation, draw) if kind == "null" else evaluation)]

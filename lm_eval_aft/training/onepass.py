@@ -28,7 +28,7 @@ from lm_eval_aft.training.recipe import KEPT_BYTES, LINE_SEARCH, Protocol, docum
 from lm_eval_aft.training.selection import Criterion, Score, find_criterion, mean_of_seeds
 from lm_eval_aft.training.setup import Prepared
 from lm_eval_aft.training.sweep import LayerResult, SweepResult
-from lm_eval_aft.training.trainer import Reference, Trajectory, by_length, master_dtype
+from lm_eval_aft.training.trainer import Reference, Trajectory, by_length, master_dtype, require_norms
 
 
 @dataclass
@@ -102,11 +102,15 @@ class Direction:
 
 
 def directions(
-    found: Gradients, sites: Sequence[Sequence[int]], draw: Callable[[int], Tensor] | None = None
+    found: Gradients,
+    norms: Mapping[int, float],
+    sites: Sequence[Sequence[int]],
+    draw: Callable[[int], Tensor] | None = None,
 ) -> list[Direction]:
     """The direction at each site, a layer or several together, for each choice of positions.
 
     Args:
+        norms: median residual norm by layer.
         draw: makes a random direction for a layer (control ``random``); the length tried first is still the
             gradient's.
     """
@@ -116,7 +120,7 @@ def directions(
         mean, (one, other) = found.mean(positions), found.halves(positions)
         for site in sites:
             own = [place[layer] for layer in site]
-            scales = found.scales[own].to(mean)
+            scales = torch.tensor([norms[layer] for layer in site]).to(mean)
             steepest = -(scales**2).unsqueeze(1) * mean[own]
             steepest /= ((scales.unsqueeze(1) * mean[own]).norm()).clamp(min=1e-30)
             slopes = (sums[:, own] * steepest).sum((1, 2))
@@ -133,7 +137,7 @@ def directions(
                     min(site),
                     positions,
                     {f"layers.{layer}": taken[i] for i, layer in enumerate(site)},
-                    {f"layers.{layer}": float(scales[i]) for i, layer in enumerate(site)},
+                    {f"layers.{layer}": norms[layer] for layer in site},
                     guess,
                     math.copysign(agreed**2, agreed) / (2 * max(curvature, 1e-30)),
                     float(torch.cosine_similarity(one[own].flatten(), other[own].flatten(), dim=0)),
@@ -150,6 +154,7 @@ class OnePass:
         sites: the layers that candidates steer: one each, or all together.
         positions: the choices of positions to search.
         train: training documents by seed.
+        norms: median residual norm by layer; one that is 0 or infinite is an error.
         random: draw the directions at random (the control).
         saved: states of an interrupted run by name; the run resumes from them.
     """
@@ -162,6 +167,7 @@ class OnePass:
     positions: Sequence[str]
     seeds: Sequence[int]
     train: dict[int, list[TokenizedDocument]]
+    norms: Mapping[int, float]
     selection: Sequence[TokenizedDocument]
     events: RunRecorder
     random: bool = False
@@ -180,16 +186,17 @@ class OnePass:
         rounds = {documents_of(len(self.selection), rung.selection) for rung in self.protocol.search_rounds}
         self._parts = list(itertools.pairwise(sorted({0, *rounds, len(self.selection)})))
         self._outcomes: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
-        if isinstance(self.engine, Trajectory):
-            self._keep_frozen(self.engine)
+        self._keep_frozen(self.selection)
 
-    def _keep_frozen(self, engine: Trajectory) -> None:
-        """Let the baseline's pass over the selection documents serve all trials, if its outputs fit."""
-        layers = {layer for site in self.sites for layer in site[:1]}
-        tokens = sum(each.tokens(engine.packed) * each.rows(engine.packed) for each in self.selection)
-        size = next(engine.model.parameters()).element_size() * engine.backbone.hidden_size
-        engine.keep_bytes = KEPT_BYTES
-        engine.keep_layers = layers if tokens * size * len(layers) <= KEPT_BYTES else ()
+    def _keep_frozen(self, documents: Sequence[TokenizedDocument]) -> None:
+        """Let the next frozen pass over these documents serve all trials, if the blocks' outputs fit."""
+        engine = self.engine
+        if isinstance(engine, Trajectory):
+            layers = {min(site) for site in self.sites}
+            tokens = sum(each.tokens(engine.packed) * each.rows(engine.packed) for each in documents)
+            size = next(engine.model.parameters()).element_size() * engine.backbone.hidden_size
+            engine.keep_bytes = KEPT_BYTES
+            engine.keep_layers = layers if tokens * size * len(layers) <= KEPT_BYTES else ()
 
     @property
     def criterion(self) -> Criterion:
@@ -206,7 +213,10 @@ class OnePass:
         Raises:
             AFTError: no trial had a finite score.
         """
+        require_norms(self.norms, "Leave out that layer with --layers.")
         first = self.seeds[0]
+        self.baseline()
+        self._keep_frozen([*self.selection, *self.train[first]])  # the latter for the refinement
         every = self._directions_of(first)
         live = sorted(range(len(every)), key=lambda i: -every[i].gain)
         live = live[: len(self.sites)]  # of several positions, those that promise most
@@ -216,12 +226,12 @@ class OnePass:
             scored = self._search_lengths(live, best, n)
             keep = max(self.protocol.finalists, math.ceil(len(live) * rung.keep))
             live = sorted(scored, key=lambda i: self.criterion.key(scored[i].scores[-1]))[:keep]
-        if isinstance(self.engine, Trajectory):
-            self.engine.keep_layers = ()  # what follows is at few of them
+        if isinstance(self.engine, Trajectory):  # what follows is at few layers
+            self.engine.keep_only({every[i].layer for i in live[: self.protocol.finalists]})
         finals = []
         for i in live[: self.protocol.finalists]:
             group = [self._line_search(i, seed, best[i], n) for seed in self.seeds]
-            finals.append([self._refine(trial, i) for trial in group])
+            finals.append([self._refine(trial, i, n) for trial in group])
         ranked = sorted(
             (self._result(group, len(self.selection)) for group in finals), key=self.criterion.key
         )
@@ -229,8 +239,8 @@ class OnePass:
             self._found[result.layer] = result
         pruned = "" if ranked[0].improves else "no trial does better than the baseline on the selection split"
         layers = tuple(self._found[layer] for layer in sorted(self._found))
-        norms = dict(zip(self._passes[first].layers, self._passes[first].scales.tolist(), strict=True))
-        return SweepResult(self.baseline(), layers, ranked[0], 0, pruned, norms, self._notes(ranked[0]))
+        notes = self._notes(ranked[0])
+        return SweepResult(self.baseline(), layers, ranked[0], 0, pruned, dict(self.norms), notes)
 
     def _notes(self, chosen: LayerResult) -> dict[str, Any]:
         """How much was tried, and how well halves of the training documents and seeds agree."""
@@ -264,7 +274,8 @@ class OnePass:
                 self._states.append(found)
                 found.run(self.events.tick, lambda: self.events.pause(self._states))
             draw = partial(_random_vector, seed, self.engine.backbone.hidden_size) if self.random else None
-            self._passes[seed], self._directions[seed] = found, directions(found, self.sites, draw)
+            self._passes[seed] = found
+            self._directions[seed] = directions(found, self.norms, self.sites, draw)
             self.events.save(self._states)
         return self._directions[seed]
 
@@ -383,10 +394,11 @@ class OnePass:
                 return final
         raise AFTError("No trial had a finite score.", "Use --dtype float32, or shorter --lengths.")
 
-    def _refine(self, final: Trial, i: int) -> Trial:
+    def _refine(self, final: Trial, i: int, n: int) -> Trial:
         """Quasi-Newton steps (L-BFGS) on the gradient of all training documents, while selection improves.
 
-        The first pair of differences is the way from v = 0, whose gradient the pass gave.
+        The first pair of differences is the way from v = 0, whose gradient the pass gave. A step that makes
+        the first ``n`` selection documents worse is not scored on the others.
         """
         if self.random:
             return final  # it would no longer be random
@@ -396,32 +408,37 @@ class OnePass:
         at = torch.zeros(len(names), self.engine.backbone.hidden_size).double()
         slope = self._passes[seed].mean(direction.positions)[own].double()
         pairs: list[tuple[Tensor, Tensor]] = []
+        present = self._make_trial(direction, seed, final.intervention.tensors, "line", final.label)
         while not final.stopped:
             now = torch.stack([final.intervention.tensors[name].cpu() for name in names]).double()
             new = self._slope(final, names).double()
             pairs.append((now - at, new - slope))
             at, slope = now, new
             step = -_inverse_hessian(pairs, slope)
-            trials: list[Trial] = []
+            tried: list[tuple[Trial, Score]] = []
             for factor in FACTORS:
                 moved = dict(zip(names, at + factor * step, strict=True))
                 label = f"step{final.epoch}-{factor:g}"
                 trial = self._make_trial(direction, seed, moved, "refine", label)
-                self._score([trial], len(self.selection))
-                if trial.scores:
-                    trials.append(trial)
-                    if self.criterion.improves(trial.scores[-1], final.scores[-1]):
+                _, (some, before) = self._score([trial, present], n)
+                if some is None or (before is not None and self.criterion.improves(before, some)):
+                    continue
+                _, (found,) = self._score([trial], len(self.selection))
+                if found is not None:
+                    tried.append((trial, found))
+                    if self.criterion.improves(found, final.scores[-1]):
                         break
-            if not trials:
+            if not tried:
+                final.stopped = "no step does better"
                 break
-            best = min(trials, key=lambda trial: self.criterion.key(trial.scores[-1]))
-            final.intervention = best.intervention
-            before = final.best_score
-            final.record(best.scores[-1])
+            present, found = min(tried, key=lambda each: self.criterion.key(each[1]))
+            final.intervention = present.intervention
+            last = final.best_score
+            final.record(found)
             if final.best_epoch == final.epoch:
-                final.share = best.share
-            if before is not None and final.best_score is not None and not final.stopped:
-                gained = self.criterion.change(before, final.best_score)
+                final.share = present.share
+            if last is not None and final.best_score is not None and not final.stopped:
+                gained = self.criterion.change(last, final.best_score)
                 if gained < WORTHWHILE * self.criterion.change(self.baseline(), final.best_score):
                     final.stopped = "the last step gained little"
         return final
@@ -458,7 +475,7 @@ class OnePass:
 
 SHORTER = 2  # places on the grid
 PRECISION = 0.15  # of a line search, in the logarithm of the length: the score is flat there
-WORTHWHILE = 0.002  # of the whole gain: a step that brings less is the last
+WORTHWHILE = 0.02  # of the whole gain: a step that brings less is the last
 FACTORS = (1.0, 0.5, 0.25)  # of a quasi-Newton step, the next one where the last does not help
 
 

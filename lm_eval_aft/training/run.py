@@ -190,12 +190,12 @@ def run_sweep(
         events = RunRecorder(bar, folder, settings, log, saved, asked)
         shared: dict[str, Any] = {"seeds": plan.seeds(), "train": train, "selection": selection}
         shared |= {"events": events, "workers": workers, "saved": saved}
+        steered = prepared.layers if plan.protocol.one_pass or prepared.method.steers_all_layers else layers
+        norms = workers.broadcast(residual_norms(lm.model, prepared.backbone, steered, selection))
         sweep: Sweep | OnePass
         if plan.protocol.one_pass:
-            sweep = one_pass(prepared, engine, **shared)
+            sweep = one_pass(prepared, engine, norms=norms, **shared)
         else:
-            steered = prepared.layers if prepared.method.steers_all_layers else layers
-            norms = workers.broadcast(residual_norms(lm.model, prepared.backbone, steered, selection))
             start = Initializer(prepared, train, norms)
             sweep = Sweep(engine, plan.protocol, layers, start=start, norms=norms, **shared)
         baseline = sweep.baseline()

@@ -22,6 +22,7 @@ from lm_eval_aft.training.checkpoint import RunRecorder
 from lm_eval_aft.training.recipe import Protocol, schedule
 from lm_eval_aft.training.selection import Criterion, Score, find_criterion, mean_of_seeds, median_seed
 from lm_eval_aft.training.setup import Prepared
+from lm_eval_aft.training.trainer import require_norms
 
 logger = logging.getLogger(__name__)
 _DIVERGED = "Lower the learning rate, or train in a wider --dtype: bfloat16 or float32."
@@ -132,13 +133,7 @@ class Sweep:
         """
         protocol = self.protocol
         if any(isinstance(rate, str) for rate in (*protocol.lr, *protocol.l2)):
-            for layer, norm in self.norms.items():
-                if not 0 < norm < math.inf:
-                    raise AFTError(
-                        f"The hidden states have a median norm of {norm:g} at layer {layer}, so a learning "
-                        "rate or penalty cannot be relative to it.",
-                        "Leave out that layer, or give numbers, as in --lr 1e-3 --l2 0.",
-                    )
+            require_norms(self.norms, "Leave out that layer, or give numbers, as in --lr 1e-3 --l2 0.")
         settings: list[Setting] = [(layer, lr, protocol.l2[0]) for layer in self.layers for lr in protocol.lr]
         drawn = min(len(documents) for documents in self.train.values())
         plan = schedule(protocol, len(self.layers), drawn, len(self.selection))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -69,7 +70,7 @@ class Trajectory:
         device = input_device(model).type
         self.budget = budget or TOKEN_BUDGET.get(device, DEFAULT_TOKEN_BUDGET)
         # Frozen blocks' outputs by documents and layer, of the latest passes: at most so many bytes of them.
-        # A pass keeps those at these layers too, whoever asked for it.
+        # Every frozen pass keeps those at these layers, whatever it was made for.
         self.keep_bytes = 0
         self.keep_layers: Collection[int] = ()
         self._kept_outputs: dict[tuple[tuple[TokenizedDocument, ...], int], Any] = {}
@@ -150,11 +151,13 @@ class Trajectory:
             return kept
         with capture(self.backbone, sorted({*layers, *self.keep_layers})) as outputs:
             _run_blocks(self.model, batch)
-        if self.keep_bytes:
-            self._keep(batch, outputs)
+        self.keep(batch, outputs)
         return outputs
 
-    def _keep(self, batch: Batch, outputs: dict[int, Any]) -> None:
+    def keep(self, batch: Batch, outputs: Mapping[int, Any]) -> None:
+        """Let frozen blocks' outputs serve later passes over the same documents, if they may be kept."""
+        if not self.keep_bytes:
+            return
         self._kept_outputs |= {(batch.documents, layer): output for layer, output in outputs.items()}
         sizes = {key: hidden_states(output).nbytes for key, output in self._kept_outputs.items()}
         total = sum(sizes.values())
@@ -163,6 +166,12 @@ class Trajectory:
                 break
             del self._kept_outputs[key]
             total -= size
+
+    def keep_only(self, layers: Collection[int]) -> None:
+        """From now on keep the outputs of these layers, and drop those of all others."""
+        self.keep_layers = layers
+        for key in [key for key in self._kept_outputs if key[1] not in layers]:
+            del self._kept_outputs[key]
 
     @contextmanager
     def steered(self, candidate: Candidate, outputs: dict[int, Any]) -> Iterator[None]:
@@ -287,6 +296,17 @@ def residual_norms(
         for layer, norms in found.items():
             norms.append(hidden_states(outputs[layer])[0].float().norm(dim=-1).cpu())
     return {layer: float(f"{float(torch.cat(norms).median()):.4g}") for layer, norms in found.items()}
+
+
+def require_norms(norms: Mapping[int, float], advice: str) -> None:
+    """Raise an `AFTError` where a length or rate cannot be relative to a layer's median norm."""
+    for layer, norm in norms.items():
+        if not 0 < norm < math.inf:
+            raise AFTError(
+                f"The hidden states have a median norm of {norm:g} at layer {layer}, so nothing can be "
+                "relative to it.",
+                advice,
+            )
 
 
 def _run_blocks(model: nn.Module, batch: Batch) -> None:
