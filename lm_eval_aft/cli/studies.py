@@ -480,7 +480,7 @@ def transfer(
     """
     quiet_libraries()
     from lm_eval_aft.evaluation.matrix import MATRIX_NOTE, table, write_matrix
-    from lm_eval_aft.studies.transfer import Transfer
+    from lm_eval_aft.studies.train_set import Transfer
 
     arguments = parse_model_args(
         options.pop("model_args"), device=options.pop("device"), dtype=options.pop("dtype")

@@ -20,12 +20,12 @@ from lm_eval_aft.evaluation.compare import (
     described,
     differences,
     fingerprint_text,
+    flipped_documents,
     judge,
     not_finite,
     primary_metric,
     require_comparable,
 )
-from lm_eval_aft.evaluation.flips import flipped_documents
 from lm_eval_aft.evaluation.reproduce import commands
 from lm_eval_aft.evaluation.results import ScoredRun, discover, model_args, read_run
 from lm_eval_aft.evaluation.stats import ALPHA, BETTER, NO_DIFFERENCE, WORSE, seeds_interval

@@ -35,7 +35,7 @@ from lm_eval_aft.studies.jobs import (
 from lm_eval_aft.studies.ray import LOSSES
 from lm_eval_aft.studies.report import build_study_report, study_tables, summary
 from lm_eval_aft.studies.runner import StudyProgress
-from lm_eval_aft.studies.transfer import Transfer
+from lm_eval_aft.studies.train_set import Transfer
 from lm_eval_aft.training.setup import check_control, random_like
 
 Outcomes = Callable[[StudyCell], dict[str, Any] | None]
