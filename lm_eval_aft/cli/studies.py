@@ -335,7 +335,10 @@ def _continued_by_the_same_command() -> Iterator[None]:
     help="As `train-vector --layers`; percentages are of the depth.",
 )
 @click.option(
-    "--lr", default="1e-4,5e-4,1e-3,2e-3", show_default=True, help="Learning rates; 0.001r,0.1r: relative."
+    "--lr",
+    default="0.003r,0.01r,0.03r,0.1r",
+    show_default=True,
+    help="Learning rates: shares of the residual scale, or numbers, as in 1e-4,1e-3.",
 )
 @click.option("--epochs", default="5,10,15,20", show_default=True, help="Numbers of epochs.")
 @click.option("--l2", default="0", show_default=True, help="Lambdas of lambda * ||v||^2.")

@@ -46,7 +46,7 @@ class Space:
     """
 
     layers: str = "10%,20%,30%,40%,50%,60%,70%,80%,90%"
-    lr: tuple[float | str, ...] = (1e-4, 5e-4, 1e-3, 2e-3)
+    lr: tuple[float | str, ...] = ("0.003r", "0.01r", "0.03r", "0.1r")
     epochs: tuple[int, ...] = (5, 10, 15, 20)
     l2: tuple[float | str, ...] = (0.0,)  # penalties; Optuna chooses one
 
