@@ -439,7 +439,7 @@ class OnePass:
                 final.share = present.share
             if last is not None and final.best_score is not None and not final.stopped:
                 gained = self.criterion.change(last, final.best_score)
-                if gained < WORTHWHILE * self.criterion.change(self.baseline(), final.best_score):
+                if gained < WORTHWHILE * abs(self.criterion.key(final.best_score)[0]):
                     final.stopped = "the last step gained little"
         return final
 
@@ -475,7 +475,7 @@ class OnePass:
 
 SHORTER = 2  # places on the grid
 PRECISION = 0.15  # of a line search, in the logarithm of the length: the score is flat there
-WORTHWHILE = 0.02  # of the whole gain: a step that brings less is the last
+WORTHWHILE = 0.005  # of the present score: a step that improves it by less is the last
 FACTORS = (1.0, 0.5, 0.25)  # of a quasi-Newton step, the next one where the last does not help
 
 
