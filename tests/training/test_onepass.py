@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -304,7 +305,7 @@ def test_a_run_keeps_the_best_and_says_what_it_tried(
 def test_no_document_is_scored_twice_with_a_vector_nor_read_twice_without(
     lm: AFTLM, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Later rounds add documents; the baseline's pass over them serves every trial."""
+    """Later rounds add documents; the baseline's pass serves every trial, the backward pass every step."""
     scored: list[tuple[str, TokenizedDocument]] = []
     outcomes, run_blocks = Trajectory.outcomes, trainer._run_blocks
     frozen: list[TokenizedDocument] = []
@@ -317,7 +318,15 @@ def test_no_document_is_scored_twice_with_a_vector_nor_read_twice_without(
         frozen.extend(batch.documents)
         run_blocks(model, batch)
 
+    refined: list[TokenizedDocument] = []
+    train = Trajectory.train
+
+    def stepped(self: Trajectory, candidates: Any, steps: Any, tick: Any) -> None:
+        refined.extend(document for step in steps for document in step)
+        train(self, candidates, steps, tick)
+
     monkeypatch.setattr(Trajectory, "outcomes", recorded)
+    monkeypatch.setattr(Trajectory, "train", stepped)
     monkeypatch.setattr(trainer, "_run_blocks", read)
     result = train_vector(lm, "toy_choice", rungs=(Rung(1, 0.4, 1, 0.5), Rung(1, 0.7, 1, 0.5)), **settings)
     assert result.sweep is not None
@@ -327,6 +336,8 @@ def test_no_document_is_scored_twice_with_a_vector_nor_read_twice_without(
     assert len(selection) == 24
     read_for_selection = [document for document in frozen if document in set(selection)]
     assert len(read_for_selection) == 24 + 1  # the shortest once more, to check the engine
+    assert refined
+    assert len([document for document in frozen if document in set(refined) - set(selection)]) <= 1
 
 
 @pytest.mark.parametrize(
@@ -481,6 +492,31 @@ def test_a_killed_run_resumes_to_the_same_vector(
         for name in ("whole", "cut")
     ]
     assert ledgers[0] == ledgers[1]
+
+
+def test_a_step_that_does_worse_on_some_documents_is_not_scored_on_all(
+    lm: AFTLM, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next is shorter; what no step improves stays as the line search left it."""
+    outcomes = Trajectory.outcomes
+
+    def spoilt(self: Trajectory, candidates: Any, documents: Any, tick: Any) -> list[list[Any]]:
+        found = outcomes(self, candidates, documents, tick)
+        return [
+            [np.stack([-99 * right, right]) for _, right in own] if each.stage == "refine" else own
+            for each, own in zip(candidates, found, strict=True)
+        ]
+
+    monkeypatch.setattr(Trajectory, "outcomes", spoilt)
+    settings |= {"rungs": (Rung(1, 0.5, 1, 0.5),), "layers": "2"}
+    result = train_vector(lm, "toy_choice", tmp_path / "out", **settings)
+    steps = [line for line in events(tmp_path / "out", "trial") if line["stage"] == "refine"]
+    assert [(line["candidate"].split("-")[-1], line["n"]) for line in steps] == [
+        (str(factor), 12) for factor in ("1", "0.5", "0.25")
+    ]
+    assert result.sweep is not None
+    assert result.sweep.finalist.stopped == "no step does better"
+    assert result.sweep.finalist.chosen["refined"] == 0
 
 
 def test_trials_that_are_not_finite_are_passed_over(
