@@ -635,7 +635,12 @@ class Forecast:
             (step or read).bytes(train, blocks if step else 1) + self._frozen_bytes(train.tokens),
             judge.bytes(selection, 1) + self._frozen_bytes(selection.tokens),
         )
-        kept = self._frozen_bytes(self.selection.mean.tokens * self.judged) if self.protocol.one_pass else 0
+        kept = 0.0
+        if self.protocol.one_pass:  # of both splits, where they fit
+            drawn = self.stages[0].train / self.protocol.seeds
+            kept = self._frozen_bytes(
+                self.selection.mean.tokens * self.judged + self.train.mean.tokens * drawn
+            )
         own = sum(each.nbytes for each in self.probe(self.sites[0]).intervention.tensors.values())
         return heaviest + min(KEPT_BYTES, kept) + COPIES * own * max(each.candidates for each in self.stages)
 
