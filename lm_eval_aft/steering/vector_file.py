@@ -35,13 +35,14 @@ MAX_HEADER = 16 * 2**20
 # 200 layers of 32,768 fp32 numbers are 26 MB.
 MAX_FILE = 256 * 2**20
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# What the entry's parts are where they are there at all; readers rely on it.
+# What the entry's parts, and parts of these, are where they are there at all; readers rely on it.
 _KINDS: dict[str, type] = {
     **dict.fromkeys(
         ("base_model", "fingerprint", "protocol", "prompts", "splits", "selection", "loss"), dict
     ),
     **dict.fromkeys(("versions", "rft", "calibration", "recipe", "hub"), dict),
-    **dict.fromkeys(("tasks",), list),
+    **dict.fromkeys(("base_model.args", "selection.baseline", "selection.vector", "selection.layers"), dict),
+    **dict.fromkeys(("tasks", "splits.selection_documents"), list),
     **dict.fromkeys(("task", "method", "positions", "objective", "metric", "control", "created"), str),
     **dict.fromkeys(("num_hidden_layers", "seed", "epoch", "parameters", "processes"), int),
 }
@@ -197,7 +198,10 @@ def parse_entry(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("it is no mapping")
     for key, kind in _KINDS.items():
-        value = found.get(key)
+        whole, _, part = key.partition(".")
+        value = found.get(whole)
+        if part and value is not None:
+            value = value.get(part)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             raise ValueError(f"its {key!r} is a {type(value).__name__}, not a {kind.__name__}")
     return found

@@ -142,10 +142,15 @@ def _check_batch_size(value: Any) -> str:
     return str(value)
 
 
+MOST_SEEDS = 10_000  # a larger number is a slip
+
+
 def _listed_seeds(value: Any) -> Any:
     """The seeds from their number; a list stays."""
     if type(value) is int and value < 1:
         raise ValueError(f"must be a whole number of at least 1, or a list of seeds, got {value}.")
+    if type(value) is int and value > MOST_SEEDS:
+        raise ValueError(f"must be {MOST_SEEDS:,} at most, or a list of seeds.")
     return list(range(value)) if type(value) is int else value
 
 

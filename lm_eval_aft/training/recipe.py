@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any
 
@@ -165,7 +166,10 @@ class Protocol:
             if name in ("lr", "l2"):
                 value = parse_rates(value) if isinstance(value, str | list | tuple) else value
             if name in ("lr", "l2", "lengths"):
-                value = (float(value),) if type(value) in (int, float) else value
+                if type(value) in (int, float):
+                    with suppress(OverflowError):  # an integer that no float holds is refused with the rest
+                        value = float(value)
+                    value = (value,)
                 value = tuple(value) if isinstance(value, list) else value
             wanted[name] = value
         return replace(self, **wanted)

@@ -60,6 +60,8 @@ def test_vector_files(mutations: int, tmp_path: Path) -> None:
     [
         ({"base_model": "demo"}, "'base_model' is a str"),
         ({"fingerprint": [1]}, "'fingerprint' is a list"),
+        ({"splits": {"selection_documents": 0.5}}, "'splits.selection_documents' is a float"),
+        ({"selection": {"layers": [1]}}, "'selection.layers' is a list"),
         ({"num_hidden_layers": True}, "'num_hidden_layers' is a bool"),
         ({"selection": {"score": float("nan")}}, "NaN"),
         ({"task": "\ud800"}, "surrogates"),

@@ -357,6 +357,8 @@ def test_a_model_that_is_not_finite_ends_its_cells_and_no_others(
         ({"recipe": {"protocol": "swift"}}, "recipe: There is no protocol 'swift'"),
         ({"recipe": {"lr": "fast"}}, "recipe: "),
         ({"seeds": 0}, "seeds: must be a whole number of at least 1"),
+        ({"seeds": 10**30}, "seeds: must be 10,000 at most"),
+        ({"recipe": {"lr": 10**400}}, "recipe: lr=1000"),
         ({"seeds": [1, 1]}, "seeds: '1' occurs twice"),
         ({"evaluation": {"limits": 3}}, "evaluation.limits: there is no such field; did you mean limit"),
         ({"evaluation": {"batch_size": "big"}}, "evaluation.batch_size: must be a positive number or auto"),
