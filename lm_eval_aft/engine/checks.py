@@ -7,11 +7,13 @@ without raising an error. Answers that are NaN or infinite are noticed while the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,6 +27,7 @@ from lm_eval_aft.engine.batching import (
     option_logprobs,
     units,
 )
+from lm_eval_aft.engine.precision import HALVES, computed_in_float32
 from lm_eval_aft.engine.rows import Answer, Request
 from lm_eval_aft.steering.backbone import UNTOLD, Backbone, attention_kernel, input_device
 from lm_eval_aft.steering.hooks import RowSteering, hidden_states, with_hidden_states
@@ -32,6 +35,7 @@ from lm_eval_aft.steering.intervention import unsteered
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector
 
+logger = logging.getLogger(__name__)
 # Families whose attention a 4-D mask cannot express, even if a check on short rows passes.
 UNPACKABLE = {
     "bloom": "ALiBi positions follow the row, not the position ids",
@@ -144,6 +148,28 @@ def logits_differ(found: Tensor, wanted: Tensor, tokens: Sequence[int], dtype: t
     return disagreement(fast.sum()[None], slow.sum()[None], torch.tensor([len(tokens)]), dtype)
 
 
+# Documents whose 16-bit scores are compared with float32's.
+PROBE_DOCUMENTS = 16
+# In 16 bits the root mean square error against float32 may be so many times stock's own, which is as much
+# chance; errors below this (nats) decide nothing.
+ERRORS, SMALL_ERROR = 1.5, 0.005
+
+
+def less_precise(fast: Sequence[float], slow: Sequence[float], precise: Sequence[float]) -> str:
+    """Why 16-bit log-likelihoods are further from float32's than stock's are; ``""``: they are not.
+
+    Where rounding alone moves answers by tenths of a nat, two ways that are equally right differ by as much.
+
+    Args:
+        fast, slow, precise: ours, stock's (both in 16 bits) and those computed in float32, in nats.
+    """
+    exact = np.asarray(precise)
+    ours, stock = (float(np.sqrt(np.mean((np.asarray(each) - exact) ** 2))) for each in (fast, slow))
+    told = f"err by {ours:.2g} nats against float32, stock's by {stock:.2g}"
+    logger.info("16-bit answers %s (root mean square of %d).", told, len(exact))
+    return "" if ours <= max(ERRORS * stock, SMALL_ERROR) else told  # not where either is NaN
+
+
 def packing_problem(model: nn.Module, documents: Sequence[TokenizedDocument]) -> str:
     """Why ``documents`` cannot be packed for this model; ``""`` when they can.
 
@@ -162,18 +188,33 @@ def packing_problem(model: nn.Module, documents: Sequence[TokenizedDocument]) ->
     probe = [document for i in order[:2] for document in together[i][:2]][:2]
     config: Any = model.config
     family = config.get_text_config().model_type
-    parameter = next(model.parameters())
-    scores = []
+    dtype = next(model.parameters()).dtype
     try:
-        for packed in (True, False):
-            batch = make_batch(probe, packed, input_device(model), parameter.dtype)
-            with torch.no_grad():
-                scores.append(option_logprobs(continuation_logits(model, batch), batch))
+        packed, plain = (_scores(model, probe, each, dtype) for each in (True, False))
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         return f"{family} refuses a 4-D mask ({type(error).__name__})"
-    tokens = torch.bincount(batch.option, minlength=len(scores[0]))
-    reason = disagreement(scores[0], scores[1], tokens, parameter.dtype)
+    tokens = torch.tensor([len(tail) for document in probe for _, tail in document.pairs])
+    reason = disagreement(packed, plain, tokens, dtype)
+    if reason and dtype in HALVES:
+        spread = np.linspace(0, len(order) - 1, PROBE_DOCUMENTS // 2).round().astype(int)
+        probe = [document for i in sorted({*spread}) for document in together[order[i]][:2]]
+        found = [_scores(model, probe, each, dtype) for each in (True, False)]
+        with computed_in_float32(model):
+            found.append(_scores(model, probe, False, torch.float32))
+        reason = less_precise(*(each.tolist() for each in found))
     return reason and f"packed and unpacked rows {reason} on {family}"
+
+
+@torch.no_grad()
+def _scores(
+    model: nn.Module, documents: Sequence[TokenizedDocument], packed: bool, dtype: torch.dtype
+) -> Tensor:
+    """Log-likelihoods (options,) of the documents' options, two documents a pass."""
+    found = []
+    for i in range(0, len(documents), 2):
+        batch = make_batch(documents[i : i + 2], packed, input_device(model), dtype)
+        found.append(option_logprobs(continuation_logits(model, batch), batch).cpu())
+    return torch.cat(found)
 
 
 # The reference: one row at a time, without a cache; which tokens are steered is decided by counting.

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
-from lm_eval_aft.engine.checks import answers_differ, packing_ruled_out, row_decides
+from lm_eval_aft.engine.checks import answers_differ, less_precise, packing_ruled_out, row_decides
+from lm_eval_aft.engine.precision import computed_in_float32
 from lm_eval_aft.engine.rows import (
     Answer,
     PackedRow,
@@ -34,6 +36,8 @@ FALLBACK = {"prefixed": "packed", "packed": "trimmed", "trimmed": "stock"}
 
 # In fp32 answers may be so many times as far from stock's as these move with stock's own batch size.
 ROUNDINGS = 4
+# Rows that 16-bit answers are compared with float32's on.
+ERROR_ROWS = 16
 
 
 class ScoringPaths:
@@ -128,11 +132,18 @@ class ScoringPaths:
             path,
             max(row.longest for row in rows),
             partial(self._probed, path, probe, prefix),
-            partial(self._differs, self._items(probe)),
+            partial(self._differs, path, rows, prefix, self._items(probe)),
             f"Scoring goes from {path} to {FALLBACK[path]}",
         )
 
-    def _differs(self, items: Sequence[tuple[int, Request]], fast: Sequence[Answer]) -> str:
+    def _differs(
+        self,
+        path: str,
+        rows: Sequence[PackedRow],
+        prefix: int,
+        items: Sequence[tuple[int, Request]],
+        fast: Sequence[Answer],
+    ) -> str:
         asked = [request for _, request in items]
         if self.lm.naive is not None:
             return self.lm.naive.differs(
@@ -150,7 +161,19 @@ class ScoringPaths:
                     "%d times as much.",
                     *(moved, ROUNDINGS),
                 )
+        if reason and self.scorer.halves and not self._states:
+            reason = self._less_precise(path, rows, prefix)
         return reason
+
+    def _less_precise(self, path: str, rows: Sequence[PackedRow], prefix: int) -> str:
+        """`less_precise` on rows of all lengths."""
+        ordered = sorted(rows, key=lambda row: row.longest)
+        probe = [ordered[i] for i in sorted({*np.linspace(0, len(rows) - 1, ERROR_ROWS).round().astype(int)})]
+        asked = [(i, (None, *request[1:])) for i, request in self._items(probe)]
+        found = [self._probed(path, probe, prefix), self._stock_answers(asked)]
+        with computed_in_float32(self.scorer.model):
+            found.append(self._stock_answers(asked))
+        return less_precise(*([value for value, _ in each] for each in found))
 
     def _may_resume(self, path: str, rows: Sequence[PackedRow], prefix: int) -> bool:
         """Whether passes resumed from a vector's layer equal whole passes under that vector."""

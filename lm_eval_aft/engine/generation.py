@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lm_eval_aft._util.private_names import borrowed
 from lm_eval_aft.engine.attention import over_columns
-from lm_eval_aft.engine.checks import finite, logits_differ, packing_ruled_out
+from lm_eval_aft.engine.checks import finite, less_precise, logits_differ, packing_ruled_out
 from lm_eval_aft.engine.kv_cache import RowCache
+from lm_eval_aft.engine.precision import computed_in_float32
 from lm_eval_aft.engine.rows import (
     PackedRow,
     Step,
@@ -245,8 +246,8 @@ class Texts:
     On first use, and again for prompts longer than any before, the shortest and the longest prompt are
     decoded by stock too, and their logits compared with a plain pass (where some positions only are steered,
     with `Naive` alone); if they differ, everything is left to stock, and the log says so.
-    Texts are those of stock at batch size 1. In 16 bits stock's own texts depend on the batch
-    size, so nothing is promised and stock answers.
+    Texts are those of stock at batch size 1. In 16 bits stock's own texts depend on the batch size; there the
+    logits must be as near to float32's as those of a plain pass are.
     """
 
     def __init__(self, lm: StockLM, scorer: Scorer) -> None:
@@ -280,8 +281,8 @@ class Texts:
     def refusal(self) -> str:
         """Why stock must write all of this model's texts; an empty string when it need not."""
         lm = self.lm
-        if self.scorer.dtype not in (torch.float32, torch.float64):
-            return "16 bits"
+        if self.scorer.autocast is not None:
+            return "mixed precision"
         if lm.truncation or lm.think_end_token is not None:
             return "truncation or thinking"
         return unusual(lm.model.generation_config)
@@ -316,7 +317,7 @@ class Texts:
 
         def differs(found: tuple[dict[int, str], str]) -> str:
             texts, reason = found
-            if reason or self.lm.naive is not None:
+            if reason or self.lm.naive is not None or self.scorer.halves:
                 return reason
             stock = self.lm.some_stock_texts([requests[i] for i in sorted(texts)])
             return "" if stock == [texts[i] for i in sorted(texts)] else "its texts differ"
@@ -327,14 +328,25 @@ class Texts:
     def _logits_differ(self, prompt: PackedRow, fast: Tensor) -> str:
         """Compare the logits of each token with those of one plain pass; texts alone would show little."""
         tokens = fast.argmax(-1).tolist()
-        if self.lm.naive is not None:
-            slow: Tensor | None = self.lm.naive.logits_behind(prompt.tokens, tokens, prompt.state)
-        else:
+
+        def plain() -> Tensor:
+            if self.lm.naive is not None:
+                return self.lm.naive.logits_behind(prompt.tokens, tokens, prompt.state)
             row = packed_row(prompt.tokens, [((), [(0, tokens)])], state=prompt.state)
             with self.scorer.prepared(fast=False):
-                slow = self.scorer.logits(step_over([row], self.scorer.device), None)
-        assert slow is not None
-        return logits_differ(fast, slow, tokens, self.scorer.dtype)
+                logits = self.scorer.logits(step_over([row], self.scorer.device), None)
+            assert logits is not None
+            return logits
+
+        slow = plain()
+        if not self.scorer.halves:
+            return logits_differ(fast, slow, tokens, self.scorer.dtype)
+        with computed_in_float32(self.scorer.model):
+            found = [fast, slow, plain()]
+        written = torch.tensor(tokens)[:, None]
+        return less_precise(
+            *(each.float().cpu().log_softmax(-1).gather(-1, written)[:, 0].tolist() for each in found)
+        )
 
     def _decode(
         self, prompts: Sequence[PackedRow], settings: Settings, watch: Watch | None = None

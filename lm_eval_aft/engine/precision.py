@@ -6,7 +6,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lm_eval_aft.steering.backbone import Conv1D
 from lm_eval_aft.steering.fingerprint import is_quantized
 
 logger = logging.getLogger(__name__)
+HALVES = (torch.bfloat16, torch.float16)
 WORTHWHILE = 5_000_000  # with fewer parameters a CPU spends most of its time outside matrix products
 
 
@@ -75,6 +76,40 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     model.to(dtype)
     for module, name, buffer in rotary:
         setattr(module, name, buffer)
+
+
+@contextmanager
+def computed_in_float32(model: nn.Module) -> Iterator[None]:
+    """Passes inside the block compute in float32 from the model's own 16-bit weights.
+
+    Each module's weights are widened while it runs, so that no second model is needed in memory: the weights
+    are exact, and what is left of the rounding is float32's. Modules whose weights are not plain 16-bit
+    numbers (quantised ones) compute as ever.
+    """
+    kept: dict[nn.Parameter, Tensor] = {}
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype in HALVES else value
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in HALVES:
+                kept[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+        return tuple(map(wide, args)), {key: wide(value) for key, value in kwargs.items()}
+
+    def after(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in kept:
+                parameter.data = kept.pop(parameter)
+
+    with ExitStack() as hooks:
+        hooks.callback(lambda: [setattr(each, "data", data) for each, data in kept.items()])
+        for module in model.modules():
+            if any(parameter.dtype in HALVES for parameter in module.parameters(recurse=False)):
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(after, always_call=True).remove)
+        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lm_eval_aft.engine.batching import capture, logits_at, resumed
 from lm_eval_aft.engine.kv_cache import Budget, RowCache, StopForward
-from lm_eval_aft.engine.precision import ReorderedWeights, round_up
+from lm_eval_aft.engine.precision import HALVES, ReorderedWeights, round_up
 from lm_eval_aft.engine.rows import Answer, PackedRow, Step, packed_row, step_over, unpacked, within_budget
 from lm_eval_aft.steering.backbone import Backbone, cache_argument
 from lm_eval_aft.steering.hooks import RowSteering, add_all
@@ -70,6 +70,11 @@ class Scorer:
         self._weights: ReorderedWeights | None = None
         # By path: whether it gives the right answers, and on rows of up to how many tokens.
         self._tried: dict[str, tuple[bool, int]] = {}
+
+    @property
+    def halves(self) -> bool:
+        """Whether it computes in 16 bits because the weights are in 16 bits (not by mixed precision)."""
+        return self.autocast is None and self.dtype in HALVES
 
     @contextmanager
     def prepared(self, fast: bool = True) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import random
@@ -251,15 +252,52 @@ def test_a_models_own_generation_settings_are_honoured(monkeypatch: pytest.Monke
     assert path(lm).startswith("stock")
 
 
-def test_sixteen_bits_are_left_to_stock() -> None:
-    lm = AFTLM(tiny_model("llama", dtype=torch.bfloat16), **OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2"])
+def test_sixteen_bits_err_no_more_than_plain_passes(family: str, dtype: torch.dtype) -> None:
+    """Every written token's log-probability against a float32 copy of the model, one whole pass a prompt."""
+    model = tiny_model(family, dtype=dtype)
+    exact = copy.deepcopy(model).float()
+    lm = AFTLM(model, **OPTIONS)
+    asked = prompts(12)
+    lm.generate_until(instances(asked, GREEDY), disable_tqdm=True)
+    assert path(lm) == "generated in shared batches (100.0% of 12)"
+    texts = lm._fast()[1]
+    settings = texts._settings(GREEDY)
+    assert settings is not None
+    rows = [texts._prompt(i, context, settings, 0) for i, context in enumerate(asked)]
+    seen: dict[int, list[torch.Tensor]] = {}
+    with texts.scorer.prepared(), torch.no_grad():
+        list(
+            texts._decode(
+                [row for row in rows if row], settings, lambda i, x: seen.setdefault(i, []).append(x)
+            )
+        )
+        errors: list[list[torch.Tensor]] = [[], []]
+        for row in filter(None, rows):
+            logits = torch.stack(seen[row.options[0].index])
+            tokens = logits.argmax(-1)
+            ids = torch.tensor([[*row.tokens, *tokens.tolist()][:-1]])
+            found = [logits, *(each(ids).logits[0, len(row.tokens) - 1 :] for each in (model, exact))]
+            fast, plain, true = (
+                each.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0] for each in found
+            )
+            errors[0].append(fast - true)
+            errors[1].append(plain - true)
+    ours, stock = (float(torch.cat(each).square().mean().sqrt()) for each in errors)
+    assert 0 < ours <= 1.5 * stock
+
+
+def test_mixed_precision_is_left_to_stock() -> None:
+    lm = AFTLM(tiny_model("llama"), **OPTIONS, mixed_precision_dtype="bfloat16")
     fast, slow = both(lm, prompts(3))
     assert fast == slow
     assert path(lm).startswith("stock")
 
 
-def test_a_wrong_way_is_left_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    lm = AFTLM(tiny_model("llama"), **OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_way_is_left_with_a_warning(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    lm = AFTLM(tiny_model("llama", dtype=dtype), **OPTIONS)
     forward = lm.model.model.forward
 
     def shifted(*args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
@@ -272,7 +310,8 @@ def test_a_wrong_way_is_left_with_a_warning(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING):
         fast, slow = both(lm, prompts(12))
     assert fast == slow
-    assert "Generation is left to stock: differ by" in caplog.text
+    how = "differ by" if dtype == torch.float32 else "err by"
+    assert f"Generation is left to stock: {how}" in caplog.text
 
 
 def test_cached_answers_and_order() -> None:

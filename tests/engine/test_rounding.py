@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from lm_eval_aft.engine import fallback
+from lm_eval_aft.engine import checks, fallback
+from lm_eval_aft.engine.precision import computed_in_float32
 from tests.conftest import tiny_model
 from tests.engine.test_scoring_hazards import asked, ours, sentence, stock
 
@@ -16,9 +19,9 @@ REQUESTS = asked(
 )
 
 
-def coarse(size: float, where: str) -> Any:
-    """A model whose logits are off by ``size``: by a pass's width, or under packed masks alone."""
-    model: Any = tiny_model("llama")
+def coarse(size: float, where: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Logits are off by ``size`` in this dtype: by a pass's width, or under packed masks alone."""
+    model: Any = tiny_model("llama", dtype=dtype)
     seen: dict[str, Any] = {}
 
     def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -26,6 +29,8 @@ def coarse(size: float, where: str) -> Any:
         seen.update(dict(zip(["input_ids"], args, strict=False)), **kwargs)
 
     def blur(_module: Any, _args: Any, logits: torch.Tensor) -> torch.Tensor:
+        if logits.dtype != dtype:
+            return logits
         mask, width = seen.get("attention_mask"), seen["input_ids"].shape[1]
         packed = mask is not None and mask.ndim == 4
         phase = float(width) if where == "width" else 1.0
@@ -57,3 +62,44 @@ def test_an_error_that_stock_does_not_make_is_a_reason() -> None:
     values, paths = found(coarse(2e-4, "packed"))
     assert "packed" not in paths
     assert values == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_neox", "mixtral"])
+def test_16_bit_weights_compute_in_float32(family: str) -> None:
+    """As a float32 copy of the model, bit by bit; the weights are the same tensors afterwards."""
+    model = tiny_model(family, dtype=torch.bfloat16)
+    before = {name: (each.data_ptr(), each.dtype) for name, each in model.named_parameters()}
+    ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with computed_in_float32(model):
+            found = model(ids).logits
+        assert model(ids).logits.dtype == torch.bfloat16
+        with pytest.raises(IndexError), computed_in_float32(model):
+            model(ids + 10**6)
+        assert {name: (each.data_ptr(), each.dtype) for name, each in model.named_parameters()} == before
+        expected = copy.deepcopy(model).float()(ids).logits
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_16_bits_are_judged_by_their_error_against_float32() -> None:
+    """Stock's own answers are half a nat off here, differently in every batch: so may ours be."""
+    model = coarse(0.5, "width", torch.bfloat16)
+    exact = [value for value, _ in stock(copy.deepcopy(model).float(), batch_size=1).loglikelihood(REQUESTS)]
+    expected = [value for value, _ in stock(model, batch_size=1).loglikelihood(REQUESTS)]
+    values, paths = found(model)
+    assert max(abs(a - b) for a, b in zip(values, expected, strict=True)) > 0.1 * 5  # a bar for 5 tokens
+    assert paths == {"packed"}
+    errors = [float(np.std([a - b for a, b in zip(each, exact, strict=True)])) for each in (values, expected)]
+    assert errors[0] <= checks.ERRORS * errors[1]
+
+
+def test_an_error_of_packed_rows_alone_is_found_in_16_bits(caplog: pytest.LogCaptureFixture) -> None:
+    expected = [
+        value
+        for value, _ in stock(tiny_model("llama", dtype=torch.bfloat16), batch_size=1).loglikelihood(REQUESTS)
+    ]
+    values, paths = found(coarse(3.0, "packed", torch.bfloat16))
+    assert "packed" not in paths
+    assert "against float32" in caplog.text
+    assert values == pytest.approx(expected, abs=0.5)
