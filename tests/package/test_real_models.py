@@ -27,7 +27,7 @@ from tests.training.test_onepass import by_autograd
 SMALL, OTHERS = "smollm2-135m-instruct", ["gemma-3-270m", "qwen2.5-coder-0.5b-instruct"]
 GGUF = "gguf/model.gguf"
 BY_TIER = [
-    pytest.param(SMALL, marks=pytest.mark.full),
+    pytest.param(SMALL, marks=pytest.mark.slow),
     *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS),
 ]
 
@@ -92,15 +92,16 @@ def test_it_is_the_model_it_is_said_to_be(name: str, real_model: Callable[[str],
     assert stock.tokenizer.decode(best) == " Paris"
 
 
-@pytest.mark.full
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    "chat", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("task", ["arc_easy", "hellaswag"])
 def test_choices_have_stocks_answers(task: str, chat: bool, loaded: Any, test_data: Path) -> None:
     check_answers(loaded(SMALL), task, 100, chat)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("chat", [False, True])
 def test_texts_are_stocks(chat: bool, loaded: Any, test_data: Path) -> None:
@@ -113,7 +114,7 @@ def test_texts_are_stocks(chat: bool, loaded: Any, test_data: Path) -> None:
     assert any(found)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_gradients_are_autograds(loaded: Any, test_data: Path) -> None:
     _, ours = loaded(SMALL)
@@ -135,19 +136,19 @@ def test_gradients_are_autograds(loaded: Any, test_data: Path) -> None:
 def vector(
     real_model: Callable[[str], Path], data_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Trained on 150 documents of arc_easy's training split."""
+    """Trained on 100 documents of arc_easy's training split, at a few layers."""
     folder = tmp_path_factory.mktemp("vector") / "v"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(data_root / "hub")
         train_vector(
             str(real_model(SMALL)), "arc_easy", folder,
-            protocol="onepass", train_docs=150, selection_docs=150,
+            layers="10,14,18", train_docs=100, selection_docs=100, refine=2,
             progress=False, model_args={"device": "cpu"},
         )  # fmt: skip
     return folder
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_vector_is_better_on_held_out_questions(
     vector: Path, real_model: Callable[[str], Path], test_data: Path, tmp_path: Path
@@ -163,7 +164,7 @@ def test_a_vector_is_better_on_held_out_questions(
     assert row.verdict == "better"
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_merged_export_is_the_steered_model(vector: Path, loaded: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
