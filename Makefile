@@ -53,7 +53,7 @@ DEMO_SCORING = $(BIN)/lm_eval --model aft --tasks aft_demo_choice,aft_demo_math 
 	--device cpu --batch_size 32 --log_samples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo models docs docs-serve test test-slow test-full test-oldest test-newest canary .venv-newest \
+.PHONY: help setup lock demo models docs docs-serve dist test test-slow test-full test-oldest test-newest canary .venv-newest \
 	coverage check format clean
 
 help: ## list the targets
@@ -108,6 +108,10 @@ docs: $(DOCS_STAMP) ## the documentation as a site, in site/
 
 docs-serve: $(DOCS_STAMP) ## the same at http://127.0.0.1:8000, renewed as you write
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+dist: setup ## source distribution and wheel, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 test: setup ## unit and integration tests
 	$(PYTEST) $(PYTEST_ARGS)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lm_eval_aft.steering.vector import SteeringVector
     from lm_eval_aft.training.run import train_vector
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AFTError",

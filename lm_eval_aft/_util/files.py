@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,10 +215,13 @@ class JsonLines:
     """A ledger: a file with one JSON object a line, that one process appends to.
 
     A last line that sudden death cut short is passed over by `read` and dropped by the next `append`.
+
+    Args:
+        listener: is called with each line that was written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.path, self.listener = path, listener
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; none where there is no file."""
@@ -236,6 +239,8 @@ class JsonLines:
         self._drop_cut_line()
         with jsonlines.open(self.path, "a") as writer:
             writer.write(line)
+        if self.listener:
+            self.listener(line)
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Replace the whole file, at once."""

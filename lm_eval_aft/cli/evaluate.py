@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from lm_eval_aft._util.process import Terminated, is_main_process, quiet_libraries, terminable
-from lm_eval_aft.cli.options import LateHelp, ended, offline_option, parse_model_args, print_table
+from lm_eval_aft.cli.options import (
+    LateHelp,
+    ended,
+    log_option,
+    offline_option,
+    parse_model_args,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from lm_eval_aft.evaluation.report import Report
@@ -56,9 +64,10 @@ def _route_help() -> str:
     help="Further arguments of `--model aft`: revision=...,peft=...; coefficient= and positions= replace "
     "those of every vector.",
 )
+@log_option
 @click.option("--resume", is_flag=True, help="Keep the runs that are in the output folder; score the others.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def evaluate(tasks: str, output: Path, model_args: str | None, **options: Any) -> None:
+def evaluate(tasks: str, output: Path, model_args: str | None, log: tuple[str, ...], **options: Any) -> None:
     """Score the baseline and steered model with lm-eval, and compare them pair by pair.
 
     Log-likelihoods of the baseline, all vectors and placebos are computed together. Writes ordinary
@@ -77,8 +86,10 @@ def evaluate(tasks: str, output: Path, model_args: str | None, **options: Any) -
                --tasks gsm8k,arc_challenge --output routed
     """
     quiet_libraries()
+    from lm_eval_aft._util.tracking import Trackers
     from lm_eval_aft.evaluation.run import evaluate_pair
 
+    trackers = Trackers(log, output)
     try:
         with terminable():
             arguments = parse_model_args(model_args, device=options.pop("device"), dtype=options.pop("dtype"))
@@ -87,11 +98,17 @@ def evaluate(tasks: str, output: Path, model_args: str | None, **options: Any) -
     except (KeyboardInterrupt, Terminated) as end:
         ended(end, output)
     if is_main_process():
+        from lm_eval_aft.evaluation.formatting import row_numbers
         from lm_eval_aft.evaluation.report import build_report
         from lm_eval_aft.evaluation.results import read_run
 
         found = [read_run(output / run.name, run.name, run.name.partition("/")[0]) for run in runs]
-        print_report(build_report(found))
+        report = build_report(found)
+        print_report(report)
+        with trackers:
+            trackers.settings({"tasks": names, "model_args": arguments, **options})
+            for row in report.rows:
+                trackers.log(row_numbers(asdict(row)))
         words = f"aft report {shlex.quote(str(output))} -o FOLDER"
         click.echo(f"Results are in {output}; `{words}` writes the full report.")
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.process import EXIT_CODE, Terminated
+from lm_eval_aft._util.tracking import TRACKERS
 
 
 def parse_pairs(text: str, what: str = "model arguments") -> dict[str, Any]:
@@ -150,6 +151,17 @@ offline_option = click.option(
     expose_value=False,
     callback=_switch,
     help="No network access: local folders and caches only.",
+)
+
+
+# ``--log``: experiment trackers.
+
+log_option = click.option(
+    "--log",
+    multiple=True,
+    type=click.Choice(list(TRACKERS)),
+    help="Log to an experiment tracker too: TensorBoard in OUTPUT/tensorboard (pip install "
+    "'lm-eval-aft[log]'), the others where they are configured to, with their own package; may repeat.",
 )
 
 

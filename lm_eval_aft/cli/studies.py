@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.process import Terminated, quiet_libraries, terminable
-from lm_eval_aft.cli.options import ended, parse_model_args, print_table
+from lm_eval_aft.cli.options import ended, log_option, parse_model_args, print_table
 from lm_eval_aft.cli.train import plan_settings, print_cost, print_stages, scoring_flags, training_options
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     "--cpus-per-worker", "cpus", type=float, default=1.0, show_default=True, help="Ray: CPUs of each worker."
 )
 @click.option("--ray-runtime-env", "runtime_env", help="Ray: runtime environment, JSON or a YAML file.")
+@log_option
 def bench(
     study: Path,
     output: Path | None,
@@ -79,6 +80,7 @@ def bench(
     plan_for: str,
     device: str | None,
     executor: str,
+    log: tuple[str, ...],
     **ray: Any,
 ) -> None:
     """Run a study: every model on every task with every method and seed, and one report.
@@ -114,12 +116,13 @@ def bench(
         return
     if output is None:
         raise AFTError("No output folder was given.", "Add --output FOLDER, or --dry-run to see the plan.")
+    from lm_eval_aft._util.tracking import Trackers
     from lm_eval_aft.studies.jobs import Store
     from lm_eval_aft.studies.runner import StudyProgress, run_study
 
     store = Store(output)
     try:
-        with terminable():
+        with terminable(), Trackers(log, output) as trackers:
             report = run_study(
                 plan,
                 study,
@@ -128,6 +131,7 @@ def bench(
                 resume=resume,
                 only=only,
                 progress=StudyProgress(),
+                trackers=trackers,
             )
     except (KeyboardInterrupt, Terminated) as end:
         ended(end, output)
@@ -182,7 +186,7 @@ def print_plan(study: BenchStudy, output: Path | None, only: Sequence[str], plan
     from lm_eval_aft.training.cost import Spent
 
     finished = _finished(output)
-    cells = [cell for cell in build_cells(study, finished) if cell.matches(only)]
+    cells = [cell for cell in build_cells(study, finished, hashed=bool(finished)) if cell.matches(only)]
     device = this_cpu() if plan_for == "cpu" else DEVICES[plan_for]
     shots, whole, shipped = _shots(study), Spent(), []
     rows: list[tuple[str, ...]] = []

@@ -15,6 +15,7 @@ from lm_eval_aft.cli.options import (
     LateHelp,
     PlainCommand,
     ended,
+    log_option,
     offline_option,
     parse_model_args,
     parse_pairs,
@@ -160,6 +161,7 @@ def _criterion_help() -> str:
     "task_metadata",
     help="As lm-eval's --metadata, for tasks that need it: KEY=VALUE,... or a JSON object.",
 )
+@log_option
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in the output folder.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and its sizes; train nothing, write nothing.")
@@ -217,7 +219,7 @@ def _train(options: dict[str, Any], output: Path | None, dry_run: bool) -> None:
     from lm_eval_aft.training.recipe import TrainingPlan
     from lm_eval_aft.training.setup import load_model, prepare
 
-    folder_options = {name: options.pop(name) for name in ("resume", "overwrite")}
+    folder_options = {name: options.pop(name) for name in ("resume", "overwrite", "log")}
     given = parse_model_args(
         options.pop("model_args"), device=options.pop("device"), dtype=options.pop("dtype")
     )

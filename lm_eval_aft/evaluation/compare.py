@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lm_eval_aft._util.errors import AFTError, not_finite_cause
+from lm_eval_aft.evaluation.provenance import HASH_DIGITS, VectorInfo
 from lm_eval_aft.evaluation.results import (
     AGAIN,
     ScoredRun,
@@ -25,7 +26,6 @@ from lm_eval_aft.evaluation.stats import (
     mean_interval,
     verdict,
 )
-from lm_eval_aft.evaluation.vector_info import HASH_DIGITS, VectorInfo
 
 # If a task reports several metrics, the verdict is on the first of these that it has.
 PRIMARY_METRICS = ("acc_norm", "acc", "exact_match")

@@ -110,6 +110,17 @@ def row_cells(row: VerdictRow, names: Iterable[str] = tuple(COLUMNS)) -> list[st
     return [COLUMNS[name](row) for name in names]
 
 
+def row_numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The numbers of a `VerdictRow`'s fields for a tracker: ``TASK/METRIC/RUN/baseline`` and so on.
+
+    Args:
+        prefix: goes before the task.
+    """
+    place = f"{prefix}{row['task']}/{metric_name(row['metric'], row['filter'])}/{row['run']}"
+    names = ("baseline", "steered", "difference", "low", "high", "p_value", "p_adjusted", "n")
+    return {f"{place}/{name}": row[name] for name in names}
+
+
 def answer_only_cells(pair: AnswerOnlyRow) -> list[str]:
     """A vector's cells with and without the questions, in the order of ``ANSWER_ONLY_COLUMNS``."""
     row, without = pair.with_question, pair.without_question

@@ -26,10 +26,9 @@ from lm_eval_aft.evaluation.compare import (
     primary_metric,
     require_comparable,
 )
-from lm_eval_aft.evaluation.reproduce import commands
+from lm_eval_aft.evaluation.provenance import VectorInfo, commands, read_vector_info
 from lm_eval_aft.evaluation.results import ScoredRun, discover, model_args, read_run
 from lm_eval_aft.evaluation.stats import ALPHA, BETTER, NO_DIFFERENCE, WORSE, seeds_interval
-from lm_eval_aft.evaluation.vector_info import VectorInfo, read_vector_info
 
 ANSWER_ONLY_WORDING = (
     "The questions were removed and the options scored alone, for the baseline and for the vector. A gain "
@@ -61,6 +60,7 @@ class Report:
         commands: per run, the commands that reproduce it.
         leaderboard: the tasks of the Open LLM Leaderboard v1, and whether its settings were used.
         datasets: task -> its dataset, a Hub name or a path.
+        dataset_parts: task -> the dataset's configuration and the split that was scored.
     """
 
     title: str
@@ -84,6 +84,7 @@ class Report:
     commands: list[dict[str, Any]] = field(default_factory=list)
     leaderboard: list[dict[str, Any]] = field(default_factory=list)
     datasets: dict[str, str] = field(default_factory=dict)
+    dataset_parts: dict[str, dict[str, str]] = field(default_factory=dict)
     leaderboard_wording: str = LEADERBOARD_WORDING
     answer_only_wording: str = ANSWER_ONLY_WORDING
 
@@ -188,7 +189,13 @@ def build_report(
         commands=[{"run": run.name, "commands": commands(run)} for run in shown],
         leaderboard=leaderboard_rows(baseline, [asdict(row) for row in rows if row.kind == "steered"]),
         datasets={task: str(each.config.get("dataset_path") or "") for task, each in baseline.tasks.items()},
+        dataset_parts={task: _parts(each.config) for task, each in baseline.tasks.items()},
     )
+
+
+def _parts(config: dict[str, Any]) -> dict[str, str]:
+    split = config.get("test_split") or config.get("validation_split")
+    return {"config": str(config.get("dataset_name") or ""), "split": str(split or "")}
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

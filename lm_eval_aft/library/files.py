@@ -62,9 +62,17 @@ def suggestion(wrong: str, names: Iterable[str]) -> str:
 # The files a vector folder may hold, and copying them without trusting where they come from.
 
 CARD = "README.md"
+RESULTS = ".eval_results/lm-eval-aft.yaml"  # where the Hub looks for a model's results
 SOURCE = "source.json"
 # Name -> greatest length in bytes.
-FILES = {FILE_NAME: MAX_FILE, CARD: 2**20, "training.jsonl": 2**28, "sweep.png": 2**25, SOURCE: 2**20}
+FILES = {
+    FILE_NAME: MAX_FILE,
+    CARD: 2**20,
+    RESULTS: 2**20,
+    "training.jsonl": 2**28,
+    "sweep.png": 2**25,
+    SOURCE: 2**20,
+}
 _SEED = re.compile(rf"seeds/{PART}\.safetensors")
 
 
@@ -85,8 +93,9 @@ def vector_files(folder: Path) -> list[str]:
     """
     names = [name for name in FILES if os.path.lexists(folder / name)]
     seeds = folder / "seeds"
-    if seeds.is_symlink():
-        raise _link(seeds)
+    for inner in (seeds, (folder / RESULTS).parent):
+        if inner.is_symlink():
+            raise _link(inner)
     if seeds.is_dir():
         names += sorted(f"seeds/{e.name}" for e in seeds.iterdir() if _SEED.fullmatch(f"seeds/{e.name}"))
     for name in names:

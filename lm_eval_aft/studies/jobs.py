@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import LOCK, JsonLines, exclusive_dir
 from lm_eval_aft.evaluation.compare import compare_runs, judge, not_finite, require_comparable
+from lm_eval_aft.evaluation.provenance import read_vector_info
 from lm_eval_aft.evaluation.report import warnings
 from lm_eval_aft.evaluation.results import ScoredRun, read_run
-from lm_eval_aft.evaluation.vector_info import read_vector_info
 from lm_eval_aft.harness.identity import digest, model_identity, task_identity
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
@@ -69,7 +69,7 @@ class StudyCell:
         return not patterns or any(fnmatchcase(text, pattern) for pattern in patterns for text in texts)
 
 
-def build_cells(study: BenchStudy, finished: Container[str] = ()) -> list[StudyCell]:
+def build_cells(study: BenchStudy, finished: Container[str] = (), *, hashed: bool = True) -> list[StudyCell]:
     """Every cell of the study, model by model, task by task.
 
     Looked up from the study's ``data`` folder, as what lies there belongs to the tasks' identities.
@@ -77,11 +77,13 @@ def build_cells(study: BenchStudy, finished: Container[str] = ()) -> list[StudyC
     Args:
         finished: keys of cells whose results are there. Version 0.1's keys depend on where a task's Python
             functions lie; tasks with such results keep them.
+        hashed: read the contents of models and tasks, which takes seconds a gigabyte. Without, keys tell the
+            cells apart and name no results.
 
     Raises:
         AFTError: a task that the harness does not have.
     """
-    cells = _build_cells(study, absolute=False)
+    cells = _build_cells(study, absolute=False, hashed=hashed)
     if not finished:
         return cells
     earlier = _build_cells(study, absolute=True)
@@ -89,14 +91,17 @@ def build_cells(study: BenchStudy, finished: Container[str] = ()) -> list[StudyC
     return [old if old.task.name in kept else new for old, new in zip(earlier, cells, strict=True)]
 
 
-def _build_cells(study: BenchStudy, absolute: bool) -> list[StudyCell]:
+def _build_cells(study: BenchStudy, absolute: bool, hashed: bool = True) -> list[StudyCell]:
     with contextlib.chdir(study.data or "."):
         require_plain([entry.task for entry in study.tasks], study.include_path)
-        models = {entry.name: model_identity(entry.pretrained, entry.model_args) for entry in study.models}
-        tasks = {
-            entry.name: task_identity(entry.task, study.include_path, absolute=absolute)
-            for entry in study.tasks
-        }
+        models: dict[str, Any] = {each.name: [each.pretrained, each.model_args] for each in study.models}
+        tasks: dict[str, Any] = {each.name: each.task for each in study.tasks}
+        if hashed:
+            models = {name: model_identity(*named) for name, named in models.items()}
+            tasks = {
+                name: task_identity(task, study.include_path, absolute=absolute)
+                for name, task in tasks.items()
+            }
     cells, placebos = [], study.evaluation.placebos
     for model, task, method, seed in product(study.models, study.tasks, study.methods, study.seeds):
         plan = study.plan(model, task, method, seed)

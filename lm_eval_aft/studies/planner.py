@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from lm_eval_aft._util.settings import read_yaml
 from lm_eval_aft.demo import resolve_pretrained
 from lm_eval_aft.engine.batching import TokenizedDocument, lay_out, units
 from lm_eval_aft.engine.checks import rows_may_be_packed
-from lm_eval_aft.steering.backbone import Backbone, find_backbone
+from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.methods import DEFAULT_METHOD, Method, find_method
 from lm_eval_aft.studies.config import ModelEntry
 from lm_eval_aft.studies.jobs import StudyCell
 from lm_eval_aft.studies.simulated_device import (
     Device,
+    KnownOperations,
     MetaEngine,
     Roofline,
     blocks_alike,
@@ -31,7 +33,7 @@ from lm_eval_aft.studies.simulated_device import (
 )
 from lm_eval_aft.training.candidate import Candidate, Recipe
 from lm_eval_aft.training.cost import Estimate, PeakMemory, Rates, Spent
-from lm_eval_aft.training.objectives import Objective, make_objective
+from lm_eval_aft.training.objectives import make_objective
 from lm_eval_aft.training.recipe import Protocol, Stage, find_protocol, parse_layers, schedule
 from lm_eval_aft.training.trainer import DEFAULT_TOKEN_BUDGET, TOKEN_BUDGET, master_dtype
 
@@ -152,6 +154,7 @@ class CostEstimator:
         self.shape, self.device = shape, device
         self.budget = budget or TOKEN_BUDGET.get(device.kind, DEFAULT_TOKEN_BUDGET)
         self._plans: dict[tuple[str, int, str, Protocol], PlanCost] = {}
+        self._models = MetaModels(shape.config, shape.dtype)
 
     def spent(self, cell: StudyCell, shots: int) -> Spent:
         """Training and scoring of one cell, without its baseline's scoring."""
@@ -174,7 +177,9 @@ class CostEstimator:
         while budget >= LEAST_BUDGET and share < 1:
             budget, share = budget // 2, share * 2
         while budget >= LEAST_BUDGET:
-            if CostEstimator(self.shape, self.device, budget).plan(cell, shots).fits:
+            smaller = CostEstimator(self.shape, self.device, budget)
+            smaller._models = self._models
+            if smaller.plan(cell, shots).fits:
                 return budget
             budget //= 2
         return None
@@ -199,6 +204,7 @@ class CostEstimator:
                 objective="choice" if chosen_from > 1 else "lm",
                 method=wanted.method,
                 budget=self.budget,
+                models=self._models,
             )
         return self._plans[key]
 
@@ -238,7 +244,7 @@ def find_shape(entry: ModelEntry) -> Shape:
 # blocks are alike, two small depths tell what every depth takes.
 
 COPIES = 5  # of a candidate's numbers: the vector, its gradient, two moments, the best so far
-FEW, MORE = 3, 5  # blocks of the models that are run in place of deeper ones
+FEW, MORE = 2, 3  # blocks of the models that are run in place of deeper ones
 
 
 @dataclass(frozen=True)
@@ -287,6 +293,7 @@ def plan_cost(
     train_docs: int | None = None,
     selection_docs: int | None = None,
     budget: int | None = None,
+    models: MetaModels | None = None,
 ) -> PlanCost:
     """What one run of ``train-vector`` would cost, from a transformers config; nothing is loaded.
 
@@ -298,6 +305,7 @@ def plan_cost(
             `TaskSize.documents` makes some.
         train_docs, selection_docs: as the task has them; default: as many as the protocol wants.
         budget: most tokens of a pass; default: what suits the device.
+        models: the config's, for several plans that share them and what was measured on them.
 
     Raises:
         AFTError: an unknown protocol, method or objective; layers that the model does not have.
@@ -306,8 +314,8 @@ def plan_cost(
     how = find_method(method)
     if not how.trained:
         recipe = recipe.without_training()
-    model = meta_model(config, dtype)
-    depth, width = len(find_backbone(model).blocks), find_backbone(model).hidden_size
+    models = models or MetaModels(config, dtype)
+    model, depth, width = models.whole, models.depth, find_backbone(models.whole).hidden_size
     layers = parse_layers(recipe.layers, depth)
     sites = layers[:1] if how.steers_all_layers else layers
     train, selection = (
@@ -317,12 +325,14 @@ def plan_cost(
     stages = schedule(recipe, len(sites), train, selection)
     packed = rows_may_be_packed(model, documents)
     budget = budget or TOKEN_BUDGET.get(device.kind, DEFAULT_TOKEN_BUDGET)
-    trial = _TrialRuns(
-        make_objective(objective, None, ["acc_norm"]), how, packed, budget, device, list(documents), dtype
-    )
-    depths = (FEW, MORE) if depth > MORE and blocks_alike(model) else (depth,)
-    found = [trial.run(shallower(config, each), recipe.batch_size, selection) for each in depths]
-    whole = found[0] if len(found) == 1 else found[0].deeper(found[1], MORE - FEW, depth - FEW)
+    settings = (objective, packed, budget, device, tuple(documents), recipe.batch_size, selection)
+    few, more = models.depths(max(document.tokens(packed) for document in documents))
+    whole = models.trial_runs(few, *settings).run(how)
+    if more > few:
+        # What a block adds is the same with every method that trains one layer.
+        usual = find_method(DEFAULT_METHOD) if how.trained and not how.steers_all_layers else how
+        low, high = (models.trial_runs(each, *settings).run(usual, each == few) for each in (few, more))
+        whole = whole.deeper(low, high, more - few, depth - few)
     total = whole.rates(depth - 1 - sum(sites) / len(sites)).total(stages, recipe.seeds)
     peak = int(whole.peak(sites[0], depth - len(sites)))
     own = COPIES * 4 * how.parameters(width, len(layers)) * max(stage.candidates for stage in stages)
@@ -336,6 +346,45 @@ def plan_cost(
         sum(s.candidates * s.epochs * -(-s.train // recipe.batch_size) for s in stages) if how.trained else 0,
         whole.scored,
     )
+
+
+class MetaModels:
+    """A config's model on the meta device, shallower ones of its kind, and the trial runs made on them.
+
+    Attributes:
+        whole: the model itself.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        self.whole = meta_model(config, dtype)
+        self.depth = len(find_backbone(self.whole).blocks)
+        self._config, self._dtype = config, dtype
+        self._shallow = {self.depth: self.whole}
+        self._runs: dict[Any, _TrialRuns] = {}
+        self._known: dict[Device, KnownOperations] = {}
+
+    def depths(self, tokens: int) -> tuple[int, int]:
+        """Of the models that are run in its place, on rows of at most so many tokens; twice its own: none."""
+        shallow = self.depth > MORE and blocks_alike(self.whole, tokens)
+        return (FEW, MORE) if shallow else (self.depth, self.depth)
+
+    def trial_runs(self, depth: int, objective: str, *settings: Any) -> _TrialRuns:
+        """Runs of the model of this depth under these settings; made once."""
+        if depth not in self._shallow:
+            self._shallow[depth] = meta_model(shallower(self._config, depth), self._dtype)
+        key = (depth, objective, *settings)
+        if key not in self._runs:
+            packed, budget, device, documents, batch_size, selection = settings
+            engine = MetaEngine(
+                self._shallow[depth],
+                find_backbone(self._shallow[depth]),
+                make_objective(objective, None, ["acc_norm"]),
+                packed=packed,
+                budget=budget,
+            )
+            known = self._known.setdefault(device, {})
+            self._runs[key] = _TrialRuns(engine, device, known, documents, batch_size, selection)
+        return self._runs[key]
 
 
 @dataclass(frozen=True)
@@ -357,20 +406,20 @@ class _Measured:
     kept: tuple[float, float]  # bytes of one block's frozen output in either
     graph: float = 0.0  # bytes that a block above the candidate's layer keeps for the backward pass
 
-    def deeper(self, other: _Measured, blocks: int, more: int) -> _Measured:
-        """Extrapolated to ``more`` blocks than this has, from a model with ``blocks`` more."""
+    def deeper(self, few: _Measured, other: _Measured, blocks: int, more: int) -> _Measured:
+        """Extrapolated to ``more`` blocks than this has, by two models of which one has ``blocks`` more."""
         factor = more / blocks
-        passes = zip((*self.shared, self.scored), (*other.shared, other.scored), strict=True)
+        passes = zip((*few.shared, few.scored), (*other.shared, other.scored), strict=True)
         first, second, scored = (a + b.without(a) * factor for a, b in passes)
         return _Measured(
             (first, second),
             scored,
             self.train,
             self.selection,
-            self.step + (other.step - self.step) * factor,
-            self.judging + (other.judging - self.judging) * factor,
+            self.step + (other.step - few.step) * factor,
+            self.judging + (other.judging - few.judging) * factor,
             self.kept,
-            (other.step - self.step) / blocks - self.kept[0],
+            (other.step - few.step) / blocks - self.kept[0],
         )
 
     def rates(self, above: float) -> Rates:
@@ -385,25 +434,27 @@ class _Measured:
         )
 
 
-@dataclass(frozen=True)
 class _TrialRuns:
-    """Runs shallow models on a few documents."""
+    """Runs a model on a few documents. What does not depend on the method is measured once for all of them.
 
-    objective: Objective
-    method: Method
-    packed: bool
-    budget: int
-    device: Device
-    documents: Sequence[TokenizedDocument]
-    dtype: torch.dtype
+    Args:
+        known: what operations took so far on this device.
+        documents: the longest last.
+        selection: how many documents are judged.
+    """
 
-    def run(self, config: Any, batch_size: int, selection: int) -> _Measured:
-        """What the config's model takes; the last two layers show what a block above a layer adds."""
-        model = meta_model(config, self.dtype)
-        backbone = find_backbone(model)
-        engine = MetaEngine(model, backbone, self.objective, packed=self.packed, budget=self.budget)
-        depth = len(backbone.blocks)
-        every = [[self.documents[i] for i in unit] for unit in units(self.documents)]
+    def __init__(
+        self,
+        engine: MetaEngine,
+        device: Device,
+        known: KnownOperations,
+        documents: Sequence[TokenizedDocument],
+        batch_size: int,
+        selection: int,
+    ) -> None:
+        self._engine, self._device, self._known = engine, device, known
+        self._depth, self._dtype = len(engine.backbone.blocks), next(engine.model.parameters()).dtype
+        every = [[documents[i] for i in unit] for unit in units(documents)]
         longest, typical = max(every, key=_tokens), every[:-1] or every
 
         def together(unit: Sequence[TokenizedDocument]) -> list[TokenizedDocument]:
@@ -411,61 +462,87 @@ class _TrialRuns:
             rows = engine.budget // self._places(unit)
             return _alike(unit, max(1, min(selection // len(unit), rows)))
 
-        def spent(group: Sequence[Candidate]) -> tuple[Spent, Spent]:
-            trained = judged = Spent()
-            for unit in typical:
-                many, own = together(unit), 1 / len(unit)
-                if self.method.trained or not group:
-                    trained += self._spent(lambda: engine.train(group, [unit], _nothing)) * own  # noqa: B023
-                judged += self._spent(lambda: engine.evaluate(group, many, _nothing)) * (1 / len(many))  # noqa: B023
-            return trained * (1 / len(typical)), judged * (1 / len(typical))
+        self._typical = [(unit, together(unit)) for unit in typical]
+        self._few, self._most = _alike(longest, -(-batch_size // len(longest))), together(longest)
+        width = engine.backbone.hidden_size * self._dtype.itemsize
+        places = (min(engine.budget, self._places(many)) for many in (self._few, self._most))
+        self._kept = tuple(float(each * width) for each in places)
+        self._measured: dict[tuple[str, bool], _Measured] = {}
 
-        def baseline() -> Spent:
-            scored = Spent()
-            for unit in typical:
-                many = together(unit)
-                scored += self._spent(lambda: engine.baseline(many, _nothing)) * (1 / len(many))  # noqa: B023
-            return scored * (1 / len(typical))
+    def run(self, method: Method, own: bool = True) -> _Measured:
+        """What the model takes with this method.
 
-        lowest, most = [self._candidate(backbone, 0)], together(longest)
-        few = _alike(longest, -(-batch_size // len(longest)))
-        step, judging = engine.lay_out(few), engine.lay_out(most)
-        for unit in typical:
-            engine.lay_out(unit)
-            engine.lay_out(together(unit))
-        with shapes_only(self.device.kind):
-            stepped = lowest if self.method.trained else []
-            step += self._peak(engine, lambda: engine.train(stepped, [few], _nothing))
-            judging += self._peak(engine, lambda: engine.evaluate(lowest, most, _nothing))
-            shared, scored = spent([]), baseline()
-            with engine.remembering():
-                last = spent([self._candidate(backbone, depth - 1)])
-                before = spent([self._candidate(backbone, depth - 2)]) if depth > 1 else last
-        width = backbone.hidden_size * self.dtype.itemsize
-        kept = tuple(float(min(engine.budget, self._places(many)) * width) for many in (few, most))
-        train, selected = ((a, b.without(a)) for a, b in zip(last, before, strict=True))
-        return _Measured(shared, scored, train, selected, step, judging, (kept[0], kept[1]))
+        Args:
+            own: measure a candidate's own part too; else it is left empty.
+        """
+        if (method.name, own) not in self._measured:
+            self._measured[method.name, own] = self._run(method, own)
+        return self._measured[method.name, own]
 
-    def _candidate(self, backbone: Backbone, layer: int) -> Candidate:
-        layers = tuple(range(len(backbone.blocks))) if self.method.steers_all_layers else (layer,)
-        tensors = self.method.initial_tensors(backbone.hidden_size, layers, torch.Generator())
-        placed = {name: tensor.to("meta", master_dtype(self.dtype)) for name, tensor in tensors.items()}
-        return Candidate(layer, 0, Recipe(), Intervention(self.method, placed))
+    def _run(self, method: Method, own: bool) -> _Measured:
+        lowest = [self._candidate(method, 0)]
+        batches = self._engine.lay_out(self._few), self._engine.lay_out(self._most)
+        with shapes_only(self._device.kind):
+            shared, scored = self._frozen
+            step = self._peak(lambda: self._engine.train(lowest[: method.trained], [self._few], _nothing))
+            judging = self._peak(lambda: self._engine.evaluate(lowest, self._most, _nothing))
+            train, selected = self._candidates_part(method) if own else ((Spent(),) * 2,) * 2
+        peaks = (step + batches[0], judging + batches[1])
+        return _Measured(shared, scored, train, selected, *peaks, (self._kept[0], self._kept[1]))
+
+    @cached_property
+    def _frozen(self) -> tuple[tuple[Spent, Spent], Spent]:
+        """A document's frozen pass in training and in judging, and one with its continuations scored."""
+        scored = Spent()
+        for _, many in self._typical:
+            scored += self._spent(lambda: self._engine.baseline(many, _nothing)) * (1 / len(many))  # noqa: B023
+        return self._passes([]), scored * (1 / len(self._typical))
+
+    def _candidates_part(self, method: Method) -> tuple[tuple[Spent, Spent], tuple[Spent, Spent]]:
+        """A candidate's own part in training and in judging: at the last layer, and of each block above."""
+        with self._engine.remembering():  # the frozen passes
+            last = self._passes([self._candidate(method, self._depth - 1)])
+            block = self._block
+            if method.steers_all_layers and self._depth > 1:
+                before = self._passes([self._candidate(method, self._depth - 2)])
+                block = (before[0].without(last[0]), before[1].without(last[1]))
+        return (last[0], block[0] if method.trained else Spent()), (last[1], block[1])
+
+    @cached_property
+    def _block(self) -> tuple[Spent, Spent]:
+        """A block above a candidate's layer, whatever the method does at that layer."""
+        static, top = find_method(DEFAULT_METHOD), self._depth - 1
+        last, before = (self._passes([self._candidate(static, layer)]) for layer in (top, max(0, top - 1)))
+        return before[0].without(last[0]), before[1].without(last[1])
+
+    def _passes(self, group: Sequence[Candidate]) -> tuple[Spent, Spent]:
+        """A typical document trained on and judged."""
+        trained = judged = Spent()
+        trainable = not group or group[0].intervention.method.trained
+        for unit, many in self._typical:
+            if trainable:
+                trained += self._spent(lambda: self._engine.train(group, [unit], _nothing)) * (1 / len(unit))  # noqa: B023
+            judged += self._spent(lambda: self._engine.evaluate(group, many, _nothing)) * (1 / len(many))  # noqa: B023
+        return trained * (1 / len(self._typical)), judged * (1 / len(self._typical))
+
+    def _candidate(self, method: Method, layer: int) -> Candidate:
+        layers = tuple(range(self._depth)) if method.steers_all_layers else (layer,)
+        tensors = method.initial_tensors(self._engine.backbone.hidden_size, layers, torch.Generator())
+        placed = {name: tensor.to("meta", master_dtype(self._dtype)) for name, tensor in tensors.items()}
+        return Candidate(layer, 0, Recipe(), Intervention(method, placed))
 
     def _places(self, documents: Sequence[TokenizedDocument]) -> int:
         """Tokens of the documents' rows, padding included."""
-        rows = lay_out(documents, self.packed)
+        rows = lay_out(documents, self._engine.packed)
         return len(rows) * max(row.width for row in rows)
 
-    def _peak(self, engine: MetaEngine, work: Callable[[], Any]) -> int:
-        engine.forget()
-        with PeakMemory("meta") as memory:
+    def _peak(self, work: Callable[[], Any]) -> int:
+        with self._engine.from_nothing(), Roofline(self._device, self._known), PeakMemory("meta") as memory:
             work()
-        engine.forget()
         return int(memory.peak)
 
     def _spent(self, work: Callable[[], Any]) -> Spent:
-        with Roofline(self.device) as roofline:
+        with Roofline(self._device, self._known) as roofline:
             work()
         spent: Spent = roofline.spent
         return spent

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from lm_eval_aft import __version__
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.process import now
+from lm_eval_aft._util.tracking import Trackers
 from lm_eval_aft.evaluation import formatting as text
 from lm_eval_aft.studies.config import BenchStudy
 from lm_eval_aft.studies.jobs import (
@@ -44,12 +46,14 @@ def run_study(
     resume: bool = False,
     only: Sequence[str] = (),
     progress: StudyProgress | None = None,
+    trackers: Trackers | None = None,
 ) -> BenchReport:
     """Run the cells of a study that are not finished, and write its report into the store's folder.
 
     Args:
         source: the study's file; a copy of it is kept beside the results.
         only: patterns of cells to work on; finished others stay in the report.
+        trackers: get every finished cell, those of an earlier call too.
 
     Raises:
         AFTError: the folder cannot be used, no cell matches ``only``, or no worker can be started. Cells
@@ -66,6 +70,11 @@ def run_study(
         with contextlib.suppress(shutil.SameFileError):
             shutil.copyfile(source, store.root / "study.yaml")
         cells = build_cells(study, ledger.outcomes) if ledger.outcomes else cells
+        if trackers:
+            ledger.listener = partial(_log_cell, trackers)
+            trackers.settings({"file": str(source), **study.model_dump(by_alias=True)})
+            for line in ledger.outcomes.values():
+                ledger.listener(line)
         ledger.append(event="start", time=now(), version=__version__, cells=len(cells), only=list(only))
         schedule = Schedule(cells, store, ledger, prune=study.prune, only=only)
         _recover(schedule, store)
@@ -76,6 +85,16 @@ def run_study(
         report = build_study_report(study, schedule)
         write_study_report(report, store.root)
     return report
+
+
+def _log_cell(trackers: Trackers, line: dict[str, Any]) -> None:
+    """Log a line of a study's ledger: a finished cell's comparisons (p not adjusted for the other cells)."""
+    if line.get("event") != "cell":
+        return
+    numbers: dict[str, Any] = {f"{line['name']}/seconds": sum((line.get("seconds") or {}).values())}
+    for row in line.get("rows") or ():
+        numbers |= text.row_numbers(row | {"p_adjusted": None}, f"{line['name']}/")
+    trackers.log(numbers)
 
 
 @contextlib.contextmanager

@@ -96,27 +96,81 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside a ``with`` block, adds up in ``spent`` what the operations would take on a device.
 
     Tensors may be on the meta device, as only shapes count. What runs on the CPU for a GPU is free.
+
+    Args:
+        known: what operations on tensors of some shapes took and made before, to be read and added to:
+            torch's own way to their results' shapes is slow.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, known: KnownOperations | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.spent: Spent = Spent()
+        self._known = {} if known is None else known
         self._flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
+        key = _key((func, args, kwargs))
+        if key in self._known:
+            seconds, flops, made = self._known[key]
+            self.spent = self.spent + Spent(seconds, flops)
+            return func(*args, **(kwargs or {})) if made is None else made()
         output = func(*args, **(kwargs or {}))
+        spent = self._cost(func, args, kwargs, output)
+        self.spent = self.spent + spent
+        if key is not None:
+            self._known[key] = (spent.seconds, spent.flops, _maker(output, tree_leaves((args, kwargs))))
+        return output
+
+    def _cost(self, func: Any, args: Any, kwargs: Any, output: Any) -> Spent:
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         made = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
-        if func.is_view or not any(each.is_meta for each in (*given, *made)):
-            return output
+        if not any(each.is_meta for each in (*given, *made)):
+            return Spent()
         count = self._flops.get(func.overloadpacket)
         flops = float(count(*args, **(kwargs or {}), out_val=output)) if count else 0.0
         read = 0 if func.overloadpacket.__name__ in _PICKING else _size(given)
         traffic = read + _size(made) if given else 0
         seconds = max(flops / self.device.flops, traffic / self.device.bandwidth, self.device.overhead)
-        self.spent = self.spent + Spent(seconds, flops)
-        return output
+        return Spent(seconds, flops)
+
+
+# By operation and shapes: seconds, floating-point operations, and what makes its result anew.
+KnownOperations = dict[Any, tuple[float, float, Callable[[], Any] | None]]
+
+
+def _key(value: Any) -> Any:
+    """What an operation's cost and its result's shape depend on; ``None`` where that is not shapes alone."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            return None
+        return (value.shape, value.stride(), value.dtype, value.untyped_storage().nbytes())
+    if kind in (tuple, list):
+        parts = tuple(_key(each) for each in value)
+        return None if any(each is None for each in parts) else (kind, parts)
+    if kind is dict:
+        return _key(tuple(value.items()))
+    return (kind, value)
+
+
+def _maker(output: Any, given: Sequence[Any]) -> Callable[[], Any] | None:
+    """Makes results of the same shapes; ``None`` where they are no tensors, or arguments of the operation."""
+    several = isinstance(output, tuple)
+    outputs = output if several else (output,)
+    if any(each is one for each in outputs for one in given):
+        return None
+    if not all(isinstance(each, Tensor) and each.is_meta for each in outputs):
+        return None
+    shapes = [(each.shape, each.stride(), each.dtype) for each in outputs]
+
+    def make() -> Any:
+        made = [torch.empty_strided(*each[:2], dtype=each[2], device="meta") for each in shapes]
+        return tuple(made) if several else made[0]
+
+    return make
 
 
 def _size(tensors: list[Tensor]) -> int:
@@ -201,11 +255,18 @@ def shallower(config: Any, depth: int) -> Any:
     return cut
 
 
-def blocks_alike(model: nn.Module) -> bool:
-    """Whether all blocks do the same work: the same parameters, and one type of layer."""
-    types = getattr(getattr(model, "config", None), "layer_types", None) or [""]
+def blocks_alike(model: nn.Module, tokens: int | None = None) -> bool:
+    """Whether all blocks do the same work: the same parameters, and one type of layer.
+
+    Args:
+        tokens: of the longest row; where no sliding window cuts it, layers with and without one are alike.
+    """
+    config = getattr(model, "config", None)
+    types = set(getattr(config, "layer_types", None) or [""])
+    if tokens is not None and tokens <= (getattr(config, "sliding_window", None) or 0):
+        types = {"full_attention" if each == "sliding_attention" else each for each in types}
     shapes = [[(n, p.shape) for n, p in block.named_parameters()] for block in find_backbone(model).blocks]
-    return len(set(types)) == 1 and all(each == shapes[0] for each in shapes)
+    return len(types) == 1 and all(each == shapes[0] for each in shapes)
 
 
 class MetaObjective(Objective):
@@ -261,9 +322,12 @@ class MetaEngine(Trajectory):
             self._frozen[shape] = super().outputs(batch, range(len(self.backbone.blocks)))
         return self._frozen[shape]
 
-    def forget(self) -> None:
-        """Drop the outputs of frozen passes."""
-        self._frozen = {}
+    @contextmanager
+    def from_nothing(self) -> Iterator[None]:
+        """Inside the block no frozen pass has been made yet; its own are dropped at the end."""
+        before, self._frozen = self._frozen, {}
+        yield
+        self._frozen = before
 
     @contextmanager
     def remembering(self) -> Iterator[None]:

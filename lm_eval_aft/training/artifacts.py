@@ -10,13 +10,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import replacing
 from lm_eval_aft._util.process import now
 from lm_eval_aft.harness.commands import vector_command
 from lm_eval_aft.library.entry import task_names
+from lm_eval_aft.library.files import RESULTS
 from lm_eval_aft.steering.fingerprint import tokenizer_facts
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector, length_metadata
@@ -238,7 +246,8 @@ def write_card(folder: Path, vector: SteeringVector, results: Sequence[dict[str,
 
     Args:
         results: rows of a comparison with the baseline on evaluation documents, as
-            `lm_eval_aft.evaluation.render.card_results` gives them.
+            `lm_eval_aft.evaluation.render.card_results` gives them. They go into the card's ``model-index``
+            and into ``.eval_results``, where the Hub looks for them; selection scores go into neither.
     """
     meta = vector.metadata
     tasks = task_names(meta)
@@ -255,17 +264,45 @@ def write_card(folder: Path, vector: SteeringVector, results: Sequence[dict[str,
     text = f"---\n{data.to_yaml()}\n---\n\n{_text(vector, results)}"
     with replacing(folder / "README.md") as temporary:
         ModelCard(text).save(temporary)
+    _write_entries(folder / RESULTS, results)
 
 
 def _eval_result(result: dict[str, Any]) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
+        task_name=result["task"],
         dataset_type=result["dataset"] or result["task"],
         dataset_name=result["task"],
+        dataset_config=result.get("config") or None,
+        dataset_split=result.get("split") or None,
+        dataset_args={"num_fewshot": result["num_fewshot"]},
         metric_type=result["metric"],
         metric_name=f"{result['metric']} ({result['num_fewshot']}-shot)",
         metric_value=result["value"],
+        metric_args=result.get("against"),
+        source_name="lm-evaluation-harness",
+        source_url="https://github.com/EleutherAI/lm-evaluation-harness",
     )
+
+
+def _write_entries(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """The results on datasets of the Hub, as its pages of models and benchmarks read them; none: no file."""
+    entries = [
+        EvalResultEntry(
+            dataset_id=result["dataset"],
+            task_id=result.get("config") or "default",
+            value=result["value"],
+            notes=f"{result['metric']}, {result['num_fewshot']}-shot, lm-eval task {result['task']}; "
+            f"steered by this vector, the base model alone: {result['baseline']}",
+        )
+        for result in results
+        if _is_hub_name(result["dataset"])
+    ]
+    path.unlink(missing_ok=True)
+    if entries:
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
 def _result_table(results: Sequence[dict[str, Any]]) -> str:

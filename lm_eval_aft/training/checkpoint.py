@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import LOCK, JsonLines, canonical_json, replacing
 from lm_eval_aft._util.process import Terminated, now
+from lm_eval_aft._util.tracking import Trackers
 from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.training.candidate import Candidate
 from lm_eval_aft.training.selection import Score
@@ -162,18 +163,26 @@ def digest(documents: object) -> str:
     return hashlib.sha256(repr(documents).encode()).hexdigest()
 
 
-def open_run(folder: Path, settings: dict[str, Any], resume: bool) -> tuple[TrainingLedger, dict[str, State]]:
+def open_run(
+    folder: Path, settings: dict[str, Any], resume: bool, listener: Listener | None = None
+) -> tuple[TrainingLedger, dict[str, State]]:
     """The ledger of a new or resumed run, and its candidates' states.
+
+    Args:
+        listener: is called with every line of the ledger, of a resumed run also with those that are there.
 
     Raises:
         AFTError: the run in the folder is finished or had other settings, or nothing can be written.
     """
     check_output(folder, resume=True)
-    ledger = TrainingLedger(folder)
+    ledger = TrainingLedger(folder, listener)
     if resume and folder.exists():
         _remove_temporary(folder)
         saved = load_state(folder, settings, ledger)
         if saved is not None:
+            if listener:
+                for line in ledger.read():
+                    listener(line)
             return ledger, saved
         if (folder / FILE_NAME).exists():
             raise AFTError(f"The run in {folder} is finished.", "Replace it with --overwrite.")
@@ -219,13 +228,14 @@ def seed_file(folder: Path, seed: int) -> Path:
 TRAINING_LEDGER = "training.jsonl"
 STATE = "state.safetensors"
 State = tuple[dict[str, Tensor], dict[str, Any]]  # as `Candidate.restore` takes it
+Listener = Callable[[dict[str, Any]], None]
 
 
 class TrainingLedger(JsonLines):
     """``training.jsonl`` of a run folder: one line per event, written at once."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / TRAINING_LEDGER)
+    def __init__(self, folder: Path, listener: Listener | None = None) -> None:
+        super().__init__(folder / TRAINING_LEDGER, listener)
         self.lines = 0
 
     def append(self, **line: Any) -> None:
@@ -249,6 +259,25 @@ class TrainingLedger(JsonLines):
         with replacing(self.path) as temporary:
             temporary.write_bytes(b"".join(kept))
         self.lines = lines
+
+
+def log_training(trackers: Trackers, line: dict[str, Any]) -> None:
+    """Log a ledger's line: settings, scores of candidates by epoch or trial, rounds, the choice."""
+    event = line["event"]
+    if event == "start":
+        trackers.settings(line["settings"])
+    # A candidate has a curve, over its epochs or over the lengths that were tried of it.
+    place = {
+        "epoch": line.get("candidate"),
+        "trial": str(line.get("candidate")).rpartition("-")[0],
+        "round": "rft",
+    }.get(event, event)
+    if event in ("baseline", "epoch", "trial", "round", "chosen"):
+        trackers.log({f"{place}/{name}": value for name, value in line.items() if name not in _IN_NAMES})
+
+
+# What a candidate's name says of it, and what is the same in all lines.
+_IN_NAMES = ("stage", "lr", "l2", "baseline", "n")
 
 
 def save_state(

@@ -195,8 +195,8 @@ class Choice(Objective):
             values = sums if metric == "acc" else _normalised(sums, batch)
             tables.append(sums.new_full(shape, -math.inf).index_put(place, values))
         gold = torch.zeros(shape, dtype=torch.bool)
-        for i, document in enumerate(batch.documents):
-            gold[i, list(document.gold)] = True
+        right = [(i, option) for i, document in enumerate(batch.documents) for option in document.gold]
+        gold[tuple(torch.tensor(right).T)] = True
         return tables, gold.to(sums.device)
 
 

@@ -44,6 +44,7 @@ from lm_eval_aft.training.candidate import Workers
 from lm_eval_aft.training.checkpoint import (
     PICTURE,
     SEEDS,
+    Listener,
     TrainingLedger,
     digest,
     drop_state,
@@ -88,11 +89,18 @@ class Rounds:
     """
 
     def __init__(
-        self, prepared: Prepared, folder: Path | None, train: Train, *, resume: bool, progress: bool
+        self,
+        prepared: Prepared,
+        folder: Path | None,
+        train: Train,
+        *,
+        resume: bool,
+        progress: bool,
+        listener: Listener | None = None,
     ) -> None:
         assert prepared.plan.rft is not None
         self.prepared, self.folder, self.settings = prepared, folder, prepared.plan.rft
-        self._train, self._resume = train, resume
+        self._train, self._resume, self._listener = train, resume, listener
         self._workers = Workers()
         self._sampler = SolutionSampler(prepared, folder, self._workers, progress)
         self._problems = prepared.splits.train(prepared.plan.first_seed)
@@ -149,7 +157,7 @@ class Rounds:
             "fingerprint": fingerprint(lm.model, lm.tokenizer),
             "documents": digest(asked),
         }
-        self._ledger, _ = open_run(self.folder, self._run_settings, self._resume)
+        self._ledger, _ = open_run(self.folder, self._run_settings, self._resume, self._listener)
         lines = self._ledger.read()
         self._ledger.lines = len(lines)
         self._noted = {(line["event"], line.get("round")) for line in lines}

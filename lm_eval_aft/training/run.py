@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
 from lm_eval_aft._util.process import is_main_process, now, postponed
+from lm_eval_aft._util.tracking import Trackers
 from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.engine.checks import baseline_not_finite, rows_may_be_packed
 from lm_eval_aft.harness.examples import Example, encode
@@ -31,12 +32,14 @@ from lm_eval_aft.training.artifacts import draw_sweep, finished_vector, training
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Workers
 from lm_eval_aft.training.checkpoint import (
     PICTURE,
+    Listener,
     RunRecorder,
     State,
     TrainingLedger,
     check_output,
     digest,
     drop_state,
+    log_training,
     open_run,
     seed_file,
 )
@@ -94,6 +97,7 @@ def train_vector(
     progress: bool = True,
     model_args: Mapping[str, Any] | None = None,
     documents: dict[Any, Any] | None = None,
+    log: Sequence[str] = (),
     **settings: Any,
 ) -> TrainingResult:
     """Fit a vector on a task's training split, choosing layer and length (or epoch) on a selection split.
@@ -110,10 +114,11 @@ def train_vector(
             ``dtype`` the fastest one is taken, see `lm_eval_aft.engine.precision`.
         documents: a dictionary in which calls with one `AFTLM` keep the documents they have built, for plans
             that differ in their recipe only.
+        log: experiment trackers to log to, of `lm_eval_aft._util.tracking.TRACKERS`; needs an output folder.
         settings: ``protocol`` by name, changes to it (``lr=1e-2``), and fields of `TrainingPlan`.
 
     Raises:
-        AFTError: see `prepare`; or the output folder is taken.
+        AFTError: see `prepare`; or the output folder is taken, or a tracker's package is missing.
 
     >>> result = train_vector("demo", "aft_demo_choice", train_docs=8, selection_docs=8, protocol="rapid",
     ...     layers="1", epochs=1, progress=False)
@@ -121,7 +126,11 @@ def train_vector(
     [1]
     """
     folder = None if output is None else Path(output)
-    with exclusive_dir(folder):
+    if log and folder is None:
+        raise AFTError(
+            "A run is logged with its output folder, and none was given.", "Give an output folder."
+        )
+    with Trackers(log, folder or "", model=str(model)) as trackers, exclusive_dir(folder):
         if folder is not None and is_main_process():
             check_output(folder, resume=resume, overwrite=overwrite)
         if isinstance(task, TrainingPlan) and settings:
@@ -130,7 +139,8 @@ def train_vector(
             )
         plan = task if isinstance(task, TrainingPlan) else TrainingPlan.of(task, **settings)
         prepared = prepare(load_model(model, model_args), plan, documents)
-        return run(prepared, folder, resume=resume, progress=progress)
+        listener = partial(log_training, trackers) if trackers else None
+        return run(prepared, folder, resume=resume, progress=progress, listener=listener)
 
 
 def run(
@@ -140,10 +150,11 @@ def run(
     resume: bool = False,
     progress: bool = True,
     picture: bool = True,
+    listener: Listener | None = None,
 ) -> TrainingResult:
     """Carry out a prepared plan, in a folder locked by the caller (`lm_eval_aft._util.files.exclusive_dir`).
 
-    ``picture``: draw ``sweep.png``, which takes a second or two.
+    ``picture``: draw ``sweep.png``, which takes a second or two. ``listener``: see `open_run`.
 
     Raises:
         AFTError: the output folder cannot be used, nothing kept a finite score, or (`rft`) the model
@@ -152,10 +163,13 @@ def run(
     if prepared.objective.note and is_main_process():
         logger.warning("%s", prepared.objective.note)
     if prepared.plan.rft is None:
-        return run_sweep(prepared, folder, resume=resume, progress=progress, picture=picture)
+        return run_sweep(
+            prepared, folder, resume=resume, progress=progress, picture=picture, listener=listener
+        )
     started = time.monotonic()
-    train = partial(run_sweep, resume=True, progress=progress, picture=picture)
-    vector, finalists = Rounds(prepared, folder, train, resume=resume, progress=progress).run()
+    train = partial(run_sweep, resume=True, progress=progress, picture=picture, listener=listener)
+    rounds = Rounds(prepared, folder, train, resume=resume, progress=progress, listener=listener)
+    vector, finalists = rounds.run()
     seconds, engine = time.monotonic() - started, str(vector.metadata["engine"])
     return TrainingResult(vector, finalists, None, folder, seconds, engine, prepared.splits.counts)
 
@@ -167,6 +181,7 @@ def run_sweep(
     resume: bool = False,
     progress: bool = True,
     picture: bool = True,
+    listener: Listener | None = None,
 ) -> TrainingResult:
     """Train a plan's candidates on its documents, once, and choose among them.
 
@@ -182,7 +197,7 @@ def run_sweep(
     log: TrainingLedger | None = None
     saved: dict[str, State] = {}
     if folder is not None and workers.is_main:
-        log, saved = open_run(folder, settings, resume)
+        log, saved = open_run(folder, settings, resume, listener)
     saved = workers.broadcast(saved)
     layers, screened = _screen(plan.screen, engine, prepared.sites, train[plan.first_seed])
     bar = _progress_bar(prepared.stages(), workers, len(selection), progress)
@@ -332,7 +347,10 @@ def _write(
     for seed, vector in result.finalists.items():
         vector.save(seed_file(folder, seed))
     chosen = sweep.finalist
-    ledger.append(event="chosen", candidate=chosen.name, layer=chosen.layer, seed=chosen.seed, time=now())
+    vector = result.vector
+    length = {"norm": vector.norm(), "share": vector.share()}
+    own = {"layer": chosen.layer, "seed": chosen.seed, **length}
+    ledger.append(event="chosen", candidate=chosen.name, **own, time=now())
     write_card(folder, result.vector)
     if picture:
         draw_sweep(sweep, str(result.vector.metadata["metric"]), folder / PICTURE)

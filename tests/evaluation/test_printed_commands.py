@@ -18,11 +18,10 @@ from transformers import AutoTokenizer
 from lm_eval_aft import SteeringVector
 from lm_eval_aft.cli.options import parse_model_args
 from lm_eval_aft.cli.train import plan_settings, train_vector
+from lm_eval_aft.evaluation.provenance import commands, read_vector_info, training_command
 from lm_eval_aft.evaluation.report import _run_warnings
-from lm_eval_aft.evaluation.reproduce import commands, training_command
 from lm_eval_aft.evaluation.results import ScoredRun, TaskRun, read_run
 from lm_eval_aft.evaluation.run import evaluate_pair
-from lm_eval_aft.evaluation.vector_info import read_vector_info
 from lm_eval_aft.harness.examples import PromptSettings
 from lm_eval_aft.training.recipe import TrainingPlan
 from tests.support.families import tiny_model, tiny_tokenizer
@@ -202,6 +201,6 @@ def test_the_call_that_trains_again(settings: dict[str, Any]) -> None:
     options = dict(train_vector.make_context("train", shlex.split(line)[2:]).params)
     assert (options.pop("model"), options.pop("output")) == ("some/model", Path("VECTOR"))
     assert parse_model_args(options.pop("model_args")) == arguments
-    for name in ("device", "dtype", "resume", "overwrite", "dry_run"):
+    for name in ("device", "dtype", "resume", "overwrite", "dry_run", "log"):
         del options[name]
     assert TrainingPlan.of(**plan_settings(options)) == plan

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 
 from lm_eval_aft import AFTError, SteeringVector
@@ -27,6 +28,7 @@ from lm_eval_aft.evaluation.compare import VerdictRow
 from lm_eval_aft.evaluation.render import update_cards
 from lm_eval_aft.evaluation.report import Report, compare
 from lm_eval_aft.steering.vector import describe_vector
+from lm_eval_aft.training.artifacts import write_card
 from tests.conftest import toy_documents
 from tests.result_folders import steered_by, write_results
 
@@ -381,6 +383,76 @@ def test_model_card(runs: Path, tmp_path: Path) -> None:
     for row in rows:
         assert formatting.interval(row.low, row.high, row.share) in card.text
     assert "they are not results" in " ".join(card.text.split()).replace("**", "")
+    for row, found in zip(rows, card.data.eval_results or [], strict=True):
+        assert found.dataset_name == row.task
+        assert found.metric_args["baseline"] == row.baseline
+        assert found.metric_args["interval"] == [row.low, row.high]
+
+
+CARD_ROW = {
+    "dataset": "allenai/ai2_arc",
+    "metric": "acc_norm",
+    "num_fewshot": "25",
+    "split": "test",
+    "n": 9,
+    "value": 0.25,
+    "baseline": "20.00 %",
+    "steered": "25.00 %",
+    "difference": "+5.00",
+    "interval": "",
+    "p": "0.01",
+    "verdict": "better",
+    "against": {"baseline": 0.2, "interval": [0.01, 0.09], "p": 0.01},
+}
+
+
+def test_results_are_read_back_by_the_hubs_own_parsers(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard, parse_eval_result_entries
+
+    from lm_eval_aft.library.files import RESULTS, vector_files
+
+    vector = SteeringVector({1: torch.ones(4)}, metadata={"task": "arc_easy", "base_model": {"name": "a/b"}})
+    vector.save(tmp_path)
+    rows = [
+        CARD_ROW | {"task": "arc_easy", "config": "ARC-Easy"},
+        CARD_ROW | {"task": "arc_challenge", "config": "ARC-Challenge", "value": 0.3},
+        CARD_ROW | {"task": "own", "dataset": "/data/own", "config": ""},
+    ]
+    write_card(tmp_path, vector, rows)
+    card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
+    found = {each.dataset_name: each for each in card.data.eval_results}
+    assert list(found) == ["arc_easy", "arc_challenge", "own"]  # of one dataset, and still apart
+    easy = found["arc_easy"]
+    assert (easy.dataset_type, easy.dataset_config, easy.dataset_split) == (
+        "allenai/ai2_arc",
+        "ARC-Easy",
+        "test",
+    )
+    assert (easy.metric_type, easy.metric_value, easy.dataset_args) == (
+        "acc_norm",
+        0.25,
+        {"num_fewshot": "25"},
+    )
+    assert easy.metric_args == CARD_ROW["against"]
+    assert card.data.datasets == ["allenai/ai2_arc"]
+    entries = parse_eval_result_entries(yaml.safe_load((tmp_path / RESULTS).read_text()))
+    assert [(each.dataset_id, each.task_id, each.value) for each in entries] == [
+        ("allenai/ai2_arc", "ARC-Easy", 0.25),
+        ("allenai/ai2_arc", "ARC-Challenge", 0.3),
+    ]
+    assert RESULTS in vector_files(tmp_path)
+    # Selection scores are no results: a card without held-out ones has neither.
+    selection = {
+        "baseline": {"score": 1.0, "accuracy": 0.4, "n": 5},
+        "layers": {"1": {"score": 0.9, "accuracy": 0.5}},
+    }
+    vector.metadata["selection"] = selection
+    write_card(tmp_path, vector)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "0.9000" in card.text
+    assert card.data.eval_results is None
+    assert "model-index" not in card.content
+    assert not (tmp_path / RESULTS).exists()
 
 
 def test_a_sum_of_vectors_too_long_for_a_path(tmp_path: Path) -> None:

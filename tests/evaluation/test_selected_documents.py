@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lm_eval_aft.evaluation.compare import VerdictRow, compare_runs, judge
+from lm_eval_aft.evaluation.provenance import HASH_DIGITS, VectorInfo
 from lm_eval_aft.evaluation.results import Sample, ScoredRun, TaskRun
 from lm_eval_aft.evaluation.stats import NO_DIFFERENCE
-from lm_eval_aft.evaluation.vector_info import HASH_DIGITS, VectorInfo
 
 LAYERS, SELECTION, FRESH, SEEDS = 24, 30, 300, 200
 NOT_ASSESSABLE = "not assessable: selected on these documents"

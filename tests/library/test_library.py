@@ -417,7 +417,7 @@ def test_fits_of_a_model_loaded_with_arguments(
 def test_a_sum_goes_through_the_harness_model_and_the_report(
     library: Library, checkpoint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm_eval_aft.evaluation.vector_info import VectorInfo, _fill
+    from lm_eval_aft.evaluation.provenance import VectorInfo, _fill
     from lm_eval_aft.lm import AFTLM
 
     monkeypatch.setenv("AFT_LIBRARY", str(library.root))

@@ -37,6 +37,14 @@ def said(*words: str) -> str:
     return done.output
 
 
+def without_its_time(folder: str) -> dict[str, Any]:
+    """A report of then, but for when and by what it was written."""
+    report: dict[str, Any] = json.loads(Path(folder, "report.json").read_text())
+    assert report.pop("version") == "0.1.0"
+    del report["created"]
+    return report
+
+
 def holds(now: Any, before: Any, where: str = "") -> None:
     """Everything of ``before`` is in ``now``; mappings may have gained keys."""
     if isinstance(before, dict):
@@ -83,8 +91,7 @@ def test_a_vector_steers_the_model_it_was_trained_on(written: Path) -> None:
 
 def test_result_folders(written: Path) -> None:
     said("report", "results", "-o", "now")
-    before = json.loads(Path("report/report.json").read_text())
-    del before["created"]
+    before = without_its_time("report")
     holds(json.loads(Path("now/report.json").read_text()), before)
 
 
@@ -99,8 +106,7 @@ def test_evaluations_are_resumed(written: Path, monkeypatch: pytest.MonkeyPatch)
 def test_studies_are_resumed_without_doing_anything_again(
     written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = json.loads(Path("study/report.json").read_text())
-    del before["created"]
+    before = without_its_time("study")
     ledger = Path("study/ledger.jsonl").read_bytes()
     monkeypatch.setattr(AFTLM, "__init__", None)  # no model is loaded
     output = said("bench", "study.yaml", "--output", "study", "--device", "cpu", "--resume")

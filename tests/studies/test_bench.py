@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,22 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted(training_run, "run", lambda *_: "trained")
     counted(run, "score", lambda _lm, run, *_: "baseline" if run.name == "baseline" else "steered")
     return counts
+
+
+def test_finished_cells_are_logged_and_those_of_an_earlier_call_too(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    from tests._util.test_tracking import events
+
+    output, some = tmp_path / "out", {"tasks": ["toy_choice"], "methods": ["static"]}
+    call(write(**some), output, "--log", "tensorboard", "--only", "*/seed-0")
+    (name,) = [key for key in events(output / "tensorboard") if key.endswith("acc_norm/steered/difference")]
+    assert name.startswith("demo/toy_choice/static/seed-0/toy_choice/")
+    shutil.rmtree(output / "tensorboard")
+    call(write(**some), output, "--log", "tensorboard", "--resume")
+    found = events(output / "tensorboard")
+    assert [step for step, _ in found[name]] == [1]
+    assert [step for step, _ in found[name.replace("seed-0", "seed-1")]] == [2]
 
 
 def test_a_study_shares_its_work_and_reruns_what_changed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ import yaml
 from click.testing import CliRunner
 
 from lm_eval_aft.cli.main import aft
+from lm_eval_aft.harness import identity
 from lm_eval_aft.steering.backbone import find_backbone
+from lm_eval_aft.studies import planner, simulated_device
 from lm_eval_aft.studies.config import read_bench_study
 from lm_eval_aft.studies.jobs import build_cells
 from lm_eval_aft.studies.planner import (
@@ -105,6 +108,58 @@ def test_what_does_not_fit_is_planned_in_smaller_passes(tmp_path: Path) -> None:
     assert DEFAULT_TOKEN_BUDGET / 16 <= budget <= DEFAULT_TOKEN_BUDGET / 4
     assert CostEstimator(shape, small, budget).plan(cell, 0).peak_bytes <= above / 5
     assert CostEstimator(shape, replace(roomy, memory=cost.weight_bytes)).fitting_budget(cell, 0) is None
+
+
+def test_what_cells_share_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(where: Any, name: str) -> None:
+        plain = getattr(where, name)
+
+        def count(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return plain(*args, **options)
+
+        monkeypatch.setattr(where, name, count)
+
+    for where, name in (
+        (planner, "meta_model"),  # models on the meta device
+        (planner, "find_config"),
+        (simulated_device.MetaEngine, "baseline"),  # frozen passes
+        (Trajectory, "outputs"),
+        (identity, "_hashed"),  # contents of files
+    ):
+        counted(where, name)
+
+    def plan(methods: list[str], seeds: int) -> Counter[str]:
+        study = {"models": ["demo"], "tasks": ["aft_demo_choice", "aft_demo_math"], "methods": methods}
+        file = tmp_path / "study.yaml"
+        file.write_text(yaml.safe_dump({**study, "seeds": seeds, "recipe": {"protocol": "rapid"}}))
+        calls.clear()
+        done = CliRunner().invoke(aft, ["bench", str(file), "--dry-run"])
+        assert done.exit_code == 0, done.output
+        return Counter(calls)
+
+    one = plan(["static"], 1)
+    assert (one["find_config"], one["_hashed"]) == (1, 0)
+    assert one["meta_model"] <= 3  # the whole one, and two shallow ones in its place
+    assert one["baseline"] > 0
+    many = plan(["static", "drab", "mlp", "caa"], 3)
+    for name in ("find_config", "meta_model", "baseline", "_hashed"):
+        assert many[name] == one[name], name
+    # Only the passes whose memory is measured are made again with each method: a step and a judged batch.
+    assert many["outputs"] - one["outputs"] <= 3 * 2 * 2 * 2
+
+
+def test_keys_name_results_only_where_contents_were_read(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("models: [demo]\ntasks: [aft_demo_choice, aft_demo_math]\nseeds: 2\n")
+    study = read_bench_study(file)
+    plain, hashed = build_cells(study, hashed=False), build_cells(study)
+    assert [cell.name for cell in plain] == [cell.name for cell in hashed]
+    assert len({cell.key for cell in plain}) == 4
+    assert len({cell.baseline_key for cell in plain}) == 2
+    assert not {cell.key for cell in plain} & {cell.key for cell in hashed}
 
 
 @pytest.mark.parametrize("model", PUBLISHED)

@@ -12,8 +12,22 @@ from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft.engine.batching import TokenizedDocument
 from lm_eval_aft.steering.backbone import find_backbone
 from lm_eval_aft.steering.intervention import Intervention
-from lm_eval_aft.studies.planner import KNOWN, documents_of, find_config, plan_cost, typical_documents
-from lm_eval_aft.studies.simulated_device import DEVICES, Device, blocks_alike, meta_model, shallower
+from lm_eval_aft.studies.planner import (
+    KNOWN,
+    PlanCost,
+    documents_of,
+    find_config,
+    plan_cost,
+    typical_documents,
+)
+from lm_eval_aft.studies.simulated_device import (
+    DEVICES,
+    Device,
+    Roofline,
+    blocks_alike,
+    meta_model,
+    shallower,
+)
 from lm_eval_aft.training.candidate import Candidate, Recipe
 from lm_eval_aft.training.cost import PeakMemory, Rates, Spent, flops_of
 from lm_eval_aft.training.objectives import Choice
@@ -112,6 +126,52 @@ def test_every_method_can_be_planned(method: str) -> None:
     else:
         assert other.steps == static.steps
         assert other.estimate.flops >= static.estimate.flops
+
+
+def test_known_operations_make_what_the_operations_themselves_make() -> None:
+    a, b = torch.empty(3, 1, 4, device="meta"), torch.empty(5, 4, device="meta", dtype=torch.bfloat16)
+
+    def work() -> list[torch.Tensor]:
+        c = a + b
+        whole = c.transpose(0, 1) * 2
+        return [c, whole, whole.to(torch.float64), torch.cat([c, c]), *torch.max(c, dim=0), c.softmax(-1)]
+
+    known: Any = {}
+    with Roofline(CPU, known) as first:
+        plain = work()
+    assert known
+    before = dict(known)
+    with Roofline(CPU, known) as second:
+        again = work()
+    assert known == before
+    assert second.spent == first.spent
+    assert first.spent.seconds > 0
+    for one, other in zip(plain, again, strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        assert other.is_meta
+        assert one is not other
+
+
+def test_layers_with_a_window_are_like_others_where_it_cuts_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, head_dim=8, sliding_window=48,
+    )  # fmt: skip
+    model = meta_model(config, torch.float32)
+    assert len(set(config.layer_types)) == 2
+    assert [blocks_alike(model, tokens) for tokens in (None, 48, 49)] == [False, True, False]
+    documents = documents_of([*LENGTHS, LENGTHS[-1]])
+
+    def plan() -> PlanCost:
+        return plan_cost(config, ONCE, documents, device=CPU, dtype=torch.float32, budget=1)
+
+    shallow = plan()
+    monkeypatch.setattr("lm_eval_aft.studies.planner.blocks_alike", lambda *_: False)
+    whole = plan()  # every block is run
+    assert shallow.estimate.flops == pytest.approx(whole.estimate.flops, rel=1e-3)
+    assert shallow.estimate.seconds == pytest.approx(whole.estimate.seconds, rel=0.03)
 
 
 SIZES: dict[str, Any] = {"train_docs": 2, "selection_docs": 2, "seeds": 1}

@@ -137,7 +137,7 @@ def test_training_improves_the_training_loss(lm: AFTLM, settings: dict[str, Any]
 
 
 def test_the_loss_is_recorded_and_shown(lm: AFTLM, settings: dict[str, Any]) -> None:
-    from lm_eval_aft.evaluation.reproduce import training_command
+    from lm_eval_aft.evaluation.provenance import training_command
     from lm_eval_aft.training.recipe import TrainingPlan
     from lm_eval_aft.training.setup import prepare
 
