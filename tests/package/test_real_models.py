@@ -94,14 +94,19 @@ def test_it_is_the_model_it_is_said_to_be(name: str, real_model: Callable[[str],
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "chat", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.full)]
+    ("task", "chat"),
+    [
+        pytest.param("arc_easy", False, marks=pytest.mark.slow),
+        pytest.param("arc_easy", True, marks=pytest.mark.full),
+        pytest.param("hellaswag", False, marks=pytest.mark.full),
+        pytest.param("hellaswag", True, marks=pytest.mark.full),
+    ],
 )
-@pytest.mark.parametrize("task", ["arc_easy", "hellaswag"])
 def test_choices_have_stocks_answers(task: str, chat: bool, loaded: Any, test_data: Path) -> None:
     check_answers(loaded(SMALL), task, 100, chat)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("chat", [False, True])
 def test_texts_are_stocks(chat: bool, loaded: Any, test_data: Path) -> None:
