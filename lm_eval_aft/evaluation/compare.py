@@ -455,6 +455,21 @@ class VerdictRow:
     clusters: str
 
 
+@dataclass
+class AnswerOnlyRow:
+    """A vector on a task's primary metric, with the questions and without them.
+
+    Attributes:
+        with_question: its ordinary row, against the ordinary baseline.
+        without_question: the same with the questions removed from both runs; kind ``answer-only``.
+        meaning: what the pair shows, in one sentence.
+    """
+
+    with_question: VerdictRow
+    without_question: VerdictRow
+    meaning: str
+
+
 def judge(
     baseline: ScoredRun,
     comparisons: Sequence[tuple[ScoredRun, Comparison]],
@@ -542,13 +557,14 @@ def _document(before: TaskRun, after: TaskRun, comparison: Comparison, doc_id: i
 def _options(
     delimiter: str, metric: str, arguments: list[list[Any]], first: dict[str, Any], second: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Each option with its log-likelihoods (nats) and whether either run chose it by this metric."""
+    """Each option with its log-likelihoods (nats), what this metric makes of them, and who chose it."""
     texts = [str(each[1]).removeprefix(delimiter) for each in arguments]
     # Tasks that score mutual information ask every option again without its context.
     half = len(texts) // 2
     if half and texts[:half] == texts[half:] and all(each[0] != arguments[0][0] for each in arguments[half:]):
         texts = texts[:half]
     old, new = ([log_likelihood(each, i) for i in range(len(texts))] for each in (first, second))
+    scored = [[_option_score(metric, texts, each, i) for i in range(len(texts))] for each in (first, second)]
     before, after = (_chosen(metric, texts, each) for each in (first, second))
     target = str(first["target"])
     gold = {int(target)} if target.isdecimal() and int(target) < len(texts) else {
@@ -556,26 +572,37 @@ def _options(
     }  # fmt: skip
     return [
         {"text": text, "gold": i in gold, "before": old[i], "after": new[i]}
+        | {"score_before": scored[0][i], "score_after": scored[1][i]}
         | {"chosen_before": i in before, "chosen_after": i in after}
         for i, text in enumerate(texts)
     ]
+
+
+# What options are compared by, of metrics that do not compare log-likelihoods as they are.
+OPTION_SCORES = {
+    "acc_norm": "log-likelihood per character, nats",
+    "acc_bytes": "log-likelihood per byte, nats",
+    "acc_mutual_info": "log-likelihood minus that without the question, nats",
+}
+
+
+def _option_score(metric: str, texts: list[str], sample: dict[str, Any], i: int) -> float | None:
+    """What lm-eval's metric of that name compares an option by; ``None`` where nothing was logged."""
+    value = log_likelihood(sample, i)
+    if value is None:
+        return None
+    if metric == "acc_mutual_info":
+        return value - (log_likelihood(sample, len(texts) + i) or 0.0)
+    size = {"acc_norm": len(texts[i]), "acc_bytes": len(texts[i].encode())}.get(metric, 1)
+    return value / max(1, size)
 
 
 def _chosen(metric: str, texts: list[str], sample: dict[str, Any]) -> set[int]:
     """The options that a run chose, as lm-eval's metric of that name does; else the likeliest."""
     if metric == "exact_match":  # those that greedy decoding would have written
         return {i for i in range(len(texts)) if str(sample["resps"][i][0][1]) == "True"}
-
-    def score(i: int) -> float:
-        value = log_likelihood(sample, i)
-        if value is None:
-            return -1e30
-        if metric == "acc_mutual_info":
-            return value - (log_likelihood(sample, len(texts) + i) or 0.0)
-        size = {"acc_norm": len(texts[i]), "acc_bytes": len(texts[i].encode())}.get(metric, 1)
-        return value / max(1, size)
-
-    return {max(range(len(texts)), key=score)}
+    scores = [_option_score(metric, texts, sample, i) for i in range(len(texts))]
+    return {max(range(len(texts)), key=lambda i: -1e30 if (score := scores[i]) is None else score)}
 
 
 def _generation(sample: dict[str, Any]) -> dict[str, Any]:

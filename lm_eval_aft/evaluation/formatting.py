@@ -1,20 +1,12 @@
-"""How numbers and tables are written, for every report and file format of the package."""
+"""How scores and comparisons are shown: numbers, the cells of tables, and charts."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from lm_eval_aft._util.files import replacing
-from lm_eval_aft.evaluation.compare import VerdictRow
-from lm_eval_aft.evaluation.report import AnswerOnlyRow
+from lm_eval_aft._util.pages import WIDTH, grid_lines, round_ticks, shortened, svg_chart, svg_text
+from lm_eval_aft.evaluation.compare import AnswerOnlyRow, VerdictRow
 
 
 def metric_name(metric: str, filter_name: str) -> str:
@@ -145,115 +137,89 @@ def blocks(rows: Sequence[VerdictRow]) -> list[tuple[VerdictRow, list[VerdictRow
     return [(block[0], block) for block in ordered]
 
 
-# Tables and whole reports as text: the one place that writes Markdown, HTML, CSV and JSON.
+# Charts.
+
+ROW = 40
 
 
-@dataclass(frozen=True)
-class RenderedTable:
-    """A table of finished texts, the same for the terminal, Markdown and HTML.
-
-    Attributes:
-        title: its heading.
-        lines: one sequence of cells for each row, as long as ``columns``.
-        intro: a sentence or two above the table.
-        notes: remarks below the table.
-        tones: for each row, the class that colours it in HTML (see `plots.tone`); empty for none.
-    """
-
-    title: str
-    columns: Sequence[str]
-    lines: Sequence[Sequence[str]]
-    intro: str = ""
-    notes: Sequence[str] = ()
-    tones: Sequence[str] = ()
+def tone(row: VerdictRow) -> str:
+    """The colour class of a comparison."""
+    if row.kind == "placebo":
+        return "plac"
+    return {"better": "good", "worse": "bad"}.get(row.verdict, "none")
 
 
-def markdown_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    r"""A Markdown table without a final newline; pipes, backslashes and newlines in cells are escaped.
+def score_bars(rows: Sequence[VerdictRow]) -> str:
+    """Scores of one task and metric: the baseline's bar, then one per run, with 95 % intervals."""
+    first = rows[0]
+    bars = [("baseline", first.baseline, first.baseline_low, first.baseline_high, "base")]
+    bars += [(row.run, row.steered, row.steered_low, row.steered_high, tone(row)) for row in rows]
+    top = max([high or value for _, value, _, high, _ in bars] + [1e-9])
+    low_end = min([0.0, *(low if low is not None else value for _, value, low, _, _ in bars)])
+    ticks = round_ticks(low_end, min(1.0, top * 1.05) if first.share else top * 1.05)
+    start, end = min(low_end, ticks[0]), max(top, ticks[-1])
+    height = ROW * len(bars) + 26
 
-    >>> print(markdown_table(["task", "score"], [["a|b", "25 %"]]))
-    | task | score |
-    |---|---|
-    | a\|b | 25 % |
-    """
-    rows = [[_markdown_cell(text) for text in line] for line in (columns, *lines)]
-    texts = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([texts[0], "|" + "---|" * len(columns), *texts[1:]])
+    def x(value: float) -> float:
+        return 6 + (value - start) / (end - start) * (WIDTH - 12)
 
-
-def _markdown_cell(text: Any) -> str:
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-
-
-def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """CSV with a header line and numbers in full precision; ``None`` and missing values are empty.
-
-    >>> csv_text(["task", "p"], [{"task": "arc", "p": 0.1}, {"task": "gsm8k", "p": None}])
-    'task,p\\narc,0.1\\ngsm8k,\\n'
-
-    Raises:
-        ValueError: a row has a key that is no column.
-    """
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    parts = [grid_lines(ticks, x, height - 20, 100 if first.share else 1, "%" if first.share else "")]
+    for i, (name, value, low, high, kind) in enumerate(bars):
+        y = ROW * i
+        text = score(value, first.share)
+        parts += [
+            svg_text("label", 6, y + 14, shortened(name, 38)),
+            svg_text("value", WIDTH - 6, y + 14, text, "end"),
+        ]
+        parts.append(
+            f'<rect class="fill {kind}" x="{x(0):.1f}" y="{y + 20}" rx="2" height="13" '
+            f'width="{max(0.0, x(value) - x(0)):.1f}"/>'
+        )
+        parts.append(_whisker(x, low, high, y + 26.5))
+    label = f"Scores on {first.task}: " + ", ".join(f"{n} {score(v, first.share)}" for n, v, *_ in bars)
+    return svg_chart(height, label, parts)
 
 
-def json_text(value: Any) -> str:
-    """JSON with full precision; NaN and infinities, which it does not know, as null."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def difference_plot(rows: Sequence[VerdictRow]) -> str:
+    """Difference to the baseline of each row, with its paired 95 % interval."""
+    factor = 100 if all(row.share for row in rows) else 1
+    ends = [factor * v for row in rows for v in (row.low, row.high, row.difference) if v is not None]
+    reach = max([abs(end) for end in ends] + [1e-9]) * 1.06
+    ticks = [t for t in round_ticks(-reach, reach) if abs(t) <= reach]
+    height = ROW * len(rows) + 26
 
+    def x(value: float) -> float:
+        return 6 + (value + reach) / (2 * reach) * (WIDTH - 12)
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def render_template(package: str, name: str, **context: Any) -> str:
-    """Fill in a Jinja template; one called ``*.html.j2`` escapes what is put into it.
-
-    Templates may use `markdown_table`, and include or extend those of this package: ``page.html.j2`` (a
-    whole page with its style sheet; blocks ``eyebrow`` and ``main``) and ``tables.html.j2`` (macro
-    ``table``, for a `RenderedTable`).
-
-    Args:
-        package: the dotted package whose folder ``templates`` holds the template.
-    """
-    text: str = _environment(package).get_template(name).render(**context)
-    return text
-
-
-@cache
-def _environment(package: str) -> Any:
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader(package), PackageLoader(__package__)]),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    parts = [grid_lines(ticks, x, height - 20, 1, "", signed=True)]
+    parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="{height - 20}"/>')
+    several = len({row.task for row in rows}) > 1
+    for i, row in enumerate(rows):
+        y = ROW * i
+        name = f"{row.task} · {row.run}" if several else row.run
+        text = points(row.difference, row.share)
+        parts += [
+            svg_text("label", 6, y + 14, shortened(name, 40)),
+            svg_text("value", WIDTH - 6, y + 14, text, "end"),
+        ]
+        low = None if row.low is None else factor * row.low
+        high = None if row.high is None else factor * row.high
+        if low is not None and high is not None:
+            parts.append(
+                f'<line class="span {tone(row)}" x1="{x(low):.1f}" x2="{x(high):.1f}" '
+                f'y1="{y + 27}" y2="{y + 27}"/>'
+            )
+        parts.append(
+            f'<circle class="fill {tone(row)}" cx="{x(factor * row.difference):.1f}" cy="{y + 27}" r="5"/>'
+        )
+    label = "Difference to the baseline: " + ", ".join(
+        f"{row.task} {row.run} {points(row.difference, row.share)}" for row in rows
     )
-    environment.globals["markdown_table"] = markdown_table
-    return environment
+    return svg_chart(height, label, parts)
 
 
-def write_formats(texts: Mapping[str, str], folder: Path, name: str) -> list[Path]:
-    """Write ``name.SUFFIX`` for each suffix and its text; each file appears complete or not at all.
-
-    Raises:
-        AFTError: the folder cannot be written.
-    """
-    written = []
-    for suffix, text in texts.items():
-        written.append(folder / f"{name}.{suffix}")
-        with replacing(written[-1]) as temporary:
-            # Documents may hold half of a surrogate pair, which is no text.
-            temporary.write_text(text, encoding="utf-8", errors="replace")
-    return written
+def _whisker(x: Any, low: float | None, high: float | None, y: float) -> str:
+    if low is None or high is None:
+        return ""
+    a, b = x(low), x(high)
+    return f'<path class="whisker" d="M{a:.1f} {y}H{b:.1f}M{a:.1f} {y - 4}v8M{b:.1f} {y - 4}v8"/>'

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lm_eval_aft._util.files import replacing
+from lm_eval_aft._util.pages import csv_text, json_text, markdown_table, write_formats
 from lm_eval_aft.evaluation import formatting
-from lm_eval_aft.evaluation.formatting import csv_text, json_text, markdown_table, write_formats
 
 MATRIX_NAME = "transfer"
 MARKS = {"better": " ▲", "worse": " ▼"}

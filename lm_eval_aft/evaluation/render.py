@@ -9,19 +9,18 @@ from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exists
-from lm_eval_aft.evaluation import formatting, plots
-from lm_eval_aft.evaluation.compare import VerdictRow
-from lm_eval_aft.evaluation.formatting import (
+from lm_eval_aft._util.pages import (
     RenderedTable,
     csv_text,
-    interval,
     json_text,
-    metric_name,
-    points,
+    layer_curve,
     render_template,
-    score,
+    training_curves,
     write_formats,
 )
+from lm_eval_aft.evaluation import formatting
+from lm_eval_aft.evaluation.compare import OPTION_SCORES, VerdictRow
+from lm_eval_aft.evaluation.formatting import interval, metric_name, points, score
 from lm_eval_aft.evaluation.report import Report
 
 
@@ -54,12 +53,12 @@ def to_html(report: Report) -> str:
         if row.primary:
             by_task.setdefault(row.task, []).append(row)
     charts = {
-        "scores": [(task, plots.score_bars(rows)) for task, rows in by_task.items()],
-        "differences": {task: plots.difference_plot(rows) for task, rows in by_task.items()},
+        "scores": [(task, formatting.score_bars(rows)) for task, rows in by_task.items()],
+        "differences": {task: formatting.difference_plot(rows) for task, rows in by_task.items()},
         "points": {task: rows[0].share for task, rows in by_task.items()},
-        "layers": {v["run"]: plots.layer_curve(v) for v in report.vectors if len(v["layers"]) > 1},
+        "layers": {v["run"]: layer_curve(v) for v in report.vectors if len(v["layers"]) > 1},
         "training": {
-            v["run"]: plots.training_curves(v)
+            v["run"]: training_curves(v)
             for v in report.vectors
             if any(len(curve["points"]) > 1 for curve in v["curves"])
         },
@@ -77,7 +76,8 @@ def _context(report: Report) -> dict[str, Any]:
         "leaderboard": leaderboard_table(report),
         "settings": settings_table(report),
         "cells": formatting,
-        "tone": plots.tone,
+        "tone": formatting.tone,
+        "option_scores": OPTION_SCORES,
     }
 
 

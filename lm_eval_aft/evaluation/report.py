@@ -11,8 +11,11 @@ from typing import Any
 
 from lm_eval_aft import __version__
 from lm_eval_aft._util.errors import AFTError
+from lm_eval_aft._util.pages import RenderedTable, html_table
+from lm_eval_aft.evaluation import formatting
 from lm_eval_aft.evaluation.compare import (
     ANSWER_ONLY,
+    AnswerOnlyRow,
     Comparison,
     NotFinite,
     VerdictRow,
@@ -91,6 +94,14 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the rows of the primary metrics, and all warnings."""
+        columns = ("task", "run", "n", "baseline", "steered", "difference", "95 % interval", "p", "verdict")
+        rows = [row for row in self.rows if row.primary]
+        lines = [formatting.row_cells(row, columns) for row in rows]
+        notes = [*self.banner, *self.warnings]
+        return html_table(RenderedTable(self.title, columns, lines, notes=notes))
 
 
 def compare(baseline: str | Path, *steered: str | Path, force: bool = False, flips: int = 20) -> Report:
@@ -369,21 +380,6 @@ def over_seeds(rows: list[VerdictRow]) -> list[dict[str, Any]]:
 
 
 # Runs scored without the questions, beside the same vectors' ordinary runs.
-
-
-@dataclass
-class AnswerOnlyRow:
-    """A vector on a task's primary metric, with the questions and without them.
-
-    Attributes:
-        with_question: its ordinary row, against the ordinary baseline.
-        without_question: the same with the questions removed from both runs; kind ``answer-only``.
-        meaning: what the pair shows, in one sentence.
-    """
-
-    with_question: VerdictRow
-    without_question: VerdictRow
-    meaning: str
 
 
 def answer_only_rows(

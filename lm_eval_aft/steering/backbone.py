@@ -195,3 +195,17 @@ def _by_structure(model: nn.Module, depth: int | None) -> tuple[str, nn.ModuleLi
             'Name the list yourself: blocks="path.to.layers".',
         )
     return candidates[0]
+
+
+def final_norm(model: nn.Module, backbone: Backbone) -> nn.Module | None:
+    """The norm between the last block and the output matrix; ``None`` where it cannot be told.
+
+    It is the one module beside the list of blocks whose name is a norm's and not that of the embeddings'.
+    """
+    parent = model.get_submodule(backbone.name.rpartition(".")[0])
+    found = [
+        module
+        for name, module in parent.named_children()
+        if ("norm" in name or name == "ln_f") and "emb" not in name and isinstance(module, nn.Module)
+    ]
+    return found[0] if len(found) == 1 else None

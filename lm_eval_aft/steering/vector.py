@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import canonical_json, replacing
+from lm_eval_aft._util.pages import RenderedTable, html_table
 from lm_eval_aft.steering.intervention import POSITIONS
 from lm_eval_aft.steering.methods import METHODS, Method
 from lm_eval_aft.steering.vector_file import (
@@ -126,6 +127,28 @@ class SteeringVector:
             "positions": self.positions,
             "hidden_size": self.hidden_size,
         }
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where it steers, how strongly, and what it was trained on."""
+        meta, share = self.metadata, self.share()
+        base = meta.get("base_model")
+        facts = {
+            "layers": ", ".join(map(str, self.layers)),
+            "hidden size": self.hidden_size,
+            "norm": f"{self.norm():.4g}",
+            "share of the residual norm": None if share is None else f"{100 * share:.3g} %",
+            "coefficient": f"{self.coefficient:g}",
+            "positions": self.positions,
+            "method": self.method,
+            "task": meta.get("task"),
+            # Of a folder the end, which says enough.
+            "base model": "/".join(Path(str(base.get("name"))).parts[-2:])
+            if isinstance(base, Mapping)
+            else None,
+            "control": meta.get("control"),
+        }
+        lines = [(name, str(value)[:200]) for name, value in facts.items() if value is not None]
+        return html_table(RenderedTable("Steering vector", ("property", "value"), lines))
 
     def adjusted(self, coefficient: Any = None, positions: str | None = None) -> SteeringVector:
         """This vector with another coefficient or positions; ``None`` keeps its own.

@@ -10,16 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lm_eval_aft import __version__
+from lm_eval_aft._util.pages import RenderedTable, csv_text, json_text, render_template, write_formats
 from lm_eval_aft._util.process import now
-from lm_eval_aft.evaluation import formatting, plots
+from lm_eval_aft.evaluation import formatting
 from lm_eval_aft.evaluation.compare import SELECTED, VerdictRow
-from lm_eval_aft.evaluation.formatting import (
-    RenderedTable,
-    csv_text,
-    json_text,
-    render_template,
-    write_formats,
-)
 from lm_eval_aft.evaluation.report import over_seeds
 from lm_eval_aft.evaluation.stats import ALPHA, BETTER, WORSE, holm, seeds_interval, verdict
 from lm_eval_aft.steering.methods import DEFAULT_METHOD
@@ -479,7 +473,7 @@ def _cells(report: BenchReport) -> RenderedTable:
         norm = each.vector.get("norm")
         length = "–" if norm is None else norm_text(norm, each.vector.get("norm_share"), ".3g")
         lines.append([*head, shown, length, first, *texts, verdict_text])
-        tones.append(plots.tone(each.row))
+        tones.append(formatting.tone(each.row))
     intro = "Norms in brackets are shares of the median norm of the hidden states at the vector's layer."
     told = intro if any("%" in line[5] for line in lines) else ""
     return RenderedTable("Every cell", _COLUMNS, lines, told, tones=tones)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import LOCK, JsonLines, canonical_json, exclusive_dir, replacing_dir
-from lm_eval_aft.evaluation.formatting import markdown_table, write_formats
+from lm_eval_aft._util.pages import markdown_table, write_formats
 from lm_eval_aft.steering.vector import SteeringVector
 from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.training.candidate import absolute, rate_text

@@ -14,9 +14,9 @@ from typing import Any
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import JsonLines, canonical_json, exclusive_dir, replacing_dir
+from lm_eval_aft._util.pages import json_text, markdown_table, write_formats
 from lm_eval_aft.evaluation import formatting
 from lm_eval_aft.evaluation.compare import VerdictRow
-from lm_eval_aft.evaluation.formatting import json_text, markdown_table, write_formats
 from lm_eval_aft.evaluation.matrix import Matrix, MatrixCell
 from lm_eval_aft.evaluation.report import Report, compare
 from lm_eval_aft.evaluation.run import evaluate_pair

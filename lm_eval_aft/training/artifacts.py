@@ -1,15 +1,19 @@
-"""What a finished run writes: the vector's header, the model card and ``sweep.png``."""
+"""What a finished run writes: the vector's header, the model card, ``sweep.png`` and ``training.html``."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import (
     EvalResult,
@@ -21,14 +25,23 @@ from huggingface_hub import (
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import replacing
+from lm_eval_aft._util.pages import (
+    RenderedTable,
+    heat_map,
+    layer_curve,
+    line_chart,
+    render_template,
+    training_curves,
+)
 from lm_eval_aft._util.process import now
 from lm_eval_aft.harness.commands import vector_command
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.library.files import RESULTS
+from lm_eval_aft.steering.backbone import Backbone, final_norm
 from lm_eval_aft.steering.fingerprint import tokenizer_facts
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector, length_metadata
-from lm_eval_aft.training.candidate import Candidate, Workers
+from lm_eval_aft.training.candidate import Candidate, Workers, rate_text
 from lm_eval_aft.training.selection import median_seed
 from lm_eval_aft.training.setup import Prepared, random_like
 from lm_eval_aft.training.sweep import Calibration, LayerResult, SweepResult
@@ -516,3 +529,283 @@ def _stderr(result: LayerResult, quantity: str) -> float:
     if quantity == "score":
         return best.stderr
     return float((best.accuracy * (1 - best.accuracy) / max(best.n, 1)) ** 0.5)
+
+
+# ``training.html``: the search, how reliable it is, and what the vector promotes.
+
+SHOWN = 20  # tokens of either kind
+
+
+def training_page(
+    vector: SteeringVector,
+    finalists: Mapping[int, SteeringVector],
+    ledger: Sequence[Mapping[str, Any]],
+    promoted: RenderedTable,
+) -> str:
+    """A run's page, from nothing that differs between a run and the same one resumed, such as times.
+
+    Args:
+        finalists: the vectors of all seeds.
+        ledger: the lines of ``training.jsonl``.
+        promoted: see `promoted_tokens`.
+    """
+    meta = vector.metadata
+    protocol, selection, splits = meta["protocol"], meta["selection"], meta["splits"]
+    tried = {line["candidate"] for line in ledger if line["event"] in ("trial", "epoch")}
+    failed = f"A negative result: {protocol['pruned']}." if protocol["pruned"] else None
+    facts = {
+        "base model": _model(meta) or None,
+        "task": ", ".join(task_names(meta)),
+        **{name: meta.get(name) for name in ("num_fewshot", "objective", "metric", "control", "dtype")},
+        "method": vector.method,
+        "positions": vector.positions,
+        "coefficient": vector.coefficient,
+        "protocol": protocol["name"],
+        "training documents": splits["train"],
+        "selection documents": selection["baseline"]["n"],
+        "seed": meta["seed"],
+        "vector sha256": vector.digest(),
+    }
+    report = {
+        "title": _title(meta),
+        "version": meta["versions"]["lm-eval-aft"],
+        "command": vector_command(meta, "FOLDER", "RESULTS"),
+        "control": meta["control"],
+        "notes": [note for note in (meta.get("metric_note"), failed) if note],
+        "baseline": selection["baseline"],
+        "cards": _cards(vector, len(tried)),
+        "charts": _charts(vector, ledger),
+        "layers": layer_table(vector),
+        "reliability": _reliability(vector, finalists),
+        "seeds": _seed_table(finalists),
+        "promoted": promoted,
+        "steered": ", ".join(map(str, vector.layers)),
+        "facts": facts,
+    }
+    return render_template("lm_eval_aft.training", "training.html.j2", report=report)
+
+
+def _by_number(layers: Mapping[str, Any]) -> list[tuple[int, Any]]:
+    """Layers of a header in order: a file has them in that of their names, 10 before 2."""
+    return sorted(((int(layer), each) for layer, each in layers.items()), key=itemgetter(0))
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _cards(vector: SteeringVector, tried: int) -> list[dict[str, str]]:
+    meta, share = vector.metadata, vector.share()
+    before, after = meta["selection"]["baseline"], meta["selection"]["vector"]
+    named = ", ".join(map(str, vector.layers))
+    length = f"norm {vector.norm():.4g}"
+    length += "" if share is None else f", {100 * share:.3g} % of the median residual norm there"
+    return [
+        {
+            "name": "Layer" + "s" * (len(vector.layers) > 1),
+            "value": named if len(vector.layers) < 4 else f"{len(vector.layers)} layers",
+            "told": f"of {meta['num_hidden_layers']}, counted from 0; {length}",
+        },
+        {
+            "name": "Selection cross-entropy",
+            "value": _signed(after["score"] - before["score"], 4),
+            "told": f"{before['score']:.4f} → {after['score']:.4f} nats",
+        },
+        {
+            "name": "Selection accuracy",
+            "value": f"{_signed(100 * (after['accuracy'] - before['accuracy']), 1)} points",
+            "told": f"{before['accuracy']:.1%} → {after['accuracy']:.1%}",
+        },
+        {
+            "name": "Chosen from",
+            "value": str(tried),
+            "told": "vectors scored" if meta["protocol"].get("lengths") else "candidates trained",
+        },
+    ]
+
+
+def _charts(vector: SteeringVector, ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    meta = vector.metadata
+    layers = [
+        {"layer": layer, "score": each["score"], "chosen": layer in vector.layers}
+        for layer, each in _by_number(meta["selection"]["layers"])
+    ]
+    own = {"layers": layers, "baseline": meta["selection"]["baseline"], "curves": _epochs(vector, ledger)}
+    found = []
+    if drawn := _search_map(vector, ledger):
+        found.append(drawn)
+    if len(layers) > 1:
+        told = "selection cross-entropy, nats; lower is better. Large dot: chosen"
+        found.append({"name": "By layer", "told": told, "svg": layer_curve(own)})
+    halves = meta["protocol"].get("halves_cosine") or {}
+    if len({name.partition(" ")[0] for name in halves}) > 1:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for name, cosine in halves.items():
+            layer, _, positions = name.partition(" ")
+            lines.setdefault(positions, []).append((int(layer), cosine))
+        lines = {positions: sorted(line) for positions, line in lines.items()}
+        own_line = lines.get(vector.positions, [])
+        series = [
+            (line, "curve good" if positions == vector.positions else "curve faint", True)
+            for positions, line in lines.items()
+        ]
+        marks = [point for point in own_line if point[0] in vector.layers]
+        told = "cosine of the gradients of two halves of the training documents, by layer; 1: they agree"
+        svg = line_chart(series, marks, None, "layer", "Agreement of the halves by layer", whole=True)
+        found.append({"name": "Split halves", "told": told, "svg": svg})
+    if any(len(curve["points"]) > 1 for curve in own["curves"]):
+        told = "selection cross-entropy of the finalists by epoch; the chosen one stands out"
+        found.append({"name": "Epochs", "told": told, "svg": training_curves(own)})
+    return found
+
+
+def _epochs(vector: SteeringVector, ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The finalists' scores by epoch, as `training_curves` takes them."""
+    curves: dict[str, dict[str, Any]] = {}
+    for line in ledger:
+        if line["event"] == "epoch" and line["stage"] not in ("search", "penalty"):
+            chosen = line["layer"] in vector.layers and line["seed"] == vector.metadata["seed"]
+            curve = curves.setdefault(line["candidate"], {"chosen": chosen, "points": []})
+            curve["points"].append({"epoch": line["epoch"], "score": line["score"]})
+    return list(curves.values())
+
+
+def _search_map(vector: SteeringVector, ledger: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+    """What was found at each layer with each length, or each learning rate.
+
+    A cell has the best vector there, of those scored on most documents.
+    """
+    protocol = vector.metadata["protocol"]
+    grid = sorted(protocol.get("lengths") or ())
+    scored = [line for line in ledger if line["event"] == ("trial" if grid else "epoch")]
+    if not scored:
+        return None
+    rows = sorted({line["layer"] for line in scored})
+
+    def place(share: float) -> int:
+        return min(range(len(grid)), key=lambda k: abs(math.log(grid[k] / max(share, 1e-30))))
+
+    chosen: int | None
+    if grid:
+        places = [place(line["share"]) for line in scored]
+        first, last = min(places), max(places)
+        places = [each - first for each in places]
+        columns = [f"{100 * length:.3g}" for length in grid[first : last + 1]]
+        chosen = place(protocol["chosen"]["share"]) - first
+        axis, by = "length, % of the median residual norm", "length"
+    else:
+        rates = sorted({line["lr"] for line in scored}, key=lambda rate: float(str(rate).removesuffix("r")))
+        places = [rates.index(line["lr"]) for line in scored]
+        columns = [rate_text(rate) for rate in rates]
+        chosen = rates.index(lr) if (lr := protocol["chosen"].get("lr")) in rates else None
+        axis, by = "learning rate", "learning rate"
+    best: dict[tuple[int, int], tuple[int, float]] = {}
+    for line, column in zip(scored, places, strict=True):
+        key, value = (rows.index(line["layer"]), column), (-line["n"], line["score"] - line["baseline"])
+        best[key] = min(best.get(key, value), value)
+    cells = {
+        (i, j): (change, f"layer {rows[i]}, {by} {columns[j]}: {_signed(change, 4)} nats, {-n} documents")
+        for (i, j), (n, change) in best.items()
+    }
+    layer = protocol["chosen"].get("layer", min(vector.layers))
+    frame = (rows.index(layer), chosen) if layer in rows and chosen is not None else None
+    told = (
+        f"change in selection cross-entropy by layer and {by}, nats: green is better than no vector, red "
+        "worse. Frame: chosen. Early rounds score few documents, which is noisier"
+    )
+    if len({line.get("positions") for line in scored}) > 1:
+        told += "; each cell is of the positions that did best there"
+    svg = heat_map(
+        [str(row) for row in rows], columns, cells, frame, ("layer", axis), f"Changes by layer and {by}"
+    )
+    return {"name": "Search", "told": told, "svg": svg}
+
+
+def layer_table(vector: SteeringVector) -> RenderedTable:
+    """Every layer's selection scores, which chose the vector and are not results."""
+    selection = vector.metadata["selection"]
+    before = selection["baseline"]
+    lines = [("no vector", f"{before['score']:.4f}", "", f"{before['accuracy']:.1%}", str(before["n"]), "")]
+    tones = [""]
+    for layer, each in _by_number(selection["layers"]):
+        chosen = layer in vector.layers
+        change = _signed(each["score"] - before["score"], 4)
+        numbers = (f"{each['score']:.4f}", change, f"{each['accuracy']:.1%}", str(each["n"]), each["stage"])
+        lines.append((f"{layer} (chosen)" if chosen else str(layer), *numbers))
+        tones.append("primary none" if chosen else "")
+    columns = ("layer", "cross-entropy", "change", "accuracy", "documents", "stage reached")
+    told = (
+        "Selection documents, mean over seeds: these numbers chose the vector and are not results. "
+        "Layers that left the search early were scored on fewer: their difference there is added to the "
+        "score of no vector on all."
+    )
+    return RenderedTable("Every layer", columns, lines, told, tones=tones)
+
+
+def _reliability(vector: SteeringVector, finalists: Mapping[int, SteeringVector]) -> list[str]:
+    halves = vector.metadata["protocol"].get("halves_cosine") or {}
+    own = halves.get(f"{min(vector.layers)} {vector.positions}")
+    found = []
+    if own is not None:
+        found.append(
+            f"Halves of the training documents, which share none, agree with cosine {_signed(own)} on the "
+            "direction here. Near 0, the direction is mostly noise: more documents help."
+        )
+    if len(finalists) == 1:
+        found.append("One seed: with --seeds 3 this page shows how well the seeds' vectors agree.")
+    found.append(
+        "What chance does: aft eval --placebo random:3, and a vector trained with --control shuffled."
+    )
+    return found
+
+
+def _seed_table(finalists: Mapping[int, SteeringVector]) -> RenderedTable:
+    flat = {
+        seed: torch.cat([values.flatten() for values in each.tensors.values()])
+        for seed, each in sorted(finalists.items())
+    }
+    lines = [
+        (f"seed {a}", *(_signed(float(torch.cosine_similarity(x, y, dim=0)), 3) for y in flat.values()))
+        for a, x in flat.items()
+    ]
+    columns = ("", *(f"seed {seed}" for seed in flat))
+    told = "Each seed draws its training documents and their order."
+    return RenderedTable("Cosines of the seeds' vectors", columns, lines if len(flat) > 1 else [], told)
+
+
+@torch.no_grad()
+def promoted_tokens(model: Any, tokenizer: Any, backbone: Backbone, vector: SteeringVector) -> RenderedTable:
+    """The tokens that a vector makes likelier and less likely by the direct way to the logits.
+
+    That is the logit lens (nostalgebraist 2020) on the vector: the final norm without its bias, then the
+    output matrix. Without lines where the model or the method does not allow it; ``intro`` says why.
+    """
+    columns = ("up", "", "down", "")
+    head = model.get_output_embeddings()
+    weight, norm = getattr(head, "weight", None), final_norm(model, backbone)
+    why = ""
+    if not METHODS[vector.method].constant:
+        why = f"The method {vector.method!r} adds no constant vector."
+    elif norm is None or weight is None or weight.shape[-1] != vector.hidden_size:
+        why = "The final norm or the output matrix of this model cannot be told."
+    elif weight.is_meta or not weight.is_floating_point() or any(each.is_meta for each in norm.parameters()):
+        why = "The output matrix of this model is quantised or not in memory."
+    if why or weight is None or norm is None:
+        return RenderedTable("", columns, [], why)
+    plain = copy.deepcopy(norm).to("cpu", torch.float32)
+    total = torch.stack(list(vector.layers.values())).sum(0)
+    passed = plain(total[None]) - plain(torch.zeros_like(total)[None])
+    known = min(len(weight), len(tokenizer))
+    parts = [rows.to("cpu", torch.float32) @ passed[0] for rows in weight[:known].split(2**14)]
+    scores = torch.cat(parts)
+    scores = (scores - scores.mean()) / scores.std().clamp(min=1e-30)
+    cells = []
+    for largest in (True, False):
+        values, places = scores.topk(min(SHOWN, known), largest=largest)
+        texts = [repr(tokenizer.decode([i])) for i in places.tolist()]
+        cells.append([(text, _signed(value)) for text, value in zip(texts, values.tolist(), strict=True)])
+    return RenderedTable(
+        f"Top {len(cells[0])} tokens, up and down",
+        columns,
+        [(*up, *down) for up, down in zip(*cells, strict=True)],
+    )

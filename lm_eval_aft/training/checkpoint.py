@@ -130,6 +130,7 @@ class RunRecorder:
 # The folder that a training run writes into.
 
 PICTURE = "sweep.png"
+PAGE = "training.html"
 SEEDS = "seeds"
 
 

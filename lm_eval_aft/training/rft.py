@@ -42,6 +42,7 @@ from lm_eval_aft.steering.vector_file import FILE_NAME
 from lm_eval_aft.training.artifacts import write_card
 from lm_eval_aft.training.candidate import Workers
 from lm_eval_aft.training.checkpoint import (
+    PAGE,
     PICTURE,
     SEEDS,
     Listener,
@@ -249,9 +250,10 @@ class Rounds:
             each.save(seed_file(self.folder, seed))
         self._note("chosen", best, {"layer": next(iter(vector.layers)), "time": now()})
         write_card(self.folder, vector)
-        drawn = self.folder / "rounds" / str(shown) / PICTURE
-        if drawn.exists():
-            shutil.copyfile(drawn, self.folder / PICTURE)
+        for name in (PICTURE, PAGE):
+            drawn = self.folder / "rounds" / str(shown) / name
+            if drawn.exists():
+                shutil.copyfile(drawn, self.folder / name)
         # The vector last: a folder that has one is finished.
         vector.save(self.folder)
         drop_state(self.folder)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lm_eval_aft._util.errors import AFTError
 from lm_eval_aft._util.files import exclusive_dir
+from lm_eval_aft._util.pages import html_table, write_formats
 from lm_eval_aft._util.process import is_main_process, now, postponed
 from lm_eval_aft._util.tracking import Trackers
 from lm_eval_aft.engine.batching import TokenizedDocument
@@ -28,9 +29,18 @@ from lm_eval_aft.lm import AFTLM
 from lm_eval_aft.steering.fingerprint import fingerprint
 from lm_eval_aft.steering.intervention import Intervention
 from lm_eval_aft.steering.vector import SteeringVector
-from lm_eval_aft.training.artifacts import draw_sweep, finished_vector, training_metadata, write_card
+from lm_eval_aft.training.artifacts import (
+    draw_sweep,
+    finished_vector,
+    layer_table,
+    promoted_tokens,
+    training_metadata,
+    training_page,
+    write_card,
+)
 from lm_eval_aft.training.candidate import Candidate, Engine, Recipe, Workers
 from lm_eval_aft.training.checkpoint import (
+    PAGE,
     PICTURE,
     Listener,
     RunRecorder,
@@ -85,6 +95,10 @@ class TrainingResult:
     engine: str
     counts: dict[str, int] = field(default_factory=dict)
     screen: dict[str, Any] | None = None
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every layer's selection scores, which are not results."""
+        return html_table(layer_table(self.vector)) if self.sweep else self.vector._repr_html_()
 
 
 def train_vector(
@@ -154,7 +168,8 @@ def run(
 ) -> TrainingResult:
     """Carry out a prepared plan, in a folder locked by the caller (`lm_eval_aft._util.files.exclusive_dir`).
 
-    ``picture``: draw ``sweep.png``, which takes a second or two. ``listener``: see `open_run`.
+    ``picture``: draw ``sweep.png`` and ``training.html``, which takes a second or two. ``listener``: see
+    `open_run`.
 
     Raises:
         AFTError: the output folder cannot be used, nothing kept a finite score, or (`rft`) the model
@@ -250,7 +265,7 @@ def run_sweep(
     vector = finalists[found.finalist.seed]
     result = TrainingResult(vector, finalists, found, folder, seconds, engine_name, splits.counts, screened)
     if folder and log:
-        _write(folder, result, found, log, picture)
+        _write(folder, result, prepared, log, picture)
     return result
 
 
@@ -342,18 +357,38 @@ def _screen(
 
 
 def _write(
-    folder: Path, result: TrainingResult, sweep: SweepResult, ledger: TrainingLedger, picture: bool
+    folder: Path, result: TrainingResult, prepared: Prepared, ledger: TrainingLedger, picture: bool
 ) -> None:
     for seed, vector in result.finalists.items():
         vector.save(seed_file(folder, seed))
-    chosen = sweep.finalist
-    vector = result.vector
-    length = {"norm": vector.norm(), "share": vector.share()}
-    own = {"layer": chosen.layer, "seed": chosen.seed, **length}
-    ledger.append(event="chosen", candidate=chosen.name, **own, time=now())
+    if result.sweep is not None:
+        chosen = result.sweep.finalist
+        length = {"norm": result.vector.norm(), "share": result.vector.share()}
+        own = {"layer": chosen.layer, "seed": chosen.seed, **length}
+        ledger.append(event="chosen", candidate=chosen.name, **own, time=now())
     write_card(folder, result.vector)
     if picture:
-        draw_sweep(sweep, str(result.vector.metadata["metric"]), folder / PICTURE)
+        _draw(folder, result, prepared, ledger)
     # The vector last: a folder that has one is finished.
     result.vector.save(folder)
     drop_state(folder)
+
+
+def _draw(folder: Path, result: TrainingResult, prepared: Prepared, ledger: TrainingLedger) -> None:
+    """Draw ``sweep.png`` and ``training.html``; what fails here is told, and the vector is kept."""
+
+    def picture() -> None:
+        if result.sweep is not None:
+            draw_sweep(result.sweep, str(result.vector.metadata["metric"]), folder / PICTURE)
+
+    def page() -> None:
+        lm = prepared.lm
+        promoted = promoted_tokens(lm.model, lm.tokenizer, prepared.backbone, result.vector)
+        text = training_page(result.vector, result.finalists, list(ledger.read()), promoted)
+        write_formats({"html": text}, folder, Path(PAGE).stem)
+
+    for name, draw in ((PICTURE, picture), (PAGE, page)):
+        try:
+            draw()
+        except Exception as error:
+            logger.warning("%s could not be drawn: %s: %s", name, type(error).__name__, error)

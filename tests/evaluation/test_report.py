@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,9 @@ from lm_eval_aft.steering.vector import describe_vector
 from lm_eval_aft.training.artifacts import write_card
 from tests.conftest import toy_documents
 from tests.result_folders import steered_by, write_results
+from tests.support.browser import browse, colours, needs_chromium
 
 FORMATS = ("md", "json", "csv", "html")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
 
 
 def call(*arguments: str | Path) -> Result:
@@ -189,6 +190,84 @@ def test_a_norm_is_shown_with_its_share_of_the_residual_norm(runs: Path, tmp_pat
     assert compare_module._norm({"norm": 4.0}) == "4.0000"
 
 
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A report on runs whose names, options and contexts would be markup; its page."""
+    attack = "</pre></details><script>document.title='x'</script><img src=x onerror=alert(1)> \"' {{ 7 * 7 }}"
+    for name, scores in (("a", [0.0, 1.0] * 20), ("b<script>", [1.0, 0.0] * 20)):
+        write_results(tmp_path / name, {"task": scores}, metric="acc_norm", fewshot=attack * 10)
+        (path,) = (tmp_path / name).rglob("samples_*.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            context = line["arguments"]["gen_args_0"]["arg_0"]
+            line["arguments"] = {f"g{i}": {"arg_0": context, "arg_1": f" {attack}{i}"} for i in range(2)}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert call("report", tmp_path / "a", tmp_path / "b<script>", "-o", tmp_path / "out").exit_code == 0
+    return tmp_path / "out" / "report.html"
+
+
+class Elements(HTMLParser):
+    """The names of a page's elements, and of their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_hostile_options_and_contexts_are_text(hostile: Path) -> None:
+    page = hostile.read_text()
+    found = Elements(page)
+    assert not found.tags & {"script", "img", "iframe", "object", "embed"}
+    assert not {name for name in found.attributes if name.startswith("on")}
+    assert page.count("<details") == page.count("</details>") > 40  # 20 won, 20 lost, and long contexts
+    assert "{{ 7 * 7 }}" in html.unescape(page)
+
+
+def test_a_notebook_shows_the_verdicts_of_primary_metrics(runs: Path, tmp_path: Path) -> None:
+    report = replace(compare(runs), title="<script>alert(1)</script>", warnings=["<b>careful</b>"])
+    shown = report._repr_html_()
+    assert not Elements(shown).tags & {"script", "b"}
+    rows = [row for row in report.rows if row.primary]
+    assert shown.count('<th scope="row">') == len(rows) < len(report.rows)
+    read = " ".join(texts(shown).split())
+    for row in rows:
+        assert formatting.points(row.difference, row.share) in read
+    assert "<b>careful</b>" in read
+
+
+@needs_chromium
+def test_hostile_texts_do_nothing_in_a_browser(hostile: Path, tmp_path: Path) -> None:
+    """The texts would change the title or ask for a picture; the policy would log what it stops."""
+    assert browse(hostile, tmp_path / "hostile.png", "1280,3000") == ("", [])
+
+
+def test_flipped_documents_that_are_left_out_are_counted(runs: Path, tmp_path: Path) -> None:
+    call("report", runs, "-o", tmp_path / "out")
+    page = " ".join(texts((tmp_path / "out" / "report.html").read_text()).split())
+    # 30 won and 5 lost; 20 of either are shown.
+    assert "Not shown: 10 won, 0 lost. aft report --flips 30 with the same folders shows all of them." in page
+    call("report", runs, "--flips", "30", "-o", tmp_path / "all")
+    assert "Not shown" not in (tmp_path / "all" / "report.html").read_text()
+
+
+def test_flipped_documents_are_filtered_without_scripts(runs: Path, tmp_path: Path) -> None:
+    """Each group of radio buttons is one task's; the style sheet hides what is not asked for."""
+    call("report", runs, "-o", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    groups = re.findall(r'<input type="radio" name="([^"]+)" id="([^"]+)" class="([^"]+)"( checked)?>', page)
+    assert len({group for group, *_ in groups}) == page.count('<div class="flips">') == 2
+    assert len({name for _, name, *_ in groups}) == len(groups) == 6
+    assert [kind for *_, kind, checked in groups if checked] == ["all", "all"]
+    assert all(f'<label for="{name}">' in page for _, name, *_ in groups)
+    assert ".only-won:checked ~ .pair > .lost, .only-lost:checked ~ .pair > .won { display: none; }" in page
+
+
 def test_nothing_from_documents_is_markup(runs: Path, tmp_path: Path) -> None:
     call("report", runs, "-o", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
@@ -211,6 +290,8 @@ def test_flipped_documents_are_told_in_full(runs: Path) -> None:
             "gold": True,
             "before": -1.0,
             "after": -1.0,
+            "score_before": -1.0 / 3,
+            "score_after": -1.0 / 3,
             "chosen_before": True,
             "chosen_after": True,
         },
@@ -219,6 +300,8 @@ def test_flipped_documents_are_told_in_full(runs: Path) -> None:
             "gold": False,
             "before": -2.5,
             "after": -2.5,
+            "score_before": -2.5 / 2,
+            "score_after": -2.5 / 2,
             "chosen_before": False,
             "chosen_after": False,
         },
@@ -608,32 +691,6 @@ def test_a_hundred_thousand_documents(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"][0]["n"] == n
 
 
-def browse(page: Path, picture: Path, size: str, *flags: str) -> tuple[str, list[str]]:
-    """Open a page in headless Chromium: (console messages, addresses asked for outside the disk)."""
-    log = picture.with_suffix(".netlog.json")
-    done = subprocess.run(
-        [
-            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-            *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-            *("--disable-sync", "--disable-extensions", "--enable-logging=stderr", f"--log-net-log={log}"),
-            *(f"--user-data-dir={picture.parent / 'profile'}", f"--window-size={size}"),
-            *(*flags, f"--screenshot={picture}", page.as_uri()),
-        ],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    found = re.findall(r'"url":"(https?://[^"]+)"', log.read_text())
-    return console, [url for url in found if "google" not in url]
-
-
-def colours(picture: Path) -> dict[tuple[int, ...], int]:
-    from PIL import Image
-
-    with Image.open(picture) as image:
-        counted = image.convert("RGB").getcolors(2**24) or []
-    return {colour: count for count, colour in counted}  # type: ignore[misc]
-
-
 @needs_chromium
 def test_the_page_in_a_browser(runs: Path, tmp_path: Path) -> None:
     """No console message, no request; the charts have ink, by day and by night, wide and narrow."""
@@ -689,6 +746,13 @@ def test_every_metric_of_choices(tmp_path: Path, metric: str, chosen: int) -> No
     report = compare(tmp_path / "a", tmp_path / "b")
     assert [(row.metric, row.verdict, row.wins) for row in report.rows] == [(metric, "better", 30)]
     shown = report.flips[0]["won"][0]["options"]
+    # What lm-eval's own process_results compares: see MultipleChoiceTask in lm_eval/api/task.py.
+    expected = {
+        "acc_norm": [-1.0, -2.4 / 8, -2.0 / 6, -9.0 / 4],
+        "acc_bytes": [-1.0, -2.4 / 8, -2.0 / 12, -9.0 / 4],
+        "acc_mutual_info": [0.0, 2.6, 0.0, 0.0],
+    }.get(metric, values)
+    assert [each["score_after"] for each in shown] == pytest.approx(expected)
     assert [i for i, each in enumerate(shown) if each["chosen_after"]] == [chosen]
     assert [each["text"] for each in shown] == options
 

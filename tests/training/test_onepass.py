@@ -492,6 +492,8 @@ def test_a_killed_run_resumes_to_the_same_vector(
         for name in ("whole", "cut")
     ]
     assert ledgers[0] == ledgers[1]
+    pages = [(tmp_path / name / "training.html").read_text() for name in ("whole", "cut")]
+    assert pages[0] == pages[1]
 
 
 def test_a_step_that_does_worse_on_some_documents_is_not_scored_on_all(

@@ -79,6 +79,7 @@ def test_folder_and_choice(task: str, lm: AFTLM, settings: dict[str, Any], tmp_p
         "README.md",
         "training.jsonl",
         "sweep.png",
+        "training.html",
         "seeds/seed-0.safetensors",
         "seeds/seed-1.safetensors",
     }
@@ -197,6 +198,8 @@ train_vector({checkpoint("llama")!r}, "toy_choice", {str(tmp_path / "killed")!r}
         return [{k: v for k, v in e.items() if k != "time"} for e in events(tmp_path / folder)]
 
     assert comparable("killed") == comparable("whole")
+    pages = [(tmp_path / name / "training.html").read_text() for name in ("killed", "whole")]
+    assert pages[0] == pages[1]
 
 
 def test_ctrl_c_leaves_a_ledger_to_resume_from(
