@@ -103,8 +103,12 @@ def computed_in_float32(model: nn.Module) -> Iterator[None]:
             if parameter in kept:
                 parameter.data = kept.pop(parameter)
 
+    def restore() -> None:
+        for parameter, data in kept.items():
+            parameter.data = data
+
     with ExitStack() as hooks:
-        hooks.callback(lambda: [setattr(each, "data", data) for each, data in kept.items()])
+        hooks.callback(restore)
         for module in model.modules():
             if any(parameter.dtype in HALVES for parameter in module.parameters(recurse=False)):
                 hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
