@@ -88,7 +88,7 @@ def extra_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def points(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:+.2f}"
+    return "–" if value is None else f"{100 * value:+.2f}".replace("-", "−")
 
 
 def p_text(p: float | None) -> str:
@@ -122,8 +122,8 @@ def main_table(rows: list[dict[str, Any]], model: str, task: str) -> str:
         f"**{MODELS[model]}, {task}** ({first['metric']}, n = {first['n']:,}; frozen model "
         f"{100 * first['baseline']:.2f} %)",
         "",
-        "| row | seed | layer | length | points | 95 % interval | p (Holm) | detectable | verdict |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| row | layer, length | points | 95 % interval | p (Holm) | detectable | verdict |",
+        "|---|---|---|---|---|---|---|",
     ]
     for each in own:
         row, vector = each["row"], each.get("vector") or {}
@@ -131,12 +131,12 @@ def main_table(rows: list[dict[str, Any]], model: str, task: str) -> str:
         layer = "all" if len(layers) > 1 else str(layers[0]) if layers else "–"
         share = vector.get("norm_share")
         verdict = each.get("verdict") or ("control" if each["method"] in CONTROLS else "–")
-        seed = "–" if each["seed"] is None else str(each["seed"])
-        length = "–" if share is None else f"{100 * share:.1f} %"
+        name = each["method"] + ("" if each["seed"] is None else f", seed {each['seed']}")
+        place = layer if share is None else f"{layer}, {100 * share:.1f} %"
         lines.append(
-            f"| {each['method']} | {seed} | {layer} | {length} | **{points(row['difference'])}** | "
+            f"| {name} | {place} | **{points(row['difference'])}** | "
             f"{points(row['low'])} to {points(row['high'])} | {p_text(each.get('p_adjusted'))} | "
-            f"±{100 * row['mde']:.2f} | {verdict} |"
+            f"±{100 * row['mde']:.2f} | {verdict.replace('no detectable difference', 'none detected')} |"
         )
     return "\n".join(lines)
 

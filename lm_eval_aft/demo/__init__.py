@@ -22,3 +22,8 @@ def resolve_pretrained(name: str) -> str:
         logger.warning("Using the folder ./%s, not the embedded demo model of the same name.", NAME)
         return name
     return str(model_path())
+
+
+def command_name(pretrained: str) -> str:
+    """A model as commands should name it: the embedded one is ``demo``, unless that would mean a folder."""
+    return NAME if pretrained == str(model_path()) and not Path(NAME).is_dir() else pretrained

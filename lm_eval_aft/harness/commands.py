@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_aft.demo import command_name
 from lm_eval_aft.harness.tasks import find_definition, tasks_path
 from lm_eval_aft.library.entry import task_names
 
@@ -141,7 +142,7 @@ def base_model(meta: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments = dict(base.get("args") or {})
     if base.get("revision") not in (None, "", "main"):
         arguments.setdefault("revision", base["revision"])
-    return str(base.get("name") or "MODEL"), arguments
+    return command_name(str(base.get("name") or "MODEL")), arguments
 
 
 def _definition(name: str, include_path: Sequence[str | Path]) -> Path | None:

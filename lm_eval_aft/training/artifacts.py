@@ -34,6 +34,7 @@ from lm_eval_aft._util.pages import (
     training_curves,
 )
 from lm_eval_aft._util.process import now
+from lm_eval_aft.demo import command_name
 from lm_eval_aft.harness.commands import vector_command
 from lm_eval_aft.library.entry import task_names
 from lm_eval_aft.library.files import RESULTS
@@ -434,7 +435,7 @@ def _title(meta: dict[str, Any]) -> str:
 
 
 def _model(meta: dict[str, Any]) -> str:
-    return str((meta.get("base_model") or {}).get("name") or "")
+    return command_name(str((meta.get("base_model") or {}).get("name") or ""))
 
 
 def _is_hub_name(name: str | None) -> bool:
