@@ -379,6 +379,8 @@ def main() -> None:
 def collect(study: Path, output: Path) -> None:
     """Copy a STUDY's folder (or the rows beside one) to OUTPUT without samples; ledgers are appended to."""
     for file, place in collected(study):
+        if file.suffix == ".safetensors" and (output / place).exists():  # named by its settings: the same
+            continue
         (output / place).parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:

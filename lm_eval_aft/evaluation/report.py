@@ -95,6 +95,10 @@ class Report:
         """Plain values."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        told = ", ".join(f"{row.task} {row.run}: {row.verdict}" for row in self.rows if row.primary)
+        return f"Report({self.title}; {told})"
+
     def _repr_html_(self) -> str:
         """What a notebook shows: the rows of the primary metrics, and all warnings."""
         columns = ("task", "run", "n", "baseline", "steered", "difference", "95 % interval", "p", "verdict")

@@ -94,10 +94,11 @@ def aft_eval_command(
     *,
     vector: str,
     output: str,
+    placebo: str | None = None,
 ) -> str:
     """``aft eval --model MODEL --vector VECTOR ...``; ``settings`` as `lm_eval_flags` takes them."""
     words = ["aft", "eval", "--model", model, "--vector", vector, "--tasks", ",".join(tasks)]
-    words += ["--output", output]
+    words += [*(["--placebo", placebo] if placebo else []), "--output", output]
     if model_args:
         words += ["--model-args", pairs(model_args)]
     flags = lm_eval_flags(settings)
@@ -114,7 +115,8 @@ def vector_command(meta: Mapping[str, Any], vector: str, output: str | None = No
             arguments, ``args``), ``task`` and ``tasks``, ``task_spec`` (as it was given), ``prompts``,
             ``include_path`` and ``task_metadata``.
         vector: the vector as the command should name it.
-        output: folder for the results of an ``aft eval`` command; without it, the command is ``lm_eval``.
+        output: folder for the results of an ``aft eval`` command, with three placebos; without it, the
+            command is ``lm_eval``.
     """
     model, arguments = base_model(meta)
     specs = str(meta.get("task_spec") or ",".join(task_names(meta)) or "TASK")
@@ -133,7 +135,9 @@ def vector_command(meta: Mapping[str, Any], vector: str, output: str | None = No
         return lm_eval_command("aft", given, tasks, settings)
     if folder == _OUR_TASKS:  # `aft` knows them
         del settings["include_path"]
-    return aft_eval_command(model, arguments, tasks, settings, vector=vector, output=output)
+    return aft_eval_command(
+        model, arguments, tasks, settings, vector=vector, output=output, placebo="random:3"
+    )
 
 
 def base_model(meta: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -128,6 +128,13 @@ class SteeringVector:
             "hidden_size": self.hidden_size,
         }
 
+    def __repr__(self) -> str:
+        share = self.share()
+        of = "" if share is None else f" ({100 * share:.3g} % of the residual norm)"
+        task = f", task {self.metadata['task']}" if self.metadata.get("task") else ""
+        where = ", ".join(map(str, self.layers))
+        return f"SteeringVector({self.method}, layers {where}, norm {self.norm():.4g}{of}{task})"
+
     def _repr_html_(self) -> str:
         """What a notebook shows: where it steers, how strongly, and what it was trained on."""
         meta, share = self.metadata, self.share()

@@ -43,6 +43,7 @@ from lm_eval_aft.steering.fingerprint import tokenizer_facts
 from lm_eval_aft.steering.methods import METHODS
 from lm_eval_aft.steering.vector import SteeringVector, length_metadata
 from lm_eval_aft.training.candidate import Candidate, Workers, rate_text
+from lm_eval_aft.training.recipe import TrainingPlan
 from lm_eval_aft.training.selection import median_seed
 from lm_eval_aft.training.setup import Prepared, random_like
 from lm_eval_aft.training.sweep import Calibration, LayerResult, SweepResult
@@ -120,6 +121,7 @@ def training_metadata(
         "parameters": prepared.method.parameters(prepared.backbone.hidden_size, len(prepared.layers)),
         "protocol": {
             **plan.protocol.to_dict(),
+            **_asked_documents(plan),
             "layers": prepared.layers,
             "chosen": sweep.finalist.chosen,
             "retries_used": sweep.retries,
@@ -144,6 +146,12 @@ def training_metadata(
         "created": now(),
         "versions": _versions(),
     }
+
+
+def _asked_documents(plan: TrainingPlan) -> dict[str, int]:
+    """The numbers of documents that the user gave in place of the protocol's."""
+    asked = {"train_docs": plan.train_docs, "selection_docs": plan.selection_docs}
+    return {name: number for name, number in asked.items() if number is not None}
 
 
 # Arguments that say where and in which batches the model runs.
@@ -224,7 +232,7 @@ _SELECTION = """
 
 These scores chose the layer and the {what}, so they flatter the vector: **they are not results**.
 Score the evaluation split with the command above. Cross-entropy in nats after fitting one
-temperature; mean over {seeds} seed(s); {n} documents.
+temperature; mean over {seeds} seed(s); {n} documents, fewer for layers that left the search early.
 
 | layer | cross-entropy | accuracy |
 |---|---|---|
@@ -636,7 +644,10 @@ def _charts(vector: SteeringVector, ledger: Sequence[Mapping[str, Any]]) -> list
     if drawn := _search_map(vector, ledger):
         found.append(drawn)
     if len(layers) > 1:
-        told = "selection cross-entropy, nats; lower is better. Large dot: chosen"
+        told = (
+            "selection cross-entropy, nats; lower is better. Large dot: chosen; layers that left the search "
+            "early were scored on fewer documents, which flatters some"
+        )
         found.append({"name": "By layer", "told": told, "svg": layer_curve(own)})
     halves = meta["protocol"].get("halves_cosine") or {}
     if len({name.partition(" ")[0] for name in halves}) > 1:

@@ -102,4 +102,6 @@ def test_our_own_tasks_on_any_machine() -> None:
     assert command.endswith('--tasks aft_demo_choice --include_path "$(aft tasks-path)"')
     assert str(tasks_path()) not in command
     command = vector_command({"base_model": {"name": "demo"}, "task": "aft_demo_choice"}, "v", "out")
-    assert command == "aft eval --model demo --vector v --tasks aft_demo_choice --output out"
+    assert command == (
+        "aft eval --model demo --vector v --tasks aft_demo_choice --placebo random:3 --output out"
+    )

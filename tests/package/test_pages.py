@@ -200,10 +200,12 @@ def test_python_example(
     names = python_of(ROOT / "docs/start.md")
     printed = capsys.readouterr().out
     assert "aft_demo_choice" in printed
-    model, inputs, steered = names["model"], names["inputs"], names["steered"]
-    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False)  # type: ignore[attr-defined, arg-type]
-    assert plain.shape[0] == 1
-    assert isinstance(steered, torch.Tensor)
+    model, inputs = names["model"], names["inputs"]
+    plain, steered, _ = names["texts"]  # type: ignore[misc]
+    again = model.generate(**inputs, max_new_tokens=8, do_sample=False)  # type: ignore[attr-defined, arg-type]
+    assert torch.equal(plain, again)
+    told = [names["tokenizer"].decode(text[0]) for text in (plain, steered)]  # type: ignore[attr-defined]
+    assert ["buckets" in text for text in told] == [False, True]
     assert names["vector"].metadata["task"] == "aft_demo_choice"  # type: ignore[attr-defined]
     assert all(not block._forward_hooks for block in model.modules())  # type: ignore[attr-defined]
     # The page on files knows every entry of the vector's header.
