@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lm_eval_aft import load_vector
+from lm_eval_aft.evaluation import formatting
 from lm_eval_aft.evaluation.stats import holm, seeds_interval
 from lm_eval_aft.studies.config import BenchStudy, read_bench_study
 from lm_eval_aft.studies.jobs import STUDY_LEDGER, StudyLedger
@@ -87,12 +88,9 @@ def extra_rows(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def points(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:+.2f}".replace("-", "−")
-
-
-def p_text(p: float | None) -> str:
-    return "–" if p is None else "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+def points(value: float) -> str:
+    """A difference of shares in percentage points."""
+    return formatting.points(value, share=True)
 
 
 def judged(row: dict[str, Any]) -> bool:
@@ -135,7 +133,7 @@ def main_table(rows: list[dict[str, Any]], model: str, task: str) -> str:
         place = layer if share is None else f"{layer}, {100 * share:.1f} %"
         lines.append(
             f"| {name} | {place} | **{points(row['difference'])}** | "
-            f"{points(row['low'])} to {points(row['high'])} | {p_text(each.get('p_adjusted'))} | "
+            f"{points(row['low'])} to {points(row['high'])} | {formatting.p_text(each.get('p_adjusted'))} | "
             f"±{100 * row['mde']:.2f} | {verdict.replace('no detectable difference', 'none detected')} |"
         )
     return "\n".join(lines)
